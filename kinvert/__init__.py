@@ -1,0 +1,28 @@
+"""kinvert: the noise behind an image.
+
+Diffusion samplers and noise schedules as data, `unsample` (run a sampler backwards), and a measure of how well it went.
+`import kinvert as ki`; the names below are the public surface.
+"""
+
+from kinvert import denoisers as denoisers
+from kinvert import levels as levels
+from kinvert import metrics as metrics
+from kinvert import noise as noise
+from kinvert import rules as rules
+from kinvert import schedules as schedules
+from kinvert.denoisers import Denoiser as Denoiser
+from kinvert.denoisers import Guided as Guided
+from kinvert.engine import run as run
+from kinvert.plan import Plan as Plan
+from kinvert.plan import compile_plan as compile_plan
+from kinvert.rules import SAMPLERS as SAMPLERS
+from kinvert.rules import Rule as Rule
+from kinvert.rules import sampler as sampler
+from kinvert.sampling import RoundTrip as RoundTrip
+from kinvert.sampling import round_trip as round_trip
+from kinvert.sampling import sample as sample
+from kinvert.sampling import unsample as unsample
+from kinvert.schedules import SCHEDULES as SCHEDULES
+from kinvert.schedules import schedule as schedule
+
+__version__ = "0.1.0"

@@ -1,0 +1,223 @@
+r"""The loop. Every sampler is a Plan, and this is the only place where Plans (and rules) meet tensors.
+
+Inside the loop there are denoiser calls and linear combinations, nothing else: noise levels are uploaded once, the
+coefficients are Python floats, and no tensor is read by the host. States in half precision are combined in float32
+and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, Guided
+from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
+from kinvert.noise import Noise as NoiseLike
+from kinvert.noise import NoiseFunction, bind
+from kinvert.plan import Interval, Plan, Stage, Step, as_schedule
+from kinvert.rules.base import Rule, StepBuilder
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback receives once a step: the state that the step's first evaluation saw, and its result.
+
+    Attributes:
+        index: number of the step, from 0.
+        sigma, sigma_next: noise levels of the step (floats).
+        x: shape (batch, *event), before the update (after churn).
+        denoised: shape (batch, *event).
+    """
+
+    index: int
+    sigma: float
+    sigma_next: float
+    x: Tensor
+    denoised: Tensor
+
+
+Callback = Callable[[Progress], None]
+Memory = dict[str, Tensor]
+
+
+def run(
+    plan: Plan, denoiser: Denoiser, x: Tensor, noise: NoiseLike | None = None, callback: Callback | None = None
+) -> Tensor:
+    """Run a Plan: from `x` at `plan.sigmas[0]` to the state at `plan.sigmas[-1]`.
+
+    Args:
+        plan: from `compile_plan`.
+        denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,); a Plan with `is_guided`
+            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision.
+        x: the state, shape (batch, *event), floating point. It is not modified.
+        noise: a noise source for stochastic Plans; None draws white noise, seeded by torch's global generator.
+        callback: called with a `Progress` after every step.
+
+    Returns:
+        The final state, of x's shape, dtype and device. The result is not checked for NaN (`sample` and `unsample`
+        do that) and gradients flow through it.
+
+    Raises:
+        TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
+            dtype (float32 is accepted for half-precision states).
+        ValueError: a denoiser or noise source that returns another shape than x's.
+    """
+    check_state(x)
+    draw = bind(noise, x) if plan.is_stochastic else _no_noise
+    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    state: Memory = {"x": x}
+    first = 0
+    for step in plan.steps:
+        state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
+        first += len(step.stages)
+        if callback is not None and seen is not None:
+            callback(Progress(step.index, step.sigma, step.sigma_next, *seen))
+    # A last step "x' = D" hands out the denoiser's own tensor, which the denoiser may reuse.
+    return state["x"].clone() if plan.steps[-1].x.alias() else state["x"]
+
+
+def advance(
+    step: Step, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor
+) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
+    """Make one step of a Plan.
+
+    Args:
+        step: the step.
+        denoiser: see `run`.
+        state: "x" and the remembered values.
+        draw: noise function `(sigma_from, sigma_to) -> Tensor`.
+        sigmas: noise levels of the step's stages, shape (stages, batch), from `stage_sigmas`.
+
+    Returns:
+        The new state, and the pair (x, denoised) of the first evaluation (None for a step without evaluations).
+    """
+    x = state["x"]
+    known: dict[Symbol, Tensor] = {State(name): value for name, value in state.items()}
+    seen = None
+    for r, interval in enumerate(step.noises):
+        known[Noise(r)] = checked_noise(draw, interval, x)
+    for k, stage in enumerate(step.stages):
+        stage_x = combine(stage.input, known, x)
+        denoised, uncond = evaluate(denoiser, stage_x, sigmas[k], stage, step)
+        known[Denoised(k)] = denoised
+        if uncond is not None:
+            known[Uncond(k)] = uncond
+        seen = seen or (stage_x, denoised)
+    new = {name: combine(form, known, x) for name, form in (("x", step.x), *step.memory)}
+    return new, seen
+
+
+def combine(form: Form, known: dict[Symbol, Tensor], like: Tensor) -> Tensor:
+    """The value of a form, in `like`'s dtype. `1 * symbol` is the tensor itself, not a copy."""
+    alias = form.alias()
+    if alias is not None and known[alias].dtype == like.dtype:
+        return known[alias]
+    wide = torch.float32 if like.dtype.itemsize < 4 else like.dtype
+    total: Tensor | None = None
+    for symbol, c in form:
+        total = known[symbol].to(wide) * c if total is None else total.add_(known[symbol], alpha=c)
+    return torch.zeros_like(like) if total is None else total.to(like.dtype)
+
+
+def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
+    """Noise levels as the denoiser gets them, shape (stages, batch), on x's device: one upload for the whole run."""
+    dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    column = torch.tensor(sigmas, dtype=torch.float64).to(dtype).to(x.device)
+    return column[:, None].expand(-1, x.shape[0]).contiguous()
+
+
+def evaluate(
+    denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: Step
+) -> tuple[Tensor, Tensor | None]:
+    """Call the denoiser and check what it returns by its type, shape and dtype (no value is read)."""
+    out: Any = denoiser(x, sigma)
+    where = f"in step {step.index} (sigma {stage.sigma:g})"
+    if stage.guided:
+        if not isinstance(out, Guided):
+            raise TypeError(
+                f"the sampler needs a pair Guided(denoised, uncond) from the denoiser, got {type(out).__name__} {where}; "
+                "pass negative= (and positive=, cfg=) to sample, or return ki.Guided"
+            )
+        return _checked(out.denoised, x, where), _checked(out.uncond, x, where)
+    return _checked(out.denoised if isinstance(out, Guided) else out, x, where), None
+
+
+def _checked(out: Any, x: Tensor, where: str) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
+    if out.shape != x.shape:
+        raise ValueError(
+            f"the denoiser must return x's shape {tuple(x.shape)}, got {tuple(out.shape)} {where}"
+        )
+    widened = x.dtype.itemsize < 4 and out.dtype == torch.float32
+    if out.dtype != x.dtype and not widened:
+        raise TypeError(
+            f"the denoiser must return x's dtype {x.dtype}, got {out.dtype} {where}; convert x to the network's dtype, "
+            "or return denoised.to(x.dtype)"
+        )
+    return out
+
+
+def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
+    """Draw noise for an interval and check its type and shape."""
+    n = draw(*interval)
+    if not isinstance(n, Tensor) or n.shape != x.shape:
+        got = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else type(n).__name__
+        raise ValueError(
+            f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
+            f"{tuple(x.shape)}, got {got}"
+        )
+    return n
+
+
+def check_state(x: Any) -> None:
+    """Raise TypeError or ValueError where `x` is not a state: a floating point tensor of shape (batch, *event)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    if x.ndim == 0 or x.shape[0] == 0:
+        raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
+
+
+def _no_noise(sigma_from: float, sigma_to: float) -> Tensor:
+    raise AssertionError("a deterministic plan draws no noise")
+
+
+# -- the same rules on tensors: a second implementation, which the compiled one is tested against -----------------------
+def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: NoiseLike | None = None) -> Tensor:
+    """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
+    check_state(x)
+    levels = rule.grid(as_schedule(sigmas))
+    draw = bind(noise, x)
+    state: Memory = {"x": x}
+    for index in range(len(levels) - 1):
+        builder = _EagerStep(levels, index, state, denoiser, draw)
+        new_x: Any = rule.step(builder)
+        state = {"x": new_x, **builder.remembered}
+    return state["x"]
+
+
+class _EagerStep(StepBuilder):
+    """A step whose states are tensors."""
+
+    def __init__(self, sigmas: Any, index: int, memory: Any, denoiser: Denoiser, draw: NoiseFunction) -> None:
+        super().__init__(sigmas, index, memory)
+        self._denoiser, self._draw = denoiser, draw
+        self._step = Step(index, self.sigma, self.sigma_next, (), (), Form({}))
+
+    def denoise(self, x: Any, sigma: float) -> Any:
+        return self._evaluate(x, sigma, guided=False)[0]
+
+    def denoise_guided(self, x: Any, sigma: float) -> Any:
+        return self._evaluate(x, sigma, guided=True)
+
+    def _evaluate(self, x: Any, sigma: float, guided: bool) -> tuple[Any, Any]:
+        return evaluate(self._denoiser, x, stage_sigmas([sigma], x)[0], Stage(sigma, Form({}), guided), self._step)
+
+    def noise(self, sigma_from: float, sigma_to: float) -> Any:
+        return checked_noise(self._draw, Interval(sigma_from, sigma_to), self.x)  # type: ignore[arg-type]

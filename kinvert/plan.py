@@ -1,0 +1,267 @@
+r"""From a rule and a schedule to a Plan: numbers only.
+
+A Plan is a general linear method with coefficients that depend on the schedule. One step takes the state
+`y = (x, memory...)` to
+
+    stages   Y_k = sum_j U_kj y_j + sum_{l<k} A_kl D_l + sum_r N_kr n_r        D_k = denoiser(Y_k, sigma_k)
+    update   y'  = V y + B D + C n                                             n_r = noise on an interval of sigma
+
+The compiler runs the rule on linear forms and keeps what comes out: no derivation by hand, and linearity holds by
+construction. Noise and memory that nothing uses are dropped, so they are never drawn or stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
+from kinvert.rules import sampler as resolve_sampler
+from kinvert.rules.base import Rule, StepBuilder
+
+
+class Interval(NamedTuple):
+    """The piece of the noise path that one draw belongs to, from `sigma_from` to `sigma_to`."""
+
+    sigma_from: float
+    sigma_to: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One evaluation of the denoiser at the state `input` and noise level `sigma`; `guided`: as a pair (D, U)."""
+
+    sigma: float
+    input: Form
+    guided: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step from `sigma` to `sigma_next`: evaluations, draws, and the rows of the update."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+    stages: tuple[Stage, ...]
+    noises: tuple[Interval, ...]
+    x: Form
+    memory: tuple[tuple[str, Form], ...] = ()
+
+    @property
+    def forgets_x(self) -> bool:
+        """Whether the new x does not depend on the old state other than through the denoiser."""
+        return not any(symbol.kind == "state" for symbol, _ in self.x)
+
+    def __str__(self) -> str:
+        lines = [f"step {self.index}: sigma {self.sigma:.6g} -> {self.sigma_next:.6g}"]
+        for r, (a, b) in enumerate(self.noises):
+            lines.append(f"  n{r} = noise({a:.6g}, {b:.6g})")
+        for k, stage in enumerate(self.stages):
+            names = f"D{k}, U{k}" if stage.guided else f"D{k}"
+            lines.append(f"  {names} = denoiser({stage.input}, {stage.sigma:.6g})")
+        lines += [f"  {name}' = {form}" for name, form in (("x", self.x), *self.memory)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampler on a schedule, as coefficients. `print(plan)` shows every row; everything here is a plain number."""
+
+    rule: Rule
+    sigmas: tuple[float, ...]
+    steps: tuple[Step, ...]
+
+    @functools.cached_property
+    def evaluations(self) -> int:
+        """Number of denoiser evaluations of one run."""
+        return sum(len(step.stages) for step in self.steps)
+
+    @functools.cached_property
+    def draws(self) -> int:
+        """Number of noise draws of one run."""
+        return sum(len(step.noises) for step in self.steps)
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a run draws noise."""
+        return self.draws > 0
+
+    @functools.cached_property
+    def memory_size(self) -> int:
+        """The most values, besides x, that are carried from one step to the next."""
+        return max(len(step.memory) for step in self.steps)
+
+    @property
+    def is_multistep(self) -> bool:
+        """Whether steps remember values of earlier steps."""
+        return self.memory_size > 0
+
+    @functools.cached_property
+    def is_guided(self) -> bool:
+        """Whether the denoiser must return a pair `Guided(denoised, uncond)` (CFG++)."""
+        return any(stage.guided for step in self.steps for stage in step.stages)
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether the noise level rises, as it does when unsampling."""
+        return self.sigmas[-1] > self.sigmas[0]
+
+    def __hash__(self) -> int:
+        return hash((self.rule, self.sigmas))  # the steps follow from these two
+
+    def __str__(self) -> str:
+        head = f"{self.rule!r}: {len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws of noise"
+        return "\n".join([f"{head}, {self.memory_size} remembered values", *map(str, self.steps)])
+
+
+def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
+    """Compile a sampler for a schedule.
+
+    Args:
+        rule: a sampler's name or a `Rule`.
+        sigmas: strictly monotone noise levels, decreasing (sampling) or increasing (unsampling); a 1-D tensor, array
+            or sequence on any device. The first must be positive, the last may be 0.
+
+    Returns:
+        The Plan; equal arguments give the same, cached object.
+
+    Raises:
+        ValueError: a schedule that is not strictly monotone, not finite or too short; a step that the rule cannot make.
+        TypeError: sigmas that are not numbers, or a rule that is not linear.
+    """
+    return _compile(resolve_sampler(rule), as_schedule(sigmas))
+
+
+@functools.lru_cache(maxsize=128)
+def _compile(rule: Rule, sigmas: tuple[float, ...]) -> Plan:
+    sigmas = rule.grid(sigmas)
+    steps = []
+    memory = {"x": Form.of(State("x"))}
+    for index in range(len(sigmas) - 1):
+        step = compile_step(rule, sigmas, index, memory)
+        steps.append(step)
+        memory = {name: Form.of(State(name)) for name in ("x", *(name for name, _ in step.memory))}
+    return Plan(rule, sigmas, _prune(steps))
+
+
+def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> Step:
+    """Run the rule on forms for one step; `memory` holds the form of x and of each remembered value."""
+    tracer = _Tracer(sigmas, index, memory)
+    try:
+        x = rule.step(tracer)
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(
+            f"{rule.name} cannot step from sigma {tracer.sigma:g} to {tracer.sigma_next:g} (step {index}): {error}"
+        ) from error
+    if not isinstance(x, Form):
+        raise TypeError(f"{type(rule).__name__}.step must return a form (the new x), got {x!r}")
+    remembered = tuple(tracer.remembered.items())
+    return Step(index, tracer.sigma, tracer.sigma_next, tuple(tracer.stages), tuple(tracer.noises), x, remembered)
+
+
+class _Tracer(StepBuilder):
+    """Records what a rule asks for and answers with symbols."""
+
+    def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
+        super().__init__(sigmas, index, memory)
+        self.stages: list[Stage] = []
+        self.noises: list[Interval] = []
+
+    def denoise(self, x: Form, sigma: float) -> Form:
+        self._evaluate(x, sigma, guided=False)
+        return Form.of(Denoised(len(self.stages) - 1))
+
+    def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
+        self._evaluate(x, sigma, guided=True)
+        k = len(self.stages) - 1
+        return Form.of(Denoised(k)), Form.of(Uncond(k))
+
+    def _evaluate(self, x: Form, sigma: float, guided: bool) -> None:
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"it evaluates the denoiser at sigma = {sigma:g}, which must be positive and finite")
+        self.stages.append(Stage(float(sigma), x, guided))
+
+    def noise(self, sigma_from: float, sigma_to: float) -> Form:
+        self.noises.append(Interval(float(sigma_from), float(sigma_to)))
+        return Form.of(Noise(len(self.noises) - 1))
+
+
+def _prune(steps: list[Step]) -> tuple[Step, ...]:
+    """Drop remembered values and noises that no stage and no x depends on, from the last step to the first."""
+    needed: set[str] = set()  # remembered values that the following step uses
+    pruned = []
+    for step in reversed(steps):
+        memory = tuple((name, form) for name, form in step.memory if name in needed)
+        rows = [stage.input for stage in step.stages] + [step.x] + [form for _, form in memory]
+        used = {symbol for row in rows for symbol, _ in row}
+        kept = [r for r in range(len(step.noises)) if Noise(r) in used]
+        if len(kept) < len(step.noises):
+            names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
+            step = replace(
+                step,
+                noises=tuple(step.noises[r] for r in kept),
+                stages=tuple(replace(stage, input=_rename(stage.input, names)) for stage in step.stages),
+                x=_rename(step.x, names),
+            )
+            memory = tuple((name, _rename(form, names)) for name, form in memory)
+        pruned.append(replace(step, memory=memory))
+        needed = {str(symbol.key) for symbol in used if symbol.kind == "state"}
+    return tuple(reversed(pruned))
+
+
+def _rename(form: Form, names: dict[Symbol, Symbol]) -> Form:
+    return Form({names.get(symbol, symbol): c for symbol, c in form})
+
+
+def as_schedule(sigmas: Any) -> tuple[float, ...]:
+    """Check a schedule and bring it to the host as floats; see `compile_plan`."""
+    values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {_describe(sigmas)}")
+    values = list(values)
+    try:
+        levels = tuple(_number(v) for v in values)
+    except TypeError:
+        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {_describe(sigmas)}") from None
+    if len(levels) < 2:
+        raise ValueError(f"sigmas must have at least two noise levels (one step), got {levels}")
+    for i, sigma in enumerate(levels):
+        if not (math.isfinite(sigma) and sigma >= 0):
+            raise ValueError(f"sigmas must be finite and not negative, got sigmas[{i}] = {sigma}; drop that entry")
+    _check_monotone(levels)
+    if levels[0] == 0:
+        raise ValueError(
+            "sigmas start at 0, where the slope (x - D)/sigma is undefined; start a rising schedule above it, e.g. at "
+            "1e-4 (unsample does this by sigma_offset)"
+        )
+    return levels
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (str, bytes, bool)):
+        raise TypeError
+    return float(value)
+
+
+def _check_monotone(levels: tuple[float, ...]) -> None:
+    rising = levels[-1] > levels[0]
+    for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)):
+        if a == b:
+            raise ValueError(
+                f"sigmas must be strictly monotone, got the same value twice, sigmas[{i}] = sigmas[{i + 1}] = {a:g}; "
+                "drop the repeated value (ask for fewer steps)"
+            )
+        if (b > a) != rising:
+            raise ValueError(
+                f"sigmas must be strictly monotone, got sigmas[{i}] = {a:g} -> sigmas[{i + 1}] = {b:g} in a "
+                f"{'rising' if rising else 'falling'} schedule; sort them, e.g. sigmas.sort(descending=True).values"
+            )
+
+
+def _describe(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else repr(value)

@@ -1,0 +1,143 @@
+r"""What a sampler is: a `Rule`, and what it sees of the world: a `StepBuilder`.
+
+Notation of every rule: variance-exploding coordinates `x = x0 + sigma * eps`, `D = D(x, sigma)` the denoised image,
+`d = (x - D) / sigma` the slope `dx/dsigma` of the probability-flow ODE, `q = sigma_next / sigma`, and a prime for
+the value at the end of the step. `interpolate(x, D, q) = q x + (1 - q) D` is at once the Euler step in sigma and the
+exponential Euler step in `log sigma` (DDIM).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from kinvert.forms import Form
+
+
+class StepBuilder(ABC):
+    """One step of a schedule as a rule sees it: the noise levels, the state, and the three things it may ask for.
+
+    Attributes:
+        index: number `i` of the step, from 0.
+        sigmas: all noise levels of the run; the step goes from `sigmas[i]` to `sigmas[i + 1]`.
+        sigma: `sigmas[i]`.
+        sigma_next: `sigmas[i + 1]`.
+        steps: number of steps of the run.
+        x: the state at `sigma`.
+
+    The states are linear forms while a rule is compiled and tensors when it is run eagerly; a rule cannot tell.
+    """
+
+    def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
+        self.sigmas = sigmas
+        self.index = index
+        self.sigma = sigmas[index]
+        self.sigma_next = sigmas[index + 1]
+        self.steps = len(sigmas) - 1
+        self.x = memory["x"]
+        self._memory = memory
+        self.remembered: dict[str, Form] = {}
+
+    @abstractmethod
+    def denoise(self, x: Form, sigma: float) -> Form:
+        """Evaluate the denoiser at the state `x` with noise level `sigma` > 0."""
+
+    @abstractmethod
+    def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
+        """Evaluate the denoiser once for the pair (guided, unconditional), as CFG++ samplers need it."""
+
+    @abstractmethod
+    def noise(self, sigma_from: float, sigma_to: float) -> Form:
+        """Unit-variance noise that belongs to the interval from `sigma_from` to `sigma_to`."""
+
+    def recall(self, name: str) -> Form | None:
+        """The value that the step before remembered as `name`; None if there is none."""
+        return self._memory.get(name)
+
+    def remember(self, name: str, value: Form) -> None:
+        """Keep `value` for the next step. What is not remembered again is gone."""
+        self.remembered[name] = value
+
+    def history(self, name: str, value: Form, length: int) -> list[Form]:
+        """Push `value` on the history `name`; returns the up to `length` newest values, newest first."""
+        values = [value]
+        while len(values) < length and (old := self.recall(f"{name}[-{len(values)}]")) is not None:
+            values.append(old)
+        for age, kept in enumerate(values[: length - 1], start=1):
+            self.remember(f"{name}[-{age}]", kept)
+        return values
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """A sampler: how one step follows from linear combinations of states, denoised values and noise.
+
+    Subclasses are frozen dataclasses whose fields are the options (numbers and names, checked when built); they are
+    final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
+    probability-flow ODE (for stochastic rules: with their noise switched off). Everything else, evaluations, memory,
+    noise, invertibility, is read off the compiled Plan.
+    """
+
+    name: ClassVar[str]
+    ode_order: ClassVar[int]
+
+    @abstractmethod
+    def step(self, s: StepBuilder) -> Form:
+        """The state at `s.sigma_next`."""
+
+    def grid(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        """The noise levels on which the rule really steps when it is asked for `sigmas`; most take them as they are."""
+        return sigmas
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            checked = _check_option(f"{self.name}: {f.name}", getattr(self, f.name), hints[f.name], f.metadata)
+            object.__setattr__(self, f.name, checked)
+
+
+def option(default: Any, *, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field of a rule with the bounds `low <= value <= high`."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
+    """`value` in the type that the field declares, so that equal rules are equal; an error that names the fix."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{label} must be {one_of(value, get_args(kind))}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError(f"{label} must be True or False, got {value!r}")
+        return value
+    wanted = numbers.Integral if kind is int else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise TypeError(f"{label} must be {'an int' if kind is int else 'a float'}, got {value!r}")
+    low, high = bounds.get("low", -math.inf), bounds.get("high", math.inf)
+    if not low <= value <= high:  # also refuses nan
+        raise ValueError(f"{label} must be a number from {low:g} to {high:g}, got {value!r}")
+    return kind(value)
+
+
+def one_of(name: object, known: Iterable[str]) -> str:
+    """The part of an error message that says which names exist, what was got, and which is nearest."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"one of {', '.join(known)}, got {name!r}{hint}"
+
+
+def slope(x: Form, denoised: Form, sigma: float) -> Form:
+    """`d = (x - D) / sigma`, the slope dx/dsigma of the probability-flow ODE."""
+    return (x - denoised) / sigma
+
+
+def interpolate(x: Form, denoised: Form, q: float) -> Form:
+    """`q x + (1 - q) D`: the Euler (DDIM) step to noise level `q * sigma`. At `q = 0` it is `D` exactly."""
+    return q * x + (1.0 - q) * denoised

@@ -1,0 +1,104 @@
+r"""One-step methods for the probability-flow ODE `dx/dsigma = d(x, sigma) = (x - D(x, sigma)) / sigma`.
+
+They share the churn of Karras et al. (2022, arXiv 2206.00364, Algorithm 2): before a step the noise level is raised
+from `sigma` to `sigma_hat = (1 + gamma) sigma` with `gamma = min(s_churn / steps, sqrt(2) - 1)` wherever
+`s_tmin <= sigma <= s_tmax`, and noise of variance `s_noise^2 (sigma_hat^2 - sigma^2)` is added. With `s_churn = 0`,
+the default, the methods are deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kinvert.forms import Form
+from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
+
+
+@dataclass(frozen=True)
+class ChurnedRule(Rule, ABC):
+    """A one-step method with churn; `s_churn` counts over the whole run, the other fields are noise levels."""
+
+    s_churn: float = option(0.0, low=0.0)
+    s_tmin: float = option(0.0, low=0.0)
+    s_tmax: float = option(math.inf, low=0.0)
+    s_noise: float = 1.0
+
+    def churn(self, s: StepBuilder) -> tuple[Form, float]:
+        """The churned state and its noise level `sigma_hat`."""
+        inside = self.s_tmin <= s.sigma <= self.s_tmax
+        gamma = min(self.s_churn / s.steps, math.sqrt(2.0) - 1.0) if inside else 0.0
+        if gamma == 0.0:
+            return s.x, s.sigma
+        sigma_hat = (1.0 + gamma) * s.sigma
+        scale = self.s_noise * math.sqrt(sigma_hat**2 - s.sigma**2)
+        return s.x + scale * s.noise(s.sigma, sigma_hat), sigma_hat
+
+
+@dataclass(frozen=True)
+class Euler(ChurnedRule):
+    r"""Euler's method: `x' = x + (sigma_next - sigma) d = q x + (1 - q) D`.
+
+    Order 1, one evaluation a step. It is DDIM (Song et al., Denoising Diffusion Implicit Models, 2020, arXiv
+    2010.02502, eta = 0), in VE, VP and rectified-flow coordinates alike.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364.
+    """
+
+    name: ClassVar[str] = "euler"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        x, sigma = self.churn(s)
+        return interpolate(x, s.denoise(x, sigma), s.sigma_next / sigma)
+
+
+@dataclass(frozen=True)
+class Heun(ChurnedRule):
+    r"""Heun's method: an Euler step to `x_e`, then `x' = x + (sigma_next - sigma) (d + d_e) / 2`.
+
+    `d_e = (x_e - D(x_e, sigma_next)) / sigma_next`. Order 2, two evaluations a step; a step to sigma = 0, where the
+    slope is undefined, is an Euler step.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364,
+    Algorithm 2.
+    """
+
+    name: ClassVar[str] = "heun"
+    ode_order: ClassVar[int] = 2
+
+    def step(self, s: StepBuilder) -> Form:
+        x, sigma = self.churn(s)
+        denoised = s.denoise(x, sigma)
+        euler = interpolate(x, denoised, s.sigma_next / sigma)
+        if s.sigma_next == 0:
+            return euler
+        d = slope(x, denoised, sigma)
+        d_next = slope(euler, s.denoise(euler, s.sigma_next), s.sigma_next)
+        return x + (s.sigma_next - sigma) * (d + d_next) / 2
+
+
+@dataclass(frozen=True)
+class DPM2(ChurnedRule):
+    r"""DPM-Solver-2 in sigma: a midpoint step with the geometric mean `m = sqrt(sigma sigma_next)` as midpoint.
+
+    `x_m = x + (m - sigma) d`, `x' = x + (sigma_next - sigma) (x_m - D(x_m, m)) / m`. Order 2, two evaluations a step;
+    a step to sigma = 0 is an Euler step.
+
+    Source: Lu et al., DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps
+    (2022), arXiv 2206.00927, in the sigma form of Karras et al. (2022), arXiv 2206.00364.
+    """
+
+    name: ClassVar[str] = "dpm_2"
+    ode_order: ClassVar[int] = 2
+
+    def step(self, s: StepBuilder) -> Form:
+        x, sigma = self.churn(s)
+        denoised = s.denoise(x, sigma)
+        if s.sigma_next == 0:
+            return denoised
+        m = math.sqrt(sigma * s.sigma_next)
+        x_m = interpolate(x, denoised, m / sigma)
+        return x + (s.sigma_next - sigma) * slope(x_m, s.denoise(x_m, m), m)

@@ -1,0 +1,386 @@
+r"""The two directions along a schedule, and both in a row.
+
+All three take the same *sampling* schedule, decreasing and usually ending in 0, so a round trip uses the same
+arguments twice:
+
+* `sample` runs a sampler down the schedule, from noise to data;
+* `unsample` runs it up the reversed schedule, from data to noise: the ComfyUI node *Unsampler*, generalised;
+* `round_trip` unsamples, samples back, and measures.
+
+Unsampling is approximate. A step up evaluates the denoiser at the *cleaner* end of the interval where the step down
+would evaluate it at the noisier one, so the round trip has the sampler's discretisation error, order for order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kinvert import metrics
+from kinvert.denoisers import Denoiser, Masked, guide
+from kinvert.engine import Callback, Progress, check_state, run
+from kinvert.noise import Noise, White, white
+from kinvert.plan import Plan, as_schedule, compile_plan
+from kinvert.rules import Rule
+
+Normalize = bool | Literal["sample", "sigma"]
+DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "euler",
+    cfg: float = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    latent: Tensor | None = None,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
+
+    Args:
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
+        x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
+        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
+        sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.
+        cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.
+        positive: keyword arguments of the denoiser for the conditional branch C.
+        negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
+        mask: 1 = sample, 0 = keep `latent`; shape (H, W), (batch, H, W) or (batch, 1 or channels, H, W).
+        latent: the clean image of the kept region, of x's shape; its noise is the one that `x` has there.
+        noise: source for stochastic samplers, e.g. `ki.noise.white(seed)`; None follows torch's global generator.
+        callback: called after each step with `index, sigma, sigma_next, x, denoised`.
+        progress: show a progress bar.
+
+    Returns:
+        The sample, shape (batch, *event), in x's dtype and on its device.
+
+    Raises:
+        TypeError, ValueError: an input that cannot work, named with what was got and the fix; a denoiser that returned
+            NaN or infinity, with the step and its sigma.
+    """
+    check_state(x)
+    plan = _compile(sampler, as_schedule(sigmas), rising=False)
+    if mask is not None:
+        if latent is None:
+            raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
+        _check_latent(latent, x)
+        background_noise = (x - latent) / plan.sigmas[0]
+        denoise = Masked(_guide(denoiser, plan, cfg, positive, negative), mask, latent, background_noise)
+    elif latent is not None:
+        raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
+    else:
+        denoise = _guide(denoiser, plan, cfg, positive, negative)
+    return _run_checked(plan, denoise, x, noise, callback, progress, "sample")
+
+
+@torch.no_grad()
+def unsample(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "euler",
+    end_at_step: int = 0,
+    cfg: float = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    normalize: Normalize = False,
+    sigma_offset: float = 1e-4,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Unsample: run a sampler up the reversed schedule, from the clean `x` to the noise behind it.
+
+    This is the ComfyUI node *Unsampler* for any denoiser: the schedule is reversed, `sigma_offset` is added to every
+    entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
+    `sample(denoiser, latent, sigmas[end_at_step:], ...)`.
+
+    Args:
+        denoiser, cfg, positive, negative, callback, progress: as in `sample`.
+        x: clean image or latent, shape (batch, *event).
+        sigmas: the *sampling* schedule, decreasing, usually ending in 0; it is reversed here.
+        sampler: a deterministic sampler, by name or as a rule.
+        end_at_step: leave out this many steps at the noisy end; at least one step always runs.
+        mask: 1 = unsample, 0 = keep x; shapes as in `sample`. In the kept region the result equals x.
+        normalize: True subtracts the mean and divides by the unbiased standard deviation of the whole batch tensor,
+            as the node does; "sample" does so for each sample; "sigma" divides by the last noise level.
+        sigma_offset: added to every entry of the reversed schedule.
+        noise: only for samplers with churn.
+
+    Returns:
+        The latent at noise level `sigmas[end_at_step] + sigma_offset` (unless normalized), in x's shape and dtype.
+
+    Raises:
+        ValueError: a sampler that cannot run upwards (ancestral and SDE samplers, with what to use instead); any
+            other input that cannot work.
+        TypeError: as in `sample`.
+    """
+    check_state(x)
+    if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
+        raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
+    plan = _compile(sampler, rising_schedule(sigmas, end_at_step, sigma_offset), rising=True)
+    _check_unsampling(plan, noise)
+    denoise = _guide(denoiser, plan, cfg, positive, negative)
+    if mask is not None:
+        denoise = Masked(denoise, mask, x)
+    latent = _run_checked(plan, denoise, x, noise, callback, progress, "unsample")
+    return _normalize(latent, normalize, plan.sigmas[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTrip:
+    """Data -> latent -> data, measured. `print` gives a short report.
+
+    Attributes:
+        latent: what unsampling found, shape (batch, *event).
+        reconstruction: what sampling made of it, the same shape.
+        sigma: noise level of the latent.
+        evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one).
+        mse, psnr, max_error: error of the reconstruction per sample, shape (batch,); psnr in dB, for data in [-1, 1].
+        latent_mean, latent_std: mean and standard deviation of `latent / sigma` per sample; 0 and 1 for pure noise.
+    """
+
+    latent: Tensor
+    reconstruction: Tensor
+    sigma: float
+    evaluations: int
+    mse: Tensor
+    psnr: Tensor
+    max_error: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __str__(self) -> str:
+        lines = [
+            f"round trip of {len(self.latent)} samples through sigma {self.sigma:g}, {self.evaluations} evaluations"
+        ]
+        for f in fields(self)[4:]:
+            values = getattr(self, f.name)
+            lines.append(f"  {f.name:<12} mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
+        return "\n".join(lines)
+
+
+def round_trip(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "euler",
+    method: Literal["unsample"] = "unsample",
+    end_at_step: int = 0,
+    cfg: float = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    normalize: Normalize = False,
+    sigma_offset: float = 1e-4,
+    data_range: float = 2.0,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> RoundTrip:
+    """Unsample `x`, sample the latent back with the same sampler, schedule and guidance, and measure.
+
+    Args:
+        method: how to go up; "unsample" is the one there is.
+        data_range: for psnr, 2 for data in [-1, 1].
+        denoiser, x, sigmas, sampler, end_at_step, cfg, positive, negative, mask, normalize, sigma_offset, callback,
+            progress: as in `unsample`. With a mask the kept region is x itself. A normalized latent is scaled to
+            `sigmas[end_at_step]` before it is sampled back.
+
+    Returns:
+        A `RoundTrip`.
+
+    Raises:
+        TypeError, ValueError: as in `unsample` and `sample`.
+    """
+    if method != "unsample":
+        raise ValueError(f"method must be 'unsample', got {method!r}")
+    shared: dict[str, Any] = {
+        "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask,
+        "callback": callback, "progress": progress,
+    }  # fmt: skip
+    latent = unsample(
+        denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset, **shared
+    )
+    schedule = as_schedule(sigmas)
+    back = schedule[_dropped_steps(schedule, end_at_step) :]
+    start = latent * back[0] if normalize else latent
+    reconstruction = sample(denoiser, start, back, latent=None if mask is None else x, **shared)
+    up = compile_plan(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
+    flat = latent.flatten(1).to(torch.promote_types(latent.dtype, torch.float32)) / (1.0 if normalize else back[0])
+    return RoundTrip(
+        latent=latent,
+        reconstruction=reconstruction,
+        sigma=back[0],
+        evaluations=up.evaluations + compile_plan(sampler, back).evaluations,
+        mse=metrics.mse(reconstruction, x),
+        psnr=metrics.psnr(reconstruction, x, data_range),
+        max_error=metrics.max_error(reconstruction, x),
+        latent_mean=flat.mean(1),
+        latent_std=flat.std(1),
+    )
+
+
+def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4) -> tuple[float, ...]:
+    """The schedule on which `unsample` runs: reversed, `sigma_offset` added, the noisiest `end_at_step` steps dropped.
+
+    Raises:
+        ValueError: a schedule that is not strictly decreasing, a negative `end_at_step` or `sigma_offset`.
+    """
+    schedule = as_schedule(sigmas)
+    _check_direction(schedule, "unsample reverses it itself")
+    if isinstance(sigma_offset, bool) or not isinstance(sigma_offset, (int, float)):
+        raise TypeError(f"sigma_offset must be a float, got {sigma_offset!r}")
+    if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
+        raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
+    kept = schedule[_dropped_steps(schedule, end_at_step) :]
+    return tuple(sigma + sigma_offset for sigma in reversed(kept))
+
+
+def _dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
+    if isinstance(end_at_step, bool) or not isinstance(end_at_step, int):
+        raise TypeError(f"end_at_step must be an int, got {end_at_step!r}")
+    if end_at_step < 0:
+        raise ValueError(f"end_at_step must not be negative, got {end_at_step}; 0 unsamples all the way")
+    return min(end_at_step, len(schedule) - 2)
+
+
+def _compile(sampler: str | Rule, schedule: tuple[float, ...], rising: bool) -> Plan:
+    if not rising:
+        _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
+    return compile_plan(sampler, schedule)
+
+
+def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
+    if schedule[0] < schedule[-1]:
+        raise ValueError(
+            f"sigmas must be the decreasing sampling schedule, got a rising one from {schedule[0]:g} to "
+            f"{schedule[-1]:g}; {hint}; use sigmas.flip(0)"
+        )
+
+
+def _check_unsampling(plan: Plan, noise: Noise | None) -> None:
+    """Refuse, before the first evaluation, what has no meaning upwards; read off the Plan."""
+    name = plan.rule.name
+    has_eta = any(f.name == "eta" for f in fields(plan.rule))
+    fix = f"use ki.sampler({name!r}, eta=0) or " if has_eta and getattr(plan.rule, "eta", 0) else "use "
+    fix += f"a deterministic sampler such as {DETERMINISTIC}"
+    forgetful = next((step for step in plan.steps if step.forgets_x), None)
+    if forgetful is not None:
+        raise ValueError(
+            f"{name} cannot unsample: its step from sigma {forgetful.sigma:g} up to {forgetful.sigma_next:g} forgets x, "
+            f"so the result would not depend on the image; {fix}"
+        )
+    if plan.is_stochastic and noise is None:
+        raise ValueError(
+            f"{name} draws noise {plan.draws} times on this schedule, so unsampling it finds no latent; {fix}"
+            + (", or switch churn off (s_churn=0)" if getattr(plan.rule, "s_churn", 0) else "")
+        )
+
+
+def _guide(
+    denoiser: Denoiser,
+    plan: Plan,
+    cfg: float,
+    positive: Mapping[str, Any] | None,
+    negative: Mapping[str, Any] | None,
+) -> Denoiser:
+    return guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+
+
+def _check_latent(latent: Any, x: Tensor) -> None:
+    if not isinstance(latent, Tensor) or latent.shape != x.shape:
+        got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
+        raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
+
+
+def _run_checked(
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    noise: Noise | None,
+    callback: Callback | None,
+    progress: bool,
+    verb: str,
+) -> Tensor:
+    """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
+    if plan.is_stochastic and noise is None:
+        noise = white()  # fixed here, so that a second run would see the same noise
+    if progress:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=len(plan.steps), desc=f"{verb} {plan.rule.name}") as bar:
+            result = run(plan, denoiser, x, noise, _with_bar(callback, bar))
+    else:
+        result = run(plan, denoiser, x, noise, callback)
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(_first_bad_step(plan, denoiser, x, noise))
+    return result
+
+
+def _with_bar(callback: Callback | None, bar: Any) -> Callback:
+    def update(step: Progress) -> None:
+        bar.update()
+        if callback is not None:
+            callback(step)
+
+    return update
+
+
+def _first_bad_step(plan: Plan, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
+    """Run again, reading every value, to say where the first NaN or infinity came from."""
+    if not bool(torch.isfinite(x).all()):
+        return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
+    found: list[str] = []
+
+    def checked(state: Tensor, sigma: Tensor) -> Any:
+        out = denoiser(state, sigma)
+        good_in = bool(torch.isfinite(state).all())
+        parts = out if isinstance(out, tuple) else (out,)
+        if not found and not (good_in and all(bool(torch.isfinite(part).all()) for part in parts)):
+            what = "the denoiser returned NaN or infinity" if good_in else "the state overflowed"
+            found.append(f"{what} at sigma {float(sigma[0]):g}")
+        return out
+
+    def locate(step: Progress) -> None:
+        if len(found) == 1:
+            found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
+
+    replayable = noise if noise is None or isinstance(noise, White) or hasattr(noise, "bind") else white(0)
+    run(plan, checked, x, replayable, locate)
+    where = " ".join(found) or "the result overflowed"
+    return (
+        f"{plan.rule.name}: {where}; x is {x.dtype} with largest value {float(x.abs().max()):.3g}. Check the denoiser "
+        "at this sigma, or run it in a wider dtype (float32)"
+    )
+
+
+def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:
+    if how is False:
+        return latent
+    if how == "sigma":
+        return latent / sigma
+    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    dims = tuple(range(latent.ndim)) if how is True else tuple(range(1, latent.ndim))
+    std = wide.std(dims, keepdim=True)
+    if not bool((std > 0).all()):  # one read, after the loop; also catches the nan of a single value
+        raise ValueError(
+            f"normalize={how!r} needs a latent that varies, got standard deviation 0 or a single value "
+            f"(shape {tuple(latent.shape)}); use normalize='sigma'"
+        )
+    return ((wide - wide.mean(dims, keepdim=True)) / std).to(latent.dtype)
