@@ -35,6 +35,26 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
     return math.sqrt(sigma_next**2 - up**2), up
 
 
+def flow_ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float, float]:
+    r"""The ancestral split of a rectified flow, `x = (1 - sigma) x0 + sigma eps` with sigma in [0, 1].
+
+    After a deterministic move to `down = sigma_next (1 + (sigma_next / sigma - 1) eta)`, the state is rescaled to the
+    signal level of `sigma_next` and noise fills up its variance: `x' = scale * x + up * n` with
+    `scale = (1 - sigma_next) / (1 - down)`, `up = sqrt(sigma_next^2 - (down * scale)^2)`. Returns (down, scale, up).
+
+    Raises:
+        ValueError: on a rising step with `eta > 0`, where the variance is negative.
+    """
+    if not eta:
+        return sigma_next, 1.0, 0.0
+    down = sigma_next * (1.0 + (sigma_next / sigma - 1.0) * eta)
+    scale = (1.0 - sigma_next) / (1.0 - down)
+    variance = sigma_next**2 - (down * scale) ** 2
+    if variance < 0:
+        raise ValueError(f"the noise of a rising step has negative variance ({variance:.3g}) for eta={eta:g}; use eta=0")
+    return down, scale, math.sqrt(variance)
+
+
 def sde_noise_scale(h: float, eta: float) -> float:
     r"""The factor `sqrt(1 - exp(-2 eta h))` of `sigma_next * noise` in one exact step of the reverse SDE.
 

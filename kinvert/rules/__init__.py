@@ -12,6 +12,7 @@ from typing import Any
 from kinvert.rules.ancestral import DPMpp2SAncestral, EulerAncestral
 from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, slope
 from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMppSDE
+from kinvert.rules.flow import Flow
 from kinvert.rules.multistep import LMS
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun
 
@@ -25,6 +26,7 @@ __all__ = [
     "DPMppSDE",
     "Euler",
     "EulerAncestral",
+    "Flow",
     "Heun",
     "Rule",
     "SamplerEntry",

@@ -2,6 +2,9 @@ r"""Ancestral samplers: a deterministic move below the target noise level, then 
 
 `(down, up)` is the split of `coefficients.ancestral_split`: `down^2 + up^2 = sigma_next^2`, `eta` scales `up`. With
 `eta = 0` they are deterministic. On a rising schedule `down = 0`: the step returns the denoised image and forgets x.
+
+With `flow=True` the noise levels are flow times, `x = (1 - sigma) x0 + sigma eps`, and the state is rescaled before the
+noise is added: `x' = scale * (...) + up s_noise n`, with `coefficients.flow_ancestral_split`.
 """
 
 from __future__ import annotations
@@ -10,9 +13,17 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kinvert.coefficients import ancestral_split
+from kinvert.coefficients import ancestral_split, flow_ancestral_split
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate
+
+
+def split(s: StepBuilder, eta: float, flow: bool) -> tuple[float, float, float]:
+    """`(down, scale, up)` of the step: move to `down`, multiply by `scale`, add `up` times noise."""
+    if flow:
+        return flow_ancestral_split(s.sigma, s.sigma_next, eta)
+    down, up = ancestral_split(s.sigma, s.sigma_next, eta)
+    return down, 1.0, up
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class EulerAncestral(Rule):
 
     eta: float = 1.0
     s_noise: float = 1.0
+    flow: bool = False
     noise_at_down_zero: bool = False
 
     name: ClassVar[str] = "euler_ancestral"
@@ -36,8 +48,8 @@ class EulerAncestral(Rule):
 
     def step(self, s: StepBuilder) -> Form:
         denoised = s.denoise(s.x, s.sigma)
-        down, up = ancestral_split(s.sigma, s.sigma_next, self.eta)
-        x = interpolate(s.x, denoised, down / s.sigma)
+        down, scale, up = split(s, self.eta, self.flow)
+        x = scale * interpolate(s.x, denoised, down / s.sigma)
         if s.sigma_next == 0 or (down == 0 and not self.noise_at_down_zero):
             return x
         return x + up * self.s_noise * s.noise(s.sigma, s.sigma_next)
@@ -47,9 +59,10 @@ class EulerAncestral(Rule):
 class DPMpp2SAncestral(Rule):
     r"""DPM-Solver++(2S) to `down`, then noise.
 
-    With the midpoint `m = sqrt(sigma down)`: `x_m = (m/sigma) x + (1 - m/sigma) D`, `D_m = D(x_m, m)`,
+    With the midpoint `m = sqrt(sigma down)` in log sigma: `x_m = (m/sigma) x + (1 - m/sigma) D`, `D_m = D(x_m, m)`,
     `x' = (down/sigma) x + (1 - down/sigma) D_m + up s_noise n(sigma, sigma_next)`. Order 2 at `eta = 0`, where it is
     the exponential midpoint rule and equals `dpmpp_sde` with `eta = 0`; two evaluations a step, one where `down = 0`.
+    In flow time the midpoint is taken in the log signal-to-noise ratio, `m = 0.9999` for a step from 1.
 
     Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (2022), arXiv
     2211.01095.
@@ -57,17 +70,26 @@ class DPMpp2SAncestral(Rule):
 
     eta: float = 1.0
     s_noise: float = 1.0
+    flow: bool = False
 
     name: ClassVar[str] = "dpmpp_2s_ancestral"
     ode_order: ClassVar[int] = 2
 
     def step(self, s: StepBuilder) -> Form:
         x = denoised = s.denoise(s.x, s.sigma)
-        down, up = ancestral_split(s.sigma, s.sigma_next, self.eta)
+        down, scale, up = split(s, self.eta, self.flow)
         if down > 0:
-            m = math.sqrt(s.sigma * down)
+            m = self._midpoint(s.sigma, down)
             denoised = s.denoise(interpolate(s.x, denoised, m / s.sigma), m)
-            x = interpolate(s.x, denoised, down / s.sigma)
+            x = scale * interpolate(s.x, denoised, down / s.sigma)
         if s.sigma_next == 0:
             return x
         return x + up * self.s_noise * s.noise(s.sigma, s.sigma_next)
+
+    def _midpoint(self, sigma: float, down: float) -> float:
+        if not self.flow:
+            return math.sqrt(sigma * down)
+        if sigma == 1:
+            return 0.9999
+        ratio = math.sqrt(sigma / (1.0 - sigma) * down / (1.0 - down))
+        return ratio / (1.0 + ratio)

@@ -40,7 +40,7 @@ class StepBuilder(ABC):
         self.sigma_next = sigmas[index + 1]
         self.steps = len(sigmas) - 1
         self.x = memory["x"]
-        self._memory = memory
+        self.memory = memory
         self.remembered: dict[str, Form] = {}
 
     @abstractmethod
@@ -57,7 +57,7 @@ class StepBuilder(ABC):
 
     def recall(self, name: str) -> Form | None:
         """The value that the step before remembered as `name`; None if there is none."""
-        return self._memory.get(name)
+        return self.memory.get(name)
 
     def remember(self, name: str, value: Form) -> None:
         """Keep `value` for the next step. What is not remembered again is gone."""
@@ -111,6 +111,10 @@ def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{label} must be {one_of(value, get_args(kind))}")
+        return value
+    if kind is Rule:
+        if not isinstance(value, Rule):
+            raise TypeError(f"{label} must be a Rule, e.g. ki.sampler('dpmpp_2m'), got {value!r}")
         return value
     if kind is bool:
         if not isinstance(value, bool):

@@ -1,0 +1,87 @@
+r"""Any rule on a rectified-flow model, in its own time.
+
+A rectified flow has `x_t = (1 - t) x0 + t eps` with t in [0, 1]. Divided by `1 - t` it is variance exploding:
+`x = x_t / (1 - t)` has noise level `sigma = t / (1 - t)`, and the denoised image is the same. So every rule runs on a
+flow model by a change of coordinates, which is linear and therefore a rule again.
+
+Euler's method is the same with and without the change. The others are not: Heun's method or a linear multistep method
+that is run on the flow times themselves is a different integrator of the same ODE. The samplers with
+`lambda = log((1 - t) / t)` in their formulas (DPM++ SDE, 2M SDE, 3M SDE, SEEDS, ER-SDE, SA-Solver, CFG++) need the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kinvert.forms import Form
+from kinvert.rules.base import Rule, StepBuilder, option
+
+
+@dataclass(frozen=True)
+class Flow(Rule):
+    """`rule` in variance-exploding coordinates, on a schedule and a state in flow time t.
+
+    A schedule that starts at `t = 1`, where the noise level is infinite, is started at `t = start` instead; the state
+    is not changed.
+
+    Attributes:
+        rule: the rule to run, e.g. `ki.sampler("dpmpp_2m_sde")`.
+        start: flow time used in place of 1.
+    """
+
+    rule: Rule
+    start: float = option(0.9999, low=0.5, high=1.0 - 1e-9)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the wrapped rule."""
+        return self.rule.name
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        """The order of the wrapped rule."""
+        return self.rule.ode_order
+
+    def grid(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        if max(sigmas) > 1:
+            raise ValueError(
+                f"{self.name}: flow times must lie in [0, 1], got {max(sigmas):g}; use a schedule that ends below 1 "
+                "(unsample adds sigma_offset to it: drop the step to 1 by end_at_step=1)"
+            )
+        times = tuple(min(t, self.start) for t in sigmas)
+        return tuple(_flow_time(sigma) for sigma in self.rule.grid(tuple(_noise_level(t) for t in times)))
+
+    def step(self, s: StepBuilder) -> Form:
+        inner = _FlowStep(s)
+        x = self.rule.step(inner)
+        s.remembered = inner.remembered
+        return (1.0 - s.sigma_next) * x
+
+
+class _FlowStep(StepBuilder):
+    """The step in variance-exploding coordinates, which asks the step in flow time."""
+
+    def __init__(self, flow: StepBuilder) -> None:
+        levels: Sequence[float] = [_noise_level(t) for t in flow.sigmas]
+        super().__init__(levels, flow.index, {**flow.memory, "x": flow.x / (1.0 - flow.sigma)})
+        self._flow = flow
+
+    def denoise(self, x: Form, sigma: float) -> Form:
+        t = _flow_time(sigma)
+        return self._flow.denoise((1.0 - t) * x, t)
+
+    def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
+        t = _flow_time(sigma)
+        return self._flow.denoise_guided((1.0 - t) * x, t)
+
+    def noise(self, sigma_from: float, sigma_to: float) -> Form:
+        return self._flow.noise(_flow_time(sigma_from), _flow_time(sigma_to))
+
+
+def _noise_level(t: float) -> float:
+    return t / (1.0 - t)
+
+
+def _flow_time(sigma: float) -> float:
+    return sigma / (1.0 + sigma)
