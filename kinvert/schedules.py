@@ -1,0 +1,394 @@
+r"""Sigma schedules: which noise levels a sampler visits.
+
+A schedule of n steps is a 1-D float64 CPU tensor, decreasing, of n + 1 values
+`sigma_0 > ... > sigma_n = 0`. Exceptions: `laplace` ends without the 0, `ddim_uniform` and `beta`
+may have another number of steps, and `simple` (n > M) and `laplace` (clamping) may repeat values;
+each says so. A repeated sigma is a step of length 0, which multistep samplers divide by.
+
+Symbols: n steps, j the index of a value, `u_j = j / (n - 1)` (0 for n = 1), [sigma_min, sigma_max]
+the bounds, and of a model's `Levels`: the table T of length M (ascending) and the maps t(sigma),
+sigma(t).
+
+Errors, by every function: TypeError for an n that is not an int, a number that is not one, or a
+levels that is not a `Levels`; ValueError for n < 1, unless 0 < sigma_min < sigma_max, for a shape
+parameter (rho, alpha, beta, ...) that is not positive and finite, and where a docstring says so.
+
+`schedule` takes the names that ComfyUI and k-diffusion use and applies ComfyUI's rules for
+denoise < 1 and for samplers that drop the penultimate sigma. The hosts compute in float32: their
+values differ from these by its rounding, of up to 2e-4 where it is amplified
+(`kl_optimal` with a large sigma_max, `vp` at small times).
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinvert.levels import Levels, real
+
+# Samplers whose schedule is built with one step more and then loses its second-to-last sigma.
+DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
+# A lowest training level at or below this is taken as 0: no 0 is appended after it.
+ZERO = 1e-5
+# The published 10-step schedules (11 sigmas), by model.
+ALIGN_YOUR_STEPS = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Uniform in sigma^(1/rho), then 0.
+
+    `sigma_j = (A + u_j (B - A))^rho` with A = sigma_max^(1/rho) and B = sigma_min^(1/rho).
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022,
+    arXiv 2206.00364, eq. 5.
+    """
+    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
+    rho = real("rho", rho, above=0)
+    return _between(_linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho, low, high)
+
+
+def exponential(n: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Uniform in ln sigma, from sigma_max to sigma_min, then 0."""
+    return polyexponential(n, sigma_min, sigma_max, rho=1.0)
+
+
+def polyexponential(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
+    """Polynomial in ln sigma, then 0.
+
+    `ln sigma_j = ln sigma_min + (1 - u_j)^rho ln(sigma_max / sigma_min)`.
+    """
+    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
+    ramp = _linspace(1, 0, n) ** real("rho", rho, above=0)
+    return _between(low * (ramp * math.log(high / low)).exp(), low, high)
+
+
+def vp(n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3) -> Tensor:
+    """Uniform in the time of the variance-preserving SDE, then 0.
+
+    `sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)` at n times t from 1 to eps_s.
+    Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al.
+    2021, arXiv 2011.13456.
+    """
+    beta_d, beta_min = real("beta_d", beta_d, above=0), real("beta_min", beta_min, above=0)
+    t = _linspace(1, real("eps_s", eps_s, above=0, below=1), _steps(n))
+    return _with_zero((beta_d * t**2 / 2 + beta_min * t).expm1().sqrt())
+
+
+def laplace(n: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: float = 0.5) -> Tensor:
+    """Quantiles of a Laplace law of ln sigma, clamped to the bounds; n values, without a 0.
+
+    `ln sigma_j = mu - beta sign(1/2 - u_j) ln(1 - 2 |1/2 - u_j| + 1e-5)`: n - 1 steps, the last one
+    to about sigma_min. Clamping repeats values where the law reaches past a bound.
+    Source: Improved Noise Schedule for Diffusion Training, Hang et al. 2024, arXiv 2407.03297.
+    """
+    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
+    mu, beta = real("mu", mu), real("beta", beta, above=0)
+    offset = 0.5 - _linspace(0, 1, n)
+    log = mu - beta * offset.sign() * (1 - 2 * offset.abs() + 1e-5).log()
+    return log.exp().clamp(low, high)
+
+
+def kl_optimal(n: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Uniform in the angle atan sigma, then 0.
+
+    `sigma_j = tan((1 - u_j) atan sigma_max + u_j atan sigma_min)`: uniform time on the cosine
+    schedule (Nichol and Dhariwal 2021, arXiv 2102.09672, without its offset). n = 1 gives
+    [sigma_max, 0], where the hosts divide 0 by 0 and give NaN.
+    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
+    arXiv 2404.14507.
+    """
+    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
+    return _between(_linspace(math.atan(high), math.atan(low), n).tan(), low, high)
+
+
+def ays(n: int, model: str = "sd15") -> Tensor:
+    """Align Your Steps: published sigmas, interpolated log-linearly to n + 1 values, the last 0.
+
+    n = 10 is the published table itself. `model` is "sd15", "sdxl" or "svd" (Stable Video
+    Diffusion).
+    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
+    arXiv 2404.14507.
+    """
+    if model not in ALIGN_YOUR_STEPS:
+        raise ValueError(_unknown("model", model, ALIGN_YOUR_STEPS))
+    table = np.log(ALIGN_YOUR_STEPS[model])
+    at = np.linspace(0, 1, _steps(n) + 1)
+    sigmas = torch.from_numpy(np.exp(np.interp(at, np.linspace(0, 1, len(table)), table)))
+    return _with_zero(sigmas[:-1])
+
+
+def normal(n: int, levels: Levels) -> Tensor:
+    """Uniform in network time: sigma(t) at n times from t(sigma_max) to t(sigma_min), then 0.
+
+    Where the last of them is 0 already (sigma <= 1e-5): n + 1 values and no other 0. Flow levels
+    with a shift apply it twice at the low end, as the hosts do: their two maps are not inverse.
+    """
+    n, (start, end) = _steps(n), _time_range(levels)
+    if abs(float(levels.sigma(end))) <= ZERO:
+        return levels.sigma(_linspace(start, end, n + 1))
+    return _with_zero(levels.sigma(_linspace(start, end, n)))
+
+
+def sgm_uniform(n: int, levels: Levels) -> Tensor:
+    """Uniform in network time without its end: the first n of n + 1 times of `normal`, then 0.
+
+    It leaves sigma_min out.
+    """
+    n, (start, end) = _steps(n), _time_range(levels)
+    return _with_zero(levels.sigma(_linspace(start, end, n + 1)[:-1]))
+
+
+def simple(n: int, levels: Levels) -> Tensor:
+    """Every (M / n)-th level from the top, `T[M - 1 - floor(j M / n)]`, then 0.
+
+    n = M is the whole table; n > M repeats values.
+    """
+    n, table = _steps(n), _checked(levels).sigmas
+    skip = len(table) / n
+    return _with_zero(table[[len(table) - 1 - int(j * skip) for j in range(n)]])
+
+
+def ddim_uniform(n: int, levels: Levels) -> Tensor:
+    """Levels 1, 1 + s, 1 + 2 s, ... with the stride s = max(floor(M / n), 1), downwards, then 0.
+
+    That is ceil((M - 1) / s) steps, not always n (M = 1000: n = 30 gives 31), and it starts below
+    sigma_max. Where T[1] is 0 already (<= 1e-5), s is that of n + 1 and no other 0 follows.
+    Source: Denoising Diffusion Implicit Models, Song et al. 2021, arXiv 2010.02502.
+    """
+    n, table = _steps(n), _checked(levels).sigmas
+    ends_at_zero = float(table[1]) <= ZERO
+    stride = max(len(table) // (n + ends_at_zero), 1)
+    sigmas = table[1::stride].flip(0)
+    return sigmas if ends_at_zero else _with_zero(sigmas)
+
+
+def beta(n: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+    """Levels at the quantiles of a Beta(alpha, beta) law, then 0.
+
+    `T[round(Q(1 - j / n) (M - 1))]`, rounding half to even, Q the quantile function. An index
+    equal to the one before is dropped, so a large n gives fewer steps (M = 1000: n = 1000 gives
+    847).
+    Source: Beta Sampling is All You Need: Efficient Image Generation Strategy for Diffusion Models
+    using Stepwise Spectral Analysis, Lee et al. 2024, arXiv 2407.12173.
+    """
+    from scipy import special  # here, because it takes a tenth of torch's own import time
+
+    n, table = _steps(n), _checked(levels).sigmas
+    alpha, beta = real("alpha", alpha, above=0), real("beta", beta, above=0)
+    quantiles = special.betaincinv(alpha, beta, 1 - np.arange(n) / n)
+    index = np.rint(quantiles * (len(table) - 1)).astype(np.int64)
+    kept = np.diff(index, prepend=-1) != 0
+    return _with_zero(table[torch.from_numpy(index[kept])])
+
+
+def beta57(n: int, levels: Levels) -> Tensor:
+    """`beta` with alpha = 0.5 and beta = 0.7 (named by RES4LYF): lower noise than `beta`."""
+    return beta(n, levels, alpha=0.5, beta=0.7)
+
+
+def linear_quadratic(
+    n: int,
+    levels: Levels | float,
+    threshold_noise: float = 0.025,
+    linear_steps: int | None = None,
+) -> Tensor:
+    """Linear from sigma_max for half of the steps, then quadratic down to 0.
+
+    `sigma_j = sigma_max (1 - y_j)`; y rises linearly from 0 to theta = threshold_noise in
+    k = linear_steps (default n // 2) steps; then `y_j = a j^2 + b j + a k^2` continues its value
+    and its slope to 1: with m = n - k and delta = k - theta n, `a = delta / (k m^2)` and
+    `b = theta / k - 2 delta / m^2`. n = 1 gives [sigma_max, 0].
+    Source: Movie Gen: A Cast of Media Foundation Models, Polyak et al. 2024, arXiv 2410.13720.
+
+    Args:
+        n: steps.
+        levels: a Levels, whose sigma_max is used, or sigma_max itself.
+        threshold_noise: fraction of the noise removed by the linear part.
+        linear_steps: length k of the linear part.
+
+    Raises:
+        ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from
+            there on the quadratic part would pass below 0 and come back.
+    """
+    n = _steps(n)
+    if isinstance(levels, (int, float, np.number)):
+        sigma_max = real("levels", levels, above=0)
+    else:
+        sigma_max = _checked(levels).sigma_max
+    if n == 1:
+        return torch.tensor([sigma_max, 0.0], dtype=torch.float64)
+    k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
+    if k >= n:
+        raise ValueError(f"linear_steps must be below n = {n}, got {k}; leave it out for n // 2")
+    theta = real("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
+    m, delta = n - k, k - theta * n
+    a, b = delta / (k * m**2), theta / k - 2 * delta / m**2
+    j = torch.arange(n, dtype=torch.float64)
+    y = torch.where(j < k, j * theta / k, a * j**2 + b * j + a * k**2)
+    return _with_zero(sigma_max * (1 - y))
+
+
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """One line of `SCHEDULES`.
+
+    Attributes:
+        name: the host's name.
+        function: called as function(n, sigma_min, sigma_max), function(n, levels) or function(n),
+            with options.
+        needs: which of the three: "bounds", "levels" or "nothing".
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    needs: Literal["bounds", "levels", "nothing"]
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.function.__doc__ or "").partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """The paper that the function's docstring names, or ""."""
+        after = (self.function.__doc__ or "").partition("Source: ")[2]
+        return " ".join(after.partition("\n\n")[0].split())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options that `schedule` passes on."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _entries(
+    needs: Literal["bounds", "levels", "nothing"], *functions: Callable[..., Tensor]
+) -> dict[str, ScheduleEntry]:
+    return {f.__name__: ScheduleEntry(f.__name__, f, needs) for f in functions}
+
+
+SCHEDULES: dict[str, ScheduleEntry] = (
+    _entries("levels", simple, sgm_uniform, normal, ddim_uniform, beta, beta57, linear_quadratic)
+    | _entries("bounds", karras, exponential, polyexponential, laplace, kl_optimal)
+    | _entries("nothing", vp, ays)
+)
+
+
+def schedule(
+    name: str,
+    steps: int,
+    levels: Levels,
+    *,
+    sampler: object = None,
+    denoise: float | None = 1.0,
+    **options: Any,
+) -> Tensor:
+    """The schedule that a host builds from a name, a number of steps and the model.
+
+    Bounds are the ends of the model's table. For a sampler in `DISCARD_PENULTIMATE` the schedule is
+    built with one step more and loses its second-to-last value. For denoise < 1 it is built with
+    floor(steps / denoise) steps, and its last steps + 1 values are kept (all of them if there are
+    fewer). denoise above 0.9999 or None means all of the noise.
+
+    Args:
+        name: a key of `SCHEDULES`.
+        steps: number of steps.
+        levels: the model's noise levels.
+        sampler: name of the sampler, or an object with that `name`.
+        denoise: fraction of the schedule to run, from its low-noise end.
+        **options: options of the schedule's function, e.g. rho.
+
+    Returns:
+        float64 tensor (steps + 1,); see the exceptions of the module. Flow levels give flow times.
+
+    Raises:
+        ValueError: unknown name, steps or options out of range, or denoise outside (0, 1].
+        TypeError: levels is not a Levels, or an option the schedule does not have.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(_unknown("schedule", name, SCHEDULES))
+    entry, steps, levels = SCHEDULES[name], _steps(steps, "steps"), _checked(levels)
+    for option in options.keys() - entry.options.keys():
+        raise TypeError(_unknown(f"option of {name}", option, entry.options))
+    denoise = 1.0 if denoise is None else real("denoise", denoise)
+    if not 0 < denoise <= 1:
+        hint = "leaves nothing to do" if denoise <= 0 else "is more than all of the noise"
+        raise ValueError(f"denoise must be in (0, 1], got {denoise}, which {hint}; 1 is all of it")
+    bounds = (levels.sigma_min, levels.sigma_max)
+    arguments = {"levels": (levels,), "bounds": bounds, "nothing": ()}
+    discard = _sampler_name(sampler) in DISCARD_PENULTIMATE
+    total = steps if denoise > 0.9999 else int(steps / denoise)
+    sigmas = entry.function(total + discard, *arguments[entry.needs], **options)
+    if discard:
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    return sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :]
+
+
+def _steps(n: object, name: str = "n") -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(n).__name__} {n!r}; pass e.g. 20")
+    if n < 1:
+        raise ValueError(f"{name} must be at least 1, got {n}; pass e.g. 20")
+    return int(n)
+
+
+def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    low, high = real("sigma_min", sigma_min, above=0), real("sigma_max", sigma_max, above=0)
+    if low >= high:
+        raise ValueError(f"sigma_min must be below sigma_max, got {low} >= {high}; swap them")
+    return low, high
+
+
+def _checked(levels: object) -> Levels:
+    if not isinstance(levels, Levels):
+        raise TypeError(
+            f"levels must be a kinvert.levels.Levels, got {type(levels).__name__}; "
+            "build one, e.g. levels.stable_diffusion()"
+        )
+    return levels
+
+
+def _sampler_name(sampler: object) -> str | None:
+    name = sampler if sampler is None or isinstance(sampler, str) else getattr(sampler, "name", 0)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"sampler must be a name or an object with a name, got {type(sampler).__name__}; pass e.g. 'euler'"
+        )
+    return name
+
+
+def _time_range(levels: Levels) -> tuple[float, float]:
+    table = _checked(levels).sigmas
+    return float(levels.timestep(table[-1])), float(levels.timestep(table[0]))
+
+
+def _linspace(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+def _between(sigmas: Tensor, low: float, high: float) -> Tensor:
+    """Ends set to the bounds: rounding must not take a flow time to 1 past it, or short of it."""
+    sigmas[-1] = low
+    sigmas[0] = high
+    return _with_zero(sigmas)
+
+
+def _with_zero(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _unknown(what: str, name: object, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {what} {name!r}; {hint}choose one of {', '.join(known) or 'none'}"

@@ -1,0 +1,50 @@
+"""Denoisers with exact answers, schedules, and slopes, shared by the tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kinvert as ki
+
+
+def mixture(dim: int = 6, seed: int = 0) -> ki.denoisers.GaussianMixture:
+    """Three Gaussians in `dim` dimensions, float64."""
+    g = torch.Generator().manual_seed(seed)
+    means = torch.randn(3, dim, generator=g, dtype=torch.float64)
+    return ki.denoisers.GaussianMixture(means, torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64))
+
+
+def guided_mixture(dim: int = 6) -> ki.Denoiser:
+    """A denoiser for CFG++: another mixture as the unconditional branch."""
+    cond, uncond = mixture(dim), mixture(dim, seed=1)
+    return lambda x, sigma: ki.Guided(cond(x, sigma), uncond(x, sigma))  # type: ignore[return-value]
+
+
+def noise_like(x_shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(x_shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@st.composite
+def schedules(draw: st.DrawFn, min_steps: int = 1, max_steps: int = 9, zero: bool | None = None) -> list[float]:
+    """Random strictly decreasing schedules with steps between a hundredth and one in log sigma, maybe ending in 0."""
+    n = draw(st.integers(min_steps, max_steps))
+    sigma = draw(st.floats(0.5, 80.0))
+    sigmas = [sigma]
+    for h in draw(st.lists(st.floats(0.01, 1.0), min_size=n, max_size=n)):
+        sigma *= math.exp(-h)
+        sigmas.append(sigma)
+    if draw(st.booleans()) if zero is None else zero:
+        sigmas[-1] = 0.0
+    return sigmas
+
+
+def order_slope(errors: list[float], steps: list[int]) -> float:
+    """Least-squares slope of -log error against log steps."""
+    u = [math.log(n) for n in steps]
+    v = [-math.log(e) for e in errors]
+    mu, mv = sum(u) / len(u), sum(v) / len(v)
+    return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum((a - mu) ** 2 for a in u)

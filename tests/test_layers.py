@@ -1,0 +1,68 @@
+"""Imports run one way, and importing the package is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kinvert"
+
+# Each module may import the ones above it (and those on its own line); nothing below. Unlisted files are an error.
+LAYERS = [
+    {"forms", "coefficients"},
+    {"rules"},
+    {"plan", "levels"},
+    {"schedules", "denoisers", "analysis", "noise", "metrics"},
+    {"engine"},
+    {"sampling", "adaptive", "inversion", "graphs", "reference"},
+    {"models"},
+    {"bench"},
+    {"adapters", "demo", "cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of everything a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path.name}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    for name in imports(path):
+        pieces = name.split(".")
+        if pieces[0] == "kinvert" and len(pieces) > 1 and pieces[1] in RANK:
+            assert RANK[pieces[1]] <= RANK[part(path)], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "rules").glob("*.py")), ids=lambda p: p.name)
+def test_rules_import_no_tensors(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy", "scipy"}
+
+
+def test_plan_and_forms_import_no_tensors() -> None:
+    for name in ("forms", "plan", "analysis"):
+        assert not {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")} & {"torch"}
+
+
+def test_import_brings_no_extras() -> None:
+    code = "import sys, kinvert; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(result.stdout))
+    assert not loaded & {"matplotlib", "click", "rich", "sklearn", "mlxtend", "pandas", "diffusers", "PIL", "scipy"}

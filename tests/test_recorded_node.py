@@ -1,0 +1,127 @@
+"""`unsample` against outputs of the real ComfyUI node *Unsampler*, in float32 as the node computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from recordings import Case, array, index, load, relative_error
+from torch import Tensor
+
+import kinvert as ki
+
+LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025, "sd21v": 0.18215, "zsnr": 0.18215}
+# Samplers that the node runs with results that are no inversion (it returns the last denoised image, or NaN), or
+# that it cannot run at all; kinvert refuses the first and runs the others.
+REFUSED = {"euler_ancestral"}
+FAIL_IN_NODE = {"ddim", "uni_pc", "uni_pc_bh2"}
+
+
+def network(tc: float) -> Callable[..., Tensor]:
+    """The network of the recordings: tanh(w x + b + tc sin(t / 200)), w and b from the conditioning."""
+
+    def f(x: Tensor, t: Tensor, ctx: Tensor) -> Tensor:
+        w, b = (ctx[:, k, : x.shape[1]].to(x.dtype)[:, :, None, None] for k in (0, 1))
+        return torch.tanh(w * x + b + tc * torch.sin(t.to(x.dtype).reshape(-1, 1, 1, 1) / 200))
+
+    return f
+
+
+def node_inputs(case: Case) -> tuple[Tensor, Tensor | None]:
+    arrays = load("part3_shared")
+    name = case["latent"]
+    latent = torch.zeros(1, 4, 4, 4) if name == "zeros4" else torch.tensor(arrays[f"latent/{name}"])
+    if "mask" not in case:
+        return latent, None
+    # The node prepares masks twice, so every item gets item 0's mask; ours are per item, so give it that one.
+    mask = torch.tensor(arrays[f"mask/{case['mask']}"])
+    return latent, mask[:1] if mask.ndim > 2 else mask
+
+
+def run_node(case: Case, dtype: torch.dtype, sigmas: Tensor | None = None) -> Tensor:
+    model = case["model"]
+    levels = ki.levels.stable_diffusion(zero_snr=model == "zsnr")
+    adapter = ki.denoisers.from_v if model in ("sd21v", "zsnr") else ki.denoisers.from_eps
+    arrays = load("part3_shared")
+    positive, negative = ({"ctx": torch.tensor(arrays[f"ctx/ctx4_{sign}"])} for sign in ("pos", "neg"))
+    if sigmas is None:
+        sigmas = ki.schedule(case["scheduler"], case["steps"], levels, sampler=case["sampler"])
+    # The node counts steps from the clean end of the schedule, which may have more of them than asked for.
+    run_steps = case["steps"] - min(case["end_at_step"], case["steps"] - 1)
+    latent, mask = node_inputs(case)
+    scale = LATENT_SCALE[model]
+    out = ki.unsample(
+        adapter(network(case["tc"]), levels),
+        latent.to(dtype) * scale,
+        sigmas,
+        sampler=case["sampler"],
+        end_at_step=max(0, len(sigmas) - 1 - run_steps),
+        cfg=case["cfg"],
+        positive=positive,
+        negative=negative,
+        mask=mask,
+        normalize=False,
+    )
+    out = out / scale  # the node normalizes what it hands out, after the scale
+    return (out - out.mean()) / out.std() if case["normalize"] else out
+
+
+CASES = [c for c in index()["node"] if c["model"] in LATENT_SCALE and c["sampler"] in ki.SAMPLERS]
+FINITE = [c for c in CASES if c["finite"] and c["sampler"] not in REFUSED]
+
+
+@pytest.mark.parametrize("case", FINITE, ids=lambda c: c["id"])
+def test_matches_node(case: Case) -> None:
+    got = run_node(case, torch.float32)
+    error = relative_error(got, array(case, "out"))
+    if error > 3e-4:
+        rounding = relative_error(got, run_node(case, torch.float64).numpy())
+        assert error <= 10 * rounding, (error, rounding)
+        print(error, rounding)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["sampler"] in REFUSED][:3], ids=lambda c: c["id"])
+def test_refuses_what_is_no_inversion(case: Case) -> None:
+    with pytest.raises(ValueError, match=f"{case['sampler']} cannot unsample.*eta=0.*'heun'"):
+        run_node(case, torch.float32)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["sampler"] in FAIL_IN_NODE][:6], ids=lambda c: c["id"])
+def test_runs_where_the_node_fails(case: Case) -> None:
+    assert torch.isfinite(run_node(case, torch.float32)).all()
+
+
+def test_mask_of_the_node() -> None:
+    """The resized mask is the one that the node really used."""
+    for case in (c for c in CASES if "mask" in c and c["finite"]):
+        latent, mask = node_inputs(case)
+        assert mask is not None
+        ours = ki.denoisers.resize_mask(mask, latent).expand(len(latent), -1, -1, -1)[:, 0]
+        torch.testing.assert_close(ours, torch.tensor(array(case, "mask_used")), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", index()["unet"], ids=lambda c: c["id"])
+def test_matches_node_with_a_real_network(case: Case) -> None:
+    """The k-th network call returns the k-th recorded output, unconditional rows first: the same calls in the same order."""
+    outputs = iter(torch.tensor(array(case, "eps_calls")))
+    times = iter(array(case, "call_t"))
+    levels = ki.levels.stable_diffusion()
+
+    def replayed(x: Tensor, t: Tensor, branch: Tensor) -> Tensor:
+        assert torch.equal(t, torch.full_like(t, next(times)))
+        assert branch.flatten().tolist() == ([1.0] if len(x) == 1 else [0.0, 1.0])
+        return next(outputs)
+
+    out = ki.unsample(
+        ki.denoisers.from_eps(replayed, levels),
+        torch.tensor(array(case, "latent")) * LATENT_SCALE["sd15"],
+        ki.schedule(case["scheduler"], case["steps"], levels, sampler=case["sampler"]),
+        sampler=case["sampler"],
+        end_at_step=case["end_at_step"],
+        cfg=case["cfg"],
+        positive={"branch": torch.ones(1, 1)},
+        negative={"branch": torch.zeros(1, 1)},
+    )
+    assert next(outputs, None) is None
+    assert relative_error(out / LATENT_SCALE["sd15"], array(case, "out")) <= 3e-4
