@@ -1,0 +1,178 @@
+r"""From what a network predicts to a denoiser.
+
+A network ``F(x_scaled, t)`` predicts the noise, the data or a mixture of both from a scaled input
+and a timestep. Every parametrisation has the same form (Karras et al. 2022, Eq. 7),
+
+    D(x, sigma) = c_skip x + c_out F(c_in x, t(sigma))
+
+with ``sd = sigma_data`` (1 for DDPM levels):
+
+    prediction   c_in                       c_skip                    c_out
+    eps          1 / sqrt(sigma² + sd²)     1                         -sigma
+    v            1 / sqrt(sigma² + sd²)     sd² / (sigma² + sd²)      -sigma sd / sqrt(sigma² + sd²)
+    x0           1 / sqrt(sigma² + sd²)     0                         1
+    velocity     1 / (1 + sigma)            1 / (1 + sigma)           -sigma / (1 + sigma)
+
+The last line is a rectified flow ``x_t = (1 - t) x0 + t eps`` seen in variance-exploding
+coordinates, ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``; in its own coordinates it is
+``1, 1, -sigma`` with ``sigma = t``.
+
+The network gets ``c_in x`` in x's dtype. The scaling and the combination are computed in float64
+for float64 x and in float32 otherwise, and rounded once to x's dtype; t is float64 or float32
+likewise, never half precision.
+
+Sources: "Elucidating the Design Space of Diffusion-Based Generative Models", Karras et al. 2022,
+arXiv 2206.00364. v: "Progressive Distillation for Fast Sampling of Diffusion Models", Salimans and
+Ho 2022, arXiv 2202.00512. velocity: "Flow Straight and Fast: Learning to Generate and Transfer Data
+with Rectified Flow", Liu et al. 2022, arXiv 2209.03003.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers.protocol import check_output, expand, working_dtype
+
+if TYPE_CHECKING:
+    from kinvert.levels import Levels
+
+Prediction = Literal["eps", "v", "x0", "velocity"]
+Coordinates = Literal["ve", "flow"]
+
+
+@dataclass(frozen=True, repr=False)
+class Preconditioned:
+    """A network as a denoiser: ``D = c_skip x + c_out model(c_in x, t, **conditioning)``.
+
+    Built by `from_eps`, `from_v`, `from_x0` and `from_velocity`.
+
+    Raises:
+        TypeError: `model` is not callable, `levels` has no ``timestep``; in a call, the model
+            returns no tensor.
+        ValueError: unknown `coordinates`, `levels` of another kind of model; in a call, the model's
+            output does not have its input's shape.
+    """
+
+    model: Callable[..., Tensor]
+    levels: Levels | None
+    prediction: Prediction
+    quantize: bool = True
+    coordinates: Coordinates = "ve"
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            got = type(self.model).__name__
+            raise TypeError(f"model must be callable as model(x, t, **conditioning), got {got}")
+        if self.coordinates not in ("ve", "flow"):
+            raise ValueError(f"coordinates must be 've' or 'flow', got {self.coordinates!r}")
+        flow = self.prediction == "velocity"
+        if flow and self.levels is None:
+            return
+        if not callable(getattr(self.levels, "timestep", None)):
+            example = "flow" if flow else "stable_diffusion"
+            raise TypeError(
+                "levels must map noise levels to the model's timesteps, "
+                f"e.g. kinvert.levels.{example}(), got {type(self.levels).__name__}"
+            )
+        kind = getattr(self.levels, "kind", None)
+        if kind is not None and flow != (kind == "flow"):
+            fix = "pass kinvert.levels.flow() or None" if flow else "use from_velocity"
+            raise ValueError(f"levels of a {kind} model do not fit from_{self.prediction}; {fix}")
+
+    def __repr__(self) -> str:
+        option = "coordinates" if self.prediction == "velocity" else "quantize"
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        value = getattr(self, option)
+        return f"from_{self.prediction}({name}, levels={self.levels!r}, {option}={value!r})"
+
+    def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
+        """The denoised x, from x (batch, *event) and sigma (batch,)."""
+        c_in, c_skip, c_out = self._scales(expand(sigma, x))
+        wide = x.to(working_dtype(x))
+        # The nearest training level is found with all the digits sigma came with.
+        t = self._timestep(sigma.to(torch.promote_types(sigma.dtype, wide.dtype)))
+        output = self.model((c_in * wide).to(x.dtype), t.to(wide.dtype), **conditioning)
+        output = check_output(output, x, "model", "x, t, **c").to(wide.dtype)
+        return (c_skip * wide + c_out * output).to(x.dtype)
+
+    def _scales(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+        """(c_in, c_skip, c_out), each a float or of sigma's shape."""
+        if self.prediction == "velocity":
+            if self.coordinates == "flow":
+                return 1.0, 1.0, -sigma
+            return 1 / (1 + sigma), 1 / (1 + sigma), -sigma / (1 + sigma)
+        data = getattr(self.levels, "sigma_data", 1.0)
+        variance = sigma**2 + data**2
+        c_in = variance.rsqrt()
+        if self.prediction == "eps":
+            return c_in, 1.0, -sigma
+        if self.prediction == "v":
+            return c_in, data**2 / variance, -sigma * data * c_in
+        return c_in, 0.0, 1.0
+
+    def _timestep(self, sigma: Tensor) -> Tensor:
+        """The network's time, of shape (batch,)."""
+        if self.prediction == "velocity":
+            t = sigma if self.coordinates == "flow" else sigma / (1 + sigma)
+            return t if self.levels is None else self.levels.timestep(t)
+        assert self.levels is not None
+        return self.levels.timestep(sigma, quantize=self.quantize)
+
+
+def from_eps(model: Callable[..., Tensor], levels: Levels, quantize: bool = True) -> Preconditioned:
+    """A denoiser from a network that predicts the noise.
+
+    ``D = x - sigma model(x / sqrt(sigma² + sd²), t)``.
+
+    Args:
+        model: ``model(x_scaled, t, **conditioning)``, x_scaled of shape (batch, *event), t of shape
+            (batch,).
+        levels: the noise levels it was trained on.
+        quantize: hand it the nearest training timestep instead of an interpolated one.
+
+    Raises:
+        TypeError, ValueError: as `Preconditioned`.
+    """
+    return Preconditioned(model, levels, "eps", quantize)
+
+
+def from_v(model: Callable[..., Tensor], levels: Levels, quantize: bool = True) -> Preconditioned:
+    """A denoiser from a network that predicts ``v``, the noise and data rotated by the noise level.
+
+    ``D = x sd² / (sigma² + sd²) - model(x / sqrt(sigma² + sd²), t) sigma sd / sqrt(sigma² + sd²)``.
+    Arguments and errors as in `from_eps`.
+    """
+    return Preconditioned(model, levels, "v", quantize)
+
+
+def from_x0(model: Callable[..., Tensor], levels: Levels, quantize: bool = True) -> Preconditioned:
+    """A denoiser from a network that predicts the data: ``D = model(x / sqrt(sigma² + sd²), t)``.
+
+    Arguments and errors as in `from_eps`.
+    """
+    return Preconditioned(model, levels, "x0", quantize)
+
+
+def from_velocity(
+    model: Callable[..., Tensor], levels: Levels | None = None, coordinates: Coordinates = "ve"
+) -> Preconditioned:
+    """A denoiser from a rectified flow: a network that predicts ``eps - x0``.
+
+    ``D = x_t - t model(x_t, t)`` at ``x_t = (1 - t) x0 + t eps``. In ``"ve"`` coordinates
+    ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``; pure noise, t = 1, is an infinite
+    sigma there, so start just below it. In ``"flow"`` coordinates x is x_t and sigma is t itself.
+
+    Args:
+        model: ``model(x_t, t, **conditioning)``, x_t of shape (batch, *event), t of shape (batch,).
+        levels: maps t to the network's time, e.g. ``1000 t``; None hands it t.
+        coordinates: what x and sigma mean, ``"ve"`` or ``"flow"``.
+
+    Raises:
+        TypeError, ValueError: as `Preconditioned`.
+    """
+    return Preconditioned(model, levels, "velocity", coordinates=coordinates)

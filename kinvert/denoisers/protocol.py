@@ -1,0 +1,111 @@
+"""What a denoiser is, and the checks every denoiser shares.
+
+In variance-exploding coordinates, ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)``, a denoiser is
+
+    D(x, sigma) ≈ E[x0 | x]
+
+from which everything else follows: the slope of the probability-flow ODE is ``(x - D) / sigma`` and
+the score is ``(D - x) / sigma**2``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Guided(NamedTuple):
+    """What a denoiser returns to CFG++ samplers: they step to D along the slope of U.
+
+    Attributes:
+        denoised: the guided prediction ``D``, of x's shape.
+        uncond: the unconditional prediction ``U``, of x's shape.
+
+    Source: "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", Chung et
+    al. 2024, arXiv 2406.08070.
+    """
+
+    denoised: Tensor
+    uncond: Tensor
+
+
+class Denoiser(Protocol):
+    """``denoiser(x, sigma, **conditioning) -> denoised``: any callable of this form is a denoiser.
+
+    ``x`` has shape (batch, *event) for any event shape, ``sigma`` has shape (batch,), and
+    ``denoised`` (or both members of the `Guided` pair returned instead) has x's shape.
+    ``conditioning`` is whatever the callable takes.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, /, *args: Any, **conditioning: Any) -> Tensor | Guided:
+        """The denoised x."""
+        ...
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to compute in: float64 for float64 x, float32 for float32 and half precision.
+
+    Raises:
+        TypeError: x is not a floating-point tensor.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor, got {got}; use x.float()")
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def expand(sigma: Tensor, x: Tensor) -> Tensor:
+    """sigma (batch,) as (batch, 1, …, 1), to multiply x (batch, *event), in x's working dtype.
+
+    Raises:
+        TypeError: sigma is not a tensor.
+        ValueError: sigma does not have shape (batch,).
+    """
+    dtype = working_dtype(x)
+    fix = "give every item its noise level, e.g. x.new_full((len(x),), 1.5)"
+    if not isinstance(sigma, Tensor):
+        got = type(sigma).__name__
+        raise TypeError(f"sigma must be a tensor of shape (batch,), got {got}; {fix}")
+    if sigma.shape != x.shape[:1]:
+        got = tuple(sigma.shape)
+        raise ValueError(f"sigma must have shape {tuple(x.shape[:1])}, got {got}; {fix}")
+    return sigma.to(dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of `shape` broadcasts to exactly `target`."""
+    return len(shape) <= len(target) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False)
+    )
+
+
+def check_output(output: Any, x: Tensor, name: str, call: str) -> Tensor:
+    """Return `output` if it is a tensor of x's shape.
+
+    Args:
+        output: what the callable returned.
+        x: its first argument.
+        name: what to call it in messages, e.g. ``"model"``.
+        call: its arguments as they are written in a lambda, e.g. ``"x, t, **c"``.
+
+    Raises:
+        TypeError: it is not a tensor; the message says how to unwrap it.
+        ValueError: it has another shape; the message says how to drop a learned variance where that
+            is the cause.
+    """
+    wrap = f"wrap it: lambda {call}: {name}({call})"
+    if not isinstance(output, Tensor):
+        fix = "return the prediction itself"
+        if hasattr(output, "sample"):
+            fix = f"{wrap}.sample"
+        elif isinstance(output, (list, tuple)):
+            fix = f"{wrap}[0]"
+        raise TypeError(f"{name} must return a tensor, got {type(output).__name__}; {fix}")
+    if output.shape == x.shape:
+        return output
+    got = f"{name} must return the shape of its input, {tuple(x.shape)}, got {tuple(output.shape)}"
+    if x.ndim > 1 and output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        got += f"; twice the channels is a learned variance: keep the first half, {wrap}[:, :{x.shape[1]}]"
+    raise ValueError(got)
