@@ -130,16 +130,14 @@ def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
     return column[:, None].expand(-1, x.shape[0]).contiguous()
 
 
-def evaluate(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: Step
-) -> tuple[Tensor, Tensor | None]:
+def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
     """Call the denoiser and check what it returns by its type, shape and dtype (no value is read)."""
     out: Any = denoiser(x, sigma)
     where = f"in step {step.index} (sigma {stage.sigma:g})"
     if stage.guided:
         if not isinstance(out, Guided):
             raise TypeError(
-                f"the sampler needs a pair Guided(denoised, uncond) from the denoiser, got {type(out).__name__} {where}; "
+                f"the sampler needs a pair Guided(denoised, uncond) of the denoiser, got {type(out).__name__} {where}; "
                 "pass negative= (and positive=, cfg=) to sample, or return ki.Guided"
             )
         return _checked(out.denoised, x, where), _checked(out.uncond, x, where)
@@ -150,9 +148,7 @@ def _checked(out: Any, x: Tensor, where: str) -> Tensor:
     if not isinstance(out, Tensor):
         raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
     if out.shape != x.shape:
-        raise ValueError(
-            f"the denoiser must return x's shape {tuple(x.shape)}, got {tuple(out.shape)} {where}"
-        )
+        raise ValueError(f"the denoiser must return x's shape {tuple(x.shape)}, got {tuple(out.shape)} {where}")
     widened = x.dtype.itemsize < 4 and out.dtype == torch.float32
     if out.dtype != x.dtype and not widened:
         raise TypeError(
@@ -188,7 +184,7 @@ def _no_noise(sigma_from: float, sigma_to: float) -> Tensor:
     raise AssertionError("a deterministic plan draws no noise")
 
 
-# -- the same rules on tensors: a second implementation, which the compiled one is tested against -----------------------
+# -- the same rules on tensors: a second implementation, which the compiled one is tested against ---------------------
 def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: NoiseLike | None = None) -> Tensor:
     """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
     check_state(x)
@@ -198,7 +194,8 @@ def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noi
     for index in range(len(levels) - 1):
         builder = _EagerStep(levels, index, state, denoiser, draw)
         new_x: Any = rule.step(builder)
-        state = {"x": new_x, **builder.remembered}
+        remembered: dict[str, Any] = {**builder.remembered}
+        state = {"x": new_x, **remembered}
     return state["x"]
 
 

@@ -37,6 +37,7 @@ class White:
     seed: int | tuple[int, ...]
 
     def bind(self, x: Tensor) -> NoiseFunction:
+        """A fresh stream of noise like `x`, from the seed."""
         per_sample = isinstance(self.seed, tuple)
         if isinstance(self.seed, tuple) and len(self.seed) != x.shape[0]:
             raise ValueError(
@@ -61,6 +62,7 @@ class Replay:
     tensors: tuple[Tensor, ...]
 
     def bind(self, x: Tensor) -> NoiseFunction:
+        """The tensors from the first one on, in x's dtype and on its device."""
         rest = iter(self.tensors)
 
         def draw(sigma_from: float, sigma_to: float) -> Tensor:

@@ -13,6 +13,7 @@ construction. Noise and memory that nothing uses are dropped, so they are never 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -199,21 +200,23 @@ def _prune(steps: list[Step]) -> tuple[Step, ...]:
         rows = [stage.input for stage in step.stages] + [step.x] + [form for _, form in memory]
         used = {symbol for row in rows for symbol, _ in row}
         kept = [r for r in range(len(step.noises)) if Noise(r) in used]
-        if len(kept) < len(step.noises):
-            names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
-            step = replace(
+        names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
+        pruned.append(
+            replace(
                 step,
                 noises=tuple(step.noises[r] for r in kept),
                 stages=tuple(replace(stage, input=_rename(stage.input, names)) for stage in step.stages),
                 x=_rename(step.x, names),
+                memory=tuple((name, _rename(form, names)) for name, form in memory),
             )
-            memory = tuple((name, _rename(form, names)) for name, form in memory)
-        pruned.append(replace(step, memory=memory))
+        )
         needed = {str(symbol.key) for symbol in used if symbol.kind == "state"}
     return tuple(reversed(pruned))
 
 
 def _rename(form: Form, names: dict[Symbol, Symbol]) -> Form:
+    if all(old == new for old, new in names.items()):
+        return form
     return Form({names.get(symbol, symbol): c for symbol, c in form})
 
 
@@ -249,7 +252,7 @@ def _number(value: Any) -> float:
 
 def _check_monotone(levels: tuple[float, ...]) -> None:
     rising = levels[-1] > levels[0]
-    for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(levels)):
         if a == b:
             raise ValueError(
                 f"sigmas must be strictly monotone, got the same value twice, sigmas[{i}] = sigmas[{i + 1}] = {a:g}; "

@@ -72,17 +72,17 @@ def sample(
             NaN or infinity, with the step and its sigma.
     """
     check_state(x)
-    plan = _compile(sampler, as_schedule(sigmas), rising=False)
+    schedule = as_schedule(sigmas)
+    _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
+    plan = compile_plan(sampler, schedule)
+    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
         _check_latent(latent, x)
-        background_noise = (x - latent) / plan.sigmas[0]
-        denoise = Masked(_guide(denoiser, plan, cfg, positive, negative), mask, latent, background_noise)
+        denoise = Masked(denoise, mask, latent, noise=(x - latent) / plan.sigmas[0])
     elif latent is not None:
         raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
-    else:
-        denoise = _guide(denoiser, plan, cfg, positive, negative)
     return _run_checked(plan, denoise, x, noise, callback, progress, "sample")
 
 
@@ -133,9 +133,9 @@ def unsample(
     check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
-    plan = _compile(sampler, rising_schedule(sigmas, end_at_step, sigma_offset), rising=True)
+    plan = compile_plan(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
     _check_unsampling(plan, noise)
-    denoise = _guide(denoiser, plan, cfg, positive, negative)
+    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
     latent = _run_checked(plan, denoise, x, noise, callback, progress, "unsample")
@@ -222,7 +222,8 @@ def round_trip(
     start = latent * back[0] if normalize else latent
     reconstruction = sample(denoiser, start, back, latent=None if mask is None else x, **shared)
     up = compile_plan(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
-    flat = latent.flatten(1).to(torch.promote_types(latent.dtype, torch.float32)) / (1.0 if normalize else back[0])
+    flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
+    flat = flat if normalize else flat / back[0]
     return RoundTrip(
         latent=latent,
         reconstruction=reconstruction,
@@ -232,7 +233,7 @@ def round_trip(
         psnr=metrics.psnr(reconstruction, x, data_range),
         max_error=metrics.max_error(reconstruction, x),
         latent_mean=flat.mean(1),
-        latent_std=flat.std(1),
+        latent_std=flat.std(1, correction=min(1, flat.shape[1] - 1)),
     )
 
 
@@ -260,12 +261,6 @@ def _dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
     return min(end_at_step, len(schedule) - 2)
 
 
-def _compile(sampler: str | Rule, schedule: tuple[float, ...], rising: bool) -> Plan:
-    if not rising:
-        _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
-    return compile_plan(sampler, schedule)
-
-
 def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
     if schedule[0] < schedule[-1]:
         raise ValueError(
@@ -277,30 +272,19 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
 def _check_unsampling(plan: Plan, noise: Noise | None) -> None:
     """Refuse, before the first evaluation, what has no meaning upwards; read off the Plan."""
     name = plan.rule.name
-    has_eta = any(f.name == "eta" for f in fields(plan.rule))
-    fix = f"use ki.sampler({name!r}, eta=0) or " if has_eta and getattr(plan.rule, "eta", 0) else "use "
+    fix = f"use ki.sampler({name!r}, eta=0) or " if getattr(plan.rule, "eta", 0.0) else "use "
     fix += f"a deterministic sampler such as {DETERMINISTIC}"
     forgetful = next((step for step in plan.steps if step.forgets_x), None)
     if forgetful is not None:
         raise ValueError(
-            f"{name} cannot unsample: its step from sigma {forgetful.sigma:g} up to {forgetful.sigma_next:g} forgets x, "
-            f"so the result would not depend on the image; {fix}"
+            f"{name} cannot unsample: its step from sigma {forgetful.sigma:g} up to {forgetful.sigma_next:g} forgets "
+            f"x, so the result would not depend on the image; {fix}"
         )
     if plan.is_stochastic and noise is None:
         raise ValueError(
             f"{name} draws noise {plan.draws} times on this schedule, so unsampling it finds no latent; {fix}"
-            + (", or switch churn off (s_churn=0)" if getattr(plan.rule, "s_churn", 0) else "")
+            + (", or switch churn off (s_churn=0)" if getattr(plan.rule, "s_churn", 0.0) else "")
         )
-
-
-def _guide(
-    denoiser: Denoiser,
-    plan: Plan,
-    cfg: float,
-    positive: Mapping[str, Any] | None,
-    negative: Mapping[str, Any] | None,
-) -> Denoiser:
-    return guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
 
 
 def _check_latent(latent: Any, x: Tensor) -> None:
@@ -377,10 +361,11 @@ def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:
         return latent / sigma
     wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
     dims = tuple(range(latent.ndim)) if how is True else tuple(range(1, latent.ndim))
-    std = wide.std(dims, keepdim=True)
-    if not bool((std > 0).all()):  # one read, after the loop; also catches the nan of a single value
+    varies = latent.numel() > (1 if how is True else len(latent))
+    std = wide.std(dims, keepdim=True) if varies else wide.new_zeros(())
+    if not bool((std > 0).all()):  # one read, after the loop
         raise ValueError(
-            f"normalize={how!r} needs a latent that varies, got standard deviation 0 or a single value "
-            f"(shape {tuple(latent.shape)}); use normalize='sigma'"
+            f"normalize={how!r} needs a latent that varies, got standard deviation 0 in shape {tuple(latent.shape)}; "
+            "use normalize='sigma'"
         )
     return ((wide - wide.mean(dims, keepdim=True)) / std).to(latent.dtype)

@@ -1,0 +1,268 @@
+"""The compiler: what is compiled, pruned, cached and refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import mixture, noise_like, schedules
+
+import kinvert as ki
+from kinvert.forms import Denoised, Form, Noise, State
+from kinvert.plan import Interval
+from kinvert.rules import StepBuilder
+
+KARRAS = ki.schedules.karras(6, 0.1, 10)
+
+
+def test_heun_by_hand() -> None:
+    """x' = x + (s' - s)(d + d')/2 with d' at the Euler point; from 2 to 1: x' = x - (x - D0)/4 - (x_e - D1)/2."""
+    step = ki.compile_plan("heun", [2.0, 1.0, 0.0]).steps[0]
+    assert [stage.sigma for stage in step.stages] == [2.0, 1.0]
+    assert step.stages[1].input == Form({State("x"): 0.5, Denoised(0): 0.5})
+    assert step.x == Form({State("x"): 0.5, Denoised(0): 0.0, Denoised(1): 0.5})
+
+
+def test_text_of_a_plan() -> None:
+    text = str(ki.compile_plan("dpmpp_2m", [4.0, 2.0, 1.0, 0.0]))
+    assert text.splitlines()[0] == "DPMpp2M(): 3 steps, 3 evaluations, 0 draws of noise, 1 remembered values"
+    assert "step 1: sigma 2 -> 1\n  D0 = denoiser(x, 2)\n  x' = 0.5 x + 0.75 D0 - 0.25 D[-1]" in text
+    assert "n0 = noise(4, 2)" in str(ki.compile_plan("euler_ancestral", [4.0, 2.0, 0.0]))
+
+
+def test_properties_are_read_off() -> None:
+    euler, lms = ki.compile_plan("euler", KARRAS), ki.compile_plan("lms", KARRAS)
+    ancestral = ki.compile_plan("euler_ancestral", KARRAS)
+    assert (euler.evaluations, euler.draws, euler.memory_size) == (6, 0, 0)
+    assert (lms.evaluations, lms.memory_size, lms.is_multistep) == (6, 3, True)
+    assert (ancestral.draws, ancestral.is_stochastic) == (5, True)
+    assert ki.compile_plan("heun", KARRAS).evaluations == 11
+    assert ki.compile_plan("dpmpp_sde", KARRAS).steps[0].noises[0].sigma_from == 10
+    assert ki.compile_plan("euler", KARRAS[:-1].flip(0)).is_rising
+
+
+def test_memory_that_nobody_reads_is_not_kept() -> None:
+    """The last steps of a multistep method remember nothing."""
+    steps = ki.compile_plan("lms", KARRAS[:-1]).steps
+    assert [len(step.memory) for step in steps] == [1, 2, 3, 2 + 1, 0][: len(steps)]
+    assert ki.compile_plan("dpmpp_2m", KARRAS).steps[-2].memory == ()
+
+
+@dataclass(frozen=True)
+class Wasteful(ki.Rule):
+    """Draws two noises and uses the second."""
+
+    name: ClassVar[str] = "wasteful"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        unused, used = s.noise(s.sigma, 1.0), s.noise(1.0, s.sigma_next)
+        s.remember("never read", unused)
+        return 0.0 * unused + s.denoise(s.x + used, s.sigma)
+
+
+def test_dead_noise_is_pruned_and_the_rest_renumbered() -> None:
+    plan = ki.compile_plan(Wasteful(), [2.0, 1.5, 0.5])
+    for step, sigma_next in zip(plan.steps, [1.5, 0.5], strict=True):
+        assert step.noises == (Interval(1.0, sigma_next),)
+        assert step.stages[0].input == Form({State("x"): 1.0, Noise(0): 1.0})
+        assert step.memory == ()
+        assert step.forgets_x
+
+
+def test_plans_are_cached_and_hashable() -> None:
+    plan = ki.compile_plan("euler", KARRAS)
+    assert ki.compile_plan(ki.rules.Euler(), KARRAS.tolist()) is plan
+    assert ki.compile_plan(ki.sampler("euler"), KARRAS.numpy()) is plan
+    assert hash(plan) == hash(ki.compile_plan("euler", KARRAS))
+    assert plan != ki.compile_plan("heun", KARRAS)
+
+
+def test_thousand_steps_compile_quickly() -> None:
+    """A loose bound that only catches quadratic growth: the cost per step of a long schedule is that of a short one."""
+
+    def seconds_per_step(n: int) -> float:
+        sigmas = ki.schedules.karras(n, 0.01, 10 + n)
+        start = time.process_time()
+        ki.compile_plan("lms", sigmas)
+        return (time.process_time() - start) / n
+
+    short = min(seconds_per_step(n) for n in (100, 101, 102))
+    assert seconds_per_step(2000) < 10 * short
+
+
+BAD_SCHEDULES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "one entry": (lambda: [1.0], ValueError, "at least two"),
+    "empty": (lambda: torch.empty(0), ValueError, "at least two"),
+    "nan": (lambda: [2.0, float("nan"), 0.0], ValueError, r"sigmas\[1\] = nan"),
+    "infinite": (lambda: [float("inf"), 1.0], ValueError, r"sigmas\[0\] = inf"),
+    "negative": (lambda: [1.0, -0.5], ValueError, r"sigmas\[1\] = -0.5"),
+    "repeated": (lambda: torch.tensor([2.0, 1.0, 1.0, 0.0]), ValueError, r"twice, sigmas\[1\] = sigmas\[2\]"),
+    "not monotone": (lambda: [3.0, 1.0, 2.0, 0.0], ValueError, r"sigmas\[1\] = 1 -> sigmas\[2\] = 2.*sort"),
+    "from zero": (lambda: [0.0, 1.0, 2.0], ValueError, "sigma_offset"),
+    "2-D": (lambda: torch.ones(2, 2), TypeError, r"1-D.*shape \(2, 2\)"),
+    "scalar": (lambda: torch.tensor(1.0), TypeError, "1-D"),
+    "a number": (lambda: 3.0, TypeError, "1-D"),
+    "text": (lambda: "karras", TypeError, "1-D"),
+    "texts": (lambda: ["1.0", "0.5"], TypeError, "real numbers"),
+    "complex": (lambda: np.array([1j, 0.5]), TypeError, "real numbers"),
+    "none": (lambda: None, TypeError, "1-D"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCHEDULES)
+def test_bad_schedules_are_named(name: str) -> None:
+    make, error, message = BAD_SCHEDULES[name]
+    with pytest.raises(error, match=message) as caught:
+        ki.compile_plan("euler", make())
+    assert "sigmas" in str(caught.value)
+
+
+def test_schedules_come_in_any_container() -> None:
+    levels = [4.0, 2.0, 0.5]
+    for sigmas in (levels, tuple(levels), np.array(levels), torch.tensor(levels), torch.tensor(levels).half()):
+        assert ki.compile_plan("euler", sigmas).sigmas == (4.0, 2.0, 0.5)
+
+
+def test_bad_samplers() -> None:
+    with pytest.raises(ValueError, match="did you mean 'dpmpp_2m'"):
+        ki.sampler("dpmp_2m")
+    with pytest.raises(ValueError, match="unknown sampler.*did you mean 'heun'"):
+        ki.compile_plan("hein", KARRAS)
+    with pytest.raises(TypeError, match="no option 'etta'.*did you mean 'eta'"):
+        ki.sampler("euler_ancestral", etta=0.5)
+    with pytest.raises(TypeError, match="dpmpp_2m has no option 'eta'"):
+        ki.sampler("dpmpp_2m", eta=0.5)
+    with pytest.raises(ValueError, match="solver_type must be one of midpoint, heun, got 'huen'; did you mean 'heun'"):
+        ki.sampler("dpmpp_2m_sde", solver_type="huen")
+    with pytest.raises(TypeError, match="eta must be a float, got '1'"):
+        ki.sampler("euler_ancestral", eta="1")
+    with pytest.raises(ValueError, match=r"eta must be a number from .*got nan"):
+        ki.sampler("euler_ancestral", eta=float("nan"))
+    with pytest.raises(TypeError, match="order must be an int, got 2.5"):
+        ki.sampler("lms", order=2.5)
+    with pytest.raises(ValueError, match="order must be a number from 1 to inf, got 0"):
+        ki.sampler("lms", order=0)
+    with pytest.raises(TypeError, match="sampler must be a name or a Rule, got 3"):
+        ki.compile_plan(3, KARRAS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="options eta were given with a finished rule"):
+        ki.sampler(ki.rules.EulerAncestral(), eta=0.5)
+
+
+def test_options_of_equal_value_are_equal_rules() -> None:
+    assert ki.sampler("euler_ancestral", eta=1) == ki.sampler("euler_ancestral", eta=1.0)
+    assert repr(ki.sampler("euler_ancestral", eta=1)) == repr(ki.sampler("euler_ancestral"))
+
+
+def test_sde_upwards_is_refused_with_the_fix() -> None:
+    with pytest.raises(ValueError, match=r"dpmpp_2m_sde cannot step from sigma 0.1 to .*use eta=0"):
+        ki.compile_plan("dpmpp_2m_sde", KARRAS[:-1].flip(0))
+
+
+@dataclass(frozen=True)
+class Squared(ki.Rule):
+    """Not linear."""
+
+    name: ClassVar[str] = "squared"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        return s.x * s.denoise(s.x, s.sigma)
+
+
+@dataclass(frozen=True)
+class AtZero(ki.Rule):
+    """Evaluates where there is no noise level."""
+
+    name: ClassVar[str] = "at_zero"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        return s.denoise(s.x, s.sigma_next)
+
+
+@dataclass(frozen=True)
+class Forgotten(ki.Rule):
+    """Returns nothing."""
+
+    name: ClassVar[str] = "forgotten"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        return None  # type: ignore[return-value]
+
+
+def test_rules_that_are_no_rules() -> None:
+    with pytest.raises(TypeError, match="not linear"):
+        ki.compile_plan(Squared(), KARRAS)
+    with pytest.raises(
+        ValueError, match=r"at_zero cannot step from sigma 0.1 to 0 .*evaluates the denoiser at sigma = 0"
+    ):
+        ki.compile_plan(AtZero(), KARRAS)
+    with pytest.raises(TypeError, match=r"Forgotten.step must return a form .*got None"):
+        ki.compile_plan(Forgotten(), KARRAS)
+
+
+def test_registering_a_rule_of_ones_own() -> None:
+    try:
+        ki.rules.register(Wasteful)
+        assert ki.sampler("wasteful") == Wasteful()
+        with pytest.raises(ValueError, match="'euler' is taken by Euler"):
+            ki.rules.register(Wasteful, "euler")
+    finally:
+        del ki.SAMPLERS["wasteful"]
+
+
+EQUIVALENT = {
+    "lms(order=1) is euler": ("lms", {"order": 1}, "euler", {}),
+    "euler_ancestral(eta=0) is euler": ("euler_ancestral", {"eta": 0}, "euler", {}),
+    "dpmpp_2s_ancestral(eta=0) is dpmpp_sde(eta=0)": ("dpmpp_2s_ancestral", {"eta": 0}, "dpmpp_sde", {"eta": 0}),
+    "dpmpp_2m_sde(eta=0) is dpmpp_2m": ("dpmpp_2m_sde", {"eta": 0}, "dpmpp_2m", {}),
+    "no churn below s_tmin": ("heun", {"s_churn": 5.0, "s_tmin": 1e3}, "heun", {}),
+}
+
+
+@pytest.mark.parametrize("claim", EQUIVALENT)
+@given(sigmas=schedules())
+@settings(max_examples=20, deadline=None)
+def test_equivalences_of_the_docstrings(claim: str, sigmas: list[float]) -> None:
+    a, a_options, b, b_options = EQUIVALENT[claim]
+    x, denoise = sigmas[0] * noise_like((2, 6)), mixture()
+    results = [
+        ki.run(ki.compile_plan(ki.sampler(name, **options), sigmas), denoise, x)
+        for name, options in ((a, a_options), (b, b_options))
+    ]
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+@given(sigmas=schedules(zero=False), start=st.floats(0.6, 0.99))
+@settings(max_examples=20, deadline=None)
+def test_euler_is_the_same_in_flow_time(sigmas: list[float], start: float) -> None:
+    """Euler on flow times is Euler in VE coordinates; Heun is not."""
+    times = [start * sigma / sigmas[0] for sigma in sigmas]
+    denoise = mixture()
+
+    def in_flow_time(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return denoise(x / (1 - t)[:, None], t / (1 - t))
+
+    x = noise_like((2, 6))
+    plain, changed = (
+        ki.run(ki.compile_plan(rule, times), in_flow_time, x) for rule in ("euler", ki.rules.Flow(ki.sampler("euler")))
+    )
+    torch.testing.assert_close(plain, changed, rtol=1e-10, atol=1e-10)
+
+
+def test_flow_starts_below_one_and_refuses_more() -> None:
+    rule = ki.rules.Flow(ki.sampler("dpmpp_2m"), start=0.999)
+    assert ki.compile_plan(rule, [1.0, 0.5, 0.0]).sigmas == pytest.approx((0.999, 0.5, 0.0))
+    with pytest.raises(ValueError, match=r"dpmpp_2m: flow times must lie in \[0, 1\], got 1.0001"):
+        ki.compile_plan(rule, [1e-4, 0.5, 1.0001])
+    with pytest.raises(TypeError, match="rule must be a Rule"):
+        ki.rules.Flow("euler")  # type: ignore[arg-type]

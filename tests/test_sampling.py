@@ -1,0 +1,296 @@
+"""`sample`, `unsample` and `round_trip`: convergence to exact answers, every input of the node, every bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import mixture, noise_like, order_slope, schedules
+from torch import Tensor
+
+import kinvert as ki
+
+KARRAS = ki.schedules.karras(10, 0.05, 10.0)
+GAUSSIAN = ki.denoisers.Gaussian(0.3, 0.5)
+UNSAMPLERS = ["euler", "heun", "dpm_2", "lms", "dpmpp_2m"]
+
+
+def data(*shape: int) -> Tensor:
+    return 0.3 + 0.5 * noise_like(shape or (2, 1, 8, 8), seed=7)
+
+
+# -- exact answers -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", UNSAMPLERS)
+def test_unsample_converges_to_the_ode_latent(name: str) -> None:
+    """On Gaussian data the latent has a closed form; the error falls at the rule's order."""
+    steps, x = [20, 40, 80, 160], data()
+    errors = []
+    for n in steps:
+        sigmas = ki.schedules.karras(n, 0.05, 10.0)[:-1]
+        latent = ki.unsample(GAUSSIAN, x, sigmas, sampler=name)
+        exact = GAUSSIAN.ode(x, 0.05 + 1e-4, 10.0 + 1e-4)
+        errors.append(float((latent - exact).norm() / exact.norm()))
+    order = ki.sampler(name).ode_order
+    assert order_slope(errors, steps) > order - 0.25
+    assert errors[-1] < 0.1 ** (order + 0.3)
+
+
+def test_unsample_by_hand() -> None:
+    """One Euler step up from 1e-4, by its formula."""
+    x, sigmas = data(), [1.0, 0.0]
+    step = 1.0 / 1e-4
+    expected = x + step * (x - GAUSSIAN(x, torch.full((2,), 1e-4, dtype=torch.float64))) * 1e-4 / 1e-4
+    torch.testing.assert_close(ki.unsample(GAUSSIAN, x, sigmas), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(sigmas=schedules(min_steps=3, max_steps=6, zero=True), end=st.integers(0, 9))
+@settings(max_examples=25, deadline=None)
+def test_end_at_step_drops_the_noisy_end(sigmas: list[float], end: int) -> None:
+    """`end_at_step` is the same as leaving out the first sigmas of the schedule, and one step always runs."""
+    x, kept = data(2, 6), max(2, len(sigmas) - end)
+    got = ki.unsample(mixture(), x, sigmas, end_at_step=end)
+    assert torch.equal(got, ki.unsample(mixture(), x, sigmas[-kept:]))
+
+
+def test_sigma_offset_is_added_to_every_entry() -> None:
+    seen: list[float] = []
+    ki.unsample(
+        GAUSSIAN, data(), [2.0, 1.0, 0.0], sigma_offset=0.25, callback=lambda s: seen.extend([s.sigma, s.sigma_next])
+    )
+    assert seen == [0.25, 1.25, 1.25, 2.25]
+
+
+def trip_mse(name: str, sigmas: Tensor) -> float:
+    return float(ki.round_trip(mixture(), data(16, 6), sigmas, sampler=name, sigma_offset=0.0).mse.mean())
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm_2", "dpmpp_2m"])
+def test_round_trip_converges(name: str) -> None:
+    """The amplitude of the round-trip error falls at the rule's order once the schedule is all of the way."""
+    steps = [20, 40, 80, 160]
+    errors = []
+    for n in steps:
+        sigmas = ki.schedules.karras(n, 0.05, 10.0)[:-1]
+        errors.append(trip_mse(name, sigmas) ** 0.5)
+    assert order_slope(errors, steps) > ki.sampler(name).ode_order - 0.25
+    assert errors[-1] < 1e-4
+
+
+def test_round_trip_reports_what_it_measures() -> None:
+    x = data()
+    trip = ki.round_trip(GAUSSIAN, x, KARRAS, sampler="heun", end_at_step=2)
+    assert torch.equal(trip.latent, ki.unsample(GAUSSIAN, x, KARRAS, sampler="heun", end_at_step=2))
+    assert torch.equal(trip.reconstruction, ki.sample(GAUSSIAN, trip.latent, KARRAS[2:], sampler="heun"))
+    torch.testing.assert_close(trip.mse, (trip.reconstruction - x).square().mean((1, 2, 3)))
+    torch.testing.assert_close(trip.psnr, 10 * torch.log10(4 / trip.mse))
+    torch.testing.assert_close(trip.latent_std, (trip.latent / KARRAS[2]).flatten(1).std(1))
+    assert trip.sigma == float(KARRAS[2])
+    assert trip.evaluations == 16 + 15
+    text = str(trip)
+    assert "31 evaluations" in text and "psnr" in text and "latent_std" in text
+
+
+@pytest.mark.parametrize("normalize", [True, "sample", "sigma"])
+def test_round_trip_of_a_normalized_latent(normalize: Any) -> None:
+    """A normalized latent is brought back to its noise level before it is sampled."""
+    trip = ki.round_trip(GAUSSIAN, data(4, 3, 8, 8), KARRAS, sampler="heun", normalize=normalize)
+    assert float(trip.psnr.min()) > 15
+    assert float(trip.latent_std.mean()) == pytest.approx(1.0, abs=0.1)
+
+
+# -- the inputs of the node --------------------------------------------------------------------------------------------
+def test_normalize() -> None:
+    x = data(3, 2, 5, 5)
+    raw = ki.unsample(GAUSSIAN, x, KARRAS)
+    whole = ki.unsample(GAUSSIAN, x, KARRAS, normalize=True)
+    torch.testing.assert_close(whole, (raw - raw.mean()) / raw.std(unbiased=True))
+    each = ki.unsample(GAUSSIAN, x, KARRAS, normalize="sample")
+    torch.testing.assert_close(each.flatten(1).std(1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(each.flatten(1).mean(1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(ki.unsample(GAUSSIAN, x, KARRAS, normalize="sigma"), raw / 10.0001)
+
+
+def labelled(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+    """A class-conditional Gaussian: the label is the mean."""
+    mean = label.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return ki.denoisers.Gaussian(0.0, 0.5)(x - mean, sigma) + mean
+
+
+def test_guidance_is_linear_in_the_scale() -> None:
+    x, ones, zeros = data(2, 6), torch.ones(2), torch.zeros(2)
+
+    def run(cfg: float) -> Tensor:
+        return ki.unsample(labelled, x, KARRAS, cfg=cfg, positive={"label": ones}, negative={"label": zeros})
+
+    guided, moved = run(3.0), ki.unsample(labelled, x, KARRAS, positive={"label": 3 * ones})
+    torch.testing.assert_close(guided, moved)  # U + 3 (C - U) of these two is the Gaussian with mean 3
+    assert torch.equal(run(1.0), ki.unsample(labelled, x, KARRAS, positive={"label": ones}))
+
+
+def test_mask_keeps_the_image_and_only_there() -> None:
+    x, mask = data(2, 1, 8, 8), torch.zeros(2, 8, 8)
+    mask[0, :, :4] = 1  # item 0: left half; item 1: nothing
+    latent = ki.unsample(GAUSSIAN, x, KARRAS, sampler="heun", mask=mask)
+    torch.testing.assert_close(latent[1], x[1])
+    torch.testing.assert_close(latent[0, :, :, 4:], x[0, :, :, 4:])
+    whole = ki.unsample(GAUSSIAN, x, KARRAS, sampler="heun")
+    torch.testing.assert_close(latent[0, :, :, :4], whole[0, :, :, :4])  # the Gaussian denoises each pixel alone
+
+
+def test_masked_sampling_shows_the_latent_where_kept() -> None:
+    x, latent, mask = 10 * noise_like((2, 1, 8, 8)), data(2, 1, 8, 8), torch.zeros(8, 8)
+    mask[:4] = 1
+    result = ki.sample(GAUSSIAN, x + latent, KARRAS, sampler="dpmpp_2m", mask=mask, latent=latent)
+    torch.testing.assert_close(result[:, :, 4:], latent[:, :, 4:])
+    assert (result[:, :, :4] - latent[:, :, :4]).abs().mean() > 0.1
+
+
+def test_masked_round_trip() -> None:
+    trip = ki.round_trip(GAUSSIAN, data(2, 1, 8, 8), KARRAS, sampler="heun", mask=torch.eye(8))
+    assert float(trip.psnr.min()) > 50
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1,), (5,), (2, 4, 7), (1, 3, 4, 4), (2, 3, 2, 4, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_event_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = data(*shape).to(dtype)
+    trip = ki.round_trip(GAUSSIAN, x, KARRAS, sampler="heun")
+    assert trip.latent.shape == trip.reconstruction.shape == shape
+    assert trip.latent.dtype == trip.reconstruction.dtype == dtype
+    if dtype in (torch.float32, torch.float64):
+        assert float(trip.max_error.max()) < 0.1
+
+
+def test_sigmas_in_any_dtype_are_brought_over() -> None:
+    x = data().float()
+    wanted = ki.unsample(GAUSSIAN, x, KARRAS)
+    assert torch.equal(wanted, ki.unsample(GAUSSIAN, x, KARRAS.tolist()))
+    torch.testing.assert_close(wanted, ki.unsample(GAUSSIAN, x, KARRAS.float()), rtol=1e-3, atol=1e-3)
+
+
+def test_callback_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    latent = ki.unsample(GAUSSIAN, data(), KARRAS, sampler="heun", callback=seen.append, progress=True)
+    assert [s.index for s in seen] == list(range(10))
+    assert seen[0].sigma == 1e-4 and seen[-1].sigma_next == pytest.approx(10.0001)
+    assert torch.equal(seen[0].x, data()) and seen[0].denoised.shape == latent.shape
+    assert "unsample heun: 100%" in capsys.readouterr().err
+
+
+def test_verbs_keep_no_graph_and_run_does() -> None:
+    x = data().requires_grad_()
+    assert not ki.unsample(GAUSSIAN, x, KARRAS).requires_grad
+    assert ki.run(ki.compile_plan("heun", KARRAS), GAUSSIAN, x).requires_grad
+
+
+def test_noise_follows_the_seed() -> None:
+    x = 10 * noise_like((3, 1, 4, 4))
+
+    def run(noise: Any = None) -> Tensor:
+        return ki.sample(GAUSSIAN, x, KARRAS, sampler="euler_ancestral", noise=noise)
+
+    assert torch.equal(run(ki.noise.white(1)), run(ki.noise.white(1)))
+    assert not torch.equal(run(ki.noise.white(1)), run(ki.noise.white(2)))
+    torch.manual_seed(5)
+    first = run()
+    torch.manual_seed(5)
+    assert torch.equal(first, run())
+    plan = ki.compile_plan("euler_ancestral", KARRAS)
+    maps = [noise_like((3, 1, 4, 4), seed=k) for k in range(plan.draws)]
+    rest = iter(maps)
+    assert torch.equal(run(ki.noise.replay(maps)), run(lambda sigma_from, sigma_to: next(rest)))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+X = data()
+
+
+def nan_below(level: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, sigma: GAUSSIAN(x, sigma) * (math.nan if sigma[0] < level else 1.0)
+
+
+BAD_INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "rising schedule": (lambda: ki.unsample(GAUSSIAN, X, KARRAS.flip(0)[1:]), ValueError, r"decreasing.*sigmas.flip\(0\)"),
+    "rising schedule to sample": (lambda: ki.sample(GAUSSIAN, X, KARRAS.flip(0)[1:]), ValueError, "use unsample"),
+    "x is a list": (lambda: ki.unsample(GAUSSIAN, [1.0], KARRAS), TypeError, "x must be a tensor"),  # type: ignore[arg-type]
+    "integer x": (lambda: ki.sample(GAUSSIAN, torch.ones(2, 3).int(), KARRAS), TypeError, r"floating point.*x.float\(\)"),
+    "scalar x": (lambda: ki.sample(GAUSSIAN, torch.tensor(1.0), KARRAS), ValueError, "at least one sample"),
+    "no samples": (lambda: ki.sample(GAUSSIAN, torch.empty(0, 3), KARRAS), ValueError, "at least one sample"),
+    "shape": (lambda: ki.unsample(lambda x, s: x[:, :, :4], X, KARRAS), ValueError, r"\(2, 1, 8, 8\), got \(2, 1, 4, 8\)"),
+    "dtype": (lambda: ki.unsample(lambda x, s: x.float(), X, KARRAS), TypeError, r"dtype torch.float64, got torch.float32"),
+    "integers": (lambda: ki.unsample(lambda x, s: x.int(), X, KARRAS), TypeError, "torch.int32"),
+    "no tensor": (lambda: ki.unsample(lambda x, s: (x,), X, KARRAS), TypeError, "tensor.*got tuple"),
+    "none": (lambda: ki.unsample(lambda x, s: None, X, KARRAS), TypeError, "tensor.*got NoneType"),
+    "not callable": (lambda: ki.unsample("unet", X, KARRAS), TypeError, "denoiser must be callable"),  # type: ignore[arg-type]
+    "nan": (lambda: ki.sample(nan_below(1.0), X, KARRAS), ValueError, r"euler: the denoiser returned NaN.*sigma 0.866\d+ in step 5"),
+    "nan upwards": (lambda: ki.unsample(nan_below(math.inf), X, KARRAS), ValueError, r"sigma 0.0001 in step 0 \(0.0001 -> "),
+    "nan in x": (lambda: ki.unsample(GAUSSIAN, X * math.nan, KARRAS), ValueError, "x has 128 NaN or infinite values"),
+    "overflow": (lambda: ki.sample(GAUSSIAN, (X * 1e5).half() / 0, KARRAS), ValueError, "NaN or infinite values"),
+    "mask shape": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, mask=torch.ones(3, 8, 8)), ValueError, r"mask has shape \(3, 8, 8\)"),
+    "mask values": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, mask=torch.full((8, 8), 255.0)), ValueError, "divide a mask of bytes by 255"),
+    "mask alone": (lambda: ki.sample(GAUSSIAN, X, KARRAS, mask=torch.ones(8, 8)), ValueError, "mask was given without latent"),
+    "latent alone": (lambda: ki.sample(GAUSSIAN, X, KARRAS, latent=X), ValueError, "latent was given without mask"),
+    "latent shape": (lambda: ki.sample(GAUSSIAN, X, KARRAS, latent=X[:1], mask=torch.ones(8, 8)), ValueError, r"latent.*\(2, 1, 8, 8\)"),
+    "end_at_step": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, end_at_step=-1), ValueError, "end_at_step must not be negative, got -1"),
+    "end_at_step type": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, end_at_step=1.5), TypeError, "end_at_step must be an int"),  # type: ignore[arg-type]
+    "no negative": (lambda: ki.unsample(labelled, X, KARRAS, cfg=3.0, positive={"label": torch.ones(2)}), ValueError, "negative= is missing"),
+    "positive": (lambda: ki.unsample(labelled, X, KARRAS, positive=torch.ones(2)), TypeError, "positive must be a mapping"),  # type: ignore[arg-type]
+    "cfg": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, cfg=math.nan, negative={}), ValueError, "cfg must be finite"),
+    "normalize": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, normalize="batch"), ValueError, "normalize must be.*got 'batch'"),  # type: ignore[arg-type]
+    "normalize 1": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, normalize=1), ValueError, "normalize must be"),  # type: ignore[arg-type]
+    "normalize one value": (lambda: ki.unsample(GAUSSIAN, X[:1, :, :1, :1], KARRAS, normalize=True), ValueError, "needs a latent that varies"),
+    "offset": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, sigma_offset=-1e-4), ValueError, "sigma_offset must be finite and not negative"),
+    "no offset": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, sigma_offset=0.0), ValueError, "sigmas start at 0"),
+    "sampler": (lambda: ki.unsample(GAUSSIAN, X, KARRAS, sampler="dpmpp2m"), ValueError, "did you mean 'dpmpp_2m'"),
+    "method": (lambda: ki.round_trip(GAUSSIAN, X, KARRAS, method="ddim"), ValueError, "method must be"),  # type: ignore[arg-type]
+    "noise": (lambda: ki.sample(GAUSSIAN, X, KARRAS, sampler="euler_ancestral", noise=3), TypeError, "noise must be a noise source"),  # type: ignore[arg-type]
+    "noise shape": (lambda: ki.sample(GAUSSIAN, X, KARRAS, sampler="euler_ancestral", noise=lambda a, b: X[:1]), ValueError, r"noise\(10, .*shape \(1, 1, 8, 8\)"),
+    "noise runs out": (lambda: ki.sample(GAUSSIAN, X, KARRAS, sampler="euler_ancestral", noise=ki.noise.replay([X])), ValueError, "ran out of noise"),
+    "seeds": (lambda: ki.sample(GAUSSIAN, X, KARRAS, sampler="euler_ancestral", noise=ki.noise.white([1, 2, 3])), ValueError, "3 seeds for a batch of 2"),
+    "seed": (lambda: ki.noise.white("7"), TypeError, "seed must be an int"),
+    "replay": (lambda: ki.noise.replay(X), TypeError, "replay takes a list of tensors"),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_named(name: str) -> None:
+    call, error, message = BAD_INPUTS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde"])
+def test_stochastic_samplers_do_not_unsample(name: str) -> None:
+    """The node gives NaN or an image without noise; here the error names the sampler and what to use, before any call."""
+
+    def forbidden(x: Tensor, sigma: Tensor) -> Tensor:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(ValueError, match=f"{name}.*eta=0"):
+        ki.unsample(forbidden, X, KARRAS, sampler=name)
+    latent = ki.unsample(GAUSSIAN, X, KARRAS, sampler=ki.sampler(name, eta=0))
+    assert torch.isfinite(latent).all()
+
+
+def test_churn_upwards_needs_noise_given_on_purpose() -> None:
+    rule = ki.sampler("heun", s_churn=3.0, s_tmin=0.5)
+    with pytest.raises(ValueError, match=r"heun draws noise \d+ times.*s_churn=0"):
+        ki.unsample(GAUSSIAN, X, KARRAS, sampler=rule)
+    assert torch.isfinite(ki.unsample(GAUSSIAN, X, KARRAS, sampler=rule, noise=ki.noise.white(0))).all()
+
+
+def test_the_error_of_a_stochastic_run_is_found_with_the_same_noise() -> None:
+    """The checked second run sees the noise of the first, so it finds the same step."""
+
+    def fragile(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.where(x.abs().amax() > 25.0, math.nan, 0.3) + 0 * x
+
+    x = 10 * noise_like((2, 1, 8, 8))
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"euler_ancestral: the denoiser returned NaN or infinity at sigma .* in step"):
+        ki.sample(fragile, x, KARRAS * 10, sampler=ki.sampler("euler_ancestral", s_noise=3.0))
