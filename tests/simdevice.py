@@ -100,7 +100,10 @@ def handle(func, args, kwargs):
     sims = [a for a in flat if isinstance(a, SimT)]
     w = {id(a.elem): a for a in sims}
     dev = kwargs.get("device", None)
-    un = lambda t: t.elem if isinstance(t, SimT) else t
+
+    def un(t):
+        return t.elem if isinstance(t, SimT) else t
+
     a2, k2 = tree_map(un, args), tree_map(un, kwargs)
     if "device" in k2:
         k2 = dict(k2, device="cpu" if k2["device"] is not None else None)

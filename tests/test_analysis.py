@@ -1,0 +1,191 @@
+"""The laws that need no model, over every registered sampler, and the facts that `properties` reads off Plans."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kinvert as ki
+from kinvert import analysis
+from kinvert.forms import Form
+from kinvert.rules.base import Rule, StepBuilder
+
+# Samplers that break a law by design, each with its reason.
+NO_TRANSLATION: dict[str, str] = {}
+NO_MARGINALS: dict[str, str] = {}
+
+ratios = st.lists(st.floats(1.05, 3.0), min_size=1, max_size=12)
+
+
+@st.composite
+def schedules(draw: Any) -> tuple[float, ...]:
+    """Decreasing, 1 to 13 steps, with or without a last step to 0."""
+    start = draw(st.floats(0.5, 100.0))
+    levels = tuple(start / r for r in itertools.accumulate([1.0, *draw(ratios)], lambda a, b: a * b))
+    return (*levels, 0.0) if draw(st.booleans()) else levels
+
+
+def assert_marginals(plan: ki.Plan, covariance: Any) -> None:
+    relative = np.sqrt(analysis.marginal_variances(plan, covariance)) / plan.sigmas[0]
+    np.testing.assert_allclose(relative, np.array(plan.sigmas[1:]) / plan.sigmas[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ki.SAMPLERS)
+@settings(max_examples=30, deadline=None)
+@given(sigmas=schedules())
+def test_rows_sum_to_one(name: str, sigmas: tuple[float, ...]) -> None:
+    if name in NO_TRANSLATION:
+        pytest.skip(NO_TRANSLATION[name])
+    np.testing.assert_allclose(analysis.row_sums(ki.compile_plan(name, sigmas)), 1.0, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ki.SAMPLERS)
+@settings(max_examples=30, deadline=None)
+@given(sigmas=schedules())
+def test_variance_is_sigma_squared(name: str, sigmas: tuple[float, ...]) -> None:
+    if name in NO_MARGINALS:
+        pytest.skip(NO_MARGINALS[name])
+    assert_marginals(ki.compile_plan(name, sigmas), "white")
+
+
+@pytest.mark.parametrize("name", [n for n, e in ki.SAMPLERS.items() if "s_churn" in e.options])
+@settings(max_examples=30, deadline=None)
+@given(sigmas=schedules(), churn=st.floats(0.1, 40.0))
+def test_variance_is_sigma_squared_with_churn(name: str, sigmas: tuple[float, ...], churn: float) -> None:
+    plan = ki.compile_plan(ki.sampler(name, s_churn=churn), sigmas)
+    assert plan.is_stochastic
+    assert_marginals(plan, "white")
+
+
+@pytest.mark.parametrize("name", [n for n, e in ki.SAMPLERS.items() if "eta" in e.options])
+@settings(max_examples=30, deadline=None)
+@given(sigmas=schedules(), eta=st.floats(0.0, 1.0))
+def test_variance_is_sigma_squared_at_every_eta(name: str, sigmas: tuple[float, ...], eta: float) -> None:
+    if name in NO_MARGINALS:
+        pytest.skip(NO_MARGINALS[name])
+    assert_marginals(ki.compile_plan(ki.sampler(name, eta=eta), sigmas), "white")
+
+
+@pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "euler_ancestral"])
+@settings(max_examples=30, deadline=None)
+@given(sigmas=schedules())
+def test_variance_is_sigma_squared_on_a_brownian_path(name: str, sigmas: tuple[float, ...]) -> None:
+    assert_marginals(ki.compile_plan(name, sigmas), "brownian")
+
+
+@pytest.mark.parametrize("name", ki.SAMPLERS)
+def test_analysis_is_what_the_engine_computes(name: str) -> None:
+    """Noises that are unit vectors make the engine itself print the linear combination."""
+    sigmas = (9.0, 5.0, 2.0, 0.7, 0.2, 0.0)
+    plan = ki.compile_plan(name, sigmas)
+    unit = torch.eye(1 + plan.draws, dtype=torch.float64)[:, None]
+    guided = plan.is_guided
+
+    def constant(value: float) -> Any:
+        def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> Any:
+            d = torch.full_like(x, value)
+            return ki.Guided(d, d) if guided else d
+
+        return denoiser
+
+    states: list[torch.Tensor] = []
+    noise = ki.noise.replay(list(unit[1:]))
+    start = plan.sigmas[0] * unit[0]
+    final = ki.run(plan, constant(0.0), start, noise, lambda step: states.append(step.x))
+    assert float(final.square().sum()) == pytest.approx(analysis.marginal_variances(plan)[-1], abs=1e-12)
+    still = ki.run(plan, constant(3.0), torch.full((1, 1), 3.0, dtype=torch.float64), _no_noise)
+    assert float(still) / 3.0 == pytest.approx(analysis.row_sums(plan)[-1], abs=1e-12)
+    assert len(analysis.row_sums(plan)) == len(analysis.marginal_variances(plan)) == len(plan.steps)
+
+
+def _no_noise(sigma_from: float, sigma_to: float) -> torch.Tensor:
+    return torch.zeros(1, 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Detour(Rule):
+    """Noise by way of a midpoint minus the direct noise: 0 on one Brownian path, not for independent draws."""
+
+    name: ClassVar[str] = "detour"
+    ode_order: ClassVar[int] = 0
+
+    def step(self, s: StepBuilder) -> Form:
+        a, b = s.sigma, s.sigma_next
+        m = (a + b) / 2
+        there = math.sqrt(abs(a - m)) * s.noise(a, m) + math.sqrt(abs(m - b)) * s.noise(m, b)
+        return s.x + there + math.sqrt(abs(a - b)) * s.noise(b, a)
+
+
+def test_brownian_covariance_of_overlapping_and_opposite_intervals() -> None:
+    plan = ki.compile_plan(Detour(), (4.0, 2.0, 1.0))
+    assert analysis.marginal_variances(plan, "brownian") == pytest.approx((16.0, 16.0))
+    assert analysis.marginal_variances(plan, "white") == pytest.approx((20.0, 22.0))
+    with pytest.raises(ValueError, match="covariance must be 'white' or 'brownian', got 'pink'"):
+        analysis.marginal_variances(plan, "pink")  # type: ignore[arg-type]
+
+
+def test_a_law_that_is_broken_shows() -> None:
+    """s_noise = 2 draws four times the variance that eta asks for."""
+    plan = ki.compile_plan(ki.sampler("euler_ancestral", s_noise=2.0), (4.0, 2.0))
+    down, up = 1.0, math.sqrt(3.0)  # up^2 = 4 (16 - 4) / 16
+    assert analysis.marginal_variances(plan) == pytest.approx((down**2 + 4 * up**2,))
+
+
+FACTS = {
+    "euler": dict(order=1, evaluations_per_step=1, draws=0, memory=0, unsamples=True, invertibility="stepwise"),
+    "heun": dict(order=2, evaluations_per_step=2, draws=0, memory=0, unsamples=True, invertibility="stepwise"),
+    "dpm_2": dict(order=2, evaluations_per_step=2, draws=0, memory=0, unsamples=True, invertibility="stepwise"),
+    "lms": dict(order=2, evaluations_per_step=1, draws=0, memory=3, unsamples=True, invertibility="two-point"),
+    "dpmpp_2m": dict(order=2, evaluations_per_step=1, draws=0, memory=1, unsamples=True, invertibility="two-point"),
+    "dpmpp_sde": dict(order=2, evaluations_per_step=2, draws=2, memory=0, unsamples=False, invertibility="noise"),
+    "dpmpp_2m_sde": dict(order=2, evaluations_per_step=1, draws=1, memory=1, unsamples=False, invertibility="noise"),
+    "euler_ancestral": dict(
+        order=1, evaluations_per_step=1, draws=1, memory=0, unsamples=False, invertibility="noise"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_known_properties(name: str) -> None:
+    assert analysis.properties(name) == analysis.Properties(name=name, guided=False, **FACTS[name])
+
+
+def test_properties_follow_the_options() -> None:
+    still = analysis.properties(ki.sampler("dpmpp_2m_sde", eta=0))
+    assert (still.name, still.stochastic, still.multistep) == ("dpmpp_2m_sde", False, True)
+    assert still.unsamples and still.invertibility == "two-point"
+    churned = analysis.properties(ki.sampler("heun", s_churn=10))
+    assert churned.stochastic and not churned.unsamples and churned.invertibility == "noise"
+
+
+@dataclass(frozen=True)
+class Consistency(Rule):
+    """Denoise, then noise again: `x' = D + sigma_next n`."""
+
+    name: ClassVar[str] = "consistency"
+    ode_order: ClassVar[int] = 0
+
+    def step(self, s: StepBuilder) -> Form:
+        return s.denoise(s.x, s.sigma) + s.sigma_next * s.noise(s.sigma, s.sigma_next)
+
+
+def test_a_step_that_forgets_x_cannot_be_inverted() -> None:
+    found = analysis.properties(Consistency())
+    assert found.invertibility == "none" and not found.unsamples and found.stochastic
+
+
+@pytest.mark.parametrize("name", ki.SAMPLERS)
+def test_every_sampler_has_properties(name: str) -> None:
+    found = analysis.properties(name)
+    assert found.name == name
+    assert found.evaluations_per_step >= 1
+    assert found.invertibility in analysis.INVERTIBILITY
+    assert found.unsamples <= (not found.stochastic)

@@ -1,0 +1,125 @@
+"""The documentation is tested: its code runs, its outputs are what is printed, its commands and links exist.
+
+A ```python block runs after the blocks above it on its page, in one namespace, with warnings as errors. A ```text block
+right below it is its output, to the letter. A fence with other words after the language, e.g. ```python notest, is left
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import kinvert as ki
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+
+pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+class Block(NamedTuple):
+    """A fenced block: what stands after the backticks, the line of its first line of code, and the code."""
+
+    info: str
+    line: int
+    code: str
+    output: str | None
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for match in FENCE.finditer(text):
+        following = FENCE.match(text, match.end() + 2)
+        output = following["code"] if following and following["info"] == "text" else None
+        yield Block(match["info"], text.count("\n", 0, match.start()) + 2, match["code"], output)
+
+
+@pages
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    registered = dict(ki.SAMPLERS)
+    try:
+        for block in blocks(page):
+            if block.info != "python":
+                continue
+            code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(code, vars(module))
+            if block.output is not None:
+                assert stdout.getvalue().strip() == block.output.strip(), f"{page.name}, line {block.line}"
+    finally:  # what a page registers is gone after it
+        ki.SAMPLERS.clear()
+        ki.SAMPLERS.update(registered)
+
+
+def commands(page: Path, program: str) -> set[str]:
+    """The words that follow `program` in shell blocks and in inline code."""
+    text = page.read_text()
+    shell = "\n".join(match["code"] for match in FENCE.finditer(text) if match["info"] in ("bash", "sh", "shell"))
+    inline = "\n".join(re.findall(r"`([^`\n]+)`", FENCE.sub("", text)))
+    return set(re.findall(rf"^{program} ([a-z][\w-]*)", f"{shell}\n{inline}", re.MULTILINE))
+
+
+@pages
+def test_commands_exist(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert commands(page, "make") <= set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    if names := commands(page, "kinvert"):
+        from kinvert.cli import main
+
+        assert names <= set(main.commands)
+
+
+def anchor(heading: str) -> str:
+    """The id that a heading gets."""
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+@pages
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        path, _, fragment = target.partition("#")
+        if re.match(r"https?:", target):
+            continue
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{target}: no such file"
+        if fragment:
+            text = hook().on_page_markdown(linked.read_text())
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{target}: no such heading"
+
+
+def hook() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hook", ROOT / "docs" / "hook.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_sampler_and_schedule_is_listed() -> None:
+    for page, names in (("samplers.md", ki.SAMPLERS), ("schedules.md", ki.SCHEDULES)):
+        text = hook().on_page_markdown((ROOT / "docs" / page).read_text())
+        for name in names:
+            assert re.search(rf"^#+ .*`{name}`", text, re.MULTILINE), name
+        assert "<!--" not in text
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert nav == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
