@@ -17,7 +17,7 @@ from torch import Tensor
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
-from kinvert.noise import NoiseFunction, bind
+from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step, as_schedule
 from kinvert.rules.base import Rule, StepBuilder
 
@@ -54,7 +54,8 @@ def run(
         denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,); a Plan with `is_guided`
             needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision.
         x: the state, shape (batch, *event), floating point. It is not modified.
-        noise: a noise source for stochastic Plans; None draws white noise, seeded by torch's global generator.
+        noise: a noise source for stochastic Plans; None draws the rule's own kind (`Rule.default_noise`), seeded by
+            torch's global generator.
         callback: called with a `Progress` after every step.
 
     Returns:
@@ -67,7 +68,7 @@ def run(
         ValueError: a denoiser or noise source that returns another shape than x's.
     """
     check_state(x)
-    draw = bind(noise, x) if plan.is_stochastic else _no_noise
+    draw = noise_for(plan, noise, x)
     sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
     state: Memory = {"x": x}
     first = 0
@@ -180,8 +181,11 @@ def check_state(x: Any) -> None:
         raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
 
 
-def _no_noise(sigma_from: float, sigma_to: float) -> Tensor:
-    raise AssertionError("a deterministic plan draws no noise")
+def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
+    """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
+    if not plan.is_stochastic:
+        return lambda sigma_from, sigma_to: x  # never called
+    return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x)
 
 
 # -- the same rules on tensors: a second implementation, which the compiled one is tested against ---------------------
@@ -189,7 +193,7 @@ def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noi
     """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
     check_state(x)
     levels = rule.grid(as_schedule(sigmas))
-    draw = bind(noise, x)
+    draw = bind(default_noise(rule.default_noise) if noise is None else noise, x)
     state: Memory = {"x": x}
     for index in range(len(levels) - 1):
         builder = _EagerStep(levels, index, state, denoiser, draw)

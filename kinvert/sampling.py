@@ -24,7 +24,7 @@ from torch import Tensor
 from kinvert import metrics
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Progress, check_state, run
-from kinvert.noise import Noise, White, white
+from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import Rule
 
@@ -60,7 +60,8 @@ def sample(
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
         mask: 1 = sample, 0 = keep `latent`; shape (H, W), (batch, H, W) or (batch, 1 or channels, H, W).
         latent: the clean image of the kept region, of x's shape; its noise is the one that `x` has there.
-        noise: source for stochastic samplers, e.g. `ki.noise.white(seed)`; None follows torch's global generator.
+        noise: source for stochastic samplers, e.g. `ki.noise.white(seed)`; None draws the sampler's
+            own kind (white or Brownian), seeded by torch's global generator.
         callback: called after each step with `index, sigma, sigma_next, x, denoised`.
         progress: show a progress bar.
 
@@ -304,7 +305,7 @@ def _run_checked(
 ) -> Tensor:
     """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
     if plan.is_stochastic and noise is None:
-        noise = white()  # fixed here, so that a second run would see the same noise
+        noise = default_noise(plan.rule.default_noise)  # fixed here, so that a second run would see the same noise
     if progress:
         from tqdm.auto import tqdm
 
@@ -345,7 +346,7 @@ def _first_bad_step(plan: Plan, denoiser: Denoiser, x: Tensor, noise: Noise | No
         if len(found) == 1:
             found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
 
-    replayable = noise if noise is None or isinstance(noise, White) or hasattr(noise, "bind") else white(0)
+    replayable = noise if noise is None or isinstance(noise, NoiseSource) else white(0)
     run(plan, checked, x, replayable, locate)
     where = " ".join(found) or "the result overflowed"
     return (

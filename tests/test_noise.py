@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kinvert as ki
-from kinvert.noise import bind
 
 X = torch.zeros(4, 3, 5, dtype=torch.float32)
 
@@ -28,23 +33,26 @@ def test_white_starts_again_for_every_run() -> None:
     assert source == ki.noise.white(3) and hash(source) == hash(ki.noise.white(3))
 
 
-def test_a_seed_per_sample_is_independent_of_the_batch() -> None:
-    whole, alone = ki.noise.white([5, 6, 7, 8]).bind(X), ki.noise.white([7]).bind(X[:1])
+@pytest.mark.parametrize("source", [ki.noise.white, ki.noise.brownian])
+def test_a_seed_per_sample_is_independent_of_the_batch(source: Callable[..., ki.noise.NoiseSource]) -> None:
+    whole, alone = source([5, 6, 7, 8]).bind(X), source([7]).bind(X[:1])
     assert torch.equal(whole(1, 0)[2:3], alone(1, 0))
     assert torch.equal(whole(1, 0)[2:3], alone(1, 0))
 
 
-def test_none_follows_the_global_generator() -> None:
+@pytest.mark.parametrize("source", [ki.noise.white, ki.noise.brownian])
+def test_no_seed_follows_the_global_generator(source: Callable[..., ki.noise.NoiseSource]) -> None:
     torch.manual_seed(1)
-    a = bind(None, X)(1, 0)
+    a = source().bind(X)(1, 0)
     torch.manual_seed(1)
-    assert torch.equal(a, bind(None, X)(1, 0))
-    assert not torch.equal(a, bind(None, X)(1, 0))
+    assert torch.equal(a, source().bind(X)(1, 0))
+    assert not torch.equal(a, source().bind(X)(1, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_noise_has_the_dtype_of_x(dtype: torch.dtype) -> None:
     assert ki.noise.white(0).bind(X.to(dtype))(1, 0).dtype == dtype
+    assert ki.noise.brownian(0).bind(X.to(dtype))(1, 0).dtype == dtype
     assert ki.noise.replay([torch.ones(4, 3, 5).double()]).bind(X.to(dtype))(1, 0).dtype == dtype
 
 
@@ -60,3 +68,86 @@ def test_replay_runs_out_with_a_count() -> None:
 def test_seeds_are_ints(seed: object) -> None:
     with pytest.raises(TypeError, match="seed must be an int"):
         ki.noise.white(seed)  # type: ignore[arg-type]
+
+
+# -- Brownian noise ----------------------------------------------------------------------------------------------------
+MANY = torch.zeros(1, 40000, dtype=torch.float64)
+LEVELS = st.lists(st.floats(0.0, 120.0), min_size=3, max_size=6, unique_by=lambda sigma: round(sigma, 1))
+
+
+def far_enough(levels: list[float]) -> bool:
+    return all(abs(a - b) > 0.01 * max(a, b) for i, a in enumerate(levels) for b in levels[:i])
+
+
+@given(levels=LEVELS.filter(far_enough), seed=st.integers(0, 2**63))
+@settings(max_examples=40, deadline=None)
+def test_the_noise_of_an_interval_is_the_sum_of_its_parts(levels: list[float], seed: int) -> None:
+    """Whatever is asked for first, and in whichever order: the path is a function of the seed and of sigma."""
+    levels = sorted(levels, reverse=True)
+    whole = ki.noise.brownian(seed).bind(X.double())(levels[0], levels[-1]) * math.sqrt(levels[0] - levels[-1])
+    parts, source = 0 * X.double(), ki.noise.brownian(seed).bind(X.double())
+    for a, b in itertools.pairwise(levels):
+        parts = parts - source(b, a) * math.sqrt(a - b)  # n(b, a) = -n(a, b)
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+
+
+@given(levels=LEVELS.filter(far_enough), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_covariance_of_intervals(levels: list[float], seed: int) -> None:
+    """Cov(n(a, b), n(c, d)) is the signed overlap over the root of the lengths; 0 for intervals that only touch."""
+    a, b, c = levels[:3]
+    draw = ki.noise.brownian(seed).bind(MANY)
+    first, second = draw(a, b), draw(a, c)
+    overlap = max(0.0, min(max(a, b), max(a, c)) - max(min(a, b), min(a, c)))
+    sign = 1.0 if (a > b) == (a > c) else -1.0
+    want = sign * overlap / math.sqrt(abs(a - b) * abs(a - c))
+    bound = 6 * math.sqrt((1 + want**2) / MANY.numel())
+    assert abs(float((first * second).mean()) - want) < bound
+    assert abs(float(first.var()) - 1) < 6 * math.sqrt(2 / MANY.numel())
+    assert abs(float(first.mean())) < 6 / math.sqrt(MANY.numel())
+
+
+def test_brownian_increments_are_normal() -> None:
+    """Fourth moment 3 and no outliers, also where the level of detail changes: across octaves and inside a cell."""
+    draw = ki.noise.brownian(1).bind(MANY)
+    for a, b in [(14.6, 0.03), (2.0, 1.0), (1.02, 1.01), (7e-5, 5e-5), (3e-5, 0.0), (1e4, 900.0)]:
+        n = draw(a, b)
+        assert abs(float((n**4).mean()) - 3) < 6 * math.sqrt(96 / n.numel())
+        assert float(n.abs().max()) < 6
+
+
+def test_ten_steps_and_a_thousand_see_one_path() -> None:
+    for steps in (10, 1000):
+        sigmas = ki.schedules.karras(steps, 0.03, 14.6).tolist()[:-1]
+        source = ki.noise.brownian(5).bind(X.double())
+        total = sum(source(a, b) * math.sqrt(a - b) for a, b in itertools.pairwise(sigmas))
+        torch.testing.assert_close(total, ki.noise.brownian(5).bind(X.double())(14.6, 0.03) * math.sqrt(14.57))
+
+
+def test_brownian_refuses_what_it_cannot_resolve() -> None:
+    with pytest.raises(ValueError, match=r"cannot resolve the interval from 1.0001 to 1, .*ki.noise.white"):
+        ki.noise.brownian(0).bind(X)(1.0001, 1.0)
+
+
+def test_the_cost_of_brownian_noise_is_bounded() -> None:
+    """Normals drawn per step of a 50-step run: a dozen, where a tree that is searched anew draws some 40."""
+    sigmas = ki.schedules.karras(50, 0.03, 14.6).tolist()[:-1]
+    path = ki.noise.brownian(0).bind(X)
+    drawn = []
+    normal = path.normal  # type: ignore[attr-defined]
+    path.normal = lambda *place: drawn.append(place) or normal(*place)  # type: ignore[attr-defined,func-returns-value]
+    for a, b in itertools.pairwise(sigmas):
+        path(a, b)
+    assert len(drawn) < 12 * len(sigmas)
+    assert len(set(drawn)) == len(drawn)  # nothing is drawn twice
+
+
+def test_sde_samplers_take_brownian_noise_by_default() -> None:
+    x, sigmas = 10 * torch.ones(2, 3), ki.schedules.karras(6, 0.1, 10.0)
+    for name in ("dpmpp_sde", "dpmpp_2m_sde"):
+        assert ki.sampler(name).default_noise == "brownian"
+        torch.manual_seed(3)
+        by_default = ki.sample(ki.denoisers.Gaussian(0.0, 0.5), x, sigmas, sampler=name)
+        torch.manual_seed(3)
+        noise = ki.noise.brownian()
+        assert torch.equal(by_default, ki.sample(ki.denoisers.Gaussian(0.0, 0.5), x, sigmas, sampler=name, noise=noise))

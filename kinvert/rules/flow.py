@@ -6,13 +6,15 @@ flow model by a change of coordinates, which is linear and therefore a rule agai
 
 Euler's method is the same with and without the change. The others are not: Heun's method or a linear multistep method
 that is run on the flow times themselves is a different integrator of the same ODE. The samplers with
-`lambda = log((1 - t) / t)` in their formulas (DPM++ SDE, 2M SDE, 3M SDE, SEEDS, ER-SDE, SA-Solver, CFG++) need the change.
+`lambda = log((1 - t) / t)` in their formulas (DPM++ SDE, 2M SDE, 3M SDE, SEEDS, ER-SDE, SA-Solver, CFG++) need the
+change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, option
@@ -42,6 +44,11 @@ class Flow(Rule):
     def ode_order(self) -> int:  # type: ignore[override]
         """The order of the wrapped rule."""
         return self.rule.ode_order
+
+    @property
+    def default_noise(self) -> Literal["white", "brownian"]:  # type: ignore[override]
+        """The kind of noise of the wrapped rule."""
+        return self.rule.default_noise
 
     def grid(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
         if max(sigmas) > 1:
