@@ -7,8 +7,10 @@ denoising. `l_j` is the `j`-th Lagrange polynomial on given nodes: 1 at node `j`
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +26,13 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
     `up = min(sigma_next, eta * sqrt(sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2))`. At `eta = 1` the step has the
     marginals of the DDPM posterior (Ho et al. 2020, arXiv 2006.11239).
 
-    A rising step has a negative variance under the root. The public implementations take `min(sigma_next, nan)` as
-    `sigma_next` there, so `(0, sigma_next)` is returned: the step forgets x. Verbs that must not forget refuse it.
+    A rising step has a negative variance under the root, and one from infinity none at all. The public implementations
+    take `min(sigma_next, nan)` as `sigma_next` there, so `(0, sigma_next)` is returned: the step forgets x. Verbs that
+    must not forget refuse it.
     """
     if not eta:
         return sigma_next, 0.0
-    if sigma_next > sigma:
+    if sigma_next > sigma or math.isinf(sigma):
         return 0.0, sigma_next
     up = min(sigma_next, eta * math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
     return math.sqrt(sigma_next**2 - up**2), up
@@ -51,7 +54,9 @@ def flow_ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[f
     scale = (1.0 - sigma_next) / (1.0 - down)
     variance = sigma_next**2 - (down * scale) ** 2
     if variance < 0:
-        raise ValueError(f"the noise of a rising step has negative variance ({variance:.3g}) for eta={eta:g}; use eta=0")
+        raise ValueError(
+            f"the noise of a rising step has negative variance ({variance:.3g}) for eta={eta:g}; use eta=0"
+        )
     return down, scale, math.sqrt(variance)
 
 
@@ -80,8 +85,8 @@ def _gauss_legendre(n: int) -> tuple[tuple[float, float], ...]:
     return tuple((float(u), float(w)) for u, w in zip(nodes, weights, strict=True))
 
 
-def lagrange(nodes: Sequence[float], j: int, t: float) -> float:
-    """The value at `t` of the Lagrange polynomial that is 1 at `nodes[j]` and 0 at the other nodes."""
+def lagrange(nodes: Sequence[float], j: int, t: Any) -> Any:
+    """The value at `t` (number or array) of the Lagrange polynomial that is 1 at `nodes[j]`, 0 at the other nodes."""
     value = 1.0
     for k, node in enumerate(nodes):
         if k != j:
@@ -98,3 +103,121 @@ def adams(nodes: Sequence[float], a: float, b: float) -> list[float]:
     rule = _gauss_legendre((len(nodes) + 1) // 2)
     centre, half = (a + b) / 2, (b - a) / 2
     return [half * sum(w * lagrange(nodes, j, centre + half * u) for u, w in rule) for j in range(len(nodes))]
+
+
+@functools.lru_cache(maxsize=1)
+def _unit_quadrature() -> tuple[Any, Any]:
+    """Nodes and weights on [0, 1] that are exact to rounding for `e^{z t}` times a low polynomial, `|z| <= 60`."""
+    u, w = np.polynomial.legendre.leggauss(64)
+    return (1.0 + u) / 2, w / 2
+
+
+def phi(k: int, z: float) -> float:
+    r"""`phi_k(z) = int_0^1 e^{(1 - t) z} t^{k-1} / (k-1)! dt` for k >= 1, `phi_0(z) = e^z`; accurate for every z.
+
+    `phi_{k+1}(z) = (phi_k(z) - 1/k!) / z` and `phi_k(0) = 1/k!`. The recurrence loses its digits near z = 0, where the
+    series `sum_n z^n / (n + k)!` keeps them.
+    """
+    if k <= 1:
+        return phi1(z) if k else math.exp(z)
+    if abs(z) > 1:
+        return (phi(k - 1, z) - 1.0 / math.factorial(k - 1)) / z
+    return math.fsum(z**n / math.factorial(n + k) for n in range(18))
+
+
+def exponential_adams(nodes: Sequence[float], sigma: float, sigma_next: float, rate: float = 1.0) -> list[float]:
+    r"""Exponential Adams weights of a step in lambda, for denoised images known at the noise levels `nodes`.
+
+    `W_j = rate int_0^h e^{rate (u - h)} l_j(u) du`, where u is lambda counted from sigma. The step
+    `x' = e^{-rate h} x + sum_j W_j D_j` solves `dx/dlambda = rate (D - x)` exactly if D is a polynomial in lambda.
+    With sigma_next among the nodes it is the corrector (Adams-Moulton), otherwise the predictor (Adams-Bashforth).
+
+    Each weight is one quadrature of `l_j` itself, with no linear system to solve, so it keeps its digits for short and
+    long steps alike. The part of the interval where the exponential is below 1e-26 of its maximum is left out.
+    """
+    h = log_step(sigma, sigma_next)
+    reach = 60.0 / rate
+    start, end = (max(0.0, h - reach), h) if h > 0 else (0.0, max(h, -reach))
+    t, w = _unit_quadrature()
+    u = start + (end - start) * t
+    kernel = rate * (end - start) * w * np.exp(rate * (u - h))
+    steps = [log_step(sigma, node) for node in nodes]
+    return [float(np.sum(kernel * lagrange(steps, j, u))) for j in range(len(nodes))]
+
+
+def left_sums(f: Callable[[Any], Any], a: float, b: float, points: int = 200) -> tuple[float, float]:
+    """`int_a^b dv / f(v)` and `int_a^b (v - b) / f(v) dv` as left Riemann sums (v = a taken, v = b not)."""
+    width = (b - a) / points
+    v = a + width * np.arange(points)
+    return float(np.sum(width / f(v))), float(np.sum(width * (v - b) / f(v)))
+
+
+UNIFORM_ADAMS = (
+    (1.0,),
+    (3.0 / 2, -1.0 / 2),
+    (23.0 / 12, -16.0 / 12, 5.0 / 12),
+    (55.0 / 24, -59.0 / 24, 37.0 / 24, -9.0 / 24),
+)
+"""Adams-Bashforth weights on a uniform grid of width 1, newest slope first, for 1 to 4 slopes."""
+
+
+def ipndm_v_weights(levels: Sequence[float]) -> list[float]:
+    r"""Weights of `ipndm_v`, newest slope first; `levels` are sigma_{i-k+1}, ..., sigma_i, sigma_{i+1} for k slopes.
+
+    With the signed widths `H = sigma_{i+1} - sigma_i`, `a`, `b`, `c` (older and older) they are built up from the exact
+    two-slope weights `H (1 + H/(2a), -H/(2a))` by the third and fourth terms T and V. The exact T is
+    `(2H + 3a) H / (6 a (a + b))`, the exact V has a minus before `H (H + 2a)`, and its last weight a factor `b/c` in
+    place of `a/b`; with those three the weights would be `adams(...)`.
+    """
+    widths = [b - a for a, b in itertools.pairwise(levels)][::-1]
+    w = [1.0]
+    if len(widths) > 1:
+        H, a = widths[:2]
+        w = [1.0 + H / (2 * a), -H / (2 * a)]
+    if len(widths) > 2:
+        b = widths[2]
+        T = (1.0 - H**2 / (3 * a * (a + b))) / 2
+        w = [w[0] + T, w[1] - (1.0 + a / b) * T, T * a / b]
+    if len(widths) > 3:
+        c = widths[3]
+        V = H * (2 * (2 * H + 3 * a) * (H + a + b) + H * (H + 2 * a)) / (12 * a * (a + b) * (a + b + c))
+        Q = a * (a + b) / (b * (b + c))
+        w = [w[0] + V, w[1] - (1.0 + a / b + Q) * V, w[2] + (a / b + Q * (1.0 + b / c)) * V, -V * Q * a / b]
+    return [widths[0] * weight for weight in w]
+
+
+# The variance-preserving process with sigma = 0.002 at t = 0.001 and sigma = 80 at t = 1, whose beta(t) is linear.
+_LOG_MIN, _LOG_MAX = math.log1p(0.002**2), math.log1p(80.0**2)
+_BETA_D = 2.0 * (_LOG_MIN / 1e-3 - _LOG_MAX) / (1e-3 - 1.0)
+_BETA_MIN = _LOG_MAX - _BETA_D / 2
+
+
+def deis_time(sigma: np.ndarray) -> np.ndarray:
+    r"""The time t of DEIS at noise level sigma: `log(1 + sigma^2) = beta_d t^2 / 2 + beta_min t`."""
+    return (np.sqrt(_BETA_MIN**2 + 2 * _BETA_D * np.log1p(sigma**2)) - _BETA_MIN) / _BETA_D
+
+
+@functools.lru_cache(maxsize=4096)
+def deis_weights(levels: tuple[float, ...], quadrature: str) -> tuple[float, ...]:
+    r"""Weights of DEIS, newest slope first; `levels` are sigma_{i-k+1}, ..., sigma_i, sigma_{i+1}, all positive.
+
+    `c_j = int l_j(t(sigma)) dsigma` from sigma_i to sigma_{i+1}, with Lagrange polynomials in `t = deis_time(sigma)`.
+    "exact": Gauss-Legendre in log sigma, where the integrand is analytic in a strip of half-width pi/2. "upstream":
+    10,000 points in t with both ends, each of weight 1/10,000, which overcounts the ends by 1e-4 of the interval.
+    """
+    sigma, sigma_next = levels[-2:]
+    if len(levels) == 2:
+        return (sigma_next - sigma,)
+    times = deis_time(np.array(levels))[::-1].tolist()
+    if quadrature == "exact":
+        u, w = _unit_quadrature()
+        h = math.log(sigma_next / sigma)
+        points = sigma * np.exp(h * u)
+        t, weights = deis_time(points), h * points * w
+    else:
+        t = np.linspace(times[1], times[0], 10_000)
+        square = np.expm1(_BETA_D / 2 * t**2 + _BETA_MIN * t)  # sigma^2
+        dsigma_dt = (_BETA_D * t + _BETA_MIN) * (1 + square) / (2 * np.sqrt(square))
+        weights = dsigma_dt * (times[0] - times[1]) / len(t)
+    nodes = times[1:]
+    return tuple(float(weights @ lagrange(nodes, j, t)) for j in range(len(nodes)))

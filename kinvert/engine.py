@@ -31,6 +31,7 @@ class Progress:
         sigma, sigma_next: noise levels of the step (floats).
         x: shape (batch, *event), before the update (after churn).
         denoised: shape (batch, *event).
+        evaluations: of the denoiser, so far in this run.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Progress:
     sigma_next: float
     x: Tensor
     denoised: Tensor
+    evaluations: int
 
 
 Callback = Callable[[Progress], None]
@@ -76,7 +78,7 @@ def run(
         state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
         first += len(step.stages)
         if callback is not None and seen is not None:
-            callback(Progress(step.index, step.sigma, step.sigma_next, *seen))
+            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=first))
     # A last step "x' = D" hands out the denoiser's own tensor, which the denoiser may reuse.
     return state["x"].clone() if plan.steps[-1].x.alias() else state["x"]
 
@@ -192,7 +194,7 @@ def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
 def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: NoiseLike | None = None) -> Tensor:
     """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
     check_state(x)
-    levels = rule.grid(as_schedule(sigmas))
+    rule, levels = rule.prepare(as_schedule(sigmas))
     draw = bind(default_noise(rule.default_noise) if noise is None else noise, x)
     state: Memory = {"x": x}
     for index in range(len(levels) - 1):

@@ -139,7 +139,7 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
 
 @functools.lru_cache(maxsize=128)
 def _compile(rule: Rule, sigmas: tuple[float, ...]) -> Plan:
-    sigmas = rule.grid(sigmas)
+    rule, sigmas = rule.prepare(sigmas)
     steps = []
     memory = {"x": Form.of(State("x"))}
     for index in range(len(sigmas) - 1):

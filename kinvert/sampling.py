@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.adaptive import ends, run_adaptive
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Progress, check_state, run
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
-from kinvert.rules import Rule
+from kinvert.rules import DPMAdaptive, Rule
+from kinvert.rules import sampler as resolve_sampler
 
 Normalize = bool | Literal["sample", "sigma"]
 DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
@@ -75,16 +77,16 @@ def sample(
     check_state(x)
     schedule = as_schedule(sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
-    plan = compile_plan(sampler, schedule)
-    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    job = _Job.of(sampler, schedule)
+    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=job.is_guided)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
         _check_latent(latent, x)
-        denoise = Masked(denoise, mask, latent, noise=(x - latent) / plan.sigmas[0])
+        denoise = Masked(denoise, mask, latent, noise=(x - latent) / job.sigmas[0])
     elif latent is not None:
         raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
-    return _run_checked(plan, denoise, x, noise, callback, progress, "sample")
+    return job.run_checked(denoise, x, noise, _with_bar(callback, job, "sample") if progress else callback)
 
 
 @torch.no_grad()
@@ -134,13 +136,13 @@ def unsample(
     check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
-    plan = compile_plan(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
-    _check_unsampling(plan, noise)
-    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    job = _Job.of(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
+    job.check_unsampling(noise)
+    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=job.is_guided)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
-    latent = _run_checked(plan, denoise, x, noise, callback, progress, "unsample")
-    return _normalize(latent, normalize, plan.sigmas[-1])
+    latent = job.run_checked(denoise, x, noise, _with_bar(callback, job, "unsample") if progress else callback)
+    return _normalize(latent, normalize, job.sigmas[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,25 +213,35 @@ def round_trip(
     """
     if method != "unsample":
         raise ValueError(f"method must be 'unsample', got {method!r}")
+    evaluations = [0, 0]
+
+    def counted(direction: int) -> Callback:
+        def count(step: Progress) -> None:
+            evaluations[direction] = step.evaluations
+            if callback is not None:
+                callback(step)
+
+        return count
+
     shared: dict[str, Any] = {
-        "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask,
-        "callback": callback, "progress": progress,
+        "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
     }  # fmt: skip
     latent = unsample(
-        denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset, **shared
-    )
+        denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
+        callback=counted(0), **shared,
+    )  # fmt: skip
     schedule = as_schedule(sigmas)
     back = schedule[_dropped_steps(schedule, end_at_step) :]
     start = latent * back[0] if normalize else latent
-    reconstruction = sample(denoiser, start, back, latent=None if mask is None else x, **shared)
-    up = compile_plan(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
+    clean = None if mask is None else x
+    reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
     flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
     flat = flat if normalize else flat / back[0]
     return RoundTrip(
         latent=latent,
         reconstruction=reconstruction,
         sigma=back[0],
-        evaluations=up.evaluations + compile_plan(sampler, back).evaluations,
+        evaluations=sum(evaluations),
         mse=metrics.mse(reconstruction, x),
         psnr=metrics.psnr(reconstruction, x, data_range),
         max_error=metrics.max_error(reconstruction, x),
@@ -270,89 +282,109 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
         )
 
 
-def _check_unsampling(plan: Plan, noise: Noise | None) -> None:
-    """Refuse, before the first evaluation, what has no meaning upwards; read off the Plan."""
-    name = plan.rule.name
-    fix = f"use ki.sampler({name!r}, eta=0) or " if getattr(plan.rule, "eta", 0.0) else "use "
-    fix += f"a deterministic sampler such as {DETERMINISTIC}"
-    forgetful = next((step for step in plan.steps if step.forgets_x), None)
-    if forgetful is not None:
-        raise ValueError(
-            f"{name} cannot unsample: its step from sigma {forgetful.sigma:g} up to {forgetful.sigma_next:g} forgets "
-            f"x, so the result would not depend on the image; {fix}"
-        )
-    if plan.is_stochastic and noise is None:
-        raise ValueError(
-            f"{name} draws noise {plan.draws} times on this schedule, so unsampling it finds no latent; {fix}"
-            + (", or switch churn off (s_churn=0)" if getattr(plan.rule, "s_churn", 0.0) else "")
-        )
-
-
 def _check_latent(latent: Any, x: Tensor) -> None:
     if not isinstance(latent, Tensor) or latent.shape != x.shape:
         got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
         raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
 
 
-def _run_checked(
-    plan: Plan,
-    denoiser: Denoiser,
-    x: Tensor,
-    noise: Noise | None,
-    callback: Callback | None,
-    progress: bool,
-    verb: str,
-) -> Tensor:
-    """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
-    if plan.is_stochastic and noise is None:
-        noise = default_noise(plan.rule.default_noise)  # fixed here, so that a second run would see the same noise
-    if progress:
-        from tqdm.auto import tqdm
+@dataclass(frozen=True)
+class _Job:
+    """A sampler on a schedule, ready to run: by its Plan, or by the controller of `dpm_adaptive`, which has none."""
 
-        with tqdm(total=len(plan.steps), desc=f"{verb} {plan.rule.name}") as bar:
-            result = run(plan, denoiser, x, noise, _with_bar(callback, bar))
-    else:
-        result = run(plan, denoiser, x, noise, callback)
-    if not bool(torch.isfinite(result).all()):
-        raise ValueError(_first_bad_step(plan, denoiser, x, noise))
-    return result
+    rule: Rule
+    sigmas: tuple[float, ...]
+    plan: Plan | None
+
+    @classmethod
+    def of(cls, sampler: str | Rule, schedule: tuple[float, ...]) -> _Job:
+        rule = resolve_sampler(sampler)
+        if isinstance(rule, DPMAdaptive):
+            return cls(rule, ends(schedule), None)
+        plan = compile_plan(rule, schedule)
+        return cls(rule, plan.sigmas, plan)
+
+    @property
+    def is_guided(self) -> bool:
+        return self.plan is not None and self.plan.is_guided
+
+    def run(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
+        if self.plan is not None:
+            return run(self.plan, denoiser, x, noise, callback)
+        assert isinstance(self.rule, DPMAdaptive)
+        return run_adaptive(self.rule, denoiser, x, self.sigmas, noise, callback)[0]
+
+    def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
+        """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
+        if noise is None and self.plan is not None and self.plan.is_stochastic:
+            noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
+        result = self.run(denoiser, x, noise, callback)
+        if not bool(torch.isfinite(result).all()):
+            raise ValueError(self._first_bad_step(denoiser, x, noise))
+        return result
+
+    def check_unsampling(self, noise: Noise | None) -> None:
+        """Refuse, before the first evaluation, what has no meaning upwards; read off the Plan."""
+        name, eta = self.rule.name, getattr(self.rule, "eta", 0.0)
+        fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
+        fix += f"a deterministic sampler such as {DETERMINISTIC}"
+        steps = () if self.plan is None else self.plan.steps
+        for step in steps:
+            if step.forgets_x:
+                raise ValueError(
+                    f"{name} cannot unsample: its step from sigma {step.sigma:g} up to {step.sigma_next:g} forgets x, "
+                    f"so the result would not depend on the image; {fix}"
+                )
+        draws = sum(len(step.noises) for step in steps)
+        if draws and noise is None:
+            raise ValueError(
+                f"{name} draws noise {draws} times on this schedule, so unsampling it finds no latent; {fix}"
+                + (", or switch churn off (s_churn=0)" if getattr(self.rule, "s_churn", 0.0) else "")
+            )
+
+    def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
+        """Run again, reading every value, to say where the first NaN or infinity came from."""
+        if not bool(torch.isfinite(x).all()):
+            return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
+        found: list[str] = []
+
+        def checked(state: Tensor, sigma: Tensor) -> Any:
+            out = denoiser(state, sigma)
+            good_in = bool(torch.isfinite(state).all())
+            parts = out if isinstance(out, tuple) else (out,)
+            if not found and not (good_in and all(bool(torch.isfinite(part).all()) for part in parts)):
+                what = "the denoiser returned NaN or infinity" if good_in else "the state overflowed"
+                found.append(f"{what} at sigma {float(sigma[0]):g}")
+            return out
+
+        def locate(step: Progress) -> None:
+            if len(found) == 1:
+                found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
+
+        # A noise function of the caller's cannot be called again from the start.
+        self.run(checked, x, noise if noise is None or isinstance(noise, NoiseSource) else white(0), locate)
+        where = " ".join(found) or "the result overflowed"
+        return (
+            f"{self.rule.name}: {where}; x is {x.dtype} with largest value {float(x.abs().max()):.3g}. Check the "
+            "denoiser at this sigma, or run it in a wider dtype (float32)"
+        )
 
 
-def _with_bar(callback: Callback | None, bar: Any) -> Callback:
+def _with_bar(callback: Callback | None, job: _Job, verb: str) -> Callback:
+    """The callback with a progress bar, which is closed with the last step."""
+    from tqdm.auto import tqdm
+
+    total = None if job.plan is None else len(job.plan.steps)
+    bar = tqdm(total=total, desc=f"{verb} {job.rule.name}")
+
     def update(step: Progress) -> None:
         bar.update()
+        if step.sigma_next == job.sigmas[-1]:
+            bar.close()
         if callback is not None:
             callback(step)
 
     return update
-
-
-def _first_bad_step(plan: Plan, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
-    """Run again, reading every value, to say where the first NaN or infinity came from."""
-    if not bool(torch.isfinite(x).all()):
-        return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
-    found: list[str] = []
-
-    def checked(state: Tensor, sigma: Tensor) -> Any:
-        out = denoiser(state, sigma)
-        good_in = bool(torch.isfinite(state).all())
-        parts = out if isinstance(out, tuple) else (out,)
-        if not found and not (good_in and all(bool(torch.isfinite(part).all()) for part in parts)):
-            what = "the denoiser returned NaN or infinity" if good_in else "the state overflowed"
-            found.append(f"{what} at sigma {float(sigma[0]):g}")
-        return out
-
-    def locate(step: Progress) -> None:
-        if len(found) == 1:
-            found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
-
-    replayable = noise if noise is None or isinstance(noise, NoiseSource) else white(0)
-    run(plan, checked, x, replayable, locate)
-    where = " ".join(found) or "the result overflowed"
-    return (
-        f"{plan.rule.name}: {where}; x is {x.dtype} with largest value {float(x.abs().max()):.3g}. Check the denoiser "
-        "at this sigma, or run it in a wider dtype (float32)"
-    )
 
 
 def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:

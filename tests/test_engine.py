@@ -36,7 +36,7 @@ def count(name, n, peek=False):
         ki.run(plan, denoiser, x, lambda a, b: simdevice.to_sim(zero), callback)
     return sum(simdevice.SYNC.values()), sum(simdevice.H2D.values())
 
-for name in (name for name, entry in ki.SAMPLERS.items() if issubclass(entry.rule, ki.Rule)):
+for name in (name for name in ki.SAMPLERS if name != "dpm_adaptive"):
     short, long = count(name, 5), count(name, 15)
     assert short[0] == long[0] == 0, (name, "synchronisations", short, long)
     assert short[1] == long[1] <= 2, (name, "uploads", short, long)

@@ -19,7 +19,8 @@ from torch import Tensor
 import kinvert as ki
 from kinvert.engine import run_eager
 
-RULES = {name: ki.sampler(name) for name, entry in ki.SAMPLERS.items() if issubclass(entry.rule, ki.Rule)}
+# The sampler that chooses its own steps has no Plan; test_adaptive.py has its tests.
+RULES = {name: ki.sampler(name) for name in ki.SAMPLERS if name != "dpm_adaptive"}
 MIXTURE, GUIDED = mixture(), guided_mixture()
 
 
@@ -68,7 +69,7 @@ def test_plan_equals_eager_upwards(name: str, sigmas: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@given(scale=st.floats(0.1, 10.0), sigmas=schedules(zero=False))
+@given(scale=st.floats(0.1, 10.0), sigmas=schedules(min_steps=2, zero=False))  # uni_pc of one step has a scale
 @settings(max_examples=10, deadline=None)
 def test_rules_have_no_unit(name: str, scale: float, sigmas: list[float]) -> None:
     """Measured in another unit of x and sigma, a run without noise is the same run; or the rule says it has a scale."""
@@ -93,14 +94,16 @@ def test_rules_have_no_unit(name: str, scale: float, sigmas: list[float]) -> Non
 HAS_A_SCALE = {"deis", "sa_solver", "sa_solver_pece", "er_sde"}
 # With their noise off these do not follow the probability-flow ODE (which is all that an order can be measured on):
 # they have no switch for the noise, or integrate the drift of an SDE; CFG++ follows another field.
-NO_ORDER = {"ddpm", "lcm", "er_sde"}
+NO_ORDER = {"lcm", "er_sde"}
+# Its weights are not those of a quadrature on a non-uniform grid; order 2 is what is left for many steps.
+ORDER_STEPS = {"ipndm_v": [320, 640, 1280, 2560]}
 
 
 @functools.cache
 def ode_solution() -> tuple[Tensor, Tensor]:
-    """Starts at sigma 10 and where the probability-flow ODE of the mixture takes them at 0.1, to about 1e-8."""
+    """Starts at sigma 10 and where the probability-flow ODE of the mixture takes them at 0.1, to about 1e-14."""
     x = 10 * noise_like((16, 6), seed=3)
-    return x, ki.run(ki.compile_plan("dpm_2", ki.schedules.karras(4000, 0.1, 10)[:-1]), MIXTURE, x)
+    return x, ki.run(ki.compile_plan("dormand_prince", ki.schedules.karras(1000, 0.1, 10)[:-1]), MIXTURE, x)
 
 
 def order_errors(rule: ki.Rule, steps: list[int]) -> list[float]:
@@ -122,7 +125,7 @@ def order_errors(rule: ki.Rule, steps: list[int]) -> list[float]:
 @pytest.mark.parametrize("name", [name for name in RULES if name not in NO_ORDER])
 def test_order(name: str) -> None:
     """The error falls at least as fast as the declared order says; start-up caps are in the declared order."""
-    steps = [40, 80, 160, 320]
+    steps = ORDER_STEPS.get(name, [20, 40, 80, 160])
     slope = order_slope(order_errors(quiet(RULES[name]), steps), steps)
     assert slope > quiet(RULES[name]).ode_order - 0.3, slope
 

@@ -68,7 +68,7 @@ def run_node(case: Case, dtype: torch.dtype, sigmas: Tensor | None = None) -> Te
 
 
 CASES = [c for c in index()["node"] if c["model"] in LATENT_SCALE and c["sampler"] in ki.SAMPLERS]
-FINITE = [c for c in CASES if c["finite"] and c["sampler"] not in REFUSED]
+FINITE = [c for c in CASES if c.get("finite") and c["sampler"] not in REFUSED]
 
 
 @pytest.mark.parametrize("case", FINITE, ids=lambda c: c["id"])
@@ -94,7 +94,7 @@ def test_runs_where_the_node_fails(case: Case) -> None:
 
 def test_mask_of_the_node() -> None:
     """The resized mask is the one that the node really used."""
-    for case in (c for c in CASES if "mask" in c and c["finite"]):
+    for case in (c for c in CASES if "mask" in c and c.get("finite")):
         latent, mask = node_inputs(case)
         assert mask is not None
         ours = ki.denoisers.resize_mask(mask, latent).expand(len(latent), -1, -1, -1)[:, 0]

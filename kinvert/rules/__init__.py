@@ -9,28 +9,71 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kinvert.rules.ancestral import DPMpp2SAncestral, EulerAncestral
+from kinvert.rules.adaptive import DPMAdaptive
+from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, slope
-from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMppSDE
+from kinvert.rules.dpm_solver import DPMFast
+from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
+from kinvert.rules.er_sde import ERSDE
+from kinvert.rules.exponential import RES2S, RES3S, ExponentialAdams, HochbruckOstermann5, Krogstad4
 from kinvert.rules.flow import Flow
-from kinvert.rules.multistep import LMS
-from kinvert.rules.runge_kutta import DPM2, Euler, Heun
+from kinvert.rules.guided import (
+    DPMpp2MCFGpp,
+    DPMpp2SAncestralCFGpp,
+    EulerAncestralCFGpp,
+    GradientEstimationCFGpp,
+    ResMultistepCFGpp,
+)
+from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
+from kinvert.rules.predictor_corrector import SASolver, UniPC
+from kinvert.rules.res import ResMultistep
+from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
+from kinvert.rules.seeds import Seeds2, Seeds3
+from kinvert.rules.tableau import TABLEAUS, RungeKutta, Tableau
 
 __all__ = [
+    "DEIS",
     "DPM2",
+    "ERSDE",
+    "IPNDM",
+    "IPNDMV",
+    "LCM",
     "LMS",
+    "RES2S",
+    "RES3S",
     "SAMPLERS",
+    "DPM2Ancestral",
+    "DPMAdaptive",
+    "DPMFast",
     "DPMpp2M",
+    "DPMpp2MCFGpp",
     "DPMpp2MSDE",
     "DPMpp2SAncestral",
+    "DPMpp2SAncestralCFGpp",
+    "DPMpp3MSDE",
     "DPMppSDE",
     "Euler",
     "EulerAncestral",
+    "EulerAncestralCFGpp",
+    "ExponentialAdams",
     "Flow",
+    "GradientEstimation",
+    "GradientEstimationCFGpp",
     "Heun",
+    "HeunPP2",
+    "HochbruckOstermann5",
+    "Krogstad4",
+    "ResMultistep",
+    "ResMultistepCFGpp",
     "Rule",
+    "RungeKutta",
+    "SASolver",
     "SamplerEntry",
+    "Seeds2",
+    "Seeds3",
     "StepBuilder",
+    "Tableau",
+    "UniPC",
     "interpolate",
     "register",
     "sampler",
@@ -72,8 +115,27 @@ def register(rule: type[Rule], name: str | None = None, **defaults: Any) -> type
     return rule
 
 
-for _rule in (Euler, Heun, DPM2, LMS, EulerAncestral, DPMpp2SAncestral, DPMppSDE, DPMpp2M, DPMpp2MSDE):
+for _rule in (
+    *(Euler, Heun, DPM2, HeunPP2, LMS, IPNDM, IPNDMV, DEIS, GradientEstimation, DPMFast, DPMAdaptive),
+    *(EulerAncestral, DPM2Ancestral, DPMpp2SAncestral, LCM, DPMpp2M, DPMppSDE, DPMpp2MSDE, DPMpp3MSDE),
+    *(ResMultistep, Seeds2, Seeds3, ERSDE, SASolver, UniPC),
+    *(EulerAncestralCFGpp, DPMpp2SAncestralCFGpp, DPMpp2MCFGpp, ResMultistepCFGpp, GradientEstimationCFGpp),
+    *(RES2S, RES3S, Krogstad4, HochbruckOstermann5, ExponentialAdams),
+):
     register(_rule)
+register(EulerAncestral, "ddim", eta=0.0)
+register(EulerAncestral, "ddpm")
+register(ResMultistep, "res_multistep_ancestral", eta=1.0)
+register(EulerAncestralCFGpp, "euler_cfg_pp", eta=0.0)
+register(ResMultistepCFGpp, "res_multistep_ancestral_cfg_pp", eta=1.0)
+register(ExponentialAdams, "res_3m", order=3)
+register(DPMpp2MSDE, "dpmpp_2m_sde_heun", solver_type="heun")
+register(UniPC, "uni_pc_bh2", variant="bh2")
+register(SASolver, "sa_solver_pece", use_pece=True)
+for _tableau in TABLEAUS:
+    register(RungeKutta, _tableau.name, tableau=_tableau)
+for _name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"):  # elsewhere they name a device
+    register(SAMPLERS[_name].rule, f"{_name}_gpu", **SAMPLERS[_name].defaults)
 
 
 def sampler(name: str | Rule, **options: Any) -> Rule:
@@ -96,7 +158,10 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler: it must be {one_of(name, SAMPLERS)}")
     entry = SAMPLERS[name]
-    for key in options:
-        if key not in entry.options:
-            raise TypeError(f"{name} has no option {key!r}: it must be {one_of(key, entry.options) if entry.options else 'left out, there are none'}")
-    return entry.rule(**{**entry.defaults, **options})
+    for key in options.keys() - entry.options.keys():
+        known = one_of(key, entry.options) if entry.options else "left out: it has none"
+        raise TypeError(f"{name} has no option {key!r}: it must be {known}")
+    rule = entry.rule(**{**entry.defaults, **options})
+    if rule.name != name:
+        object.__setattr__(rule, "name", name)  # messages speak of the sampler by the name it was asked for
+    return rule

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from kinvert.coefficients import ancestral_split, flow_ancestral_split
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, interpolate
+from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
 
 
 def split(s: StepBuilder, eta: float, flow: bool) -> tuple[float, float, float]:
@@ -30,12 +30,14 @@ def split(s: StepBuilder, eta: float, flow: bool) -> tuple[float, float, float]:
 class EulerAncestral(Rule):
     r"""Euler to `down`, then noise: `x' = (down/sigma) x + (1 - down/sigma) D + up s_noise n(sigma, sigma_next)`.
 
-    At `eta = 1` this is the ancestral (DDPM) step of the variance-exploding process; at `eta = 0` it is `euler`. One
-    evaluation a step. Where `down = 0` the step returns D without noise, as ComfyUI does; `noise_at_down_zero=True`
-    adds it, as k-diffusion does (they differ only where eta is clipped, or on a rising schedule).
+    At `eta = 1` this is the ancestral step of DDPM (public name `ddpm`), at `eta = 0` it is `euler` (public name
+    `ddim`), and between them it is DDIM with that eta: sigma_t(eta) of Song et al. is `up` after the change from
+    variance-preserving coordinates. One evaluation a step. Where `down = 0` the step returns D without noise, as
+    ComfyUI does; `noise_at_down_zero=True` adds it, as k-diffusion does (they differ only where eta is clipped, or on a
+    rising schedule).
 
     Source: K. Crowson, k-diffusion (2022); Ho et al., Denoising Diffusion Probabilistic Models (2020), arXiv
-    2006.11239.
+    2006.11239; Song et al., Denoising Diffusion Implicit Models (2020), arXiv 2010.02502.
     """
 
     eta: float = 1.0
@@ -93,3 +95,56 @@ class DPMpp2SAncestral(Rule):
             return 0.9999
         ratio = math.sqrt(sigma / (1.0 - sigma) * down / (1.0 - down))
         return ratio / (1.0 + ratio)
+
+
+@dataclass(frozen=True)
+class DPM2Ancestral(Rule):
+    r"""DPM-Solver-2 in sigma to `down`, then noise.
+
+    With `m = sqrt(sigma down)`: `x_m = (m/sigma) x + (1 - m/sigma) D`, `D_m = D(x_m, m)`,
+    `x' = x + (down - sigma) (x_m - D_m) / m + up s_noise n(sigma, sigma_next)`. Order 2 at `eta = 0`, where it is
+    `dpm_2`; two evaluations a step, one where `down = 0`: there the step returns D without noise.
+
+    Source: K. Crowson, k-diffusion (2022), after Lu et al., DPM-Solver (2022), arXiv 2206.00927.
+    """
+
+    eta: float = option(1.0, low=0.0)
+    s_noise: float = 1.0
+    flow: bool = False
+
+    name: ClassVar[str] = "dpm_2_ancestral"
+    ode_order: ClassVar[int] = 2
+
+    def step(self, s: StepBuilder) -> Form:
+        denoised = s.denoise(s.x, s.sigma)
+        down, scale, up = split(s, self.eta, self.flow)
+        if down <= 0:  # in flow time a large eta asks for less than nothing
+            return denoised
+        m = math.sqrt(s.sigma * down)
+        x_m = interpolate(s.x, denoised, m / s.sigma)
+        x = scale * (s.x + (down - s.sigma) * slope(x_m, s.denoise(x_m, m), m))
+        return x + up * self.s_noise * s.noise(s.sigma, s.sigma_next)
+
+
+@dataclass(frozen=True)
+class LCM(Rule):
+    r"""Sampling of a consistency model: denoise, then noise again, `x' = D + sigma_next s_noise n(sigma, sigma_next)`.
+
+    With `flow=True`, `x' = (1 - sigma_next) D + sigma_next s_noise n`. One evaluation a step. Every step forgets x, so
+    there is nothing to invert, and without the noise it approximates no differential equation: order 0. It is
+    `euler_ancestral` with an eta so large that `down = 0`, and `noise_at_down_zero=True`.
+
+    Source: Luo et al., Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference (2023),
+    arXiv 2310.04378; Song et al., Consistency Models (2023), arXiv 2303.01469, Algorithm 1.
+    """
+
+    s_noise: float = 1.0
+    flow: bool = False
+
+    name: ClassVar[str] = "lcm"
+    ode_order: ClassVar[int] = 0
+
+    def step(self, s: StepBuilder) -> Form:
+        signal = 1.0 - s.sigma_next if self.flow else 1.0
+        x = signal * s.denoise(s.x, s.sigma)
+        return x + s.sigma_next * self.s_noise * s.noise(s.sigma, s.sigma_next)

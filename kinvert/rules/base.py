@@ -79,25 +79,28 @@ class Rule(ABC):
 
     Subclasses are frozen dataclasses whose fields are the options (numbers and names, checked when built); they are
     final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
-    probability-flow ODE (for stochastic rules: with their noise switched off). Everything else, evaluations, memory,
-    noise, invertibility, is read off the compiled Plan.
+    probability-flow ODE (for stochastic rules: with their noise switched off), `default_noise` the kind of noise that
+    it draws unless told otherwise. Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
     """
 
     name: ClassVar[str]
     ode_order: ClassVar[int]
+    default_noise: ClassVar[Literal["white", "brownian"]] = "white"
 
     @abstractmethod
     def step(self, s: StepBuilder) -> Form:
         """The state at `s.sigma_next`."""
 
-    def grid(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
-        """The noise levels on which the rule really steps when it is asked for `sigmas`; most take them as they are."""
-        return sigmas
+    def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
+        """The rule and the noise levels that a run on `sigmas` really has; most rules take the levels as they are."""
+        return self, sigmas
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in fields(self):
-            checked = _check_option(f"{self.name}: {f.name}", getattr(self, f.name), hints[f.name], f.metadata)
+            checked = _check_option(
+                f"{type(self).__name__}: {f.name}", getattr(self, f.name), hints[f.name], f.metadata
+            )
             object.__setattr__(self, f.name, checked)
 
 

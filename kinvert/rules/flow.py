@@ -50,14 +50,14 @@ class Flow(Rule):
         """The kind of noise of the wrapped rule."""
         return self.rule.default_noise
 
-    def grid(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
         if max(sigmas) > 1:
             raise ValueError(
                 f"{self.name}: flow times must lie in [0, 1], got {max(sigmas):g}; use a schedule that ends below 1 "
                 "(unsample adds sigma_offset to it: drop the step to 1 by end_at_step=1)"
             )
-        times = tuple(min(t, self.start) for t in sigmas)
-        return tuple(_flow_time(sigma) for sigma in self.rule.grid(tuple(_noise_level(t) for t in times)))
+        rule, levels = self.rule.prepare(tuple(_noise_level(min(t, self.start)) for t in sigmas))
+        return Flow(rule, self.start), tuple(_flow_time(sigma) for sigma in levels)
 
     def step(self, s: StepBuilder) -> Form:
         inner = _FlowStep(s)

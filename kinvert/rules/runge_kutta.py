@@ -102,3 +102,39 @@ class DPM2(ChurnedRule):
         m = math.sqrt(sigma * s.sigma_next)
         x_m = interpolate(x, denoised, m / sigma)
         return x + (s.sigma_next - sigma) * slope(x_m, s.denoise(x_m, m), m)
+
+
+@dataclass(frozen=True)
+class HeunPP2(ChurnedRule):
+    r"""Heun++: the slopes at the next one or two noise levels, weighted by their share of the first noise level.
+
+    With `x_e = x + (sigma_next - sigma) d`, `x_ee = x_e + (sigma_next2 - sigma_next) d_e`, slopes d, d_e, d_ee at the
+    three, and `w = sigma_next / (3 sigma_0)`, `w' = sigma_next2 / (3 sigma_0)` where `sigma_next2` is the level after
+    sigma_next: `x' = x + (sigma_next - sigma) ((1 - w - w') d + w d_e + w' d_ee)`. The last step but one leaves x_ee
+    out and has `w = sigma_next / (2 sigma_0)`; the last step is an Euler step, also where it does not end at 0. Three
+    evaluations a step, then two, then one. The weights are not those of a quadrature: the order is 1. On a rising
+    schedule the weights grow with `sigma / sigma_0`, and so does the result: it is not meant to be run upwards.
+
+    Source: community sampler of the sd-webui extensions, as in ComfyUI; no paper is known.
+    """
+
+    name: ClassVar[str] = "heunpp2"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        x, sigma = self.churn(s)
+        denoised = s.denoise(x, sigma)
+        euler = interpolate(x, denoised, s.sigma_next / sigma)
+        following = s.steps - s.index - 1  # steps after this one
+        if following == 0:
+            return euler
+        d = slope(x, denoised, sigma)
+        d_next = slope(euler, s.denoise(euler, s.sigma_next), s.sigma_next)
+        w = s.sigma_next / (min(following + 1, 3) * s.sigmas[0])
+        mean = (1.0 - w) * d + w * d_next
+        if following > 1:
+            sigma_next2 = s.sigmas[s.index + 2]
+            second = euler + (sigma_next2 - s.sigma_next) * d_next
+            d_next2 = slope(second, s.denoise(second, sigma_next2), sigma_next2)
+            mean = mean + sigma_next2 / (3.0 * s.sigmas[0]) * (d_next2 - d)
+        return x + (s.sigma_next - sigma) * mean

@@ -1,0 +1,190 @@
+r"""Exponential Adams methods in `lambda = -log sigma`: predict, evaluate, correct.
+
+They solve `dx/dlambda = rate (D - x)` with the denoised images of several steps interpolated by a polynomial in lambda:
+`x' = e^{-rate h} x + sum_j W_j D_j + noise` with `h = log(sigma / sigma_next)` and
+`W = coefficients.exponential_adams`. A predictor interpolates at known noise levels (Adams-Bashforth); once D has been
+evaluated at the predicted state, the corrector makes the same step again with it as one more node (Adams-Moulton).
+
+A step of these rules evaluates the denoiser at the predicted state `s.x`, corrects, and predicts the next state from
+the corrected one. What predictor and corrector have in common, `e^{-rate h} x + noise` from the corrected x, is
+remembered as "base".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from kinvert.coefficients import exponential_adams, log_step, sde_noise_scale
+from kinvert.forms import Form
+from kinvert.rules.base import Rule, StepBuilder, option
+
+
+def _combine(base: Form, weights: Sequence[float], values: Sequence[Form]) -> Form:
+    for weight, value in zip(weights, values, strict=True):
+        base = base + weight * value
+    return base
+
+
+@dataclass(frozen=True)
+class UniPC(Rule):
+    r"""UniPC in data prediction: exponential Adams predictor and corrector of order 3, rate 1.
+
+    Written out, the systems of the paper have the exponential Adams weights as their solution, whatever its function
+    B(h) is. B enters where the paper takes 1/2 in place of a solution, for the corrector of the first step,
+    `x' = q x + (1 - q) D - B/2 (D_next - D)`, and the predictor of order 2,
+    `x' = q x + (1 - q) D - B h / (2 h_prev) (D - D_prev)`, with `B = -h` (`uni_pc`, "bh1") or `B = e^{-h} - 1`
+    (`uni_pc_bh2`, "bh2"); "bh2" with order 2 predicts as `dpmpp_2m`.
+
+    The order p is 1, 2, 3, 3, ..., 3, 2, 1, at most one less than the number of steps, and the last step is not
+    corrected. A schedule of a single step evaluates nothing: `x' = x sqrt((1 + sigma_next^2) / (1 + sigma^2))`. A
+    final sigma = 0 is replaced by 0.001, so the result is at 0.001. One evaluation a step, remembers the base and
+    three denoised images. Advertised order 3; 2 because of the ends.
+
+    Source: Zhao et al., UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (2023),
+    arXiv 2302.04867.
+    """
+
+    variant: Literal["bh1", "bh2"] = "bh1"
+
+    name: ClassVar[str] = "uni_pc"
+    ode_order: ClassVar[int] = 2
+
+    def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
+        if sigmas[-1] > 0:
+            return self, sigmas
+        if sigmas[-2] <= 0.001:
+            raise ValueError(
+                f"{self.name} takes 0.001 for the final 0, but the level before it is {sigmas[-2]:g}; use a schedule "
+                "whose last positive level is above 0.001"
+            )
+        return self, (*sigmas[:-1], 0.001)
+
+    def step(self, s: StepBuilder) -> Form:
+        if s.steps == 1:
+            return math.sqrt((1.0 + s.sigma_next**2) / (1.0 + s.sigma**2)) * s.x
+        denoised = s.history("D", s.denoise(s.x, s.sigma), 4)
+        x, base = s.x, s.recall("base")
+        if base is not None:
+            x = _combine(base, *self._corrector(s.sigmas, s.index, denoised))
+        base = s.sigma_next / s.sigma * x
+        s.remember("base", base)
+        return _combine(base, *self._predictor(s.sigmas, s.index + 1, denoised))
+
+    def _order(self, steps: int, k: int) -> int:
+        """The order of the step to `sigmas[k]`."""
+        highest = min(3, steps - 1)
+        return k if k < highest else min(highest, steps + 1 - k)
+
+    def _predictor(self, sigmas: Sequence[float], k: int, denoised: list[Form]) -> tuple[list[float], list[Form]]:
+        p = self._order(len(sigmas) - 1, k)
+        weights = exponential_adams(sigmas[k - p : k][::-1], sigmas[k - 1], sigmas[k])
+        if p == 2:
+            tilt = self._half_b(sigmas, k) * log_step(sigmas[k - 1], sigmas[k]) / log_step(sigmas[k - 2], sigmas[k - 1])
+            weights = [1.0 - sigmas[k] / sigmas[k - 1] - tilt, tilt]
+        return weights, denoised[:p]
+
+    def _corrector(self, sigmas: Sequence[float], k: int, denoised: list[Form]) -> tuple[list[float], list[Form]]:
+        p = self._order(len(sigmas) - 1, k)
+        weights = exponential_adams(sigmas[k - p : k + 1][::-1], sigmas[k - 1], sigmas[k])
+        if p == 1:
+            tilt = -self._half_b(sigmas, k)
+            weights = [tilt, 1.0 - sigmas[k] / sigmas[k - 1] - tilt]
+        return weights, denoised[: p + 1]
+
+    def _half_b(self, sigmas: Sequence[float], k: int) -> float:
+        z = -log_step(sigmas[k - 1], sigmas[k])
+        return (z if self.variant == "bh1" else math.expm1(z)) / 2
+
+
+@dataclass(frozen=True)
+class SASolver(Rule):
+    r"""SA-Solver: stochastic Adams predictor and corrector with rate `1 + tau^2`, where tau(sigma) scales the noise.
+
+    `x' = e^{-(1 + tau^2) h} x + sum_j W_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) s_noise n(sigma, sigma_next)`,
+    with the same noise in predictor and corrector. `tau = eta` where `sde_start >= sigma_next >= sde_end` and 0
+    elsewhere; the defaults are the noise levels at 20% and 80% of Stable Diffusion 1.5's time. With `use_pece`
+    (`sa_solver_pece`) D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone. The
+    orders fall near an end at sigma = 0, where the step returns D. `simple_order_2` takes the weights of the
+    trapezoidal kind wherever two denoised images are in use.
+
+    **Where the schedule does not end in 0, the last step is discarded**, as the public implementation returns the
+    corrected x and that is the one before the last level: the result belongs to `sigmas[-2]`. `keep_last=True` returns
+    the prediction at `sigmas[-1]` instead, as a run upwards wants it.
+
+    One evaluation a step (with `use_pece` two, but for the first). Remembers the base and up to three denoised images.
+    Advertised order 3 to 4; with `eta = 0` and `keep_last=True` 4, while with the last step discarded the result is one
+    step away from where it should be, order 1. With `eta=0`, `predictor_order=1` and `corrector_order=0` it is `euler`.
+
+    Source: Xue et al., SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models (2023), arXiv
+    2309.05019.
+    """
+
+    eta: float = option(1.0, low=0.0)
+    s_noise: float = option(1.0, low=0.0)
+    predictor_order: int = option(3, low=1, high=6)
+    corrector_order: int = option(4, low=0, high=6)
+    use_pece: bool = False
+    simple_order_2: bool = False
+    sde_start: float = option(5.0924082, low=0.0)
+    sde_end: float = option(0.57118887, low=0.0)
+    keep_last: bool = False
+
+    name: ClassVar[str] = "sa_solver"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        length = max(self.predictor_order, self.corrector_order)
+        x, denoised = s.x, s.denoise(s.x, s.sigma)
+        past = [value for k in range(1, length) if (value := s.recall(f"D[-{k}]")) is not None]
+        order, corrector_order = self._orders(s, len(past) + 1)
+        base = s.recall("base")
+        if base is not None and corrector_order:
+            nodes = [s.sigmas[s.index - j] for j in range(corrector_order)]
+            weights = self._weights(nodes, s.sigmas[s.index - 1], s.sigma)
+            x = _combine(base, weights, [denoised, *past][:corrector_order])
+            if self.use_pece:
+                denoised = s.denoise(x, s.sigma)
+        history = s.history("D", denoised, length)
+        if s.sigma_next == 0:
+            return denoised
+        if s.index == s.steps - 1 and not self.keep_last:
+            return x
+        nodes = [s.sigmas[s.index - j] for j in range(order)]
+        base = self._base(s, x)
+        s.remember("base", base)
+        return _combine(base, self._weights(nodes, s.sigma, s.sigma_next), history[:order])
+
+    def _tau(self, sigma: float) -> float:
+        return self.eta if self.sde_start >= sigma >= self.sde_end else 0.0
+
+    def _orders(self, s: StepBuilder, known: int) -> tuple[int, int]:
+        """Order of the predictor and of the corrector (0: none) where `known` denoised images are known."""
+        corrected = s.index > 0 and (s.sigma_next > 0 or self.use_pece)
+        orders = min(self.predictor_order, known), min(self.corrector_order, known) if corrected else 0
+        if s.sigmas[-1] > 0:
+            return orders
+        left = s.steps - s.index
+        return min(orders[0], left - 1), min(orders[1], left)
+
+    def _base(self, s: StepBuilder, x: Form) -> Form:
+        tau = self._tau(s.sigma_next)
+        h = log_step(s.sigma, s.sigma_next)
+        base = math.exp(-(1.0 + tau**2) * h) * x
+        if tau > 0 and self.s_noise > 0:
+            base = base + s.sigma_next * sde_noise_scale(h, tau**2) * self.s_noise * s.noise(s.sigma, s.sigma_next)
+        return base
+
+    def _weights(self, nodes: Sequence[float], sigma: float, sigma_next: float) -> list[float]:
+        """Weights of the step from sigma to sigma_next for the denoised images at `nodes`, newest first."""
+        rate = 1.0 + self._tau(sigma_next) ** 2
+        if not (self.simple_order_2 and len(nodes) == 2):
+            return exponential_adams(nodes, sigma, sigma_next, rate)
+        h = log_step(sigma, sigma_next)
+        total, half = -math.expm1(-rate * h), rate * h / 2
+        if nodes[0] == sigma_next:
+            return [half, total - half]
+        tilt = half * h / log_step(nodes[1], sigma)
+        return [total + tilt, -tilt]

@@ -1,0 +1,162 @@
+r"""Explicit Runge-Kutta methods in sigma for the probability-flow ODE, each given by its Butcher tableau.
+
+With `h = sigma_next - sigma`, stage k is at noise level `sigma + c_k h`:
+`x_k = x + h sum_{l<k} a_kl d_l`, `d_k = (x_k - D(x_k, sigma_k)) / sigma_k`, and `x' = x + h sum_k b_k d_k`.
+
+A tableau checks itself: it has order p if and only if `sum_i b_i Phi_i(t) = 1 / gamma(t)` for every rooted tree t with
+up to p nodes (Butcher). A tree is the tuple of its subtrees; `Phi_i(t) = prod_{u in t} sum_j a_ij Phi_j(u)` and
+`gamma(t) = |t| prod_{u in t} gamma(u)`.
+
+Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (1993), chapter II.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from kinvert.forms import Form
+from kinvert.rules.base import Rule, StepBuilder, slope
+
+Tree = tuple[Any, ...]
+
+
+def trees(nodes: int) -> set[Tree]:
+    """All rooted trees with that many nodes: a leaf added at every node of the smaller ones."""
+    return {()} if nodes == 1 else {bigger for tree in trees(nodes - 1) for bigger in _with_a_leaf(tree)}
+
+
+def _with_a_leaf(tree: Tree) -> set[Tree]:
+    at_root: set[Tree] = {tuple(sorted((*tree, ())))}
+    return at_root | {
+        tuple(sorted((*tree[:i], bigger, *tree[i + 1 :])))
+        for i, subtree in enumerate(tree)
+        for bigger in _with_a_leaf(subtree)
+    }
+
+
+def _size(tree: Tree) -> int:
+    return 1 + sum(map(_size, tree))
+
+
+def _gamma(tree: Tree) -> int:
+    return _size(tree) * math.prod(map(_gamma, tree))
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Butcher tableau in exact fractions; `parse` reads one from text.
+
+    Attributes:
+        name: name of the method.
+        order: order of the method; checked.
+        a: the rows below the diagonal, one for each stage, of lengths 0, 1, 2, ...
+        b: the weights of the stages.
+
+    Raises:
+        ValueError: rows of the wrong length, or a tableau that does not have the stated order.
+    """
+
+    name: str
+    order: int
+    a: tuple[tuple[Fraction, ...], ...]
+    b: tuple[Fraction, ...]
+
+    def __post_init__(self) -> None:
+        if [len(row) for row in self.a] != list(range(len(self.b))):
+            raise ValueError(f"{self.name}: the rows of a must have lengths 0 to {len(self.b) - 1}, one for each b")
+        for tree in (tree for nodes in range(1, self.order + 1) for tree in trees(nodes)):
+            got, wanted = _dot(self.b, self._phi(tree)), Fraction(1, _gamma(tree))
+            if got != wanted:
+                raise ValueError(
+                    f"{self.name} does not have order {self.order}: sum_i b_i Phi_i is {got} and must be {wanted} for "
+                    f"the tree {tree}; check a and b, or state a lower order"
+                )
+
+    @classmethod
+    def parse(cls, name: str, order: int, a: str, b: str) -> Tableau:
+        """A tableau from text: numbers separated by spaces, the rows of `a` from the second stage on by `|`."""
+        rows = ((), *(tuple(map(Fraction, row.split())) for row in a.split("|") if row.strip()))
+        return cls(name, order, rows, tuple(map(Fraction, b.split())))
+
+    @property
+    def c(self) -> tuple[Fraction, ...]:
+        """The nodes, `c_k = sum_l a_kl`."""
+        return tuple(sum(row, Fraction(0)) for row in self.a)
+
+    def _phi(self, tree: Tree) -> list[Fraction]:
+        subtrees = [self._phi(subtree) for subtree in tree]
+        return [math.prod((_dot(row, phi) for phi in subtrees), start=Fraction(1)) for row in self.a]
+
+
+def _dot(weights: Sequence[Fraction], values: Sequence[Fraction]) -> Fraction:
+    return sum((w * value for w, value in zip(weights, values, strict=False)), Fraction(0))
+
+
+TABLEAUS = (
+    Tableau.parse("midpoint", 2, "1/2", "0 1"),
+    Tableau.parse("ralston", 2, "2/3", "1/4 3/4"),
+    Tableau.parse("rk3", 3, "1/2 | -1 2", "1/6 2/3 1/6"),
+    Tableau.parse("bogacki_shampine", 3, "1/2 | 0 3/4", "2/9 1/3 4/9"),
+    Tableau.parse("rk4", 4, "1/2 | 0 1/2 | 0 0 1", "1/6 1/3 1/3 1/6"),
+    Tableau.parse(
+        "dormand_prince",
+        5,
+        "1/5 | 3/40 9/40 | 44/45 -56/15 32/9 | 19372/6561 -25360/2187 64448/6561 -212/729 "
+        "| 9017/3168 -355/33 46732/5247 49/176 -5103/18656",
+        "35/384 0 500/1113 125/192 -2187/6784 11/84",
+    ),
+)
+"""The registered methods: midpoint rule, Ralston (1962) of order 2, Kutta (1901) of orders 3 and 4, Bogacki and
+Shampine (1989), Dormand and Prince (1980); of the last two the propagating formula, without error estimate."""
+
+
+@dataclass(frozen=True)
+class RungeKutta(Rule):
+    r"""An explicit Runge-Kutta method in sigma: `x_k = x + h sum_l a_kl d_l`, `x' = x + h sum_k b_k d_k`.
+
+    `h = sigma_next - sigma`, `d_k = (x_k - D(x_k, sigma_k)) / sigma_k` at `sigma_k = sigma + c_k h`. Its order is the
+    tableau's, its evaluations a step the number of the tableau's stages. A step to sigma = 0, where the slope is
+    undefined, is an Euler step. A tableau of one's own runs as `RungeKutta(Tableau.parse(name, order, a, b))`; with
+    `Tableau.parse("heun", 2, "1", "1/2 1/2")` it is `heun`.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (1993), chapter II.
+    """
+
+    tableau: Tableau
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tableau, Tableau):
+            raise TypeError(f"RungeKutta: tableau must be a Tableau, e.g. from Tableau.parse, got {self.tableau!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The name of the tableau."""
+        return self.tableau.name
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        """The order of the tableau."""
+        return self.tableau.order
+
+    def step(self, s: StepBuilder) -> Form:
+        denoised = s.denoise(s.x, s.sigma)
+        if s.sigma_next == 0:
+            return denoised
+        slopes = [slope(s.x, denoised, s.sigma)]
+        for c, row in zip(map(float, self.tableau.c[1:]), self.tableau.a[1:], strict=True):
+            sigma = (1.0 - c) * s.sigma + c * s.sigma_next
+            x = _advance(s, row, slopes)
+            slopes.append(slope(x, s.denoise(x, sigma), sigma))
+        return _advance(s, self.tableau.b, slopes)
+
+
+def _advance(s: StepBuilder, weights: Sequence[Fraction], slopes: list[Form]) -> Form:
+    x = s.x
+    for weight, d in zip(weights, slopes, strict=True):
+        if weight:
+            x = x + float(weight) * (s.sigma_next - s.sigma) * d
+    return x
