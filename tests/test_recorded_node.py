@@ -68,6 +68,22 @@ def run_node(case: Case, dtype: torch.dtype, sigmas: Tensor | None = None) -> Te
 
 
 CASES = [c for c in index()["node"] if c["model"] in LATENT_SCALE and c["sampler"] in ki.SAMPLERS]
+# Where float32 decides: the first step up starts at sigma = 1e-4, and its slope (x - D)/sigma multiplies the rounding of
+# x by 1e4; multistep samplers extrapolate that slope, the adaptive one also chooses other steps. These cases (by the
+# number they begin with) are held to ten times the distance of our own float32 run from our float64 run.
+BOUND_BY_ROUNDING = {
+    "dpmpp_2m": "0015 0017 0087 0102 0103 0214 0215 0231 0233 0235 0237 0239 0241 0245 0247 0252",
+    "lms": "0024 0025 0026 0028 0116 0117 0121 0122 0186 0187 0188 0189 0218 0219 0258 0263 0268",
+    "dpm_adaptive": "0048 0049 0050 0051 0052 0053 0144 0145 0146 0147 0149 0150 0202 0203 0205 0226 0227 0369 0370 0371 "
+    "0372",
+    "deis": "0062",
+    "ipndm_v": "0066",
+    "heunpp2": "0068 0069",
+    "euler": "0084 0088 0089 0210 0230 0232 0234 0236 0238 0240 0244 0246",
+    "heun": "0095 0096 0212",
+    "dpm_2": "0109 0110 0183 0216",
+    "dpm_fast": "0137 0138 0224",
+}
 FINITE = [c for c in CASES if c.get("finite") and c["sampler"] not in REFUSED]
 
 
@@ -75,10 +91,11 @@ FINITE = [c for c in CASES if c.get("finite") and c["sampler"] not in REFUSED]
 def test_matches_node(case: Case) -> None:
     got = run_node(case, torch.float32)
     error = relative_error(got, array(case, "out"))
-    if error > 3e-4:
+    if case["id"][:4] in BOUND_BY_ROUNDING.get(case["sampler"], ""):
         rounding = relative_error(got, run_node(case, torch.float64).numpy())
-        assert error <= 10 * rounding, (error, rounding)
-        print(error, rounding)
+        assert error <= max(3e-4, 10 * rounding)
+    else:
+        assert error <= 3e-4
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["sampler"] in REFUSED][:3], ids=lambda c: c["id"])
