@@ -39,14 +39,13 @@ def node_inputs(case: Case) -> tuple[Tensor, Tensor | None]:
     return latent, mask[:1] if mask.ndim > 2 else mask
 
 
-def run_node(case: Case, dtype: torch.dtype, sigmas: Tensor | None = None) -> Tensor:
+def run_node(case: Case, dtype: torch.dtype) -> Tensor:
     model = case["model"]
     levels = ki.levels.stable_diffusion(zero_snr=model == "zsnr")
     adapter = ki.denoisers.from_v if model in ("sd21v", "zsnr") else ki.denoisers.from_eps
     arrays = load("part3_shared")
     positive, negative = ({"ctx": torch.tensor(arrays[f"ctx/ctx4_{sign}"])} for sign in ("pos", "neg"))
-    if sigmas is None:
-        sigmas = ki.schedule(case["scheduler"], case["steps"], levels, sampler=case["sampler"])
+    sigmas = ki.schedule(case["scheduler"], case["steps"], levels, sampler=case["sampler"])
     # The node counts steps from the clean end of the schedule, which may have more of them than asked for.
     run_steps = case["steps"] - min(case["end_at_step"], case["steps"] - 1)
     latent, mask = node_inputs(case)
@@ -72,30 +71,70 @@ CASES = [c for c in index()["node"] if c["model"] in LATENT_SCALE and c["sampler
 # x by 1e4; multistep samplers extrapolate that slope, the adaptive one also chooses other steps. These cases (by the
 # number they begin with) are held to ten times the distance of our own float32 run from our float64 run.
 BOUND_BY_ROUNDING = {
-    "dpmpp_2m": "0015 0017 0087 0102 0103 0214 0215 0231 0233 0235 0237 0239 0241 0245 0247 0252",
-    "lms": "0024 0025 0026 0028 0116 0117 0121 0122 0186 0187 0188 0189 0218 0219 0258 0263 0268",
+    "dpmpp_2m": "0015 0017 0087 0102 0103 0214 0215 0231 0233 0235 0237 0239 0241 0245 0247 0252 0277 0279",
+    "lms": "0024 0025 0026 0028 0116 0117 0121 0122 0186 0187 0188 0189 0218 0219 0258 0263 0268 0286 0288",
     "dpm_adaptive": "0048 0049 0050 0051 0052 0053 0144 0145 0146 0147 0149 0150 0202 0203 0205 0226 0227 0369 0370 0371 "
-    "0372",
-    "deis": "0062",
+    "0372 0301 0302 0303",
+    "deis": "0062 0314",
     "ipndm_v": "0066",
     "heunpp2": "0068 0069",
     "euler": "0084 0088 0089 0210 0230 0232 0234 0236 0238 0240 0244 0246",
     "heun": "0095 0096 0212",
-    "dpm_2": "0109 0110 0183 0216",
+    "dpm_2": "0109 0110 0183 0216 0281",
     "dpm_fast": "0137 0138 0224",
 }
 FINITE = [c for c in CASES if c.get("finite") and c["sampler"] not in REFUSED]
 
 
-@pytest.mark.parametrize("case", FINITE, ids=lambda c: c["id"])
-def test_matches_node(case: Case) -> None:
-    got = run_node(case, torch.float32)
+def assert_matches(case: Case, run: Callable[[Case, torch.dtype], Tensor]) -> None:
+    got = run(case, torch.float32)
     error = relative_error(got, array(case, "out"))
     if case["id"][:4] in BOUND_BY_ROUNDING.get(case["sampler"], ""):
-        rounding = relative_error(got, run_node(case, torch.float64).numpy())
+        rounding = relative_error(got, run(case, torch.float64).numpy())
         assert error <= max(3e-4, 10 * rounding)
     else:
         assert error <= 3e-4
+
+
+@pytest.mark.parametrize("case", FINITE, ids=lambda c: c["id"])
+def test_matches_node(case: Case) -> None:
+    assert_matches(case, run_node)
+
+
+# -- rectified-flow models: the node runs on flow times, from (1 - 1e-4) times the latent, and divides by 1 - t at the end
+FLOW_LATENT = {"sd3": (1.5305, 0.0609, 3.0), "flow_sd15fmt": (0.18215, 0.0, 1.0)}  # scale, shift, shift of the levels
+FLOW = [c for c in index()["node"] if c["model"] in FLOW_LATENT and c.get("finite") and c["sampler"] in ki.SAMPLERS]
+
+
+def run_flow_node(case: Case, dtype: torch.dtype) -> Tensor:
+    scale, shift, level_shift = FLOW_LATENT[case["model"]]
+    levels = ki.levels.flow(shift=level_shift)
+    arrays, channels = load("part3_shared"), 16 if case["model"] == "sd3" else 4
+    context = {sign: {"ctx": torch.tensor(arrays[f"ctx/ctx{channels}_{sign}"])} for sign in ("pos", "neg")}
+    sigmas = ki.schedule(case["scheduler"], case["steps"], levels, sampler=case["sampler"])
+    run_steps = case["steps"] - min(case["end_at_step"], case["steps"] - 1)
+    if case["latent"] == "zeros16":
+        x = torch.zeros(1, 16, 4, 4, dtype=dtype)  # an empty latent is not taken to the network's units
+    else:
+        x = (torch.tensor(arrays[f"latent/{case['latent']}"]).to(dtype) - shift) * scale
+    end = max(0, len(sigmas) - 1 - run_steps)
+    out = ki.unsample(
+        ki.denoisers.from_velocity(network(case["tc"]), levels, coordinates="flow"),
+        (1 - 1e-4) * x,
+        sigmas,
+        sampler=ki.sampler(case["sampler"], **({"flow": True} if case["sampler"] == "euler_cfg_pp" else {})),
+        end_at_step=end,
+        cfg=case["cfg"],
+        positive=context["pos"],
+        negative=context["neg"],
+    )
+    out = out / (1 - (float(sigmas[end]) + 1e-4)) / scale + shift
+    return (out - out.mean()) / out.std() if case["normalize"] else out
+
+
+@pytest.mark.parametrize("case", [c for c in FLOW if c["sampler"] not in REFUSED], ids=lambda c: c["id"])
+def test_matches_node_on_flow_models(case: Case) -> None:
+    assert_matches(case, run_flow_node)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["sampler"] in REFUSED][:3], ids=lambda c: c["id"])

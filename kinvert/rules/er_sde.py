@@ -26,9 +26,9 @@ class ERSDE(Rule):
     of the noise is not positive, as on a rising schedule, there is no noise. One evaluation a step, remembers two
     values; a step to sigma = 0 returns D.
 
-    It follows the drift of an SDE: with `s_noise = 0` it does not converge to the probability-flow ODE, so its order
-    is 0. `noise_scaler="ode"` does: with `max_stage=1` it is `euler`, and more stages are of order 2 until the error
-    of the left sums shows, which is of order 1.
+    It follows the drift of an SDE: with `s_noise = 0` it does not converge to the probability-flow ODE, so its order is
+    0. `noise_scaler="ode"` does: with `max_stage=1` it is `euler`, and more stages are of order 2 until the error of
+    the left sums shows, which is of order 1. `noise_scaler="reverse_time_sde"` with `max_stage=1` is `euler_ancestral`.
 
     Source: Cui et al., Elucidating the solution space of extended reverse-time SDE for diffusion models (2023), arXiv
     2309.06169.

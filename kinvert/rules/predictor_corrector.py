@@ -103,12 +103,13 @@ class UniPC(Rule):
 class SASolver(Rule):
     r"""SA-Solver: stochastic Adams predictor and corrector with rate `1 + tau^2`, where tau(sigma) scales the noise.
 
-    `x' = e^{-(1 + tau^2) h} x + sum_j W_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) s_noise n(sigma, sigma_next)`,
-    with the same noise in predictor and corrector. `tau = eta` where `sde_start >= sigma_next >= sde_end` and 0
-    elsewhere; the defaults are the noise levels at 20% and 80% of Stable Diffusion 1.5's time. With `use_pece`
-    (`sa_solver_pece`) D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone. The
-    orders fall near an end at sigma = 0, where the step returns D. `simple_order_2` takes the weights of the
-    trapezoidal kind wherever two denoised images are in use.
+    `x' = e^{-(1 + tau^2) h} x + sum_j W_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) s_noise n(sigma, sigma_next)`, with
+    the same noise in predictor and corrector. `tau = eta` where `sde_start >= sigma_next >= sde_end` and 0 elsewhere;
+    the defaults are the noise levels at 20% and 80% of Stable Diffusion 1.5's time. With `use_pece` (`sa_solver_pece`)
+    D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone (with `eta = 0` and
+    `keep_last=True` `res_3m`, on a schedule that does not end in 0). The orders fall near an end at sigma = 0, where
+    the step returns D. `simple_order_2` takes the weights of the trapezoidal kind wherever two denoised images are in
+    use.
 
     **Where the schedule does not end in 0, the last step is discarded**, as the public implementation returns the
     corrected x and that is the one before the last level: the result belongs to `sigmas[-2]`. `keep_last=True` returns
