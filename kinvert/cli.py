@@ -1,0 +1,258 @@
+"""The command line, `kinvert`: a demo on real images, and what there is to choose from.
+
+Tables go to stdout and everything else to stderr; with `--json` stdout is JSON alone, with null for infinite numbers.
+An input that cannot work ends with one line that says why and with exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kinvert as ki
+from kinvert import analysis, models
+from kinvert.sampling import rising_schedule
+
+try:
+    import click
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from kinvert import demo as demos
+except ModuleNotFoundError as error:
+    raise SystemExit(f"the command line needs {error.name}, which is not here: pip install 'kinvert[cli]'") from error
+
+LEVELS: dict[str, Callable[[], ki.levels.Levels]] = {
+    "sd15": ki.levels.stable_diffusion,
+    "sdxl": ki.levels.stable_diffusion,
+    "svd": lambda: ki.levels.edm(sigma_max=700.0),
+    "edm": ki.levels.edm,
+    "sd3": lambda: ki.levels.flow(shift=3.0),
+    "flux": ki.levels.flux,
+}
+model_levels = click.option(
+    "--model", type=click.Choice(list(LEVELS)), default="sd15", help="Whose noise levels; sd3 and flux have flow times."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+class Commands(click.Group):
+    """A group in which the library's complaints about an input are usage errors, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except (TypeError, ValueError) as error:
+            raise click.UsageError(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(ki.__version__, prog_name="kinvert")
+def main() -> None:
+    """The noise behind an image: diffusion samplers, noise schedules, and both run backwards.
+
+    Start with `kinvert demo`, which needs no model and no GPU.
+    """
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
+@main.command()
+@click.option(
+    "--model",
+    type=click.Choice(models.NAMES),
+    default="mnist",
+    help="Embedded denoiser; its images have 8x8 or 28x28 pixels.",
+)
+@click.option(
+    "--samplers", default=",".join(demos.SAMPLERS), callback=_names, metavar="NAME,...", help="See `kinvert samplers`."
+)
+@click.option("--steps", type=int, default=20, help="Steps in each direction.")
+@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option(
+    "--cfg", type=float, default=1.0, help="Guidance towards the image's label, in both directions; 1 is none."
+)
+@click.option("--count", type=int, default=8, help="Number of images, one of each class in turn.")
+@click.option("--normalize", is_flag=True, help="Give the latents mean 0 and standard deviation 1, as the node does.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Floating point format.")
+@click.option("--device", default="cpu", help="Where to compute, e.g. cuda.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default="demo", help="Folder for the three files."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON instead of a table; the files are written all the same."
+)
+def demo(out: Path, as_json: bool, **options: Any) -> None:
+    """Unsample images, sample them back, and measure.
+
+    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. The
+    figures are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
+    """
+    torch.set_num_threads(1)  # the networks are so small that threads only get in each other's way
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        outcome = demos.run(demos.Settings(**options), progress=True)
+        paths = demos.save(outcome, out)
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(out)!r}: {error.strerror}; choose another --out") from error
+    if as_json:
+        click.echo(demos.to_json(outcome.report()), nl=False)
+        return
+    rows = [
+        [r["sampler"], r["steps"], r["evaluations"], f"{r['mse']:.3g}", f"{r['psnr']:.1f}", f"{r['max_error']:.2g}",
+         f"{r['latent_mean']:+.3f}", f"{r['latent_std']:.3f}"]
+        for r in outcome.table()
+    ]  # fmt: skip
+    columns = ["sampler", "steps", "evaluations", "MSE", "PSNR (dB)", "max error", "latent mean", "latent std"]
+    s = outcome.settings
+    _print_table(
+        f"round trip of {s.count} held-out images, {s.model}, {s.schedule}, cfg {s.cfg:g}", columns, rows, numbers=True
+    )
+    _print_lines(
+        "Errors are of the image sampled back, in [-1, 1]; PSNR is the mean over the images.",
+        "Latents are divided by sigma: pure noise has mean 0 and standard deviation 1.",
+        *(f"wrote {path}" for path in paths.values()),
+    )
+
+
+@main.command()
+@as_json
+def samplers(as_json: bool) -> None:
+    """List the samplers and what they are.
+
+    Cost, order, noise and memory are read off a plan, and so is which way the sampler can be run backwards.
+    """
+    entries = [(entry, _properties(name)) for name, entry in ki.SAMPLERS.items()]
+    if as_json:
+        found = [{"name": e.name, "plan": p, "options": e.options, "summary": e.summary} for e, p in entries]
+        click.echo(demos.to_json(found), nl=False)
+        return
+    rows = [[e.name, ki.sampler(e.name).ode_order, *_cells(p), _options(e.options)] for e, p in entries]
+    columns = ["sampler", "order", "evals/step", "noises/step", "memory", "CFG++", "unsamples", "invertible", "options"]
+    _print_table("samplers", columns, rows)
+    _print_lines(
+        "memory: values that a step hands on besides x. unsamples: runs up a schedule and keeps the image.",
+        "invertible:",
+        *(f"  {word:<10} {meaning}" for word, meaning in analysis.INVERTIBILITY.items()),
+        "  no plan    the sampler chooses its steps on the way, so there is nothing to read off",
+    )
+
+
+@main.command()
+@click.option("--steps", type=int, default=10, help="Number of steps.")
+@model_levels
+@as_json
+def schedules(steps: int, model: str, as_json: bool) -> None:
+    """List the noise schedules.
+
+    Each with what it is built from, and the noise levels that it visits for a model.
+    """
+    levels = LEVELS[model]()
+    entries = [(entry, ki.schedule(name, steps, levels).tolist()) for name, entry in ki.SCHEDULES.items()]
+    if as_json:
+        found = [
+            {
+                "name": e.name,
+                "needs": e.needs,
+                "options": e.options,
+                "summary": e.summary,
+                "source": e.source,
+                "sigmas": v,
+            }
+            for e, v in entries
+        ]
+        click.echo(demos.to_json(found), nl=False)
+        return
+    rows = [[e.name, e.needs, len(v) - 1, _shortened(v), _options(e.options), e.summary] for e, v in entries]
+    columns = ["schedule", "needs", "steps", "noise levels", "options", "summary"]
+    _print_table(f"noise schedules for {model}, {steps} steps", columns, rows)
+
+
+@main.command()
+@click.argument("sampler")
+@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option("--steps", type=int, default=5, help="Number of steps.")
+@model_levels
+@click.option("--rising", is_flag=True, help="Up the schedule, as unsampling runs.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the sampler, e.g. eta=0.5.")
+def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, options: Sequence[str]) -> None:
+    """Print a sampler's coefficients.
+
+    That is all that SAMPLER computes on a schedule: each evaluation of the denoiser and each linear combination.
+    """
+    rule = ki.sampler(sampler, **dict(map(_key_value, options)))
+    levels = LEVELS[model]()
+    if levels.kind == "flow":
+        raise ValueError(f"{model} has flow times, and samplers run on sigmas; choose another --model, e.g. sd15")
+    sigmas: Any = ki.schedule(schedule, steps, levels, sampler=rule)
+    click.echo(str(ki.compile_plan(rule, rising_schedule(sigmas) if rising else sigmas)))
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option must be KEY=VALUE, e.g. eta=0.5, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+# -- output ------------------------------------------------------------------------------------------------------------
+def _console() -> Console:
+    """As wide as the terminal; wide enough for everything where the output goes elsewhere."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240, highlight=False)
+
+
+def _print_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[Any]], numbers: bool = False) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for k, column in enumerate(columns):
+        table.add_column(column, overflow="fold", justify="right" if numbers and k else "left", no_wrap=k == 0)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    _console().print(table)
+
+
+def _print_lines(*lines: str) -> None:
+    for line in lines:
+        _console().print(line, markup=False, soft_wrap=True)
+
+
+def _properties(name: str) -> dict[str, Any] | None:
+    """What a sampler's Plan says; None for one that chooses its steps and so has no Plan."""
+    try:
+        found = analysis.properties(name)
+    except ValueError:
+        return None
+    return asdict(found) | {"stochastic": found.stochastic, "multistep": found.multistep}
+
+
+def _cells(properties: dict[str, Any] | None) -> list[Any]:
+    if properties is None:
+        return ["", "", "", "", "", "no plan"]
+    numbers = [properties[key] or "-" for key in ("evaluations_per_step", "draws", "memory")]
+    return [*numbers, _yes(properties["guided"]), _yes(properties["unsamples"]), properties["invertibility"]]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "-"
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={getattr(value, 'name', value)}" for key, value in options.items())
+
+
+def _shortened(levels: list[float]) -> str:
+    words = [f"{level:.4g}" for level in levels]
+    return ", ".join(words if len(words) <= 5 else [*words[:2], "...", *words[-2:]])

@@ -1,0 +1,291 @@
+r"""The demo: unsample images that an embedded denoiser never saw, sample them back, measure, draw.
+
+`run` computes, `Demo.table` has the figures, `draw` makes the picture and `save` writes all three files. The picture
+needs matplotlib: `pip install 'kinvert[cli]'`.
+
+Every sampler gets the schedule that a host would give it (`ki.schedule(..., sampler=name)`), the labels of the images
+as positive conditioning, and the null label as negative.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import kinvert as ki
+from kinvert import models
+
+SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a demo did. `steps` are those asked for; some schedules make another number of them."""
+
+    model: str = "mnist"
+    samplers: tuple[str, ...] = SAMPLERS
+    steps: int = 20
+    schedule: str = "karras"
+    cfg: float = 1.0
+    count: int = 8
+    normalize: bool = False
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """The outcome of a demo.
+
+    Attributes:
+        settings: what was done.
+        images: held-out images in [-1, 1], shape (count, 1, H, W).
+        labels: their classes, shape (count,).
+        schedules, trips: by sampler, the noise levels and the measured round trip.
+    """
+
+    settings: Settings
+    images: Tensor
+    labels: Tensor
+    schedules: dict[str, Tensor]
+    trips: dict[str, ki.RoundTrip]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each sampler; errors and moments are means over the images, `max_error` is the largest.
+
+        `mse`, `psnr` (dB, a range of 2) and `max_error` compare the reconstruction with the image; `latent_mean` and
+        `latent_std` are of `latent / sigma`, 0 and 1 for pure noise.
+        """
+        return [
+            {
+                "sampler": name,
+                "steps": len(self.schedules[name]) - 1,
+                "evaluations": trip.evaluations,
+                "mse": float(trip.mse.mean()),
+                "psnr": float(trip.psnr.mean()),
+                "max_error": float(trip.max_error.max()),
+                "sigma": trip.sigma,
+                "latent_mean": float(trip.latent_mean.mean()),
+                "latent_std": float(trip.latent_std.mean()),
+            }
+            for name, trip in self.trips.items()
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """Table, settings and versions, ready for `to_json`."""
+        versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        return {"table": self.table(), "settings": asdict(self.settings), "versions": versions}
+
+
+def run(settings: Settings, progress: bool = False) -> Demo:
+    """Unsample held-out images with each sampler and sample them back.
+
+    Args:
+        settings: what to do; the images are one of each class in turn.
+        progress: show a bar on stderr where that is a terminal.
+
+    Raises:
+        ValueError: an unknown name or a number that cannot work; a sampler that cannot unsample.
+    """
+    if not settings.samplers:
+        raise ValueError(f"samplers must name at least one sampler, e.g. {','.join(SAMPLERS)}")
+    device = _device(settings.device)
+    denoiser = models.load(settings.model, dtype=getattr(torch, settings.dtype), device=device)
+    images, labels = _pick(settings)
+    levels = ki.levels.edm(denoiser.sigma_min, denoiser.sigma_max)
+    schedules = {
+        name: ki.schedule(settings.schedule, settings.steps, levels, sampler=ki.sampler(name))
+        for name in settings.samplers
+    }
+    x, label = images.to(device, getattr(torch, settings.dtype)), labels.to(device)
+    trips = {}
+    total = sum(2 * (len(sigmas) - 1) for sigmas in schedules.values())
+    with tqdm(total=total, unit="step", leave=False, disable=None if progress else True) as bar:
+
+        def advance(_: object) -> None:
+            bar.update()
+
+        for name, sigmas in schedules.items():
+            bar.set_description(name)
+            trips[name] = ki.round_trip(
+                denoiser, x, sigmas, sampler=name, cfg=settings.cfg, normalize=settings.normalize,
+                positive={"label": label}, negative={"label": torch.full_like(label, denoiser.null_label)},
+                callback=advance,
+            )  # fmt: skip
+    return Demo(settings, images, labels, schedules, trips)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}; use 'cpu'") from error
+
+
+def _pick(settings: Settings) -> tuple[Tensor, Tensor]:
+    """Held-out images: the first of each class, then the second of each, and so on."""
+    images, labels = models.held_out(settings.model)
+    if not 1 <= settings.count <= len(images):
+        raise ValueError(f"count must be from 1 to {len(images)}, the held-out images there are, got {settings.count}")
+    turn = [int((labels[:i] == labels[i]).sum()) for i in range(len(labels))]
+    order = sorted(range(len(labels)), key=turn.__getitem__)[: settings.count]
+    return images[order], labels[order]
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+def save(demo: Demo, folder: Path) -> dict[str, Path]:
+    """Write `demo-<model>.png`, `.npz` and `.json` to `folder`; a reader never sees half a file.
+
+    The npz holds `images`, `labels`, and for each sampler `<sampler>/latent` and `<sampler>/reconstruction` (count, 1,
+    H, W) and `<sampler>/sigmas`.
+
+    Returns:
+        The paths by suffix: "png", "npz", "json".
+    """
+    arrays = {"images": demo.images, "labels": demo.labels}
+    for name, trip in demo.trips.items():
+        arrays |= {
+            f"{name}/latent": trip.latent,
+            f"{name}/reconstruction": trip.reconstruction,
+            f"{name}/sigmas": demo.schedules[name],
+        }
+    numpy: dict[str, Any] = {key: value.cpu().numpy() for key, value in arrays.items()}
+    figure = draw(demo)
+    contents: dict[str, Callable[[BinaryIO], Any]] = {
+        "png": lambda file: figure.savefig(file, format="png", dpi=150),
+        "npz": lambda file: np.savez_compressed(file, **numpy),
+        "json": lambda file: file.write(to_json(demo.report()).encode()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {suffix: folder / f"demo-{demo.settings.model}.{suffix}" for suffix in contents}
+    for suffix, path in paths.items():
+        _write(path, contents[suffix])
+    return paths
+
+
+def to_json(data: Any) -> str:
+    """JSON text, with null for infinite numbers, which JSON does not have (the PSNR of a perfect copy).
+
+    An object with a `name` is given by its name.
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(data), indent=2, allow_nan=False, default=lambda named: named.name) + "\n"
+
+
+def _write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            content(file)
+        partial.replace(path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+        raise
+
+
+# -- picture -----------------------------------------------------------------------------------------------------------
+SHOWN = 5  # images in a row, so that they can still be seen on a page
+TILE, SPACE, LINE = 0.56, 0.05, 0.71  # inches: an image, the space to the next, and from one row to the next
+LEFT, RIGHT, TOP, GAP = 1.4, 0.9, 0.84, 0.36  # inches: margins around, and the gap between, the three blocks of images
+PAPER, INK, GREY, FRAME = "white", "#1a1a1a", "#666666", "#d8d8d8"
+
+
+def draw(demo: Demo) -> Figure:
+    """The picture: a row for each sampler with latents, reconstructions and differences; the originals on top.
+
+    It shows the first `SHOWN` images; the figures are those of the table, over all images. The last column says at
+    which error `s` the colours of its row end; one pixel in a hundred lies beyond.
+    """
+    shown = min(SHOWN, len(demo.images))
+    block = max(shown, 4) * (TILE + SPACE) - SPACE
+    first = max(LEFT, 0.3 + 0.12 * max(map(len, demo.trips)))
+    page = _Page(first + 3 * block + 2 * GAP + RIGHT, TOP + (1 + len(demo.trips)) * LINE + 0.25)
+    lefts = [first + k * (block + GAP) for k in range(3)]
+    latents = "latent" if demo.settings.normalize else "latent / sigma"
+    for left, title in zip(lefts, (latents, "sampled back", "difference"), strict=True):
+        page.text(left, 0.62, title, fontsize=13, weight="bold")
+    page.text(0.12, 0.22, _headline(demo.settings), color=GREY)
+    page.scale(lefts[0], TOP + 0.14, "gray", "-3", "3")
+    page.scale(lefts[2], TOP + 0.14, "RdBu_r", "-s", "s")
+    page.text(lefts[1] - 0.1, TOP + TILE / 2, "original", ha="right", fontsize=12)
+    images = demo.images[:shown].double()
+    page.tiles(lefts[1], TOP, images, 1.0, "gray_r")
+    for i, row in enumerate(demo.table(), start=1):
+        top = TOP + i * LINE + 0.15
+        trip = demo.trips[row["sampler"]]
+        latent, back = trip.latent[:shown].cpu().double(), trip.reconstruction[:shown].cpu().double()
+        limit = _round_up(float((back - images).abs().quantile(0.99)))
+        page.text(0.12, top + 0.08, row["sampler"], fontsize=13, weight="bold")
+        page.text(0.12, top + 0.3, f"{row['psnr']:.1f} dB", fontsize=12)
+        page.text(0.12, top + 0.5, f"{row['evaluations']} evaluations", color=GREY)
+        page.tiles(lefts[0], top, latent if demo.settings.normalize else latent / trip.sigma, 3.0, "gray")
+        page.tiles(lefts[1], top, back, 1.0, "gray_r")
+        page.tiles(lefts[2], top, back - images, limit, "RdBu_r")
+        page.text(lefts[2] + shown * (TILE + SPACE) + 0.03, top + TILE / 2, f"s = {limit:g}", color=GREY)
+    return page.figure
+
+
+class _Page:
+    """A figure whose parts are placed in inches from the top left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width, height), facecolor=PAPER)
+        self.width, self.height = width, height
+
+    def text(self, left: float, top: float, words: str, **style: Any) -> None:
+        self.figure.text(
+            left / self.width, 1 - top / self.height, words, **{"fontsize": 10, "color": INK, "va": "center", **style}
+        )
+
+    def image(self, left: float, top: float, width: float, height: float, **image: Any) -> None:
+        place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        ax = self.figure.add_axes(place, xticks=[], yticks=[])
+        ax.spines[:].set(color=FRAME, linewidth=0.6)
+        ax.imshow(**image, aspect="auto", interpolation="nearest")
+
+    def tiles(self, left: float, top: float, images: Tensor, limit: float, cmap: str) -> None:
+        for k, image in enumerate(images[:, 0].numpy()):
+            self.image(left + k * (TILE + SPACE), top, TILE, TILE, X=image, vmin=-limit, vmax=limit, cmap=cmap)
+
+    def scale(self, left: float, top: float, cmap: str, low: str, high: str) -> None:
+        """A bar of the colours between its two ends."""
+        self.image(left, top, 1.4, 0.11, X=np.linspace(-1, 1, 256)[None], cmap=cmap)
+        self.text(left, top + 0.23, low, color=GREY)
+        self.text(left + 1.4, top + 0.23, high, ha="right", color=GREY)
+
+
+def _headline(settings: Settings) -> str:
+    latents = ", latents normalized" if settings.normalize else ""
+    return (
+        f"{settings.model}: images that the denoiser never saw, unsampled and sampled back, "
+        f"{settings.steps} steps each way ({settings.schedule}, cfg {settings.cfg:g}{latents})"
+    )
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5, 10 times a power of ten, for a scale that can be read."""
+    if value == 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)
