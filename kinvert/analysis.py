@@ -149,7 +149,7 @@ def properties(rule: str | Rule) -> Properties:
         draws=max(len(step.noises) for step in plan.steps),
         memory=plan.memory_size,
         guided=plan.is_guided,
-        unsamples=_unsamples(built),
+        unsamples=not plan.is_stochastic and _unsamples(built),
         invertibility=_invertibility(plan),
     )
 

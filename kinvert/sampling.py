@@ -136,8 +136,10 @@ def unsample(
     check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
-    job = _Job.of(sampler, rising_schedule(sigmas, end_at_step, sigma_offset))
-    job.check_unsampling(noise)
+    schedule = as_schedule(sigmas)
+    kept = schedule[_dropped_steps(schedule, end_at_step) :]
+    job = _Job.of(sampler, rising_schedule(schedule, end_at_step, sigma_offset))
+    job.check_unsampling(noise, _Job.of(sampler, kept))
     denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=job.is_guided)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
@@ -323,8 +325,8 @@ class _Job:
             raise ValueError(self._first_bad_step(denoiser, x, noise))
         return result
 
-    def check_unsampling(self, noise: Noise | None) -> None:
-        """Refuse, before the first evaluation, what has no meaning upwards; read off the Plan."""
+    def check_unsampling(self, noise: Noise | None, down: _Job) -> None:
+        """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
         name, eta = self.rule.name, getattr(self.rule, "eta", 0.0)
         fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
         fix += f"a deterministic sampler such as {DETERMINISTIC}"
@@ -335,10 +337,10 @@ class _Job:
                     f"{name} cannot unsample: its step from sigma {step.sigma:g} up to {step.sigma_next:g} forgets x, "
                     f"so the result would not depend on the image; {fix}"
                 )
-        draws = sum(len(step.noises) for step in steps)
+        draws = max(0 if plan is None else plan.draws for plan in (self.plan, down.plan))
         if draws and noise is None:
             raise ValueError(
-                f"{name} draws noise {draws} times on this schedule, so unsampling it finds no latent; {fix}"
+                f"{name} draws noise {draws} times on this schedule, so no latent alone gives the image; {fix}"
                 + (", or switch churn off (s_churn=0)" if getattr(self.rule, "s_churn", 0.0) else "")
             )
 
