@@ -106,7 +106,7 @@ def test_items_of_a_batch_do_not_see_each_other(name: str, exact: EmbeddedDenois
 # the mean image by 0.276 (digits) and 0.265 (mnist). The bounds are about a tenth above what the weights reach.
 BOUNDS = {
     "digits": {0.1: 0.0044, 0.5: 0.038, 1.0: 0.089, 2.0: 0.154},
-    "mnist": {0.1: 0.0014, 0.5: 0.015, 1.0: 0.038, 2.0: 0.093},
+    "mnist": {0.1: 0.00127, 0.5: 0.0137, 1.0: 0.0353, 2.0: 0.0887},
 }
 
 
@@ -116,7 +116,7 @@ def test_denoises_images_it_never_saw(name: str, sigma: float, model: EmbeddedDe
     assert (model(x, s, label) - x0).square().mean() < BOUNDS[name][sigma]
 
 
-@pytest.mark.parametrize("sigma", [2.0, 5.0, 20.0])
+@pytest.mark.parametrize("sigma", [5.0, 20.0, 80.0])
 def test_the_label_helps(name: str, sigma: float, model: EmbeddedDenoiser) -> None:
     x0, x, s, label = noisy(name, sigma)
     errors = [(model(x, s, y) - x0).square().mean() for y in (label, None, (label + 1) % 10)]
