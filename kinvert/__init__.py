@@ -4,9 +4,11 @@ Diffusion samplers and noise schedules as data, `unsample` (run a sampler backwa
 `import kinvert as ki`; the names below are the public surface.
 """
 
+from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
 from kinvert import levels as levels
 from kinvert import metrics as metrics
+from kinvert import models as models
 from kinvert import noise as noise
 from kinvert import rules as rules
 from kinvert import schedules as schedules

@@ -119,7 +119,8 @@ def unsample(
         sigmas: the *sampling* schedule, decreasing, usually ending in 0; it is reversed here.
         sampler: a deterministic sampler, by name or as a rule.
         end_at_step: leave out this many steps at the noisy end; at least one step always runs.
-        mask: 1 = unsample, 0 = keep x; shapes as in `sample`. In the kept region the result equals x.
+        mask: 1 = unsample, 0 = keep x; shapes as in `sample`. In the kept region the result is x, up to the
+            rounding that the run amplifies (about 1e-2 in float32).
         normalize: True subtracts the mean and divides by the unbiased standard deviation of the whole batch tensor,
             as the node does; "sample" does so for each sample; "sigma" divides by the last noise level.
         sigma_offset: added to every entry of the reversed schedule.
@@ -156,8 +157,11 @@ class RoundTrip:
         reconstruction: what sampling made of it, the same shape.
         sigma: noise level of the latent.
         evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one).
-        mse, psnr, max_error: error of the reconstruction per sample, shape (batch,); psnr in dB, for data in [-1, 1].
-        latent_mean, latent_std: mean and standard deviation of `latent / sigma` per sample; 0 and 1 for pure noise.
+        mse: mean squared error of the reconstruction, shape (batch,).
+        psnr: peak signal-to-noise ratio of the reconstruction in dB, shape (batch,), for data in [-1, 1].
+        max_error: largest absolute error of the reconstruction, shape (batch,).
+        latent_mean: mean of `latent / sigma`, shape (batch,); 0 for pure noise.
+        latent_std: standard deviation of `latent / sigma`, shape (batch,); 1 for pure noise.
     """
 
     latent: Tensor
@@ -330,6 +334,11 @@ class _Job:
         name, eta = self.rule.name, getattr(self.rule, "eta", 0.0)
         fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
         fix += f"a deterministic sampler such as {DETERMINISTIC}"
+        if not getattr(self.rule, "keep_last", True):
+            raise ValueError(
+                f"{name} discards its last step on a schedule that does not end in 0, so its latent would belong to sigma "
+                f"{self.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0, keep_last=True)"
+            )
         steps = () if self.plan is None else self.plan.steps
         for step in steps:
             if step.forgets_x:

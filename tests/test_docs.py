@@ -123,3 +123,18 @@ def test_every_sampler_and_schedule_is_listed() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert nav == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_is_what_the_demo_measures() -> None:
+    from kinvert import demo
+
+    shown = re.findall(
+        r"^\| `(\w+)` \| (\d+) \| (-?[\d.]+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    measured = demo.run(demo.Settings()).table()
+    assert [name for name, *_ in shown] == [row["sampler"] for row in measured]
+    for (_, evaluations, psnr, std), row in zip(shown, measured, strict=True):
+        assert int(evaluations) == row["evaluations"]
+        assert float(psnr) == pytest.approx(row["psnr"], abs=0.5)
+        assert float(std) == pytest.approx(row["latent_std"], rel=0.05)

@@ -1,0 +1,118 @@
+"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`.
+
+Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import kinvert as ki
+from kinvert.analysis import properties
+from kinvert.rules import SamplerEntry
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by MkDocs with the text of every page."""
+    for marker, render in (("<!-- samplers -->", samplers), ("<!-- schedules -->", schedules)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, render())
+    return markdown
+
+
+def samplers() -> str:
+    """An overview table, then a section for each family and in it one for each rule."""
+    rules: dict[type, list[SamplerEntry]] = {}
+    for entry in ki.SAMPLERS.values():
+        rules.setdefault(entry.rule, []).append(entry)
+    orders, trips = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("order", "round_trip"))
+    rows, sections = [], []
+    for module in dict.fromkeys(rule.__module__ for rule in rules):
+        sections.append(family(sys.modules[module].__doc__ or ""))
+        for rule, entries in rules.items():
+            if rule.__module__ == module:
+                names = [entry.name for entry in entries]
+                rows += [overview(entry, "-".join(names), orders["samplers"], trips["samplers"]) for entry in entries]
+                sections += ["### " + ", ".join(f"`{name}`" for name in names), description(rule), options(entries)]
+    head = ["sampler", "order", "measured", "evaluations", "remembers", "noises", "unsamples"]
+    head += [f"{n} steps" for n in trips["steps"]]
+    versions = ", ".join(f"{name} {version}" for name, version in trips["versions"].items())
+    return "\n\n".join([table(head, rows), f"Measured with {versions}, on a CPU.", *sections])
+
+
+def family(doc: str) -> str:
+    """The heading and the text of a family: its module's docstring, headed by the subject of the first sentence."""
+    doc = inspect.cleandoc(doc)
+    title = re.split(r": |, | `| for | in ", doc.partition("\n")[0])[0].removesuffix(".")
+    text = doc.removeprefix(f"{title}: ")
+    return f"## {title}\n\n{text[0].upper()}{text[1:]}"
+
+
+def overview(entry: SamplerEntry, anchor: str, orders: dict[str, Any], trips: dict[str, Any]) -> Sequence[str]:
+    """One line of the table: what the Plan says, and what was measured."""
+    rule = ki.sampler(entry.name)
+    order, trip = orders.get(entry.name), trips.get(entry.name)
+    psnr = (trip["psnr"].values() if "psnr" in trip else ["-", "-"]) if trip else ["not yet", "not yet"]
+    return [
+        f"[`{entry.name}`](#{anchor})",
+        str(rule.ode_order),
+        f"{order['order']:.1f}".replace("-0.0", "0.0") if order else "-",
+        *character(entry, rule),
+        *(value if isinstance(value, str) else f"{value:.1f}" for value in psnr),
+    ]
+
+
+def character(entry: SamplerEntry, rule: ki.Rule) -> Sequence[str]:
+    """Evaluations, memory, draws, and whether it runs upwards or with which option it does."""
+    try:
+        p = properties(rule)
+    except ValueError:  # it has no Plan: it chooses its steps on the way
+        return ["varies", "-", "-", "yes"]
+    counts = [str(n) for n in (p.evaluations_per_step, p.memory, p.draws)]
+    quiet = [key for key in ("eta", "s_noise") if key in entry.options]
+    works = [f"with `{key}=0`" for key in quiet if properties(ki.sampler(entry.name, **{key: 0.0})).unsamples]
+    return [*counts, "yes" if p.unsamples else (works or ["no"])[0]]
+
+
+def options(entries: list[SamplerEntry]) -> str:
+    """The options of a rule and their defaults, a column for each name under which the rule is registered."""
+    if not entries[0].options:
+        return "No options."
+    head = ["option", *(f"`{entry.name}`" for entry in entries)]
+    rows = [[f"`{key}`", *(f"`{plain(entry.options[key])}`" for entry in entries)] for key in entries[0].options]
+    return table(head, rows)
+
+
+def plain(value: Any) -> str:
+    """The value of an option: itself, or the name it has."""
+    return str(getattr(value, "name", None) or repr(value))
+
+
+def schedules() -> str:
+    """A section for each schedule."""
+    needs = {"bounds": "`sigma_min` and `sigma_max`", "levels": "the model's levels", "nothing": "nothing of the model"}
+    parts = []
+    for entry in ki.SCHEDULES.values():
+        given = ", ".join(f"`{key}={value!r}`" for key, value in entry.options.items()) or "none"
+        parts += [f"## `{entry.name}`", description(entry.function)]
+        parts += [f"Built from the number of steps and {needs[entry.needs]}. Options: {given}."]
+    return "\n\n".join(parts)
+
+
+def description(documented: Any) -> str:
+    """A docstring up to its lists of arguments, which the API pages show."""
+    return re.split(r"\n\n(?:Args|Attributes|Raises|Returns):", inspect.getdoc(documented) or "")[0]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
