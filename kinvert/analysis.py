@@ -9,27 +9,22 @@ Two laws hold for a sampler whatever the denoiser learned, and both can be read 
 `D` is constant in both, so every state is a linear combination of a few knowns, and the laws are exact arithmetic.
 
 `properties` reads the character of a sampler off a reference Plan: cost, memory, noise, and how it can be inverted.
-`explicit_inverse` solves the rows of an algebraically reversible Plan for the states before them, which makes another
-Plan, and `amplification` says how much such an inverse magnifies rounding errors.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from kinvert.forms import Denoised, Form, State, Symbol, Uncond
-from kinvert.plan import Interval, Plan, Stage, Step, compile_plan
+from kinvert.plan import Interval, Plan, compile_plan
 from kinvert.rules import Rule, sampler
 
-Invertibility = Literal["explicit", "stepwise", "two-point", "noise", "none"]
+Invertibility = Literal["stepwise", "two-point", "noise", "none"]
 
 INVERTIBILITY: dict[Invertibility, str] = {
-    "explicit": "each step is undone in closed form, given the auxiliary state that it carries beside x",
     "stepwise": "each step can be solved for x by itself: it remembers nothing and keeps some of x",
     "two-point": "steps remember values of noisier, still unknown states: the run must be solved as a whole",
     "noise": "the run draws noise: it can be inverted together with its noises only",
@@ -173,116 +168,4 @@ def _invertibility(plan: Plan) -> Invertibility:
         return "none"
     if plan.is_stochastic:
         return "noise"
-    if plan.auxiliary and all(_inverse_step(step, plan.auxiliary) for step in plan.closed.steps):
-        return "explicit"
     return "two-point" if plan.is_multistep else "stepwise"
-
-
-def explicit_inverse(plan: Plan) -> Plan:
-    r"""The Plan that undoes `plan`: from the final x and auxiliary state to the initial ones, on the rising schedule.
-
-    Of a step the new values `x', aux'` are known, as linear combinations of `x, aux` and its evaluations `D_k`.
-    Wherever these known combinations add up to the input of some `D_k`, that can be evaluated, and is known from then
-    on; when they add up to x and aux, the step is undone. But for rounding the inverse is exact, whatever the denoiser.
-
-    Args:
-        plan: of an algebraically reversible sampler, on a schedule that stops above 0.
-
-    Returns:
-        A Plan to be run by `engine.run_state`; as many evaluations as `plan.closed`, or fewer.
-
-    Raises:
-        ValueError: a Plan with a step that this does not undo, which is named.
-    """
-    steps = []
-    for step in reversed(plan.closed.steps):
-        inverse = _inverse_step(step, plan.auxiliary) if plan.auxiliary else None
-        if inverse is None:
-            fix = "stop above 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else "use 'o_belm' or 'mccallum_foster'"
-            raise ValueError(
-                f"{plan.rule.name} has no inverse in closed form: its step from sigma {step.sigma:g} to "
-                f"{step.sigma_next:g} cannot be undone from its result and {_listed(plan.auxiliary)}; {fix}"
-            )
-        steps.append(replace(inverse, index=len(steps)))
-    return replace(plan, sigmas=plan.sigmas[::-1], steps=tuple(steps))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"its auxiliary state ({', '.join(names)})" if names else "an auxiliary state, which it does not have"
-
-
-def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
-    """The step from `step`'s new state to its old one; None where the rows do not allow it."""
-    rows = {"x": step.x, **dict(step.memory)}
-    if step.noises or not rows.keys() >= set(auxiliary):
-        return None
-    states = [State(name) for name in ("x", *auxiliary)]
-    outputs = [[Denoised(k), Uncond(k)] if stage.guided else [Denoised(k)] for k, stage in enumerate(step.stages)]
-    symbols = [*states, *(symbol for pair in outputs for symbol in pair)]
-    every = [*(rows[name] for name in ("x", *auxiliary)), *(stage.input for stage in step.stages)]
-    # Each column in its own unit, so that a small weight of an evaluation does not pass for none.
-    unit = np.array([max((abs(form[symbol]) for form in every), default=0.0) or 1.0 for symbol in symbols])
-    known: list[tuple[Symbol, np.ndarray]] = []
-
-    def know(symbol: Symbol, form: Form) -> None:
-        known.append((symbol, np.array([form[s] for s in symbols]) / unit))
-
-    def solve(form: Form) -> Form | None:
-        """`form` in terms of what is known."""
-        target = np.array([form[s] for s in symbols]) / unit
-        matrix = np.stack([row for _, row in known], axis=1)
-        c = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]
-        if np.abs(matrix @ c - target).max() > 1e-10 * np.abs(target).max():
-            return None
-        return Form({s: float(v) for (s, row), v in zip(known, c, strict=True) if abs(v) > 1e-14 * np.abs(c).max()})
-
-    for state in states:
-        know(state, rows[str(state.key)])
-    stages: list[Stage] = []
-    waiting = list(range(len(step.stages)))
-    while ready := [(k, form) for k in waiting if (form := solve(step.stages[k].input)) is not None]:
-        k, form = ready[0]
-        waiting.remove(k)
-        for old, new in zip(outputs[k], (Denoised(len(stages)), Uncond(len(stages))), strict=False):
-            know(new, Form.of(old))
-        stages.append(replace(step.stages[k], input=form))
-    x, *memory = (solve(Form.of(state)) for state in states)
-    if x is None or any(form is None for form in memory):
-        return None
-    pairs = tuple((name, form) for name, form in zip(auxiliary, memory, strict=True) if form is not None)
-    return Step(step.index, step.sigma_next, step.sigma, tuple(stages), (), x, pairs)
-
-
-def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
-    r"""How much the inverse of a reversible Plan magnifies errors of the final state, at each level of `plan.sigmas`.
-
-    For Gaussian data of standard deviation `std`, where `D = x std^2 / (std^2 + sigma^2)`, the inverse is a matrix in x
-    and the auxiliary state; the value at `sigma_i` is the 2-norm of the product of these matrices from the last level
-    up to it: 1 at the last, and the whole run's at the first. It is absolute: a rounding error `eps` at the data is
-    `eps * amplification[0] / sigma_0` of the noise.
-
-    `std=inf`, the default, makes the slope 0: a one-step method would have 1 everywhere, and what is left is the
-    method's own growth, e.g. `p^-2N` for N steps of `edict`. `std=0` is data of one point, where a run up the ODE
-    itself amplifies by `sigma_0 / sigma_N`.
-
-    Raises:
-        ValueError: a Plan without an inverse in closed form, see `explicit_inverse`; a negative `std`.
-    """
-    if not std >= 0:
-        raise ValueError(f"std must be 0 or more, got {std}")
-    inverse = explicit_inverse(plan)
-    names = ("x", *plan.auxiliary)
-    state: dict[Symbol, np.ndarray] = {State(name): row for name, row in zip(names, np.eye(len(names)), strict=True)}
-    norms = [1.0]
-    for step in inverse.steps:
-        for k, stage in enumerate(step.stages):
-            share = 1.0 if math.isinf(std) else std**2 / (std**2 + stage.sigma**2)
-            state[Denoised(k)] = state[Uncond(k)] = share * _value(stage.input, state)
-        rows = {"x": step.x, **dict(step.memory)}
-        state = {State(name): _value(rows[name], state) for name in names}
-        norms.append(float(np.linalg.norm(np.stack(list(state.values())), 2)))
-    return tuple(reversed(norms))
-
-
-def _value(form: Form, values: dict[Symbol, np.ndarray]) -> np.ndarray:
-    return np.sum([c * values[symbol] for symbol, c in form], axis=0)

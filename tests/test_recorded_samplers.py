@@ -52,7 +52,11 @@ def replay(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, Counted]:
     return ki.run(plan, counted, x, RecordedNoise(case, sigmas.tolist(), dtype)), counted
 
 
-CASES = [case for case in index()["samplers"] if case["sampler"] in ki.SAMPLERS and case["sampler"] != "dpm_adaptive" and case["error"] is None]
+CASES = [
+    case
+    for case in index()["samplers"]
+    if case["sampler"] in ki.SAMPLERS and case["sampler"] != "dpm_adaptive" and case["error"] is None
+]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["finite"]], ids=lambda c: c["id"])
