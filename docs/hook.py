@@ -1,4 +1,5 @@
-"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`.
+"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`, and what
+was measured of exact inversion where it has `<!-- inversion -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -22,7 +23,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for marker, render in (("<!-- samplers -->", samplers), ("<!-- schedules -->", schedules)):
+    markers = (("<!-- samplers -->", samplers), ("<!-- schedules -->", schedules), ("<!-- inversion -->", inversion))
+    for marker, render in markers:
         if marker in markdown:
             markdown = markdown.replace(marker, render())
     return markdown
@@ -105,6 +107,42 @@ def schedules() -> str:
         parts += [f"## `{entry.name}`", description(entry.function)]
         parts += [f"Built from the number of steps and {needs[entry.needs]}. Options: {given}."]
     return "\n\n".join(parts)
+
+
+def inversion() -> str:
+    """A table for each file of measurements, headed by the model."""
+    parts = []
+    for path in sorted(RESULTS.glob("inversion-*-float64.json")):
+        report = json.loads(path.read_text())
+        measured = {
+            tuple(r[key] for key in ("sampler", "steps", "cfg", "samples", "method")): r for r in report["rows"]
+        }
+        cells = [key[:4] for key in measured if key[4] == "auto"]
+        head = ["sampler", "steps", "cfg", "inverted", "error", "fixed point", "unsampled", "evaluations a step"]
+        counts = ", ".join(str(n) for n in sorted({r["samples"] for r in report["rows"]}))
+        versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        model = path.stem.split("-")[1]
+        parts += [f"### `{model}`", table(head, [inverted(cell, measured) for cell in cells])]
+        parts += [f"`python benchmarks/inversion.py --model {model} --count {counts}`; {versions}, on a CPU."]
+    return "\n\n".join(parts)
+
+
+def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, Any]]) -> Sequence[str]:
+    """One line: what `invert` found, then the fixed point and plain unsampling where they were measured."""
+    name, steps, cfg, samples = cell
+    auto = measured[*cell, "auto"]
+    fixed, unsampled = (measured.get((*cell, method)) for method in ("picard", "unsample"))
+    fixed = None if properties(ki.sampler(name)).memory else fixed  # a whole run is solved in one way only
+    return [
+        f"`{name}`",
+        str(steps),
+        f"{cfg:g}",
+        f"{auto['converged']} of {samples}",
+        f"{auto['median_error']:.1e}",
+        f"{fixed['converged']} of {samples}" if fixed else "-",
+        f"{unsampled['median_error']:.1e}" if unsampled else "-",
+        f"{auto['median_evaluations_per_step']:.1f}",
+    ]
 
 
 def description(documented: Any) -> str:

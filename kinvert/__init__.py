@@ -6,6 +6,7 @@ Diffusion samplers and noise schedules as data, `unsample` (run a sampler backwa
 
 from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
+from kinvert import inversion as inversion
 from kinvert import levels as levels
 from kinvert import metrics as metrics
 from kinvert import models as models
@@ -15,13 +16,16 @@ from kinvert import schedules as schedules
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
 from kinvert.engine import run as run
+from kinvert.inversion import Inversion as Inversion
+from kinvert.inversion import extract_noise as extract_noise
+from kinvert.inversion import invert as invert
 from kinvert.plan import Plan as Plan
 from kinvert.plan import compile_plan as compile_plan
+from kinvert.roundtrip import RoundTrip as RoundTrip
+from kinvert.roundtrip import round_trip as round_trip
 from kinvert.rules import SAMPLERS as SAMPLERS
 from kinvert.rules import Rule as Rule
 from kinvert.rules import sampler as sampler
-from kinvert.sampling import RoundTrip as RoundTrip
-from kinvert.sampling import round_trip as round_trip
 from kinvert.sampling import sample as sample
 from kinvert.sampling import unsample as unsample
 from kinvert.schedules import SCHEDULES as SCHEDULES

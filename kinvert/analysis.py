@@ -9,22 +9,27 @@ Two laws hold for a sampler whatever the denoiser learned, and both can be read 
 `D` is constant in both, so every state is a linear combination of a few knowns, and the laws are exact arithmetic.
 
 `properties` reads the character of a sampler off a reference Plan: cost, memory, noise, and how it can be inverted.
+`explicit_inverse` solves the rows of an algebraically reversible Plan for the states before them, which makes another
+Plan, and `amplification` says how much such an inverse magnifies rounding errors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from kinvert.plan import Interval, Plan, compile_plan
+from kinvert.forms import Denoised, Form, State, Symbol, Uncond
+from kinvert.plan import Interval, Plan, Stage, Step, compile_plan
 from kinvert.rules import Rule, sampler
 
-Invertibility = Literal["stepwise", "two-point", "noise", "none"]
+Invertibility = Literal["explicit", "stepwise", "two-point", "noise", "none"]
 
 INVERTIBILITY: dict[Invertibility, str] = {
+    "explicit": "each step is undone in closed form, given the auxiliary state that it carries beside x",
     "stepwise": "each step can be solved for x by itself: it remembers nothing and keeps some of x",
     "two-point": "steps remember values of noisier, still unknown states: the run must be solved as a whole",
     "noise": "the run draws noise: it can be inverted together with its noises only",
@@ -63,7 +68,7 @@ def marginal_variances(plan: Plan, covariance: Literal["white", "brownian"] = "w
     unit = np.eye(1 + plan.draws)  # the noise of the initial state, then the draws in order
     cov = unit.copy()
     if covariance == "brownian":
-        cov[1:, 1:] = _brownian([interval for step in plan.steps for interval in step.noises])
+        cov[1:, 1:] = brownian_covariance([interval for step in plan.steps for interval in step.noises])
     states = _trajectory(plan, plan.sigmas[0] * unit[0], 0.0 * unit[0], unit[1:])
     return tuple(float(x @ cov @ x) for x in states)
 
@@ -86,7 +91,7 @@ def _trajectory(plan: Plan, x: Any, denoised: Any, noises: Any) -> Iterator[Any]
         yield state["x"]
 
 
-def _brownian(intervals: Sequence[Interval]) -> np.ndarray:
+def brownian_covariance(intervals: Sequence[Interval]) -> np.ndarray:
     """Covariance matrix of normalized increments of one Brownian path."""
     a, b = np.array(intervals, dtype=np.float64).reshape(-1, 2).T
     low, high = np.minimum(a, b), np.maximum(a, b)
@@ -168,4 +173,126 @@ def _invertibility(plan: Plan) -> Invertibility:
         return "none"
     if plan.is_stochastic:
         return "noise"
+    if plan.auxiliary and all(_inverse_step(step, plan.auxiliary) for step in plan.closed.steps):
+        return "explicit"
     return "two-point" if plan.is_multistep else "stepwise"
+
+
+def explicit_inverse(plan: Plan) -> Plan:
+    r"""The Plan that undoes `plan`: from the final x and auxiliary state to the initial ones, on the rising schedule.
+
+    Of a step the new values `x', aux'` are known, as linear combinations of `x, aux` and its evaluations `D_k`.
+    Wherever these known combinations add up to the input of some `D_k`, that can be evaluated, and is known from then
+    on; when they add up to x and aux, the step is undone. But for rounding the inverse is exact, whatever the denoiser.
+
+    Args:
+        plan: of an algebraically reversible sampler, on a schedule that stops above 0.
+
+    Returns:
+        A Plan to be run by `engine.run_state`; as many evaluations as `plan.closed`, or fewer.
+
+    Raises:
+        ValueError: a Plan with a step that this does not undo, which is named.
+    """
+    if not plan.auxiliary:
+        raise ValueError(f"{plan.rule.name} carries no auxiliary state to be undone with; use 'o_belm' or 'leapfrog'")
+    steps: list[Step] = []
+    for step in reversed(plan.closed.steps):
+        inverse = _inverse_step(step, plan.auxiliary)
+        if inverse is None:
+            fix = "; stop above 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else "; it draws noise" * bool(step.noises)
+            raise ValueError(
+                f"{plan.rule.name} cannot undo its step from sigma {step.sigma:g} to {step.sigma_next:g}: x and "
+                f"{', '.join(plan.auxiliary)} cannot be recovered from what they became{fix}"
+            )
+        steps.append(replace(inverse, index=len(steps)))
+    return replace(plan, sigmas=plan.sigmas[::-1], steps=tuple(steps))
+
+
+def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
+    """The step from `step`'s new state to its old one; None where the rows do not allow it."""
+    rows = {"x": step.x, **dict(step.memory)}
+    if step.noises or not rows.keys() >= set(auxiliary):
+        return None
+    names = ("x", *auxiliary)
+    outputs = [[Denoised(k), Uncond(k)] if stage.guided else [Denoised(k)] for k, stage in enumerate(step.stages)]
+    span = _Span([*map(State, names), *(symbol for pair in outputs for symbol in pair)])
+    for name in names:
+        span.add(State(name), rows[name])
+    stages: list[Stage] = []
+    waiting = dict(enumerate(step.stages))
+    while ready := next(((k, f) for k, s in waiting.items() if (f := span.solve(s.input)) is not None), None):
+        k, form = ready
+        for old, new in zip(outputs[k], (Denoised(len(stages)), Uncond(len(stages))), strict=False):
+            span.add(new, Form.of(old))
+        stages.append(replace(waiting.pop(k), input=form))
+    found = {name: row for name in names if (row := span.solve(Form.of(State(name)))) is not None}
+    if len(found) < len(names):
+        return None
+    x = found.pop("x")
+    return Step(step.index, step.sigma_next, step.sigma, tuple(stages), (), x, tuple(found.items()))
+
+
+class _Span:
+    """Forms that are known, by the name of each: what can be combined from them?"""
+
+    def __init__(self, symbols: list[Symbol]) -> None:
+        self.symbols = symbols
+        self.known: dict[Symbol, np.ndarray] = {}
+
+    def add(self, name: Symbol, form: Form) -> None:
+        self.known[name] = self._vector(form)
+
+    def solve(self, form: Form) -> Form | None:
+        """`form` as a combination of the known ones; None if it is none."""
+        target = self._vector(form)
+        for name, row in self.known.items():
+            if np.array_equal(row, target):
+                return Form.of(name)
+        matrix = np.stack(list(self.known.values()), axis=1)
+        unit = np.abs(matrix).max(axis=1) + np.abs(target)  # of each symbol, whose weights differ by orders
+        unit[unit == 0.0] = 1.0
+        c = np.linalg.lstsq(matrix / unit[:, None], target / unit, rcond=1e-14)[0]
+        largest = max(1.0, np.abs(c).max())
+        rounding = 1e-13 * np.maximum(largest, np.abs(matrix) @ np.abs(c))
+        if (np.abs(matrix @ c - target) > rounding).any():
+            return None
+        return Form({name: float(v) for name, v in zip(self.known, c, strict=True) if abs(v) > 1e-15 * largest})
+
+    def _vector(self, form: Form) -> np.ndarray:
+        return np.array([form[symbol] for symbol in self.symbols])
+
+
+def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
+    r"""How much the inverse of a reversible Plan magnifies an error, by the level of `plan.sigmas` where it enters.
+
+    For Gaussian data of standard deviation `std`, where `D = x std^2 / (std^2 + sigma^2)`, a step of the inverse is a
+    matrix in x and the auxiliary state. The value at `sigma_i` is the 2-norm of the product of these matrices from
+    there up to the noise: 1 at the first level, and the whole run's at the last. It is absolute: rounding at `sigma_i`,
+    of a state of size s, ends as `eps * s * amplification[i] / sigma_0` of the noise.
+
+    `std=inf`, the default, makes the slope 0: a one-step method would have 1 everywhere, and what is left is the
+    method's own growth, e.g. `p^-2N` for N steps of `edict`. `std=0` is data of one point, where a run up the ODE
+    itself amplifies by `sigma_0 / sigma_N`.
+
+    Raises:
+        ValueError: a Plan without an inverse in closed form, see `explicit_inverse`; a negative `std`.
+    """
+    if not std >= 0:
+        raise ValueError(f"std must be 0 or more, got {std}")
+    names = ("x", *plan.auxiliary)
+    total = np.eye(len(names))
+    norms = [1.0]
+    for step in reversed(explicit_inverse(plan).steps):
+        values: dict[Symbol, np.ndarray] = {State(n): row for n, row in zip(names, np.eye(len(names)), strict=True)}
+        for k, stage in enumerate(step.stages):
+            share = 1.0 if math.isinf(std) else std**2 / (std**2 + stage.sigma**2)
+            values[Denoised(k)] = values[Uncond(k)] = share * _value(stage.input, values)
+        rows = {"x": step.x, **dict(step.memory)}
+        total = total @ np.stack([_value(rows[name], values) for name in names])
+        norms.append(float(np.linalg.norm(total, 2)))
+    return tuple(norms)
+
+
+def _value(form: Form, values: dict[Symbol, np.ndarray]) -> np.ndarray:
+    return np.sum([c * values[symbol] for symbol, c in form], axis=0)

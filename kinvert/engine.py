@@ -69,10 +69,31 @@ def run(
             dtype (float32 is accepted for half-precision states).
         ValueError: a denoiser or noise source that returns another shape than x's.
     """
-    check_state(x)
+    return run_state(plan, denoiser, {"x": x}, noise, callback)["x"]
+
+
+def run_state(
+    plan: Plan, denoiser: Denoiser, state: Memory, noise: NoiseLike | None = None, callback: Callback | None = None
+) -> Memory:
+    """Run a Plan and return the auxiliary state too, so that the run can be continued or undone.
+
+    Args:
+        plan: from `compile_plan`, which starts from "x" alone; its `closed` form starts from a given auxiliary state.
+        denoiser, noise, callback: see `run`.
+        state: "x", and the auxiliary state by the names of `plan.auxiliary` where the Plan starts from it; tensors of
+            x's shape and dtype.
+
+    Returns:
+        The final state: "x" and the values of `plan.auxiliary` (none after a step to sigma = 0).
+
+    Raises:
+        TypeError: as `run`; auxiliary state of another dtype than x's.
+        ValueError: as `run`; auxiliary state that the Plan does not start from, or that is missing or of another shape.
+    """
+    _check_memory(plan, state)
+    x = state["x"]
     draw = noise_for(plan, noise, x)
     sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
-    state: Memory = {"x": x}
     first = 0
     for step in plan.steps:
         state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
@@ -80,7 +101,8 @@ def run(
         if callback is not None and seen is not None:
             callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=first))
     # A last step "x' = D" hands out the denoiser's own tensor, which the denoiser may reuse.
-    return state["x"].clone() if plan.steps[-1].x.alias() else state["x"]
+    rows = {"x": plan.steps[-1].x, **dict(plan.steps[-1].memory)}
+    return {name: value.clone() if rows[name].alias() else value for name, value in state.items()}
 
 
 def advance(
@@ -183,6 +205,25 @@ def check_state(x: Any) -> None:
         raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
 
 
+def _check_memory(plan: Plan, state: Memory) -> None:
+    check_state(state.get("x"))
+    needed = {"x"} | plan.steps[0].reads
+    if state.keys() != needed:
+        raise ValueError(
+            f"the Plan of {plan.rule.name} starts from {', '.join(sorted(needed))}, got {', '.join(sorted(state))}; "
+            "plan.closed starts from x and the auxiliary state, compile_plan's from x alone"
+        )
+    x = state["x"]
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype != x.dtype:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"the auxiliary state {name!r} must be a tensor of x's dtype {x.dtype}, got {got}")
+        if value.shape != x.shape:
+            raise ValueError(
+                f"the auxiliary state {name!r} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}"
+            )
+
+
 def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
     """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
     if not plan.is_stochastic:
@@ -199,6 +240,8 @@ def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noi
     state: Memory = {"x": x}
     for index in range(len(levels) - 1):
         builder = _EagerStep(levels, index, state, denoiser, draw)
+        if index == 0:
+            builder.memory.update(rule.auxiliary(builder))
         new_x: Any = rule.step(builder)
         remembered: dict[str, Any] = {**builder.remembered}
         state = {"x": new_x, **remembered}

@@ -7,7 +7,8 @@ A Plan is a general linear method with coefficients that depend on the schedule.
     update   y'  = V y + B D + C n                                             n_r = noise on an interval of sigma
 
 The compiler runs the rule on linear forms and keeps what comes out: no derivation by hand, and linearity holds by
-construction. Noise and memory that nothing uses are dropped, so they are never drawn or stored.
+construction. Noise and memory that nothing uses are dropped, so they are never drawn or stored; only a rule's
+auxiliary state (`Rule.auxiliary`) is kept to the end, since it belongs to the result as x does.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ class Step:
     x: Form
     memory: tuple[tuple[str, Form], ...] = ()
 
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the values of the old state, x among them, that the step depends on."""
+        rows = [*(stage.input for stage in self.stages), self.x, *(form for _, form in self.memory)]
+        return frozenset(str(symbol.key) for row in rows for symbol, _ in row if symbol.kind == "state")
+
     @property
     def forgets_x(self) -> bool:
         """Whether the new x does not depend on the old state other than through the denoiser."""
@@ -70,11 +77,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sampler on a schedule, as coefficients. `print(plan)` shows every row; everything here is a plain number."""
+    """A sampler on a schedule, as coefficients. `print(plan)` shows every row; everything here is a plain number.
+
+    `auxiliary` names the remembered values that belong to the state (`Rule.auxiliary`); most samplers have none.
+    """
 
     rule: Rule
     sigmas: tuple[float, ...]
     steps: tuple[Step, ...]
+    auxiliary: tuple[str, ...] = ()
 
     @functools.cached_property
     def evaluations(self) -> int:
@@ -111,6 +122,19 @@ class Plan:
         """Whether the noise level rises, as it does when unsampling."""
         return self.sigmas[-1] > self.sigmas[0]
 
+    @functools.cached_property
+    def closed(self) -> Plan:
+        """The same run for a state whose auxiliary part is given: steps from (x, auxiliary) to (x, auxiliary).
+
+        Each step stands alone, so a run can start at any of them, and be undone step by step. A Plan without auxiliary
+        state, or one that is closed already, is returned as it is.
+        """
+        if not self.auxiliary or self.steps[0].reads & set(self.auxiliary):
+            return self
+        known = {name: Form.of(State(name)) for name in ("x", *self.auxiliary)}
+        steps = [compile_step(self.rule, self.sigmas, i, known) for i in range(len(self.steps))]
+        return replace(self, steps=tuple(kept for step in steps for kept in _prune([step], self.auxiliary)))
+
     def __hash__(self) -> int:
         return hash((self.rule, self.sigmas))  # the steps follow from these two
 
@@ -140,19 +164,22 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
 @functools.lru_cache(maxsize=128)
 def _compile(rule: Rule, sigmas: tuple[float, ...]) -> Plan:
     rule, sigmas = rule.prepare(sigmas)
+    auxiliary = tuple(name for name, _ in compile_auxiliary(rule, sigmas[0]).memory)
     steps = []
     memory = {"x": Form.of(State("x"))}
     for index in range(len(sigmas) - 1):
         step = compile_step(rule, sigmas, index, memory)
         steps.append(step)
         memory = {name: Form.of(State(name)) for name in ("x", *(name for name, _ in step.memory))}
-    return Plan(rule, sigmas, _prune(steps))
+    return Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary)
 
 
 def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> Step:
     """Run the rule on forms for one step; `memory` holds the form of x and of each remembered value."""
     tracer = _Tracer(sigmas, index, memory)
     try:
+        if index == 0 and len(memory) == 1:
+            tracer.memory = {**memory, **rule.auxiliary(tracer)}
         x = rule.step(tracer)
     except (ArithmeticError, ValueError) as error:
         raise ValueError(
@@ -162,6 +189,14 @@ def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[s
         raise TypeError(f"{type(rule).__name__}.step must return a form (the new x), got {x!r}")
     remembered = tuple(tracer.remembered.items())
     return Step(index, tracer.sigma, tracer.sigma_next, tuple(tracer.stages), tuple(tracer.noises), x, remembered)
+
+
+def compile_auxiliary(rule: Rule, sigma: float) -> Step:
+    """How a rule starts the auxiliary state of x at `sigma`, as a step that stays there."""
+    x = Form.of(State("x"))
+    tracer = _Tracer((sigma, sigma), 0, {"x": x})
+    auxiliary = tuple(rule.auxiliary(tracer).items())
+    return Step(0, sigma, sigma, tuple(tracer.stages), tuple(tracer.noises), x, auxiliary)
 
 
 class _Tracer(StepBuilder):
@@ -191,9 +226,9 @@ class _Tracer(StepBuilder):
         return Form.of(Noise(len(self.noises) - 1))
 
 
-def _prune(steps: list[Step]) -> tuple[Step, ...]:
-    """Drop remembered values and noises that no stage and no x depends on, from the last step to the first."""
-    needed: set[str] = set()  # remembered values that the following step uses
+def _prune(steps: list[Step], keep: Iterable[str]) -> tuple[Step, ...]:
+    """Drop remembered values and noises that nothing after them depends on, but for the values `keep` at the end."""
+    needed = set(keep)  # remembered values that the following step uses
     pruned = []
     for step in reversed(steps):
         memory = tuple((name, form) for name, form in step.memory if name in needed)

@@ -1,11 +1,10 @@
-r"""The two directions along a schedule, and both in a row.
+r"""The two directions along a schedule.
 
-All three take the same *sampling* schedule, decreasing and usually ending in 0, so a round trip uses the same
-arguments twice:
+Both take the same *sampling* schedule, decreasing and usually ending in 0, so a round trip uses the same arguments
+twice:
 
 * `sample` runs a sampler down the schedule, from noise to data;
-* `unsample` runs it up the reversed schedule, from data to noise: the ComfyUI node *Unsampler*, generalised;
-* `round_trip` unsamples, samples back, and measures.
+* `unsample` runs it up the reversed schedule, from data to noise: the ComfyUI node *Unsampler*, generalised.
 
 Unsampling is approximate. A step up evaluates the denoiser at the *cleaner* end of the interval where the step down
 would evaluate it at the noisier one, so the round trip has the sampler's discretisation error, order for order.
@@ -15,13 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kinvert import metrics
 from kinvert.adaptive import ends, run_adaptive
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Progress, check_state, run
@@ -86,7 +84,7 @@ def sample(
         denoise = Masked(denoise, mask, latent, noise=(x - latent) / job.sigmas[0])
     elif latent is not None:
         raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
-    return job.run_checked(denoise, x, noise, _with_bar(callback, job, "sample") if progress else callback)
+    return job.run_checked(denoise, x, noise, job.with_bar(callback, "sample") if progress else callback)
 
 
 @torch.no_grad()
@@ -138,122 +136,14 @@ def unsample(
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
     schedule = as_schedule(sigmas)
-    kept = schedule[_dropped_steps(schedule, end_at_step) :]
+    kept = schedule[dropped_steps(schedule, end_at_step) :]
     job = _Job.of(sampler, rising_schedule(schedule, end_at_step, sigma_offset))
     job.check_unsampling(noise, _Job.of(sampler, kept))
     denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=job.is_guided)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
-    latent = job.run_checked(denoise, x, noise, _with_bar(callback, job, "unsample") if progress else callback)
+    latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
     return _normalize(latent, normalize, job.sigmas[-1])
-
-
-@dataclass(frozen=True, eq=False)
-class RoundTrip:
-    """Data -> latent -> data, measured. `print` gives a short report.
-
-    Attributes:
-        latent: what unsampling found, shape (batch, *event).
-        reconstruction: what sampling made of it, the same shape.
-        sigma: noise level of the latent.
-        evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one).
-        mse: mean squared error of the reconstruction, shape (batch,).
-        psnr: peak signal-to-noise ratio of the reconstruction in dB, shape (batch,), for data in [-1, 1].
-        max_error: largest absolute error of the reconstruction, shape (batch,).
-        latent_mean: mean of `latent / sigma`, shape (batch,); 0 for pure noise.
-        latent_std: standard deviation of `latent / sigma`, shape (batch,); 1 for pure noise.
-    """
-
-    latent: Tensor
-    reconstruction: Tensor
-    sigma: float
-    evaluations: int
-    mse: Tensor
-    psnr: Tensor
-    max_error: Tensor
-    latent_mean: Tensor
-    latent_std: Tensor
-
-    def __str__(self) -> str:
-        lines = [
-            f"round trip of {len(self.latent)} samples through sigma {self.sigma:g}, {self.evaluations} evaluations"
-        ]
-        for f in fields(self)[4:]:
-            values = getattr(self, f.name)
-            lines.append(f"  {f.name:<12} mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
-        return "\n".join(lines)
-
-
-def round_trip(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Any,
-    *,
-    sampler: str | Rule = "euler",
-    method: Literal["unsample"] = "unsample",
-    end_at_step: int = 0,
-    cfg: float = 1.0,
-    positive: Mapping[str, Any] | None = None,
-    negative: Mapping[str, Any] | None = None,
-    mask: Tensor | None = None,
-    normalize: Normalize = False,
-    sigma_offset: float = 1e-4,
-    data_range: float = 2.0,
-    callback: Callback | None = None,
-    progress: bool = False,
-) -> RoundTrip:
-    """Unsample `x`, sample the latent back with the same sampler, schedule and guidance, and measure.
-
-    Args:
-        method: how to go up; "unsample" is the one there is.
-        data_range: for psnr, 2 for data in [-1, 1].
-        denoiser, x, sigmas, sampler, end_at_step, cfg, positive, negative, mask, normalize, sigma_offset, callback,
-            progress: as in `unsample`. With a mask the kept region is x itself. A normalized latent is scaled to
-            `sigmas[end_at_step]` before it is sampled back.
-
-    Returns:
-        A `RoundTrip`.
-
-    Raises:
-        TypeError, ValueError: as in `unsample` and `sample`.
-    """
-    if method != "unsample":
-        raise ValueError(f"method must be 'unsample', got {method!r}")
-    evaluations = [0, 0]
-
-    def counted(direction: int) -> Callback:
-        def count(step: Progress) -> None:
-            evaluations[direction] = step.evaluations
-            if callback is not None:
-                callback(step)
-
-        return count
-
-    shared: dict[str, Any] = {
-        "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
-    }  # fmt: skip
-    latent = unsample(
-        denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
-        callback=counted(0), **shared,
-    )  # fmt: skip
-    schedule = as_schedule(sigmas)
-    back = schedule[_dropped_steps(schedule, end_at_step) :]
-    start = latent * back[0] if normalize else latent
-    clean = None if mask is None else x
-    reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
-    flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
-    flat = flat if normalize else flat / back[0]
-    return RoundTrip(
-        latent=latent,
-        reconstruction=reconstruction,
-        sigma=back[0],
-        evaluations=sum(evaluations),
-        mse=metrics.mse(reconstruction, x),
-        psnr=metrics.psnr(reconstruction, x, data_range),
-        max_error=metrics.max_error(reconstruction, x),
-        latent_mean=flat.mean(1),
-        latent_std=flat.std(1, correction=min(1, flat.shape[1] - 1)),
-    )
 
 
 def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4) -> tuple[float, ...]:
@@ -268,11 +158,12 @@ def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-
         raise TypeError(f"sigma_offset must be a float, got {sigma_offset!r}")
     if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
         raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
-    kept = schedule[_dropped_steps(schedule, end_at_step) :]
+    kept = schedule[dropped_steps(schedule, end_at_step) :]
     return tuple(sigma + sigma_offset for sigma in reversed(kept))
 
 
-def _dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
+def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
+    """How many steps `end_at_step` leaves out: at least one step always runs."""
     if isinstance(end_at_step, bool) or not isinstance(end_at_step, int):
         raise TypeError(f"end_at_step must be an int, got {end_at_step!r}")
     if end_at_step < 0:
@@ -319,6 +210,10 @@ class _Job:
             return run(self.plan, denoiser, x, noise, callback)
         assert isinstance(self.rule, DPMAdaptive)
         return run_adaptive(self.rule, denoiser, x, self.sigmas, noise, callback)[0]
+
+    def with_bar(self, callback: Callback | None, verb: str) -> Callback:
+        steps = None if self.plan is None else len(self.plan.steps)
+        return with_bar(callback, f"{verb} {self.rule.name}", steps, self.sigmas[-1])
 
     def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
         """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
@@ -381,16 +276,15 @@ class _Job:
         )
 
 
-def _with_bar(callback: Callback | None, job: _Job, verb: str) -> Callback:
-    """The callback with a progress bar, which is closed with the last step."""
+def with_bar(callback: Callback | None, description: str, steps: int | None, last: float) -> Callback:
+    """The callback with a progress bar, which is closed with the step to the level `last`."""
     from tqdm.auto import tqdm
 
-    total = None if job.plan is None else len(job.plan.steps)
-    bar = tqdm(total=total, desc=f"{verb} {job.rule.name}")
+    bar = tqdm(total=steps, desc=description)
 
     def update(step: Progress) -> None:
         bar.update()
-        if step.sigma_next == job.sigmas[-1]:
+        if step.sigma_next == last:
             bar.close()
         if callback is not None:
             callback(step)

@@ -24,6 +24,7 @@ QUIRKS: dict[str, tuple[dict[str, Any], str]] = {
     "deis": ({"quadrature": "exact"}, "its integrals are sums that count both ends, off by 1e-4 of the step"),
     "sa_solver": ({"keep_last": True}, "without a final 0 its result belongs to the level before the last"),
     "sa_solver_pece": ({"keep_last": True}, "as sa_solver"),
+    "edict": ({"evaluate_at": "sigma_next"}, "it evaluates a state at sigma_next with the noise level sigma"),
 }
 # A single step of UniPC evaluates nothing.
 MIN_STEPS = {"uni_pc": 2, "uni_pc_bh2": 2}
@@ -173,6 +174,16 @@ FACTS: dict[str, dict[str, Any]] = {
     "dpmpp_sde": dict(order=2, evaluations_per_step=2, draws=2, memory=0, unsamples=False, invertibility="noise"),
     "dpmpp_2m_sde": dict(order=2, evaluations_per_step=1, draws=1, memory=1, unsamples=False, invertibility="noise"),
     "euler_ancestral": dict(order=1, evaluations_per_step=1, draws=1, memory=0, unsamples=False, invertibility="noise"),
+    "edict": dict(order=1, evaluations_per_step=2, draws=0, memory=1, unsamples=True, invertibility="explicit"),
+    "bdia": dict(order=2, evaluations_per_step=1, draws=0, memory=1, unsamples=True, invertibility="explicit"),
+    "o_belm": dict(order=2, evaluations_per_step=1, draws=0, memory=1, unsamples=True, invertibility="explicit"),
+    "leapfrog": dict(order=2, evaluations_per_step=2, draws=0, memory=1, unsamples=True, invertibility="explicit"),
+    "reversible_heun": dict(
+        order=2, evaluations_per_step=2, draws=0, memory=2, unsamples=True, invertibility="explicit"
+    ),
+    "mccallum_foster": dict(
+        order=2, evaluations_per_step=4, draws=0, memory=1, unsamples=True, invertibility="explicit"
+    ),
 }
 
 

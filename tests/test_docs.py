@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import sys
 import types
@@ -118,6 +119,18 @@ def test_every_sampler_and_schedule_is_listed() -> None:
         for name in names:
             assert re.search(rf"^#+ .*`{name}`", text, re.MULTILINE), name
         assert "<!--" not in text
+
+
+def test_the_table_of_inversions_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "exact-inversion.md").read_text())
+    assert "<!--" not in text
+    for path in (ROOT / "benchmarks" / "results").glob("inversion-*-float64.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["method"] == "auto":
+                cells = (
+                    f"| `{row['sampler']}` | {row['steps']} | {row['cfg']:g} | {row['converged']} of {row['samples']} |"
+                )
+                assert cells in text, cells
 
 
 def test_every_page_is_in_the_navigation() -> None:

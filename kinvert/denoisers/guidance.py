@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ class Guidance:
         uncond, cond = self._branches(x, sigma, positive, _expand_batch(self.negative, len(x)))
         denoised = torch.lerp(uncond, cond, self.cfg)
         return Guided(denoised, uncond) if self.pair else denoised
+
+    def select(self, index: Tensor) -> Guidance:
+        """The same guidance for the samples `index` of the batch alone, index of shape (n,)."""
+        negative = None if self.negative is None else _select(self.negative, index)
+        return replace(self, positive=_select(self.positive, index), negative=negative)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
@@ -163,6 +168,17 @@ def _expand_batch(value: Any, batch: int) -> Any:
         return {key: _expand_batch(member, batch) for key, member in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_expand_batch(member, batch) for member in value)
+    return value
+
+
+def _select(value: Any, index: Tensor) -> Any:
+    """Rows `index` of every tensor with a batch dimension; a first dimension of 1 is for every sample."""
+    if isinstance(value, Tensor) and value.ndim and len(value) > 1:
+        return value[index]
+    if type(value) is dict:
+        return {key: _select(member, index) for key, member in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_select(member, index) for member in value)
     return value
 
 

@@ -121,6 +121,13 @@ class Masked:
         if self.noise is not None:
             _check_like("noise", self.noise, self.background)
 
+    def select(self, index: Tensor) -> Masked:
+        """The same for the samples `index` (n,) of the batch alone; the denoiser must offer `select` too."""
+        inner: Any = self.denoiser
+        mask = self.mask[index] if len(self.mask) > 1 else self.mask
+        noise = None if self.noise is None else self.noise[index]
+        return Masked(inner.select(index), mask, self.background[index], noise)
+
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
         """The masked prediction, from x of the background's shape and sigma (batch,)."""
         _check_like("x", x, self.background)

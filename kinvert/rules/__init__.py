@@ -27,18 +27,22 @@ from kinvert.rules.guided import (
 from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
 from kinvert.rules.predictor_corrector import SASolver, UniPC
 from kinvert.rules.res import ResMultistep
+from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
 from kinvert.rules.seeds import Seeds2, Seeds3
 from kinvert.rules.tableau import TABLEAUS, RungeKutta, Tableau
 
 __all__ = [
+    "BDIA",
     "DEIS",
     "DPM2",
+    "EDICT",
     "ERSDE",
     "IPNDM",
     "IPNDMV",
     "LCM",
     "LMS",
+    "OBELM",
     "RES2S",
     "RES3S",
     "SAMPLERS",
@@ -63,8 +67,11 @@ __all__ = [
     "HeunPP2",
     "HochbruckOstermann5",
     "Krogstad4",
+    "Leapfrog",
+    "McCallumFoster",
     "ResMultistep",
     "ResMultistepCFGpp",
+    "ReversibleHeun",
     "Rule",
     "RungeKutta",
     "SASolver",
@@ -103,7 +110,7 @@ class SamplerEntry:
 SAMPLERS: dict[str, SamplerEntry] = {}
 
 
-def register(rule: type[Rule], name: str | None = None, **defaults: Any) -> type[Rule]:
+def register(rule: type[Rule], /, name: str | None = None, **defaults: Any) -> type[Rule]:
     """Enter a rule into the registry under `name` (default: the rule's own), with other defaults if given.
 
     Usable as a decorator. Raises ValueError if the name is taken by another rule.
@@ -121,6 +128,7 @@ for _rule in (
     *(ResMultistep, Seeds2, Seeds3, ERSDE, SASolver, UniPC),
     *(EulerAncestralCFGpp, DPMpp2SAncestralCFGpp, DPMpp2MCFGpp, ResMultistepCFGpp, GradientEstimationCFGpp),
     *(RES2S, RES3S, Krogstad4, HochbruckOstermann5, ExponentialAdams),
+    *(EDICT, BDIA, OBELM, ReversibleHeun, Leapfrog),
 ):
     register(_rule)
 register(EulerAncestral, "ddim", eta=0.0)
@@ -132,6 +140,7 @@ register(ExponentialAdams, "res_3m", order=3)
 register(DPMpp2MSDE, "dpmpp_2m_sde_heun", solver_type="heun")
 register(UniPC, "uni_pc_bh2", variant="bh2")
 register(SASolver, "sa_solver_pece", use_pece=True)
+register(McCallumFoster, rule=Heun())
 for _tableau in TABLEAUS:
     register(RungeKutta, _tableau.name, tableau=_tableau)
 for _name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"):  # elsewhere they name a device

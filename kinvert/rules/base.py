@@ -91,6 +91,15 @@ class Rule(ABC):
     def step(self, s: StepBuilder) -> Form:
         """The state at `s.sigma_next`."""
 
+    def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
+        """The auxiliary state of `s.x` where x is all that is known, by name, in the unit of x; most rules have none.
+
+        Auxiliary state is memory that belongs to the latent: steps of algebraically reversible methods take the pair
+        of x and it to the next pair. The rule finds it in `s.memory` and remembers it in every step. Whatever else it
+        remembers must be a saving only, which a step can do without.
+        """
+        return {}
+
     def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
         """The rule and the noise levels that a run on `sigmas` really has; most rules take the levels as they are."""
         return self, sigmas

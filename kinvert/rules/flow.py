@@ -59,6 +59,9 @@ class Flow(Rule):
         rule, levels = self.rule.prepare(tuple(_noise_level(min(t, self.start)) for t in sigmas))
         return Flow(rule, self.start), tuple(_flow_time(sigma) for sigma in levels)
 
+    def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
+        return self.rule.auxiliary(_FlowStep(s))
+
     def step(self, s: StepBuilder) -> Form:
         inner = _FlowStep(s)
         x = self.rule.step(inner)

@@ -1,0 +1,344 @@
+r"""`extract_noise`: the noises with which a stochastic sampler, started from the returned latent, makes a given image.
+
+A run that draws noise reaches every image: choose the states `x_0, ..., x_N` that it shall pass through, the last of
+them the image, and solve each step's row for the noise. With a_i the signal level of `sigma_i` (1 in
+variance-exploding coordinates, `1 - sigma_i` in flow time) and standard normal `eps_i`, the states are noised upwards:
+
+    x_i = (a_i/a_j) x_j + sqrt(sigma_i^2 - (a_i/a_j sigma_j)^2) eps_i
+
+with `j = N` (path "independent") or `j = i + 1` (path "chain"). The first are independent marginals of the forward
+process, the second is one sample of the process itself; read downwards, its states follow the posteriors
+`q(x_{i+1} | x_i, x_N)`. Of the row `x_{i+1} = f + sum_r c_r n_r` of a step all but one noise can be known before, and
+
+    n_s = (x_{i+1} - f - sum_{r != s} c_r n_r) / c_s
+
+Noise s must enter no evaluation of its step. The other noises of the step (those of intermediate stages) are drawn from
+their law given `sum_r c_r n_r`, which is estimated with the first evaluation in place of the later ones; the estimate
+has no influence on the exactness, as n_s is solved for afterwards.
+
+A step is solved from the state that the replay will have there, rounding and all, so errors do not add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinvert.analysis import brownian_covariance
+from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
+from kinvert.forms import Form, Noise, State, Symbol
+from kinvert.inversion.result import Inversion, rms
+from kinvert.noise import replay
+from kinvert.plan import Plan, Step, as_schedule, compile_plan
+from kinvert.rules import Flow, Rule
+from kinvert.rules import sampler as resolve_sampler
+from kinvert.rules.base import one_of
+from kinvert.sampling import sample
+
+Path = Literal["independent", "chain"]
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # half precision: 8 units of rounding
+
+
+@torch.no_grad()
+def extract_noise(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "euler_ancestral",
+    path: Path = "independent",
+    generator: torch.Generator | None = None,
+    cfg: float = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    tol: float | None = None,
+) -> Inversion:
+    r"""Extract the noises that make a stochastic sampler reproduce an image exactly.
+
+    `sample(denoiser, result.latent, sigmas, sampler=sampler, noise=ki.noise.replay(result.noises))` is x, for every
+    sampler whose last step draws noise: one evaluation for each of the sampler's own, and a second run as the check.
+    The states in between are chosen at random (see the module); edits keep the noises and change the conditioning.
+
+    Args:
+        denoiser, cfg, positive, negative: as in `sample`.
+        x: image, shape (batch, *event). It is taken as the state at `sigmas[-1]` > 0, as it is.
+        sigmas: the decreasing sampling schedule. Its last step must draw noise, and the step to 0 never does: pass
+            `sigmas[:-1]`.
+        sampler: a stochastic sampler, by name or as a rule. `sa_solver` draws in an interval of noise levels only and
+            drops its last step; it needs `ki.sampler("sa_solver", sde_end=0, keep_last=True)`.
+        path: "independent" noises x to every level anew (edit-friendly: the noises are the larger, the more steps
+            there are, and successive ones are negatively correlated, so that they carry more of the image); "chain"
+            goes up step by step (the noises are nearly those that a run draws: variance near 1, uncorrelated).
+        generator: random numbers of the states and of the stage noises, on any device; None: torch's global generator.
+        callback: called after each step with `index, sigma, sigma_next, x, denoised, evaluations`.
+        progress: show a progress bar.
+        tol: root mean square of `sample(latent) - x` up to which a sample counts as converged. Default: 1e-10 in
+            float64, 1e-4 in float32 and 8 eps in half precision, times the root mean square of x over the batch, or
+            times `sigmas[-1]` where that is larger. The error is that of rounding the last step, far below it.
+
+    Returns:
+        An `Inversion` with `latent` at `sigmas[0]` and `noises`, one of x's shape and dtype for each draw of a run. Its
+        residuals are 0 in steps that draw no noise: they are not steered.
+
+    Raises:
+        TypeError, ValueError: an input that cannot work, named with what was got and the fix: a deterministic sampler,
+            a schedule whose last step draws no noise, a sampler whose noise enters the evaluation (churn), NaN.
+
+    Source: "independent": Huberman-Spiegelglas, Kulikov and Michaeli, An Edit Friendly DDPM Noise Space: Inversion and
+    Manipulations (2024), arXiv 2304.06140, and, with the DPM-Solver++ SDE samplers, Brack et al., LEDITS++: Limitless
+    Image Editing using Text-to-Image Models (2023), arXiv 2311.16711; "chain": Wu and De la Torre, Unifying Diffusion
+    Models' Latent Space, with Applications to CycleDiffusion and Guidance (2022), arXiv 2210.05559.
+    """
+    _check_arguments(x, path, generator, tol)
+    schedule = as_schedule(sigmas)
+    plan = compile_plan(resolve_sampler(sampler), schedule)
+    _check_plan(plan, schedule)
+    bound: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    normal = _normal(x, generator)
+    states = _states(plan, x, path, normal)
+    levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    state: Memory = {"x": states[0]}
+    noises: list[Tensor] = []
+    residuals: list[Tensor] = []
+    evaluations = 0
+    for step in _with_bar(plan, progress):
+        target, tape = states[step.index + 1], _Tape(bound)
+        stage_levels = levels[evaluations : evaluations + len(step.stages)]
+        drawn = _step_noises(plan.rule, step, tape, state, target, stage_levels, normal)
+        state, seen = tape.advance(step, state, drawn, stage_levels)
+        evaluations += len(step.stages)
+        noises += drawn
+        miss = state["x"].to(_wide(x)) - target.to(_wide(x))
+        residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
+        if callback is not None and seen is not None:
+            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
+    again = sample(
+        denoiser, states[0], schedule, sampler=plan.rule, cfg=cfg, positive=positive, negative=negative,
+        noise=replay(noises),
+    )  # fmt: skip
+    error = rms(again.to(_wide(x)) - x.to(_wide(x)))
+    tolerance = float(tol) if tol is not None else _tolerance(x, plan)
+    return Inversion(
+        latent=states[0],
+        residuals=torch.stack(residuals),
+        converged=error <= tolerance,
+        evaluations=torch.full((len(x),), evaluations + plan.evaluations, dtype=torch.int64, device=x.device),
+        round_trip_error=error,
+        tolerance=tolerance,
+        sigmas=plan.sigmas,
+        noises=tuple(noises),
+        warnings=(*_missed(error, tolerance), *_unusual(plan, noises)),
+    )
+
+
+# -- one step ---------------------------------------------------------------------------------------------------------
+class _Tape:
+    """A denoiser for making the same step several times: it is called once a stage, then played back."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.outputs: list[Tensor | Guided] = []
+
+    def advance(
+        self, step: Step, state: Memory, noises: list[Tensor], levels: Tensor
+    ) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
+        """`engine.advance` from the beginning of the tape."""
+        calls = iter(range(len(step.stages)))
+
+        def play(x: Tensor, sigma: Tensor) -> Tensor | Guided:
+            k = next(calls)
+            if k == len(self.outputs):
+                self.outputs.append(self.denoiser(x, sigma))
+            return self.outputs[k]
+
+        return advance(step, play, state, replay(noises).bind(state["x"]), levels)
+
+
+def _step_noises(
+    rule: Rule, step: Step, tape: _Tape, state: Memory, target: Tensor, levels: Tensor, normal: Callable[[], Tensor]
+) -> list[Tensor]:
+    """The noises of a step, in x's dtype, such that it ends at `target` where one of them can be solved for."""
+    solved = _solvable(step)
+    known = {Noise(r): normal() for r in range(len(step.noises))}
+    # With one noise there is nothing to condition; nor if the first evaluation depends on the noises to be drawn.
+    conditioned = solved is not None and len(known) > 1 and not _has_noise(step.stages[0].input)
+    if conditioned:
+        known[State("gap")] = target - tape.advance(_first_order(step), state, [], levels[:1])[0]["x"]
+    noises = [combine(form, known, target) for form in _law(rule, step, conditioned)]
+    if solved is not None:
+        noises[solved] = torch.zeros_like(target)
+        gap = target.to(_wide(target)) - tape.advance(step, state, noises, levels)[0]["x"].to(_wide(target))
+        noises[solved] = (gap / step.x[Noise(solved)]).to(target.dtype)
+    return noises
+
+
+def _solvable(step: Step) -> int | None:
+    """The noise that moves x' most among those that enter no evaluation of the step; None if there is none."""
+    inputs = [stage.input for stage in step.stages]
+    found = [r for r in range(len(step.noises)) if step.x[Noise(r)] and not any(form[Noise(r)] for form in inputs)]
+    return max(found, key=lambda r: abs(step.x[Noise(r)]), default=None)
+
+
+def _first_order(step: Step) -> Step:
+    """The step without its noise, and with the first evaluation in place of the later ones."""
+    terms: dict[Symbol, float] = {}
+    for symbol, c in step.x:
+        if symbol.kind == "noise":
+            continue
+        if symbol.kind != "state":
+            symbol = Symbol(symbol.kind if step.stages[0].guided else "denoised", 0)  # noqa: PLW2901
+        terms[symbol] = terms.get(symbol, 0.0) + c
+    return replace(step, stages=step.stages[:1], noises=(), x=Form(terms), memory=())
+
+
+def _law(rule: Rule, step: Step, conditioned: bool) -> list[Form]:
+    r"""The noises of a step as forms in independent normals `n_r` and "gap", the value of `sum_r c_r noise_r`.
+
+    For noises with covariance K, `w + K c (gap - c w) / (c K c)` with w of that covariance has the law given the gap.
+    """
+    count = len(step.noises)
+    covariance = brownian_covariance(step.noises) if rule.default_noise == "brownian" else np.eye(count)
+    values, vectors = np.linalg.eigh(covariance)
+    weights = vectors * np.sqrt(np.maximum(values, 0.0))
+    gain = np.zeros(count)
+    if conditioned:
+        c = np.array([step.x[Noise(r)] for r in range(count)])
+        gain = covariance @ c / (c @ covariance @ c)
+        weights -= np.outer(gain, c @ weights)
+    return [
+        Form({State("gap"): float(gain[r])} | {Noise(k): float(weights[r, k]) for k in range(count)})
+        for r in range(count)
+    ]
+
+
+def _has_noise(form: Form) -> bool:
+    return any(symbol.kind == "noise" for symbol, _ in form)
+
+
+# -- the states -------------------------------------------------------------------------------------------------------
+def _states(plan: Plan, x: Tensor, path: Path, normal: Callable[[], Tensor]) -> list[Tensor]:
+    """States at the levels of the Plan, noisiest first, in x's dtype; the last is x."""
+    flow = isinstance(plan.rule, Flow) or getattr(plan.rule, "flow", False)
+    levels = [((1.0 - sigma) if flow else 1.0, sigma) for sigma in plan.sigmas]
+    states = [x.to(_wide(x))]
+    for i in reversed(range(len(levels) - 1)):
+        (a, sigma), (a_from, sigma_from) = levels[i], levels[-1 if path == "independent" else i + 1]
+        signal = a / a_from
+        noise = math.sqrt(sigma**2 - (signal * sigma_from) ** 2)
+        states.append(signal * states[0 if path == "independent" else -1] + noise * normal())
+    return [state.to(x.dtype) for state in reversed(states)]
+
+
+def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor]:
+    """Standard normal tensors like x, float32 for half precision, drawn where the generator is."""
+    device = x.device if generator is None else generator.device
+
+    def draw() -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=_wide(x), device=device).to(x.device)
+
+    return draw
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# -- checks and report ------------------------------------------------------------------------------------------------
+def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, tol: float | None) -> None:
+    check_state(x)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
+    if path not in get_args(Path):
+        raise ValueError(f"path must be {one_of(path, get_args(Path))}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
+            "use torch.Generator().manual_seed(0)"
+        )
+    if tol is None:
+        return
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"tol must be a float or None, got {tol!r}")
+    if not (math.isfinite(tol) and tol > 0):
+        raise ValueError(f"tol must be positive and finite, got {tol}; None takes the default of x's dtype")
+
+
+def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
+    """Refuse, before the first evaluation, a Plan that cannot be made to end at a given image."""
+    name, last = plan.rule.name, plan.steps[-1]
+    if plan.is_rising:
+        raise ValueError(
+            f"sigmas must be the decreasing sampling schedule, got a rising one from {plan.sigmas[0]:g} to "
+            f"{plan.sigmas[-1]:g}; use sigmas.flip(0)"
+        )
+    if not plan.is_stochastic:
+        raise ValueError(
+            f"{name} draws no noise on this schedule, so there is none to extract; use invert (exact) or unsample, or "
+            "a stochastic sampler such as 'euler_ancestral' on a schedule that ends above 0"
+        )
+    if _solvable(last) is not None:
+        return
+    where = f"{name}: the last step, from sigma {last.sigma:g} to {last.sigma_next:g},"
+    if any(_has_noise(form) for form in (last.x, *(stage.input for stage in last.stages))):
+        raise ValueError(
+            f"{where} passes its noise through the denoiser, so it cannot be solved for it; switch churn off "
+            "(s_churn=0) and use invert, or take a sampler that adds its noise last, such as 'euler_ancestral'"
+        )
+    raise ValueError(f"{where} draws no noise, so it cannot be made to end at the image; {_fix(plan, schedule)}")
+
+
+def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
+    """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
+    drawing = max(step.index for step in plan.steps if step.noises)
+    dropped = len(schedule) - drawing - 2
+    options = ", ".join(f.name for f in fields(plan.rule))
+    if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
+        return f"set its options so that its last step draws noise (it has {options})"
+    return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"
+
+
+def _with_bar(plan: Plan, progress: bool) -> Iterable[Step]:
+    if not progress:
+        return plan.steps
+    from tqdm.auto import tqdm
+
+    bar: Iterable[Step] = tqdm(plan.steps, desc=f"extract_noise {plan.rule.name}")
+    return bar
+
+
+def _tolerance(x: Tensor, plan: Plan) -> float:
+    scale = max(float(x.to(_wide(x)).square().mean().sqrt()), plan.sigmas[-1])
+    return TOLERANCES.get(x.dtype, 8 * torch.finfo(x.dtype).eps) * scale
+
+
+def _missed(error: Tensor, tolerance: float) -> list[str]:
+    missed = (error > tolerance).nonzero()[:, 0].tolist()
+    if not missed:
+        return []
+    return [
+        f"samples {', '.join(map(str, missed))} are not reproduced: error up to {float(error.max()):.3g}; does the "
+        "denoiser return the same for the same input?"
+    ]
+
+
+def _unusual(plan: Plan, noises: list[Tensor]) -> list[str]:
+    """A warning about maps that are far from the unit variance that the sampler would draw."""
+    steps = [step for step in plan.steps for _ in step.noises]
+    sizes = torch.stack([rms(n.to(_wide(n))[None])[0] for n in noises]).tolist()
+    worst = max(range(len(sizes)), key=lambda k: abs(math.log(max(sizes[k], 1e-300))))
+    if 0.1 <= sizes[worst] <= 10.0:
+        return []
+    step = steps[worst]
+    return [
+        f"noise map {worst} (sigma {step.sigma:g} -> {step.sigma_next:g}) has rms {sizes[worst]:.3g}, where a run "
+        "draws 1: an edit that replays it sees states the denoiser does not know; try path='chain' or other levels"
+    ]

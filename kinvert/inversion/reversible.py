@@ -1,0 +1,83 @@
+r"""The inverse of algebraically reversible samplers, in closed form.
+
+A reversible sampler takes a pair `(x, auxiliary)` from level to level by maps that have an inverse in closed form, and
+the inverse is a Plan again (`analysis.explicit_inverse`): one run of it finds the latent. No equation is solved, no
+property of the denoiser is used, and the only error is rounding, magnified by `analysis.amplification`.
+
+The latent is a pair too. Where an image comes without an auxiliary state, one is started there as the sampler itself
+would start it (x again, or one evaluation), and the inverse finds the pair at the noisy end. Sampling from that pair
+returns the image. Sampling from its x alone starts another auxiliary state and returns another image, as far off as
+an approximate inversion, or further; `Reversal.gap` says by how much the two starts differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kinvert.analysis import explicit_inverse
+from kinvert.denoisers import Denoiser
+from kinvert.engine import Memory, advance, check_state, run_state, stage_sigmas
+from kinvert.inversion.result import rms
+from kinvert.plan import Plan, compile_auxiliary
+
+
+@dataclass(frozen=True, eq=False)
+class Reversal:
+    """The pair at the noisy end that a reversible sampler takes to a given image.
+
+    Attributes:
+        latent: x at `plan.sigmas[0]`, shape (batch, *event).
+        memory: the auxiliary state that belongs to it, by name, each of the same shape.
+        gap: root mean square distance of `memory` from what a run from the latent alone would start with, shape
+            (batch,): rounding error where the image came from such a run and with its auxiliary state, and else the
+            reason why the latent alone does not return the image.
+        evaluations: denoiser evaluations spent, each a batch.
+    """
+
+    latent: Tensor
+    memory: Memory
+    gap: Tensor
+    evaluations: int
+
+    @property
+    def state(self) -> Memory:
+        """Latent and memory, as `engine.run_state(plan.closed, ...)` takes them."""
+        return {"x": self.latent, **self.memory}
+
+
+@torch.no_grad()
+def invert_reversible(plan: Plan, denoiser: Denoiser, x: Tensor, memory: Memory | None = None) -> Reversal:
+    """Undo a run of a reversible sampler: find the latent and its auxiliary state.
+
+    Args:
+        plan: from `compile_plan`, of an algebraically reversible sampler, on a schedule that stops above 0.
+        denoiser: the sampler's own; a Plan with `is_guided` needs a pair.
+        x: the image, at `plan.sigmas[-1]`, shape (batch, *event).
+        memory: the auxiliary state that `engine.run_state` returned with x, by name; None starts one at x.
+
+    Returns:
+        A `Reversal`; `run_state(plan.closed, denoiser, reversal.state)["x"]` is x, to rounding error.
+
+    Raises:
+        ValueError: a Plan without an inverse in closed form; memory of other names or another shape.
+        TypeError: see `engine.run_state`.
+    """
+    check_state(x)
+    inverse = explicit_inverse(plan)
+    started, spent = started_state(plan, denoiser, x, inverse.sigmas[0]) if memory is None else ({}, 0)
+    state = run_state(inverse, denoiser, {"x": x, **(memory or started)})
+    latent = state.pop("x")
+    alone, checks = started_state(plan, denoiser, latent, plan.sigmas[0])
+    gap = torch.stack([rms(state[name] - alone[name]) for name in state]).square().sum(0).sqrt()
+    return Reversal(latent, state, gap, spent + inverse.evaluations + checks)
+
+
+def started_state(plan: Plan, denoiser: Denoiser, x: Tensor, sigma: float) -> tuple[Memory, int]:
+    """The auxiliary state that the sampler of a Plan starts at x with noise level `sigma`, and its evaluations."""
+    step = compile_auxiliary(plan.rule, sigma)
+    sigmas = stage_sigmas([stage.sigma for stage in step.stages], x)
+    state, _ = advance(step, denoiser, {"x": x}, lambda sigma_from, sigma_to: x, sigmas)
+    return {name: value for name, value in state.items() if name != "x"}, len(step.stages)

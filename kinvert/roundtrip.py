@@ -1,0 +1,135 @@
+r"""Data -> latent -> data, measured: up by `unsample` or `invert`, down by `sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kinvert import metrics
+from kinvert.denoisers import Denoiser
+from kinvert.engine import Callback, Progress
+from kinvert.inversion import invert
+from kinvert.plan import as_schedule
+from kinvert.rules import Rule
+from kinvert.sampling import Normalize, dropped_steps, sample, unsample
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTrip:
+    """Data -> latent -> data, measured. `print` gives a short report.
+
+    Attributes:
+        latent: what unsampling found, shape (batch, *event).
+        reconstruction: what sampling made of it, the same shape.
+        sigma: noise level of the latent.
+        evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one); for
+            "invert" those of the sample that took the most.
+        mse: mean squared error of the reconstruction, shape (batch,).
+        psnr: peak signal-to-noise ratio of the reconstruction in dB, shape (batch,), for data in [-1, 1].
+        max_error: largest absolute error of the reconstruction, shape (batch,).
+        latent_mean: mean of `latent / sigma`, shape (batch,); 0 for pure noise.
+        latent_std: standard deviation of `latent / sigma`, shape (batch,); 1 for pure noise.
+    """
+
+    latent: Tensor
+    reconstruction: Tensor
+    sigma: float
+    evaluations: int
+    mse: Tensor
+    psnr: Tensor
+    max_error: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __str__(self) -> str:
+        lines = [
+            f"round trip of {len(self.latent)} samples through sigma {self.sigma:g}, {self.evaluations} evaluations"
+        ]
+        for f in fields(self)[4:]:
+            values = getattr(self, f.name)
+            lines.append(f"  {f.name:<12} mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
+        return "\n".join(lines)
+
+
+def round_trip(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "euler",
+    method: Literal["unsample", "invert"] = "unsample",
+    end_at_step: int = 0,
+    cfg: float = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    normalize: Normalize = False,
+    sigma_offset: float = 1e-4,
+    data_range: float = 2.0,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> RoundTrip:
+    """Unsample `x`, sample the latent back with the same sampler, schedule and guidance, and measure.
+
+    Args:
+        method: how to go up: "unsample", or "invert" on a schedule that ends above 0 (exact; a sample that could not
+            be inverted shows in its error). Of an algebraically reversible sampler the latent alone is sampled back,
+            without the auxiliary state that `invert` returns with it, so that this is not exact.
+        data_range: for psnr, 2 for data in [-1, 1].
+        denoiser, x, sigmas, sampler, end_at_step, cfg, positive, negative, mask, normalize, sigma_offset, callback,
+            progress: as in `unsample`. With a mask the kept region is x itself. A normalized latent is scaled to
+            `sigmas[end_at_step]` before it is sampled back.
+
+    Returns:
+        A `RoundTrip`.
+
+    Raises:
+        TypeError, ValueError: as in `unsample` and `sample`.
+    """
+    if method not in ("unsample", "invert"):
+        raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
+    if method == "invert" and (normalize or end_at_step):
+        raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
+    evaluations = [0, 0]
+
+    def counted(direction: int) -> Callback:
+        def count(step: Progress) -> None:
+            evaluations[direction] = step.evaluations
+            if callback is not None:
+                callback(step)
+
+        return count
+
+    shared: dict[str, Any] = {
+        "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
+    }  # fmt: skip
+    if method == "invert":
+        found = invert(denoiser, x, sigmas, **shared)
+        latent, evaluations[0] = found.latent, int(found.evaluations.max())
+    else:
+        latent = unsample(
+            denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
+            callback=counted(0), **shared,
+        )  # fmt: skip
+    schedule = as_schedule(sigmas)
+    back = schedule[dropped_steps(schedule, end_at_step) :]
+    start = latent * back[0] if normalize else latent
+    clean = None if mask is None else x
+    reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
+    flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
+    flat = flat if normalize else flat / back[0]
+    return RoundTrip(
+        latent=latent,
+        reconstruction=reconstruction,
+        sigma=back[0],
+        evaluations=sum(evaluations),
+        mse=metrics.mse(reconstruction, x),
+        psnr=metrics.psnr(reconstruction, x, data_range),
+        max_error=metrics.max_error(reconstruction, x),
+        latent_mean=flat.mean(1),
+        latent_std=flat.std(1, correction=min(1, flat.shape[1] - 1)),
+    )

@@ -1,0 +1,252 @@
+"""`invert`: exact round trips, the theorem for exact denoisers, per-sample independence, honest failure."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import mixture, noise_like
+from torch import Tensor
+
+import kinvert as ki
+from kinvert import models
+from kinvert.analysis import properties
+from kinvert.engine import run_state
+from kinvert.inversion import Anderson, Auto, Damped, NewtonKrylov, Picard
+from kinvert.inversion.result import rms
+from kinvert.inversion.solvers import Equation
+from kinvert.inversion.stepwise import step_map
+
+# The first forward-mode derivative of a process makes torch use a function of its own that it has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+MIXTURE = mixture()
+
+
+def schedule(steps: int) -> Tensor:
+    return ki.schedules.karras(steps + 1, 0.1, 10.0)[:-1]
+
+
+def images(count: int = 6) -> Tensor:
+    return 0.8 * noise_like((count, 6), seed=5)
+
+
+ONE_STEP = ["euler", "heun", "dpm_2", "heunpp2", "midpoint", "rk4", "res_2s"]
+QUIET = {"dpmpp_2s_ancestral": {"eta": 0}, "dpmpp_sde": {"eta": 0}, "seeds_2": {"eta": 0}}
+MULTISTEP = ["lms", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc", "res_2m"]
+
+
+@pytest.mark.parametrize("steps", [5, 15])
+@pytest.mark.parametrize("name", [*ONE_STEP, *QUIET])
+def test_one_step_samplers_are_inverted_exactly(name: str, steps: int) -> None:
+    rule = ki.sampler(name, **QUIET.get(name, {}))
+    found = ki.invert(MIXTURE, images(), schedule(steps), sampler=rule, tol=1e-10)
+    assert found.converged.all()
+    again = ki.sample(MIXTURE, found.latent, schedule(steps), sampler=rule)
+    torch.testing.assert_close(rms(again - images()), found.round_trip_error, rtol=1e-3, atol=1e-13)
+    assert float(found.round_trip_error.max()) <= 1e-10
+    stages = properties(rule).evaluations_per_step
+    assert float(found.evaluations.double().median()) / steps <= 15 * stages
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_multistep_samplers_are_inverted_exactly(name: str, steps: int) -> None:
+    x = images(3)
+    found = ki.invert(MIXTURE, x, schedule(steps), sampler=name, tol=1e-8)
+    assert found.converged.all()
+    again = ki.sample(MIXTURE, found.latent, schedule(steps), sampler=name)
+    assert float(rms(again - x).max()) <= 1e-8
+    assert float(found.evaluations.double().median()) / steps <= 200
+
+
+@pytest.mark.parametrize("name", ["edict", "bdia", "o_belm", "leapfrog", "reversible_heun", "mccallum_foster"])
+def test_reversible_samplers_are_undone_in_closed_form(name: str) -> None:
+    """The latent comes with an auxiliary state; the pair gives the image to rounding."""
+    plan = ki.compile_plan(name, schedule(12))
+    found = ki.invert(MIXTURE, images(), schedule(12), sampler=name)
+    assert found.converged.all() and float(found.round_trip_error.max()) < 1e-11
+    assert set(found.memory) == set(plan.auxiliary) != set()
+    again = run_state(plan.closed, MIXTURE, {"x": found.latent, **found.memory})["x"]
+    torch.testing.assert_close(again, images(), rtol=1e-10, atol=1e-10)
+
+
+def test_stochastic_samplers_without_their_noise() -> None:
+    for name in ("dpmpp_2m_sde", "dpmpp_3m_sde"):
+        assert ki.invert(MIXTURE, images(), schedule(6), sampler=ki.sampler(name, eta=0)).converged.all()
+
+
+@pytest.mark.parametrize("name", ["euler", pytest.param("dpmpp_2m", marks=pytest.mark.slow)])
+def test_a_trained_network(name: str) -> None:
+    """Held-out images of the embedded digits model, 20 steps from sigma 80, with and without a little guidance."""
+    denoiser = models.load("digits", dtype=torch.float64)
+    x, labels = (part[:3] for part in models.held_out("digits"))
+    found = ki.invert(
+        denoiser, x.double(), ki.schedules.karras(21, 0.02, 80.0)[:-1], sampler=name, tol=1e-8,
+        positive={"label": labels},
+    )  # fmt: skip
+    assert found.converged.all()
+    assert float(found.latent.std()) > 40  # it is the latent at sigma 80, not something near the image
+
+
+def test_float32() -> None:
+    found = ki.invert(mixture(), images().float(), schedule(20), sampler="euler")
+    assert found.converged.all() and found.latent.dtype == torch.float32
+
+
+# -- the theorem: for an exact denoiser the Euler step is the gradient of a strongly convex function --------------------
+def euler_step(sigma: float, sigma_next: float) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
+    plan = ki.compile_plan("euler", [sigma, sigma_next])
+    return step_map(plan.steps[0], lambda index: MIXTURE, images(2)), sigma_next / sigma
+
+
+def equation(function: Callable[[Tensor, Tensor], Tensor], y: Tensor, tolerance: float = 1e-12) -> Equation:
+    return Equation(function, y, y.new_full((len(y),), tolerance), torch.full((len(y),), 10**6))
+
+
+@given(sigma=st.floats(0.3, 8.0), ratio=st.floats(0.1, 0.9), seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_every_point_has_one_preimage(sigma: float, ratio: float, seed: int) -> None:
+    """Existence and uniqueness: from two starts far apart, the same solution, of a residual that vanishes."""
+    function, _ = euler_step(sigma, ratio * sigma)
+    y = sigma * noise_like((2, 6), seed)
+    roots = [Auto().solve(equation(function, y), start) for start in (y, y + 5 * sigma * noise_like((2, 6), seed + 1))]
+    for root in roots:
+        assert float(root.residual.max()) <= 1e-12
+    torch.testing.assert_close(roots[0].u, roots[1].u, rtol=1e-8, atol=1e-8 * sigma / ratio)
+
+
+@given(sigma=st.floats(0.3, 8.0), ratio=st.floats(0.1, 0.9), seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_damped_iteration_converges_below_the_bound(sigma: float, ratio: float, seed: int) -> None:
+    """tau < 2 / (r + (1 - r) lmax(D')): here lmax is bounded by the covariance of the data over sigma^2."""
+    function, r = euler_step(sigma, ratio * sigma)
+    spread = torch.cdist(MIXTURE.means, MIXTURE.means).max() ** 2 / 4 + MIXTURE.std.max() ** 2
+    tau = 1.0 / (r + (1 - r) * float(spread) / sigma**2)
+    y = sigma * noise_like((1, 6), seed)
+    iterations = math.ceil(40 / (tau * r))  # the slowest direction contracts by at least 1 - tau r
+    root = Anderson(window=0, tau=tau, max_iterations=iterations, growth=math.inf).solve(equation(function, y, 1e-9), y)
+    assert float(root.residual.max()) <= 1e-9
+
+
+def test_picard_oscillates_where_anderson_converges() -> None:
+    """Few steps: the published fixed point stalls where r + (1 - r) lmax(D') > 2."""
+    close = ki.denoisers.GaussianMixture(
+        torch.tensor([[2.0, 0.0], [-2.0, 0.0]], dtype=torch.float64), torch.tensor([0.2, 0.2], dtype=torch.float64)
+    )
+    x, sigmas = torch.tensor([[0.4, 0.1], [0.05, 0.2]], dtype=torch.float64), [4.0, 1.0, 0.5]
+    with pytest.warns(RuntimeWarning, match="not inverted"):
+        stalled = ki.invert(close, x, sigmas, method="picard")
+    assert not stalled.converged.all()
+    assert ki.invert(close, x, sigmas, method="auto").converged.all()
+
+
+# -- samples are alone ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("method", ["anderson", "newton"])
+def test_a_sample_does_not_depend_on_its_neighbours(name: str, method: str) -> None:
+    x = images(4)
+    together = ki.invert(MIXTURE, x, schedule(8), sampler=name, method=method)
+    for i in range(4):
+        alone = ki.invert(MIXTURE, x[i : i + 1], schedule(8), sampler=name, method=method)
+        torch.testing.assert_close(alone.latent[0], together.latent[i], rtol=1e-9, atol=1e-9)
+        assert alone.evaluations[0] == together.evaluations[i]
+
+
+def test_a_solved_sample_costs_no_more() -> None:
+    """Rows seen by the denoiser are the evaluations that are counted, sample by sample."""
+    rows = 0
+
+    def counting(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return MIXTURE(x, sigma)
+
+    x = torch.cat([images(3), 3 * images(2)])
+    found = ki.invert(counting, x, schedule(10), method="anderson", tol=1e-9)
+    assert rows == int(found.evaluations.sum())
+    assert found.evaluations.unique().numel() > 1
+
+
+def test_conditioning_follows_its_sample() -> None:
+    """Guidance and masks are restricted to the samples that are still open."""
+
+    def labelled(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        return MIXTURE(x - label[:, None], sigma) + label[:, None]
+
+    x, label = images(4), torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64)
+    guided: dict[str, Any] = {"cfg": 1.5, "positive": {"label": label}, "negative": {"label": torch.zeros(1)}}
+    mask = torch.ones(4, 6)
+    mask[1, :3] = 0
+    found = ki.invert(labelled, x, schedule(10), sampler="heun", mask=mask, **guided)
+    assert found.converged.all()
+    alone = ki.invert(
+        labelled, x[1:2], schedule(10), sampler="heun", mask=mask[1:2], cfg=1.5, positive={"label": label[1:2]},
+        negative={"label": torch.zeros(1)},
+    )  # fmt: skip
+    torch.testing.assert_close(found.latent[1:2], alone.latent, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "solver", [Anderson(), Damped(tau=0.5, max_iterations=2000), NewtonKrylov(), Picard(200), Auto()]
+)
+def test_solvers_agree(solver: ki.inversion.Solver) -> None:
+    found = ki.invert(MIXTURE, images(), schedule(20), method=solver, tol=1e-8)
+    exact = ki.invert(MIXTURE, images(), schedule(20), tol=1e-10)
+    assert found.converged.all()
+    torch.testing.assert_close(found.latent, exact.latent, rtol=1e-4, atol=1e-4)
+
+
+# -- honest failure ------------------------------------------------------------------------------------------------------
+def test_what_has_no_preimage_is_said_to_have_none() -> None:
+    """F(u) = r u + (1 - r) D(u) with D(u) = -u^2 / c never exceeds a bound, so an image above it cannot be reached."""
+
+    def parabola(x: Tensor, sigma: Tensor) -> Tensor:
+        return -x.square()
+
+    x = torch.tensor([[0.05], [5.0]], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=r"sample 1 not inverted.*step 0 \(sigma 2 -> 1\)"):
+        found = ki.invert(parabola, x, [2.0, 1.0])
+    assert found.converged.tolist() == [True, False]
+    assert found.round_trip_error[1] > 1 and torch.isfinite(found.latent).all()
+    assert "sample 1 not inverted" in str(found) and "converged        1 of 2" in str(found)
+    assert found.round_trip_error[1] < 4.9  # 5 less the top of the parabola u/2 - u^2/2, which is 1/8
+
+
+def test_max_evals_bounds_the_cost() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = ki.invert(MIXTURE, images(), schedule(10), tol=1e-12, max_evals=60)
+    assert int(found.evaluations.max()) <= 60
+    assert not found.converged.all()
+
+
+def test_round_trip_with_invert() -> None:
+    trip = ki.round_trip(MIXTURE, images(), schedule(12), sampler="dpmpp_2m", method="invert")
+    assert float(trip.max_error.max()) < 1e-7
+    assert trip.evaluations > 24
+
+
+X = images()
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "ends at 0": (lambda: ki.invert(MIXTURE, X, ki.schedules.karras(5, 0.1, 10)), ValueError, r"cannot invert the step of euler from sigma 0.1 to 0: x has coefficient 0 there; .*sigmas\[:-1\]"),
+    "noise": (lambda: ki.invert(MIXTURE, X, schedule(5), sampler="euler_ancestral"), ValueError, "cannot invert euler_ancestral: it draws noise 5 times.*eta=0"),
+    "adaptive": (lambda: ki.invert(MIXTURE, X, schedule(5), sampler="dpm_adaptive"), ValueError, "dpm_adaptive chooses its steps"),
+    "rising": (lambda: ki.invert(MIXTURE, X, schedule(5).flip(0)), ValueError, r"decreasing.*sigmas.flip\(0\)"),
+    "method": (lambda: ki.invert(MIXTURE, X, schedule(5), method="andersen"), ValueError, "method must be a Solver or one of .*did you mean 'anderson'"),
+    "tol": (lambda: ki.invert(MIXTURE, X, schedule(5), tol=0.0), ValueError, "tol must be a positive number"),
+    "max_evals": (lambda: ki.invert(MIXTURE, X, schedule(5), max_evals=3), ValueError, "max_evals must be an int of at least 25"),
+    "x": (lambda: ki.invert(MIXTURE, X.int(), schedule(5)), TypeError, "floating point"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
