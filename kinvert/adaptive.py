@@ -28,12 +28,22 @@ X, NOISE = Form.of(State("x")), Form.of(NoiseSymbol(0))
 
 @dataclass(frozen=True)
 class AdaptiveInfo:
-    """What a run took: trial steps (accepted and rejected) and denoiser evaluations."""
+    """What a run took.
+
+    Attributes:
+        steps: trial steps.
+        evaluations: denoiser evaluations, `order` for each trial.
+        accepted: trials whose result was taken.
+        rejected: trials that were made again with a shorter step.
+        memory: values of x's size that are carried from trial to trial besides x: the low-order result of the last
+            accepted one.
+    """
 
     steps: int
     evaluations: int
     accepted: int
     rejected: int
+    memory: int = 1
 
 
 def run_adaptive(
