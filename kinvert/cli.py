@@ -256,3 +256,7 @@ def _options(options: dict[str, Any]) -> str:
 def _shortened(levels: list[float]) -> str:
     words = [f"{level:.4g}" for level in levels]
     return ", ".join(words if len(words) <= 5 else [*words[:2], "...", *words[-2:]])
+
+
+if __name__ == "__main__":
+    main()
