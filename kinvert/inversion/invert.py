@@ -106,8 +106,31 @@ def invert(
 
 
 def _step_by_step(plan: Plan, select: Select, x: Tensor, goal: float, solver: Solver, budget: Tensor) -> Trajectory:
+    """Solve each step; "auto" starts again for samples that did not come out.
+
+    Where a step has several solutions, one solver may take one from which the next step has none, and another not.
+    """
+    found, error = _refined(plan, select, x, goal, solver, budget)
+    for other in (Picard(), Anderson(window=2, tau=0.5)) if isinstance(solver, Auto) else ():
+        index = ((error > goal) & (budget - found.evaluations > 4 * plan.evaluations)).nonzero()[:, 0]
+        if not len(index):
+            break
+        left = (budget - found.evaluations)[index]
+        again, again_error = _refined(plan, _restrict(select, index), x[index], goal, other, left)
+        found.evaluations[index] += again.evaluations
+        better = again_error < error[index]
+        again.evaluations.zero_()  # they are counted
+        _merge(found, again, index, better)
+        error[index[better]] = again_error[better]
+    return found
+
+
+def _refined(
+    plan: Plan, select: Select, x: Tensor, goal: float, solver: Solver, budget: Tensor
+) -> tuple[Trajectory, Tensor]:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
     found: Trajectory | None = None
+    errors = x.new_full((len(x),), torch.inf)
     index = torch.arange(len(x), device=x.device)
     for share in (0.3, 0.03, 0.003):
 
@@ -121,22 +144,25 @@ def _step_by_step(plan: Plan, select: Select, x: Tensor, goal: float, solver: So
             starts, left = [state[index] for state in found.states], left - found.evaluations[index]
         again = invert_steps(plan, part, x[index], tolerance, solver, left, starts)
         again.evaluations += plan.evaluations  # of the check that follows
-        error = rms(run(plan, part(torch.arange(len(index))), again.states[0]) - x[index])
-        found = again if found is None else _merge(found, again, index)
+        everyone = torch.arange(len(index), device=x.device)
+        error = rms(run(plan, part(everyone), again.states[0]) - x[index]).nan_to_num(torch.inf)
+        found = again if found is None else _merge(found, again, index, error < errors[index])
+        errors[index] = torch.minimum(error, errors[index])
         solved_steps = (again.residuals <= torch.stack([tolerance(step) for step in plan.steps])).all(0)
         affordable = budget[index] - found.evaluations[index] > 4 * plan.evaluations
         index = index[solved_steps & (error > goal) & affordable]
         if not len(index):
             break
     assert found is not None
-    return found
+    return found, errors
 
 
-def _merge(whole: Trajectory, part: Trajectory, index: Tensor) -> Trajectory:
-    """Put the samples `index` in their places."""
+def _merge(whole: Trajectory, part: Trajectory, index: Tensor, better: Tensor) -> Trajectory:
+    """Put the samples `index` that are better in their places; their evaluations count in any case."""
+    places = index[better]
     for kept, state in zip(whole.states, part.states, strict=True):
-        kept[index] = state
-    whole.residuals[:, index] = part.residuals
+        kept[places] = state[better]
+    whole.residuals[:, places] = part.residuals[:, better]
     whole.evaluations[index] += part.evaluations
     return whole
 
@@ -187,7 +213,7 @@ class _Through:
             self.warm = [state.clone() for state in path.states]
         for kept, state in zip(self.warm, path.states, strict=True):
             kept[index] = state
-        out = run(self.plan, part(torch.arange(len(index))), path.states[0])
+        out = run(self.plan, part(torch.arange(len(index), device=z.device)), path.states[0])
         self.spent[index] += path.evaluations + self.plan.evaluations
         size = rms(out - self.x[index]).nan_to_num(torch.inf)
         better = size < self.best[index]
