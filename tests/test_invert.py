@@ -250,3 +250,19 @@ def test_bad_input_is_named(name: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_is_not_of_the_batch_belongs_to_every_sample() -> None:
+    """A conditioning or a mask without a batch dimension is not cut up when samples are solved apart."""
+    x, weight = images(4), torch.linspace(-1, 1, 6, dtype=torch.float64)  # of the event, not of the batch
+    mask = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+
+    def shifted(y: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
+        assert weight.shape == (6,)
+        return MIXTURE(y - weight, sigma) + weight
+
+    for sampler in ("euler", "dpmpp_2m"):
+        found = ki.invert(shifted, x, schedule(6), sampler=sampler, positive={"weight": weight}, mask=mask)
+        assert found.converged.all()
+        alone = ki.invert(shifted, x[2:3], schedule(6), sampler=sampler, positive={"weight": weight}, mask=mask)
+        torch.testing.assert_close(alone.latent, found.latent[2:3], rtol=1e-6, atol=1e-6)

@@ -73,10 +73,10 @@ class Guidance:
         denoised = torch.lerp(uncond, cond, self.cfg)
         return Guided(denoised, uncond) if self.pair else denoised
 
-    def select(self, index: Tensor) -> Guidance:
-        """The same guidance for the samples `index` of the batch alone, index of shape (n,)."""
-        negative = None if self.negative is None else _select(self.negative, index)
-        return replace(self, positive=_select(self.positive, index), negative=negative)
+    def select(self, index: Tensor, batch: int) -> Guidance:
+        """The same guidance for the samples `index`, shape (n,), of a batch of that size."""
+        negative = None if self.negative is None else _select(self.negative, index, batch)
+        return replace(self, positive=_select(self.positive, index, batch), negative=negative)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
@@ -171,14 +171,14 @@ def _expand_batch(value: Any, batch: int) -> Any:
     return value
 
 
-def _select(value: Any, index: Tensor) -> Any:
-    """Rows `index` of every tensor with a batch dimension; a first dimension of 1 is for every sample."""
-    if isinstance(value, Tensor) and value.ndim and len(value) > 1:
-        return value[index]
+def _select(value: Any, index: Tensor, batch: int) -> Any:
+    """Rows `index` of every tensor whose first dimension is the batch; any other belongs to every sample."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+        return value[index.to(value.device)]
     if type(value) is dict:
-        return {key: _select(member, index) for key, member in value.items()}
+        return {key: _select(member, index, batch) for key, member in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_select(member, index) for member in value)
+        return type(value)(_select(member, index, batch) for member in value)
     return value
 
 

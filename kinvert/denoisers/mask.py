@@ -121,12 +121,13 @@ class Masked:
         if self.noise is not None:
             _check_like("noise", self.noise, self.background)
 
-    def select(self, index: Tensor) -> Masked:
-        """The same for the samples `index` (n,) of the batch alone; the denoiser must offer `select` too."""
+    def select(self, index: Tensor, batch: int) -> Masked:
+        """The same for the samples `index`, shape (n,), of the batch; the denoiser must offer `select` too."""
         inner: Any = self.denoiser
-        mask = self.mask[index] if len(self.mask) > 1 else self.mask
+        of_each = self.mask.ndim == self.background.ndim and len(self.mask) == batch  # else it is for every sample
+        mask = self.mask[index] if of_each else self.mask
         noise = None if self.noise is None else self.noise[index]
-        return Masked(inner.select(index), mask, self.background[index], noise)
+        return Masked(inner.select(index, batch), mask, self.background[index], noise)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
         """The masked prediction, from x of the background's shape and sigma (batch,)."""

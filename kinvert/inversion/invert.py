@@ -101,7 +101,7 @@ def invert(
         found = Trajectory([undone.latent], none, torch.full_like(budget, undone.evaluations))
         return _certify(plan.closed, bound, x, found, goal, callback, progress, undone.memory)
     solve = _whole_run if plan.is_multistep else _step_by_step
-    found = solve(plan, bound.select, x, goal, solver, budget)
+    found = solve(plan, lambda index: bound.select(index, len(x)), x, goal, solver, budget)
     return _certify(plan, bound, x, found, goal, callback, progress, {})
 
 
