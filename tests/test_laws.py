@@ -91,7 +91,7 @@ def test_rules_have_no_unit(name: str, scale: float, sigmas: list[float]) -> Non
 
 
 # Constants of the rule are noise levels: a VP time map fitted to levels, an interval of noise, a noise scaler.
-HAS_A_SCALE = {"deis", "sa_solver", "sa_solver_pece", "er_sde"}
+HAS_A_SCALE = {"deis", "sa_solver", "sa_solver_pece", "er_sde", "rf_solver", "fireflow"}
 # With their noise off these do not follow the probability-flow ODE (which is all that an order can be measured on):
 # they have no switch for the noise, or integrate the drift of an SDE; CFG++ follows another field.
 NO_ORDER = {"lcm", "er_sde"}

@@ -24,8 +24,10 @@ from kinvert.rules.guided import (
     GradientEstimationCFGpp,
     ResMultistepCFGpp,
 )
+from kinvert.rules.inverse import DDIMInverse, DirectInversion
 from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
 from kinvert.rules.predictor_corrector import SASolver, UniPC
+from kinvert.rules.rectified import FireFlow, RFSolver
 from kinvert.rules.res import ResMultistep
 from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
@@ -46,6 +48,7 @@ __all__ = [
     "RES2S",
     "RES3S",
     "SAMPLERS",
+    "DDIMInverse",
     "DPM2Ancestral",
     "DPMAdaptive",
     "DPMFast",
@@ -56,10 +59,12 @@ __all__ = [
     "DPMpp2SAncestralCFGpp",
     "DPMpp3MSDE",
     "DPMppSDE",
+    "DirectInversion",
     "Euler",
     "EulerAncestral",
     "EulerAncestralCFGpp",
     "ExponentialAdams",
+    "FireFlow",
     "Flow",
     "GradientEstimation",
     "GradientEstimationCFGpp",
@@ -69,6 +74,7 @@ __all__ = [
     "Krogstad4",
     "Leapfrog",
     "McCallumFoster",
+    "RFSolver",
     "ResMultistep",
     "ResMultistepCFGpp",
     "ReversibleHeun",
@@ -127,7 +133,7 @@ for _rule in (
     *(EulerAncestral, DPM2Ancestral, DPMpp2SAncestral, LCM, DPMpp2M, DPMppSDE, DPMpp2MSDE, DPMpp3MSDE),
     *(ResMultistep, Seeds2, Seeds3, ERSDE, SASolver, UniPC),
     *(EulerAncestralCFGpp, DPMpp2SAncestralCFGpp, DPMpp2MCFGpp, ResMultistepCFGpp, GradientEstimationCFGpp),
-    *(RES2S, RES3S, Krogstad4, HochbruckOstermann5, ExponentialAdams),
+    *(RES2S, RES3S, Krogstad4, HochbruckOstermann5, ExponentialAdams, RFSolver, FireFlow),
     *(EDICT, BDIA, OBELM, ReversibleHeun, Leapfrog),
 ):
     register(_rule)

@@ -1,0 +1,62 @@
+r"""Published inversions, for comparison: each a few lines on the same engine, with the same certificate.
+
+In the coordinates `x = x0 + sigma eps`, with a step of the sampler from the noisier level `a` to the cleaner `b`,
+`D(x, sigma)` the denoised image and `d(x, sigma) = (x - D) / sigma`, DDIM samples by the Euler step
+`x_b = F(x_a) = x_a + (b - a) d(x_a, a)`. Its inverse solves `x_a = x_b + (a - b) d(x_a, a)`, where x_a stands on both
+sides, and most methods differ in what they put on the right:
+
+* `ddim_inversion`: x_b, at either of the two noise levels;
+* `aidi`, `renoise`, `dpm_solver_inversion`: an iteration;
+* `easyinv`: the same as DDIM, and less of the result;
+* `rf_inversion`, `rf_solver`, `fireflow`: the equation of a rectified flow, steered, or with a method of order 2;
+* `direct_inversion`, `null_text`: DDIM, and what corrects its error when sampling.
+
+All take `(denoiser, x, sigmas, *, cfg, positive, negative)` as `sample` does, and options of their own. x is the image
+and the state at `sigmas[-1] > 0`, in float32 or float64. All return an `Inversion` whose
+`round_trip_error` was measured by sampling the latent again with the sampler the method belongs to. `converged` is
+judged as `invert` does; that a method is approximate is no reason for a warning here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from kinvert.inversion.baselines.explicit import ddim_inversion, easyinv, fireflow, rf_solver
+from kinvert.inversion.baselines.iterative import Averaged, aidi, dpm_solver_inversion, renoise
+from kinvert.inversion.baselines.steered import rf_inversion, steer
+from kinvert.inversion.baselines.stored import direct_inversion, null_text, sample_null_text
+from kinvert.inversion.result import Inversion
+
+__all__ = [
+    "BASELINES",
+    "Averaged",
+    "aidi",
+    "ddim_inversion",
+    "direct_inversion",
+    "dpm_solver_inversion",
+    "easyinv",
+    "fireflow",
+    "null_text",
+    "renoise",
+    "rf_inversion",
+    "rf_solver",
+    "sample_null_text",
+    "steer",
+]
+
+BASELINES: dict[str, Callable[..., Inversion]] = {
+    "ddim_clean": functools.partial(ddim_inversion, at="clean"),
+    "ddim_noisy": ddim_inversion,
+    "easyinv": easyinv,
+    "rf_inversion": rf_inversion,
+    "rf_solver": rf_solver,
+    "fireflow": fireflow,
+    "aidi": aidi,
+    "aidi_anderson": functools.partial(aidi, window=3),
+    "renoise": renoise,
+    "dpm_solver_1": dpm_solver_inversion,
+    "dpm_solver_2": functools.partial(dpm_solver_inversion, order=2),
+    "direct_inversion": direct_inversion,
+}
+"""Name -> function, for every baseline that takes any conditioning; `null_text` needs one that can be optimised."""

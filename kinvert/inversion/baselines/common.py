@@ -1,0 +1,80 @@
+"""What the published inversions share: the sampler they belong to, DDIM inversion, the certificate."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, guide
+from kinvert.engine import check_state, run
+from kinvert.inversion.invert import _check_invertible, _falling, _tolerance
+from kinvert.inversion.result import Inversion, rms
+from kinvert.plan import Plan, compile_plan
+from kinvert.rules import DDIMInverse, Rule
+
+Conditioning = Mapping[str, Any] | None
+
+
+def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
+    """The Plan of the sampler that a method belongs to, checked: it must be one that can be inverted."""
+    check_state(x)
+    if x.dtype.itemsize < 4:
+        raise TypeError(f"x must be float32 or float64, got {x.dtype}; use x.float() and a network in float32")
+    plan = compile_plan(rule, _falling(sigmas))
+    _check_invertible(plan)
+    return plan
+
+
+def ddim_up(denoiser: Denoiser, x: Tensor, *levels: float) -> Tensor:
+    """DDIM inversion ("noisy") of x along rising noise levels."""
+    return run(compile_plan(DDIMInverse(), levels), denoiser, x)
+
+
+@torch.no_grad()
+def ddim_path(denoiser: Denoiser, x: Tensor, plan: Plan, positive: Conditioning) -> list[Tensor]:
+    """States of DDIM inversion ("noisy") without guidance at the levels of a Plan, noisiest first."""
+    bound, states = guide(denoiser, 1.0, positive), [x]
+    for low, high in itertools.pairwise(plan.sigmas[::-1]):
+        states.insert(0, ddim_up(bound, states[0], low, high))
+    return states
+
+
+def certified(
+    plan: Plan,
+    x: Tensor,
+    latent: Tensor,
+    back: Tensor,
+    evaluations: int | Tensor,
+    residuals: list[Tensor] | None = None,
+    noises: tuple[Tensor, ...] = (),
+    memory: dict[str, Tensor] | None = None,
+) -> Inversion:
+    """The result: `back` is what came of the latent, `evaluations` what it cost to find."""
+    error, goal = rms(back - x), tolerance(x)
+    spent = torch.zeros(len(x), dtype=torch.int64, device=x.device) + evaluations + plan.evaluations
+    return Inversion(
+        latent=latent,
+        residuals=error[None] if residuals is None else torch.stack(residuals),
+        converged=error <= goal,
+        evaluations=spent,
+        round_trip_error=error,
+        tolerance=goal,
+        sigmas=plan.sigmas,
+        noises=noises,
+        memory=memory or {},
+    )
+
+
+def tolerance(x: Tensor) -> float:
+    """The root mean square of a round trip up to which `invert` calls it exact."""
+    return _tolerance(None, x)
+
+
+def count(name: str, value: Any, low: int = 1) -> None:
+    """Raise ValueError where `value` is no count."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")

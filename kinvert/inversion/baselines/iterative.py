@@ -1,0 +1,191 @@
+"""Inversions that iterate on one equation a step: AIDI, ReNoise, and exact inversion of DPM-Solver++."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, Guidance, guide
+from kinvert.engine import stage_sigmas
+from kinvert.forms import State
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, count, ddim_up, tolerance
+from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.solvers import Anderson, Damped, Equation, Picard, Root, Solver
+from kinvert.inversion.stepwise import invert_steps
+from kinvert.plan import Plan, Step, compile_plan
+from kinvert.rules import DPMpp2M, Euler, Rule
+from kinvert.sampling import sample
+
+
+def aidi(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 1.0,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+    iterations: int = 10,
+    window: int = 0,
+) -> Inversion:
+    """AIDI: the fixed-point iteration `u <- x_b + (a - b) d(u, a)`, plain or accelerated.
+
+    It starts at `ddim_inversion(at="noisy")`. The iterate with the smallest residual is kept, where the publication
+    takes the last one, so that an iteration that diverges does no harm; it ends early where the residual is below the
+    tolerance of `converged`. The publication's guidance, blended by attention maps, is left out.
+
+    Args:
+        iterations: evaluations a step after the first.
+        window: differences that Anderson's acceleration uses (AIDI_A); 0 for the plain iteration.
+
+    Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
+    2309.04907.
+    """
+    count("iterations", iterations)
+    count("window", window, 0)
+    solver = Anderson(window=window, max_iterations=iterations, growth=math.inf) if window else Picard(iterations)
+    return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
+
+
+def renoise(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 1.0,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+    iterations: int = 9,
+    average: int = 2,
+) -> Inversion:
+    """ReNoise: the fixed-point iteration, and the mean of its last noise predictions in the end.
+
+    The mean of iterates damps an oscillation; where the iteration converges it is no gain. Left out are the gradient
+    steps that regularise the noise, and the noise correction, which makes any inversion exact by storing its error
+    (`direct_inversion`). The released code averages other predictions, the first five, in its first step.
+
+    Args:
+        iterations: evaluations a step after the first.
+        average: how many of the last predictions the mean is of.
+
+    Source: Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
+    """
+    count("iterations", iterations)
+    count("average", average)
+    if average > iterations:
+        raise ValueError(f"average must be at most iterations, {iterations}, got {average}")
+    return _solved(denoiser, x, sigmas, Euler(), Averaged(iterations, average), cfg, positive, negative)
+
+
+@dataclass(frozen=True)
+class Averaged(Solver):
+    """The fixed-point iteration `u <- u + f(u)`, `iterations` times, and the mean of the last `average` iterates."""
+
+    iterations: int
+    average: int
+
+    def solve(self, equation: Equation, start: Tensor) -> Root:
+        """See `Solver`; the tolerance is not asked."""
+        everyone = torch.arange(len(start), device=start.device)
+        iterates = [start]
+        for _ in range(self.iterations):
+            iterates.append(iterates[-1] + equation.residual(iterates[-1], everyone))
+        mean = torch.stack(iterates[-self.average :]).mean(0)
+        return Root(mean, rms(equation.residual(mean, everyone)))
+
+
+def dpm_solver_inversion(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 1.0,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+    order: Literal[1, 2] = 1,
+    tau: float = 0.5,
+    iterations: int = 100,
+    substeps: int = 10,
+) -> Inversion:
+    r"""Exact inversion of DPM-Solver++, order 1 (DDIM) or 2 (2M): the forward step method `u <- u - tau (F(u) - x_b)`.
+
+    Order 1 is `invert(sampler="euler", method=Damped(tau))`. For order 2 the step also needs `D - D_prev`, which is
+    taken from a fine DDIM inversion over this interval and the one above and kept fixed: `dpmpp_2m` is then inverted
+    approximately, whatever the iterations. tau is halved when the residual grows; the released code has a fixed
+    schedule that depends on the step, stops at a sum of squares of 1e-3, and returns what it has after 500
+    iterations without a word. Gradient descent, its other solver, is left out.
+
+    Args:
+        order: 1 for the sampler `euler`, 2 for `dpmpp_2m`.
+        tau: length of the first step, above 0.
+        iterations: evaluations that a step's equation may take.
+        substeps: steps of the fine inversion in each interval, for order 2.
+
+    Source: Hong et al., On Exact Inversion of DPM-Solvers (2023), arXiv 2311.18387, Algorithms 1 and 2.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 (the sampler euler) or 2 (dpmpp_2m), got {order!r}")
+    count("iterations", iterations)
+    count("substeps", substeps)
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
+        raise ValueError(f"tau must be a positive number, got {tau!r}; 0.5 is published")
+    rule: Rule = Euler() if order == 1 else DPMpp2M()
+    return _solved(denoiser, x, sigmas, rule, Damped(float(tau), iterations), cfg, positive, negative, substeps)
+
+
+@torch.no_grad()
+def _solved(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    rule: Rule,
+    solver: Solver,
+    cfg: float,
+    positive: Conditioning,
+    negative: Conditioning,
+    substeps: int = 1,
+) -> Inversion:
+    """Solve the Euler step at every level, from the image up; for 2M, of the state less the step's other terms."""
+    plan, bound = checked_plan(x, rule, sigmas), guide(denoiser, cfg, positive, negative)
+
+    def select(index: Tensor) -> Denoiser:
+        return bound.select(index, len(x))
+
+    def enough(step: Step) -> Tensor:
+        """The steps' errors add up to the run's, and no step is solved to less than rounding."""
+        share = max(0.3 * tolerance(x) * max(1.0, step.sigma_next), torch.finfo(x.dtype).eps * step.sigma)
+        return x.new_full((len(x),), share)
+
+    state = x
+    residuals: list[Tensor] = []
+    evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    unlimited = torch.full_like(evaluations, torch.iinfo(torch.int64).max)
+    for step in reversed(plan.steps):
+        target, start, cost = state, ddim_up(bound, state, step.sigma_next, step.sigma), 1
+        if step.x[State("D[-1]")]:  # of 2M, but its first step
+            higher, start, cost = _second_order(plan, step, bound, state, substeps)
+            target = state - higher
+        euler = compile_plan(Euler(), (step.sigma, step.sigma_next))
+        path = invert_steps(euler, select, target, enough, solver, unlimited, [start])
+        state = path.states[0]
+        residuals.insert(0, path.residuals[0])
+        evaluations += path.evaluations + cost
+    return certified(plan, x, state, sample(bound, state, plan.sigmas, sampler=rule), evaluations, residuals)
+
+
+def _second_order(plan: Plan, step: Step, denoiser: Guidance, x: Tensor, substeps: int) -> tuple[Tensor, Tensor, int]:
+    """The term of 2M in `D - D_prev`, estimated from x at `step.sigma_next`; the state at `step.sigma`; the cost."""
+    levels = step.sigma_next, step.sigma, plan.sigmas[step.index - 1]
+    states, denoised = [x], []
+    for low, high in itertools.pairwise(levels):
+        states.append(ddim_up(denoiser, states[-1], *np.geomspace(low, high, substeps + 1).tolist()))
+        out: Any = denoiser(states[-1], stage_sigmas([high], x)[0])
+        denoised.append(out)
+    weight = -step.x[State("D[-1]")]
+    return weight * (denoised[0] - denoised[1]), states[1], 2 * (substeps + 1)

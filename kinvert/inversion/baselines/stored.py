@@ -1,0 +1,149 @@
+"""Inversions that keep what corrects them: direct inversion (an offset a step), null-text (an embedding a step)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, guide
+from kinvert.engine import advance, stage_sigmas
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, count, ddim_path
+from kinvert.inversion.result import Inversion
+from kinvert.noise import replay
+from kinvert.plan import Step, compile_plan
+from kinvert.rules import DirectInversion, Euler
+from kinvert.sampling import sample
+
+
+@torch.no_grad()
+def direct_inversion(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 1.0,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+) -> Inversion:
+    """Direct (PnP) inversion: DDIM inversion without guidance, and each sampling step's distance from its path.
+
+    The offsets, `noises` of the result, make `sample` with the rule `DirectInversion` return the image, whatever cfg
+    or denoiser: they hold what the latent does not, one image a step.
+
+        ki.sample(denoiser, found.latent, sigmas, sampler=ki.rules.DirectInversion(), cfg=cfg, ...,
+                  noise=ki.noise.replay(found.noises))
+
+    Source: Ju et al., Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code (2023), arXiv 2310.01506.
+    """
+    plan = compile_plan(DirectInversion(), checked_plan(x, Euler(), sigmas).sigmas)
+    bound = guide(denoiser, cfg, positive, negative)
+    path = ddim_path(denoiser, x, plan, positive)
+    state, offsets = {"x": path[0]}, []
+    for step, target in zip(plan.steps, path[1:], strict=True):
+        state, _ = advance(step, bound, state, lambda *_: torch.zeros_like(x), stage_sigmas([step.sigma], x))
+        offsets.append(target - state["x"])
+        state = {"x": state["x"] + offsets[-1]}
+    back = sample(bound, path[0], plan.sigmas, sampler=plan.rule, noise=replay(offsets))
+    return certified(plan, x, path[0], back, 2 * plan.evaluations, noises=tuple(offsets))
+
+
+def null_text(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 7.5,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+    iterations: int = 10,
+    lr: float = 0.01,
+) -> Inversion:
+    """Null-text inversion: DDIM inversion without guidance, and a negative conditioning optimised for each step.
+
+    Every floating point tensor of `negative` is optimised, by Adam, so that the guided step lands on the path of the
+    inversion; a step starts from what the one before found. `memory` holds them by keyword, shape (steps, batch, ...);
+    `sample_null_text` samples with them. The released code ends a step early where the loss is small.
+
+    Args:
+        denoiser: differentiable in its conditioning; its own parameters need no gradients.
+        iterations: optimisation steps for each sampling step.
+        lr: Adam's step length in the first step; it falls linearly to a half.
+
+    Raises:
+        TypeError: `negative` has no floating point tensor, e.g. because it is a label.
+
+    Source: Mokady et al., Null-text Inversion for Editing Real Images using Guided Diffusion Models (2022), arXiv
+    2211.09794.
+    """
+    plan = checked_plan(x, Euler(), sigmas)
+    count("iterations", iterations)
+    fixed = guide(denoiser, cfg, positive, {} if negative is None else negative).negative or {}
+    tensors = {key: v for key, v in fixed.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if not tensors:
+        raise TypeError(
+            f"negative must have a floating point tensor to optimise, got {', '.join(fixed) or 'nothing'}; pass the "
+            "embedding, not the label"
+        )
+    path = ddim_path(denoiser, x, plan, positive)
+    state, value, found = path[0], {key: _per_sample(v.detach(), len(x)) for key, v in tensors.items()}, []
+    for step, target in zip(plan.steps, path[1:], strict=True):
+        value = {key: v.clone().requires_grad_() for key, v in value.items()}
+        adam = torch.optim.Adam(value.values(), lr=lr * (1.0 - step.index / (2 * len(plan.steps))))
+        for _ in range(iterations):
+            with torch.enable_grad():
+                miss = _guided_step(step, denoiser, state, cfg, positive, {**fixed, **value}) - target
+            _set_gradients(value, miss.square().flatten(1).mean(1).sum())
+            adam.step()
+        value = {key: v.detach() for key, v in value.items()}
+        with torch.no_grad():
+            state = _guided_step(step, denoiser, state, cfg, positive, {**fixed, **value})
+        found.append(value)
+    memory = {key: torch.stack([v[key] for v in found]) for key in value}
+    back = sample_null_text(denoiser, path[0], plan.sigmas, memory, cfg=cfg, positive=positive, negative=fixed)
+    return certified(plan, x, path[0], back, (iterations + 2) * plan.evaluations, memory=memory)
+
+
+def _per_sample(value: Tensor, batch: int) -> Tensor:
+    """A conditioning that all samples share becomes one of each."""
+    return value.expand(batch, *value.shape[1:]) if value.ndim and len(value) == 1 else value
+
+
+def _set_gradients(value: dict[str, Tensor], loss: Tensor) -> None:
+    """Of the conditioning alone: the gradients of the network's parameters are none of our business."""
+    gradients = torch.autograd.grad(loss, list(value.values()), allow_unused=True) if loss.requires_grad else []
+    if all(gradient is None for gradient in gradients):
+        raise TypeError(
+            "the denoiser does not depend on negative in a way that can be differentiated; take a cfg other than 1, "
+            "and no torch.no_grad() inside the denoiser"
+        )
+    for tensor, gradient in zip(value.values(), gradients, strict=True):
+        tensor.grad = gradient
+
+
+@torch.no_grad()
+def sample_null_text(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    embeddings: Mapping[str, Tensor],
+    *,
+    cfg: float = 7.5,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+) -> Tensor:
+    """Sample, by Euler's method, with a negative conditioning for each step: `embeddings`, `null_text(...).memory`."""
+    state = x
+    for step in checked_plan(x, Euler(), sigmas).steps:
+        at_step = {key: value[step.index] for key, value in embeddings.items()}
+        state = _guided_step(step, denoiser, state, cfg, positive, {**(negative or {}), **at_step})
+    return state
+
+
+def _guided_step(
+    step: Step, denoiser: Denoiser, x: Tensor, cfg: float, positive: Conditioning, negative: Conditioning
+) -> Tensor:
+    bound = guide(denoiser, cfg, positive, negative)
+    return advance(step, bound, {"x": x}, lambda *_: x, stage_sigmas([step.sigma], x))[0]["x"]
