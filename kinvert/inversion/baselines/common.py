@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,3 +79,9 @@ def count(name: str, value: Any, low: int = 1) -> None:
     """Raise ValueError where `value` is no count."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+
+
+def positive_number(name: str, value: Any) -> None:
+    """Raise ValueError where `value` is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")

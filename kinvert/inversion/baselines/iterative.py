@@ -14,7 +14,15 @@ from torch import Tensor
 from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.engine import stage_sigmas
 from kinvert.forms import State
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, count, ddim_up, tolerance
+from kinvert.inversion.baselines.common import (
+    Conditioning,
+    certified,
+    checked_plan,
+    count,
+    ddim_up,
+    positive_number,
+    tolerance,
+)
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.solvers import Anderson, Damped, Equation, Picard, Root, Solver
 from kinvert.inversion.stepwise import invert_steps
@@ -133,8 +141,7 @@ def dpm_solver_inversion(
         raise ValueError(f"order must be 1 (the sampler euler) or 2 (dpmpp_2m), got {order!r}")
     count("iterations", iterations)
     count("substeps", substeps)
-    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 < tau < math.inf:
-        raise ValueError(f"tau must be a positive number, got {tau!r}; 0.5 is published")
+    positive_number("tau", tau)
     rule: Rule = Euler() if order == 1 else DPMpp2M()
     return _solved(denoiser, x, sigmas, rule, Damped(float(tau), iterations), cfg, positive, negative, substeps)
 
@@ -159,18 +166,19 @@ def _solved(
 
     def enough(step: Step) -> Tensor:
         """The steps' errors add up to the run's, and no step is solved to less than rounding."""
-        share = max(0.3 * tolerance(x) * max(1.0, step.sigma_next), torch.finfo(x.dtype).eps * step.sigma)
-        return x.new_full((len(x),), share)
+        share = tolerance(x) / len(plan.steps) * max(1.0, step.sigma_next)
+        return x.new_full((len(x),), max(share, torch.finfo(x.dtype).eps * step.sigma))
 
     state = x
     residuals: list[Tensor] = []
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     unlimited = torch.full_like(evaluations, torch.iinfo(torch.int64).max)
     for step in reversed(plan.steps):
-        target, start, cost = state, ddim_up(bound, state, step.sigma_next, step.sigma), 1
         if step.x[State("D[-1]")]:  # of 2M, but its first step
             higher, start, cost = _second_order(plan, step, bound, state, substeps)
             target = state - higher
+        else:
+            target, start, cost = state, ddim_up(bound, state, step.sigma_next, step.sigma), 1
         euler = compile_plan(Euler(), (step.sigma, step.sigma_next))
         path = invert_steps(euler, select, target, enough, solver, unlimited, [start])
         state = path.states[0]

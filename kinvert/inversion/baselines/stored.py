@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import advance, stage_sigmas
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, count, ddim_path
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, count, ddim_path, positive_number
 from kinvert.inversion.result import Inversion
 from kinvert.noise import replay
 from kinvert.plan import Step, compile_plan
@@ -30,8 +30,9 @@ def direct_inversion(
 ) -> Inversion:
     """Direct (PnP) inversion: DDIM inversion without guidance, and each sampling step's distance from its path.
 
-    The offsets, `noises` of the result, make `sample` with the rule `DirectInversion` return the image, whatever cfg
-    or denoiser: they hold what the latent does not, one image a step.
+    The offsets, `noises` of the result, make `sample` with the rule `DirectInversion` and the same denoiser and cfg
+    return the image, however far off the latent is: they hold what it does not, one image a step. To edit, sample the
+    image along with its edit, and give the offsets to the first.
 
         ki.sample(denoiser, found.latent, sigmas, sampler=ki.rules.DirectInversion(), cfg=cfg, ...,
                   noise=ki.noise.replay(found.noises))
@@ -80,6 +81,7 @@ def null_text(
     """
     plan = checked_plan(x, Euler(), sigmas)
     count("iterations", iterations)
+    positive_number("lr", lr)
     fixed = guide(denoiser, cfg, positive, {} if negative is None else negative).negative or {}
     tensors = {key: v for key, v in fixed.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if not tensors:
