@@ -1,5 +1,6 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`, and what
-was measured of exact inversion where it has `<!-- inversion -->`.
+was measured of exact inversion where it has `<!-- inversion -->`, of the published ones where it has
+`<!-- baselines -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -23,8 +24,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    markers = (("<!-- samplers -->", samplers), ("<!-- schedules -->", schedules), ("<!-- inversion -->", inversion))
-    for marker, render in markers:
+    for render in (samplers, schedules, inversion, baselines):
+        marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
     return markdown
@@ -143,6 +144,36 @@ def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, An
         f"{unsampled['median_error']:.1e}" if unsampled else "-",
         f"{auto['median_evaluations_per_step']:.1f}",
     ]
+
+
+def baselines() -> str:
+    """A line for each published inversion, and one for `invert`, with a column for each number of steps and cfg."""
+    report = json.loads((RESULTS / "baselines.json").read_text())
+    exact = json.loads((RESULTS / "inversion-digits-float64.json").read_text())["rows"]
+    wanted = {"sampler": "euler", "method": "auto", "samples": 8}
+    exact = [row | {"baseline": "invert"} for row in exact if wanted.items() <= row.items()]
+    rows: dict[str, dict[tuple[int, float], dict[str, Any]]] = {}
+    for row in [*report["rows"], *exact]:
+        rows.setdefault(row["baseline"], {})[row["steps"], row["cfg"]] = row
+    columns = sorted({(row["steps"], row["cfg"]) for row in report["rows"]})
+    lines = []
+    for name, found in rows.items():
+        costs = [found[key]["median_evaluations_per_step"] for key in columns if key in found]
+        lines.append([f"`{name}`", _range(costs), *(_error(found.get(key)) for key in columns)])
+    head = ["baseline", "evaluations a step", *(f"{steps} steps, cfg {cfg:g}" for steps, cfg in columns)]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{table(head, lines)}\n\n`python benchmarks/baselines.py`; {versions}, on a CPU."
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.1f}".removesuffix(".0") for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _error(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['median_error']:.1e}" + (f" ({row['exact_to_1e-6']})" if row["exact_to_1e-6"] else "")
 
 
 def description(documented: Any) -> str:

@@ -133,6 +133,14 @@ def test_the_table_of_inversions_is_what_was_measured() -> None:
                 assert cells in text, cells
 
 
+def test_the_table_of_baselines_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "baselines.md").read_text())
+    assert "<!--" not in text
+    for row in json.loads((ROOT / "benchmarks" / "results" / "baselines.json").read_text())["rows"]:
+        line = next(line for line in text.splitlines()[::-1] if line.startswith(f"| `{row['baseline']}` |"))
+        assert f" {row['median_error']:.1e} " in line
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert nav == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
