@@ -11,10 +11,13 @@ sides, and most methods differ in what they put on the right:
 * `rf_inversion`, `rf_solver`, `fireflow`: the equation of a rectified flow, steered, or with a method of order 2;
 * `direct_inversion`, `null_text`: DDIM, and what corrects its error when sampling.
 
-All take `(denoiser, x, sigmas, *, cfg, positive, negative)` as `sample` does, and options of their own. x is the image
-and the state at `sigmas[-1] > 0`, in float32 or float64. All return an `Inversion` whose
-`round_trip_error` was measured by sampling the latent again with the sampler the method belongs to. `converged` is
-judged as `invert` does; that a method is approximate is no reason for a warning here.
+All take `(denoiser, x, sigmas, *, cfg, positive, negative)` as `sample` does, and options of their own. x is the image,
+shape (batch, *event), float32 or float64: the state at `sigmas[-1] > 0`. All return an `Inversion` whose
+`round_trip_error` was measured by sampling the latent again with the sampler the method belongs to, and whose
+`evaluations` count that. `converged` is judged as `invert` does; that a method is approximate is no reason for a
+warning here. Where nothing was solved, `residuals` is the error of the whole run. All raise TypeError or ValueError for
+an input that cannot work, with what was got and the fix: a schedule that ends at 0, half precision, NaN, an option out
+of its range.
 """
 
 from __future__ import annotations

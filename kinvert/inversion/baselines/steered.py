@@ -43,7 +43,7 @@ def rf_inversion(
         noise: `y_1`, unit variance, of x's shape; None draws it from torch's global generator.
 
     Source: Rout et al., Semantic Image Inversion and Editing using Rectified Stochastic Differential Equations (2024),
-    arXiv 2410.10792, equation 8 and Algorithms 1 and 2, where eta also is a schedule.
+    arXiv 2410.10792, where eta may change with t; the released pipelines steer in a part of the run only (`until`).
     """
     plan = checked_plan(x, Euler(), sigmas)
     _unit("gamma", gamma)
@@ -75,7 +75,10 @@ def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, un
         eta: how far it is steered, 0 to 1.
         until: steer at noise levels from here up only.
 
-    Source: Rout et al. (2024), arXiv 2410.10792, equation 15; there sigma_end = 0.
+    Raises:
+        TypeError, ValueError: eta out of [0, 1], an image that is no batch of states; in a call, one that does not fit x.
+
+    Source: Rout et al. (2024), arXiv 2410.10792, where sigma_end = 0.
     """
     _unit("eta", eta)
     check_state(image)
