@@ -76,7 +76,8 @@ def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, un
         until: steer at noise levels from here up only.
 
     Raises:
-        TypeError, ValueError: eta out of [0, 1], an image that is no batch of states; in a call, one that does not fit x.
+        TypeError, ValueError: eta out of [0, 1], an image that is no batch of states; in a call, one that does not
+            fit x.
 
     Source: Rout et al. (2024), arXiv 2410.10792, where sigma_end = 0.
     """
