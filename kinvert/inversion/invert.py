@@ -14,17 +14,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kinvert.analysis import amplification
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
+from kinvert.inversion.continuation import Continuation
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.inversion.solvers import Anderson, Damped, Equation, NewtonKrylov, Picard, Solver
-from kinvert.inversion.stepwise import Auto, Select, Trajectory, invert_steps
+from kinvert.inversion.stepwise import (
+    Auto,
+    Select,
+    Trajectory,
+    contraction,
+    invert_steps,
+    smallest_singular_value,
+)
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
 from kinvert.rules import sampler as resolve_sampler
@@ -35,12 +45,14 @@ METHODS: dict[str, Callable[[], Solver]] = {
     "auto": Auto,
     "anderson": Anderson,
     "damped": Damped,
+    "continuation": Continuation,
     "newton": NewtonKrylov,
     "picard": Picard,
 }
 # Invertible step by step, in the order in which a whole run is tried through them: Euler is the cheapest, the others
 # are closer to a sampler of order 2.
 BASES = (Euler(), Heun(), DPMpp2SAncestral(eta=0.0))
+LAST_STEPS = ("error", "least_change")
 UNLIMITED = 2**62
 
 
@@ -52,6 +64,7 @@ def invert(
     *,
     sampler: str | Rule = "euler",
     method: str | Solver = "auto",
+    last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
     cfg: float = 1.0,
@@ -64,14 +77,17 @@ def invert(
     """Find the latent that a deterministic sampler maps to an image, to a tolerance, and check it.
 
     Args:
-        denoiser, cfg, positive, negative: as in `sample`. Forward-mode derivatives are taken of it by the method
-            "newton", and by "auto" where nothing else helps.
+        denoiser, cfg, positive, negative: as in `sample`. The denoiser is a black box: it is called, never
+            differentiated.
         x: image, shape (batch, *event): the state at `sigmas[-1]`.
         sigmas: the decreasing sampling schedule. It must end above 0, e.g. `sigmas[:-1]`: the step to 0 returns the
-            denoised image and forgets x.
+            denoised image and forgets x. See `last_step`.
         sampler: a deterministic sampler, by name or as a rule.
-        method: root finder: "auto", "anderson", "newton", "damped", "picard" (the published fixed point) or a
+        method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed point) or a
             `Solver`. Multistep samplers are solved as a whole run by Anderson's method, whatever it says.
+        last_step: what to do where the schedule ends in 0. "error" refuses; "least_change" looks for the state x that
+            the denoiser maps to the image, `D(x, sigma) = image`, near the image where there are many. An image that
+            is not in the range of D has none; the nearest result is returned and not called converged.
         tol: rms of `sample(latent) - x` to reach, absolute; by default 1e-9 in float64 and 1e-5 in float32.
         max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit.
         mask: 1 = invert, 0 = keep x, as in `unsample`.
@@ -79,8 +95,10 @@ def invert(
         progress: show a progress bar of that run.
 
     Returns:
-        An `Inversion`. Where a sample could not be inverted, its `converged` is false and its latent the best one
-        found; a RuntimeWarning says so. For an algebraically reversible sampler `memory` belongs to the latent.
+        An `Inversion`. Where a sample could not be inverted, its `converged` is false, its latent the best one found
+        and `restored` the nearest image that was reached; a RuntimeWarning says so, with the step and the smallest
+        singular value of its derivative there. For an algebraically reversible sampler `memory` belongs to the latent,
+        and a RuntimeWarning comes before the run where rounding must be expected to grow beyond the tolerance.
 
     Raises:
         ValueError: a sampler that draws noise, has no Plan or forgets x in some step, with what to use instead; any
@@ -89,72 +107,144 @@ def invert(
     """
     check_state(x)
     solver = method if isinstance(method, Solver) else _method(method)
-    plan = compile_plan(resolve_sampler(sampler), _falling(sigmas))
-    _check_invertible(plan)
-    goal = _tolerance(tol, x)
+    if last_step not in LAST_STEPS:
+        raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
+    plan = compile_plan(resolve_sampler(sampler), falling(sigmas))
+    check_invertible(plan, last_step)
+    goal = tolerance(tol, x)
+    budget = torch.full((len(x),), _budget(max_evals, plan), dtype=torch.int64, device=x.device)
     bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
     bound = bound if mask is None else Masked(bound, mask, x)
-    budget = torch.full((len(x),), _budget(max_evals, plan), dtype=torch.int64, device=x.device)
+    if progress:
+        callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
+    job = _Job(plan, bound, x, goal, solver, budget, callback)
     if plan.auxiliary:
-        undone = invert_reversible(plan, bound, x)
-        none = x.new_zeros(1, len(x))  # nothing was solved, so nothing is left over
-        found = Trajectory([undone.latent], none, torch.full_like(budget, undone.evaluations))
-        return _certify(plan.closed, bound, x, found, goal, callback, progress, undone.memory)
-    solve = _whole_run if plan.is_multistep else _step_by_step
-    found = solve(plan, lambda index: bound.select(index, len(x)), x, goal, solver, budget)
-    return _certify(plan, bound, x, found, goal, callback, progress, {})
+        return _undo(job)
+    return _whole_run(job) if plan.is_multistep else _step_by_step(job)
 
 
-def _step_by_step(plan: Plan, select: Select, x: Tensor, goal: float, solver: Solver, budget: Tensor) -> Trajectory:
-    """Solve each step; "auto" starts again for samples that did not come out.
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What is to be inverted, to which accuracy, by which means."""
 
-    Where a step has several solutions, one solver may take one from which the next step has none, and another not.
-    """
-    found, error = _refined(plan, select, x, goal, solver, budget)
-    for other in (Picard(), Anderson(window=2, tau=0.5)) if isinstance(solver, Auto) else ():
-        index = ((error > goal) & (budget - found.evaluations > 4 * plan.evaluations)).nonzero()[:, 0]
-        if not len(index):
-            break
-        left = (budget - found.evaluations)[index]
-        again, again_error = _refined(plan, _restrict(select, index), x[index], goal, other, left)
-        found.evaluations[index] += again.evaluations
-        better = again_error < error[index]
-        again.evaluations.zero_()  # they are counted
-        _merge(found, again, index, better)
-        error[index[better]] = again_error[better]
-    return found
+    plan: Plan
+    denoiser: Any
+    x: Tensor
+    goal: float
+    solver: Solver
+    budget: Tensor
+    callback: Callback | None
+
+    def select(self, index: Tensor) -> Denoiser:
+        """The denoiser of some samples."""
+        return self.denoiser.select(index, len(self.x))
+
+    def again(self, latent: Tensor, memory: Memory | None = None) -> Tensor:
+        """What the sampler makes of a latent of the whole batch."""
+        plan = self.plan.closed if memory else self.plan
+        return run_state(plan, self.denoiser, {"x": latent, **(memory or {})}, callback=self.callback)["x"]
+
+    def error(self, restored: Tensor) -> Tensor:
+        """Root mean square of the round trip."""
+        return rms(restored - self.x).nan_to_num(torch.inf)
+
+    def result(self, found: Trajectory, restored: Tensor, notes: list[str], **more: Any) -> Inversion:
+        """The inversion, and a warning where it did not come out."""
+        if notes:
+            warnings.warn(f"invert({self.plan.rule.name}): {'; '.join(notes)}", RuntimeWarning, stacklevel=5)
+        error = self.error(restored)
+        return Inversion(
+            latent=found.states[0],
+            residuals=found.residuals,
+            converged=error <= self.goal,
+            evaluations=found.evaluations,
+            round_trip_error=error,
+            tolerance=self.goal,
+            sigmas=self.plan.sigmas,
+            restored=restored,
+            warnings=tuple(notes),
+            **more,
+        )
 
 
-def _refined(
-    plan: Plan, select: Select, x: Tensor, goal: float, solver: Solver, budget: Tensor
-) -> tuple[Trajectory, Tensor]:
+def _undo(job: _Job) -> Inversion:
+    """Undo an algebraically reversible sampler in closed form."""
+    plan, x = job.plan, job.x
+    growth = max(amplification(plan))
+    rounding = growth * torch.finfo(x.dtype).eps * float(rms(x).max())
+    notes = []
+    if rounding > job.goal:
+        notes.append(
+            f"{plan.rule.name} magnifies rounding about {growth:.2g} times on this schedule: expect errors of "
+            f"{rounding:.2g} in {x.dtype}, more than the tolerance {job.goal:.2g}; use a higher precision or fewer steps"
+        )
+        warnings.warn(notes[0], RuntimeWarning, stacklevel=4)
+    undone = invert_reversible(plan, job.denoiser, x)
+    restored = job.again(undone.latent, undone.memory)
+    error = job.error(restored)
+    lost = (error > job.goal).nonzero()[:, 0].tolist()
+    notes += [f"sample {i} not inverted: round-trip error {error[i]:.2g}" for i in lost]
+    spent = torch.full_like(job.budget, undone.evaluations + plan.evaluations)
+    none = x.new_zeros(1, len(x))  # nothing was solved, so nothing is left over
+    found = Trajectory([undone.latent], none, spent)
+    return job.result(found, restored, notes, memory=undone.memory, amplification=growth)
+
+
+def _step_by_step(job: _Job) -> Inversion:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
-    found: Trajectory | None = None
-    errors = x.new_full((len(x),), torch.inf)
+    plan, x = job.plan, job.x
     index = torch.arange(len(x), device=x.device)
-    for share in (0.3, 0.03, 0.003):
-
-        def tolerance(step: Step, share: float = share, count: int = len(index)) -> Tensor:
-            floor = torch.finfo(x.dtype).eps * step.sigma
-            return x.new_full((count,), max(share * goal * max(1.0, step.sigma_next), floor))
-
-        part, left = _restrict(select, index), budget[index]
-        starts = None
-        if found is not None:
-            starts, left = [state[index] for state in found.states], left - found.evaluations[index]
-        again = invert_steps(plan, part, x[index], tolerance, solver, left, starts)
-        again.evaluations += plan.evaluations  # of the check that follows
-        everyone = torch.arange(len(index), device=x.device)
-        error = rms(run(plan, part(everyone), again.states[0]) - x[index]).nan_to_num(torch.inf)
-        found = again if found is None else _merge(found, again, index, error < errors[index])
-        errors[index] = torch.minimum(error, errors[index])
-        solved_steps = (again.residuals <= torch.stack([tolerance(step) for step in plan.steps])).all(0)
-        affordable = budget[index] - found.evaluations[index] > 4 * plan.evaluations
-        index = index[solved_steps & (error > goal) & affordable]
+    found = invert_steps(plan, job.select, x, _tolerances(job, 0.3, index), job.solver, job.budget)
+    restored = job.again(found.states[0])
+    found.evaluations += plan.evaluations
+    for share in (0.03, 0.003):
+        solved = (found.residuals <= _allowed(job, share * 10)).all(0)
+        affordable = job.budget - found.evaluations > 4 * plan.evaluations
+        index = (solved & (job.error(restored) > job.goal) & affordable).nonzero()[:, 0]
         if not len(index):
             break
-    assert found is not None
-    return found, errors
+        part = _restrict(job.select, index)
+        left = (job.budget - found.evaluations)[index]
+        starts = [state[index] for state in found.states]
+        again = invert_steps(plan, part, x[index], _tolerances(job, share, index), job.solver, left, starts)
+        again.evaluations += plan.evaluations
+        everyone = torch.arange(len(index), device=x.device)
+        better_one = run(plan, part(everyone), again.states[0])
+        better = rms(better_one - x[index]).nan_to_num(torch.inf) < job.error(restored)[index]
+        restored = restored.index_put((index[better],), better_one[better])
+        _merge(found, again, index, better)
+    factors = contraction(plan, job.select, found.states)
+    found.evaluations += plan.evaluations + 2 * len(plan.steps[-1].stages)
+    return job.result(found, restored, _verdicts(job, found, restored), contraction=factors)
+
+
+def _allowed(job: _Job, share: float) -> Tensor:
+    """The rms of the residual that is good enough, per step, shape (steps, 1)."""
+    eps = torch.finfo(job.x.dtype).eps
+    allowed = [max(share * job.goal * max(1.0, s.sigma_next), eps * s.sigma) for s in job.plan.steps]
+    return job.x.new_tensor(allowed)[:, None]
+
+
+def _tolerances(job: _Job, share: float, index: Tensor) -> Callable[[Step], Tensor]:
+    allowed = _allowed(job, share).expand(-1, len(index))
+    return lambda step: allowed[step.index]
+
+
+def _verdicts(job: _Job, found: Trajectory, restored: Tensor) -> list[str]:
+    """What is to be said of the samples that were not inverted step by step."""
+    error, allowed, notes = job.error(restored), _allowed(job, 0.3), []
+    for i in (error > job.goal).nonzero()[:, 0].tolist():
+        index = torch.tensor([i], device=job.x.device)
+        step = job.plan.steps[int((found.residuals[:, i] / allowed[:, 0]).argmax())]
+        y, u = found.states[step.index + 1][index], found.states[step.index][index]
+        value, spent = smallest_singular_value(step, _restrict(job.select, index), u, y)
+        found.evaluations[i] += spent
+        notes.append(
+            f"sample {i} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} (sigma "
+            f"{step.sigma:.4g} -> {step.sigma_next:.4g}), residual {found.residuals[step.index, i]:.2g}, where the "
+            f"smallest singular value of the step's derivative is {value:.2g}"
+        )
+    return notes
 
 
 def _merge(whole: Trajectory, part: Trajectory, index: Tensor, better: Tensor) -> Trajectory:
@@ -171,23 +261,28 @@ def _restrict(select: Select, index: Tensor) -> Select:
     return lambda inner: select(index[inner])
 
 
-def _whole_run(plan: Plan, select: Select, x: Tensor, goal: float, solver: Solver, budget: Tensor) -> Trajectory:
+def _whole_run(job: _Job) -> Inversion:
     """Solve through one invertible base sampler after the other, each for the samples that the others left."""
+    plan, x, budget = job.plan, job.x, job.budget
     latent, best = x.clone(), x.new_full((len(x),), torch.inf)
     spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for base in BASES:
-        index = ((best > goal) & (spent < budget)).nonzero()[:, 0]
+        index = ((best > job.goal) & (spent < budget)).nonzero()[:, 0]
         if not len(index):
             break
         through = _Through(
-            plan, compile_plan(base, plan.sigmas), _restrict(select, index), x[index], (budget - spent)[index]
+            plan, compile_plan(base, plan.sigmas), _restrict(job.select, index), x[index], (budget - spent)[index]
         )
-        equation = Equation(through, x[index], x.new_full((len(index),), goal), (budget - spent)[index], cost=0)
+        equation = Equation(through, x[index], x.new_full((len(index),), job.goal), (budget - spent)[index], cost=0)
         Anderson(window=12, max_iterations=40).solve(equation, x[index])
         spent[index] += through.spent
         better = through.best < best[index]
         latent[index[better]], best[index[better]] = through.latent[better], through.best[better]
-    return Trajectory([latent], best[None], spent)
+    restored = job.again(latent)
+    error = job.error(restored)
+    lost = (error > job.goal).nonzero()[:, 0].tolist()
+    notes = [f"sample {i} not inverted: round-trip error {error[i]:.2g}, solved as a whole run" for i in lost]
+    return job.result(Trajectory([latent], best[None], spent + plan.evaluations), restored, notes)
 
 
 class _Through:
@@ -222,54 +317,16 @@ class _Through:
         return out
 
 
-def _certify(
-    plan: Plan,
-    denoiser: Denoiser,
-    x: Tensor,
-    found: Trajectory,
-    goal: float,
-    callback: Callback | None,
-    progress: bool,
-    memory: Memory,
-) -> Inversion:
-    """Sample the latent again, and say what came out."""
-    latent = found.states[0]
-    if progress:
-        callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
-    error = rms(run_state(plan, denoiser, {"x": latent, **memory}, callback=callback)["x"] - x)
-    converged = error <= goal
-    notes = []
-    for i in (~converged).nonzero()[:, 0].tolist():
-        where = f"the whole run, residual {found.residuals[0, i]:.2g}"
-        if len(found.residuals) == len(plan.steps) and not plan.is_multistep:
-            worst = int(found.residuals[:, i].argmax())
-            step = plan.steps[worst]
-            where = f"step {worst} (sigma {step.sigma:.4g} -> {step.sigma_next:.4g})"
-            where += f", residual {found.residuals[worst, i]:.2g}"
-        notes.append(f"sample {i} not inverted: round-trip error {error[i]:.2g}; worst is {where}")
-    if notes:
-        warnings.warn(f"invert({plan.rule.name}): {'; '.join(notes)}", RuntimeWarning, stacklevel=4)
-    return Inversion(
-        latent=latent,
-        residuals=found.residuals,
-        converged=converged,
-        evaluations=found.evaluations + plan.evaluations,
-        round_trip_error=error,
-        tolerance=goal,
-        sigmas=plan.sigmas,
-        memory=memory,
-        warnings=tuple(notes),
-    )
-
-
-def _falling(sigmas: Any) -> tuple[float, ...]:
+def falling(sigmas: Any) -> tuple[float, ...]:
+    """The schedule as floats; ValueError where it rises."""
     schedule = as_schedule(sigmas)
     if schedule[0] < schedule[-1]:
         raise ValueError("sigmas must be the decreasing sampling schedule, got a rising one; use sigmas.flip(0)")
     return schedule
 
 
-def _check_invertible(plan: Plan) -> None:
+def check_invertible(plan: Plan, last_step: str = "error") -> None:
+    """Raise ValueError where the run of a Plan cannot be inverted."""
     name = plan.rule.name
     fix = f"ki.sampler({name!r}, eta=0)" if getattr(plan.rule, "eta", 0.0) else "a deterministic sampler such as 'heun'"
     if plan.is_stochastic:
@@ -278,8 +335,10 @@ def _check_invertible(plan: Plan) -> None:
             f"noises; use extract_noise, or {fix}"
         )
     for step in plan.steps:
-        if step.forgets_x:
-            hint = "stop at sigma_min > 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else f"use {fix}"
+        if step.forgets_x and not (step.sigma_next == 0 and last_step == "least_change"):
+            hint = f"use {fix}"
+            if step.sigma_next == 0:
+                hint = 'stop at sigma_min > 0, e.g. sigmas[:-1], or ask for last_step="least_change"'
             raise ValueError(
                 f"cannot invert the step of {name} from sigma {step.sigma:g} to {step.sigma_next:g}: x has "
                 f"coefficient 0 there; {hint}"
@@ -292,7 +351,8 @@ def _method(name: object) -> Solver:
     return METHODS[str(name)]()
 
 
-def _tolerance(tol: float | None, x: Tensor) -> float:
+def tolerance(tol: float | None, x: Tensor) -> float:
+    """What a round trip may miss, root mean square, to be called exact: `tol`, or what x's dtype allows."""
     if tol is None:
         return {torch.float64: 1e-9, torch.float32: 1e-5}.get(x.dtype, 8 * torch.finfo(x.dtype).eps)
     if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < float("inf"):
@@ -306,4 +366,4 @@ def _budget(max_evals: int | None, plan: Plan) -> int:
     least = 5 * plan.evaluations
     if isinstance(max_evals, bool) or not isinstance(max_evals, int) or max_evals < least:
         raise ValueError(f"max_evals must be an int of at least {least}, five runs of the sampler, got {max_evals!r}")
-    return max_evals - 2 * plan.evaluations  # the checks
+    return max_evals - 2 * plan.evaluations - 2 * len(plan.steps[-1].stages)  # the check, the contraction

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kinvert import metrics
+
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
@@ -24,6 +26,12 @@ class Inversion:
         sigmas: noise levels of the run, decreasing; the latent is at the first.
         noises: for stochastic samplers, the unit-variance noises in the order in which a run draws them; replay them
             with `ki.noise.replay(inversion.noises)`.
+        restored: what the sampler makes of the latent, shape (batch, *event): the image up to `round_trip_error`, and
+            for a sample that did not converge the nearest image that was reached.
+        contraction: per step and sample an estimate of `|I - F'|` at the solution, F the step, by power iteration: the
+            factor by which the published fixed-point iteration would change an error; it fails above 1. Shape
+            (steps, batch); None where the steps were not solved one by one.
+        amplification: of rounding errors, as predicted before the run, for algebraically reversible samplers.
         memory: auxiliary state that belongs to the latent (algebraically reversible samplers), by name.
         warnings: what a reader should know, e.g. the step at which a sample could not be solved.
     """
@@ -37,12 +45,14 @@ class Inversion:
     sigmas: tuple[float, ...]
     noises: tuple[Tensor, ...] = ()
     memory: dict[str, Tensor] = field(default_factory=dict)
+    restored: Tensor | None = None
+    contraction: Tensor | None = None
+    amplification: float | None = None
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         n, steps = len(self.latent), len(self.sigmas) - 1
         per_step = self.evaluations.double().median() / steps
-        flat = (self.latent.reshape(n, -1).double() / self.sigmas[0]).cpu()
         worst = int(self.round_trip_error.argmax())
         lines = [
             f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}",
@@ -50,11 +60,32 @@ class Inversion:
             f"  round-trip error median {self.round_trip_error.median():.3g}, worst {self.round_trip_error[worst]:.3g} "
             f"(sample {worst})",
             f"  evaluations      {per_step:.1f} a step and sample (median)",
-            f"  latent / sigma   mean {flat.mean():+.3f}, standard deviation {flat.std(correction=0):.3f}",
         ]
+        if len(self.residuals) == steps:
+            step = int(self.residuals.amax(1).argmax())
+            lines.append(f"  residuals        at most {self.residuals.max():.3g} (step {step}, {self._step(step)})")
+        if self.contraction is not None:
+            step = int(self.contraction.amax(1).argmax())
+            lines.append(
+                f"  contraction      of a fixed-point iteration at most {self.contraction.max():.3g} (step {step}, "
+                f"{self._step(step)}), median {self.contraction.median():.3g}"
+            )
+        if self.amplification is not None:
+            lines.append(f"  amplification    of rounding about {self.amplification:.3g}, predicted")
+        lines.append(f"  latent / sigma   {self._gaussianity()}")
         if self.noises:
             lines.append(f"  noises           {len(self.noises)} maps, rms {_rms_of(self.noises):.3f}")
         return "\n".join(lines + [f"  {warning}" for warning in self.warnings])
+
+    def _step(self, step: int) -> str:
+        return f"sigma {self.sigmas[step]:.4g} -> {self.sigmas[step + 1]:.4g}"
+
+    def _gaussianity(self) -> str:
+        """Moments of the latent in units of sigma, medians over the samples; a standard normal has 0, 1, 0, 0."""
+        z = (self.latent.double() / self.sigmas[0]).cpu()
+        names = {"mean": metrics.mean, "std": metrics.std, "skew": metrics.skew, "kurtosis": metrics.kurtosis}
+        parts = [f"{name} {float(value(z).median()):+.3f}" for name, value in names.items()]
+        return ", ".join(parts) + f", KS distance to a normal {float(metrics.ks(z).median()):.3f}"
 
 
 def rms(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ evaluations, and no sample's result depends on its neighbours. With the residual
 * `Damped`: `u <- u + tau f(u)` with tau halved whenever the residual grows. For the Euler step of an exact denoiser F
   is the gradient of a strongly convex function, and it converges for `0 < tau < 2 / lmax(F')`;
 * `Anderson`: the same iteration, extrapolated over the last `window` steps so that the combined residual is least;
-* `NewtonKrylov`: `u <- u + alpha d` with `F'(u) d = f(u)` solved by GMRES on directional derivatives, and alpha halved
+* `NewtonKrylov`: `u <- u + alpha d` with `F'(u) d = f(u)` solved by GMRES on directional derivatives by finite differences, and alpha halved
   until the residual falls.
 """
 
@@ -66,10 +66,11 @@ class Equation:
         self.evaluations[index] += self.cost
         return self.value[index] - self.function(u, index)
 
-    def derivative(self, u: Tensor, v: Tensor, index: Tensor) -> Tensor:
-        """`F'(u) v`, by forward-mode differentiation."""
-        self.evaluations[index] += self.cost
-        return torch.func.jvp(lambda w: self.function(w, index), (u,), (v,))[1]
+    def derivative(self, u: Tensor, f: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        """`F'(u) v` by a finite difference, given `f = f(u)`: one evaluation, and the denoiser stays a black box."""
+        size = rms(u).clamp(min=1e-3) * torch.finfo(u.dtype).eps ** 0.5 / rms(v).clamp(min=torch.finfo(u.dtype).tiny)
+        size = size.reshape(-1, *(1,) * (u.ndim - 1))
+        return (f - self.residual(u + size * v, index)) / size
 
 
 @dataclass(eq=False)
@@ -191,6 +192,11 @@ class NewtonKrylov(Solver):
     `u + alpha d` with the first alpha of 1, 1/2, 1/4, ... for which the residual falls. A sample without such an alpha
     ends at its best iterate.
 
+    With `least_change` the linear equations are solved for the least distance from y instead of from u: of several
+    solutions, where F' is singular, one that is locally nearest to y. `u + d = y + e` with e the least-norm solution
+    of `F'(u) e = f + F'(u) (u - y)`, which GMRES finds where F' is symmetric, as it is for an exact denoiser, and else
+    nearly.
+
     Source: Knoll and Keyes, Jacobian-free Newton-Krylov Methods (2004).
     """
 
@@ -198,6 +204,7 @@ class NewtonKrylov(Solver):
     forcing: float = 0.05
     max_iterations: int = 12
     halvings: int = 6
+    least_change: bool = False
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
@@ -211,53 +218,75 @@ class NewtonKrylov(Solver):
             active = equation.open(active, root.residual)
             if not len(active):
                 break
-            direction = self._gmres(equation, root.u[active], residual[active], active)
-            active = self._search(equation, root, residual, active, direction.reshape(-1, *shape))
+            here = active
+
+            def apply(v: Tensor, todo: Tensor, here: Tensor = here) -> Tensor:
+                part = here[todo]
+                return equation.derivative(root.u[part], residual[part], v.reshape(-1, *shape), part).flatten(1)
+
+            moved, right = (root.u[active] - equation.value[active]).flatten(1), residual[active].flatten(1)
+            anchored = self.least_change and bool(moved.any())
+            if anchored:
+                right = right + apply(moved, torch.arange(len(active), device=right.device))
+            direction, _ = gmres(apply, right, self.krylov, self.forcing)
+            direction = (direction - moved if anchored else direction).reshape(-1, *shape)
+            active = line_search(equation, root, residual, active, direction, self.halvings)
         return root
 
-    def _search(self, equation: Equation, root: Root, residual: Tensor, active: Tensor, direction: Tensor) -> Tensor:
-        """Move every sample along its direction as far as the residual falls; returns those that moved."""
-        origin, waiting = root.u[active], torch.arange(len(active), device=active.device)
-        moved = torch.zeros(len(active), dtype=torch.bool, device=active.device)
-        for halving in range(self.halvings + 1):
-            trial = origin[waiting] + direction[waiting] * 0.5**halving
-            f = equation.residual(trial, active[waiting])
-            better = root.keep(active[waiting], trial, rms(f).nan_to_num(math.inf, math.inf))
-            residual[active[waiting[better]]] = f[better]
-            moved[waiting[better]] = True
-            waiting = waiting[~better]
-            if not len(waiting):
-                break
-        return active[moved]
 
-    def _gmres(self, equation: Equation, u: Tensor, f: Tensor, index: Tensor) -> Tensor:
-        """`d` with `F'(u) d = f` per sample, shape (len(index), n): GMRES from 0, one basis for each sample."""
-        n, b = len(index), f.reshape(len(index), -1)
-        size = b.norm(dim=1)
-        basis = [b / size[:, None].clamp(min=torch.finfo(b.dtype).tiny)]
-        images: list[Tensor] = []
-        direction = torch.zeros_like(b)
-        todo = torch.arange(n, device=b.device)  # a sample whose direction is good enough costs no further derivatives
-        for _ in range(min(self.krylov, b.shape[1])):
-            image = torch.zeros_like(b)
-            image[todo] = equation.derivative(u[todo], basis[-1][todo].reshape(-1, *u.shape[1:]), index[todo]).flatten(
-                1
-            )
-            images.append(image)
-            stacked = torch.stack(images, dim=2)
-            # The projected problem is small: least squares on the images of the orthonormal basis.
-            gram = stacked.mT @ stacked
-            ridge = torch.finfo(b.dtype).eps * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-            eye = torch.eye(gram.shape[1], dtype=b.dtype, device=b.device)
-            weights = torch.linalg.solve(gram + ridge * eye, stacked.mT @ b[:, :, None])
-            direction[todo] = (torch.stack(basis, dim=2) @ weights)[todo, :, 0]
-            left = (b - (stacked @ weights)[:, :, 0]).norm(dim=1)
-            todo = todo[left[todo] > self.forcing * size[todo]]
-            if not len(todo):
-                break
-            new = image
-            for _ in range(2):  # twice is enough to be orthogonal to rounding
-                for v in basis:
-                    new = new - (new * v).sum(1, keepdim=True) * v
-            basis.append(new / new.norm(dim=1, keepdim=True).clamp(min=torch.finfo(b.dtype).tiny))
-        return direction
+Operator = Callable[[Tensor, Tensor], Tensor]
+"""`(v, todo) -> A v` for the rows `todo` of a batch of linear equations, v of shape (len(todo), m)."""
+
+
+def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tensor, Tensor]:
+    """`x` with `A x = b` per row to the relative accuracy `forcing`, from 0, with at most `krylov` products a row.
+
+    Returns:
+        x, shape (rows, m), and the images under A of the orthonormal basis that was built, shape (rows, m, products).
+
+    Source: Saad and Schultz, GMRES: A Generalized Minimal Residual Algorithm for Nonsymmetric Linear Systems (1986).
+    """
+    size = b.norm(dim=1)
+    basis = [b / size[:, None].clamp(min=torch.finfo(b.dtype).tiny)]
+    images: list[Tensor] = []
+    x = torch.zeros_like(b)
+    todo = torch.arange(len(b), device=b.device)  # a row that is good enough costs no further products
+    for _ in range(min(krylov, b.shape[1])):
+        image = torch.zeros_like(b)
+        image[todo] = apply(basis[-1][todo], todo)
+        images.append(image)
+        stacked = torch.stack(images, dim=2)
+        # The projected problem is small: least squares on the images of the orthonormal basis.
+        gram = stacked.mT @ stacked
+        ridge = torch.finfo(b.dtype).eps * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+        eye = torch.eye(gram.shape[1], dtype=b.dtype, device=b.device)
+        weights = torch.linalg.solve(gram + ridge * eye, stacked.mT @ b[:, :, None])
+        x[todo] = (torch.stack(basis, dim=2) @ weights)[todo, :, 0]
+        left = (b - (stacked @ weights)[:, :, 0]).norm(dim=1)
+        todo = todo[left[todo] > forcing * size[todo]]
+        if not len(todo):
+            break
+        new = image
+        for _ in range(2):  # twice is enough to be orthogonal to rounding
+            for v in basis:
+                new = new - (new * v).sum(1, keepdim=True) * v
+        basis.append(new / new.norm(dim=1, keepdim=True).clamp(min=torch.finfo(b.dtype).tiny))
+    return x, torch.stack(images, dim=2)
+
+
+def line_search(
+    equation: Equation, root: Root, residual: Tensor, active: Tensor, direction: Tensor, halvings: int
+) -> Tensor:
+    """Move every sample along its direction as far as the residual falls; returns those that moved."""
+    origin, waiting = root.u[active], torch.arange(len(active), device=active.device)
+    moved = torch.zeros(len(active), dtype=torch.bool, device=active.device)
+    for halving in range(halvings + 1):
+        trial = origin[waiting] + direction[waiting] * 0.5**halving
+        f = equation.residual(trial, active[waiting])
+        better = root.keep(active[waiting], trial, rms(f).nan_to_num(math.inf, math.inf))
+        residual[active[waiting[better]]] = f[better]
+        moved[waiting[better]] = True
+        waiting = waiting[~better]
+        if not len(waiting):
+            break
+    return active[moved]

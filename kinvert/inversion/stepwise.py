@@ -8,19 +8,27 @@ strongly convex function, and the solution exists and is unique. A learned denoi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from kinvert.coefficients import lagrange
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.engine import advance, stage_sigmas
-from kinvert.inversion.solvers import Anderson, Equation, NewtonKrylov, Root, Solver
+from kinvert.inversion.continuation import Continuation
+from kinvert.inversion.result import rms
+from kinvert.inversion.solvers import Anderson, Equation, NewtonKrylov, Root, Solver, gmres
+from kinvert.noise import white
 from kinvert.plan import Plan, Step
 
 Select = Callable[[Tensor], Denoiser]
 """The denoiser of some samples of the batch: `select(index)` with index of shape (n,)."""
+
+LEAST_CHANGE = NewtonKrylov(krylov=40, forcing=1e-3, max_iterations=20, least_change=True)
+"""For a step to sigma = 0, `x' = D(x)`, which many states may solve."""
 
 
 @dataclass(eq=False)
@@ -57,9 +65,13 @@ def invert_steps(
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for step in reversed(plan.steps):
         cost = len(step.stages)
-        left = budget - evaluations - step.index * (cost + 1)  # the steps to come need a start and one residual each
+        left = budget - evaluations - step.index * cost  # the steps to come need one residual each
         equation = Equation(step_map(step, select, x), states[0], tolerance(step), left, cost)
-        root = solver.solve(equation, starts[step.index] if starts else first_guess(step, select, equation))
+        if starts:
+            start = starts[step.index]
+        else:
+            start = extrapolated(plan, step, states) if len(states) > 1 else first_guess(step, select, equation)
+        root = (solver if step.sigma_next else LEAST_CHANGE).solve(equation, start if step.sigma_next else states[0])
         states.insert(0, root.u)
         residuals.insert(0, root.residual)
         evaluations += equation.evaluations
@@ -89,43 +101,85 @@ def first_guess(step: Step, select: Select, equation: Equation) -> Tensor:
     return y + (1.0 - r) / r * (y - denoised)
 
 
+def extrapolated(plan: Plan, step: Step, states: list[Tensor]) -> Tensor:
+    """Where the steps solved so far lead to, without an evaluation.
+
+    A step from sigma to r sigma is `x' = r x + (1 - r) d`, where d is a mean of what the denoiser says on the way. It
+    changes slowly, so that the polynomial in ln(sigma) through d of the last three steps gives d of this one.
+    """
+    means, places = [], []
+    solved = plan.steps[step.index + 1 :][:3]
+    for one, before, after in zip(solved, states, states[1:], strict=False):
+        r = one.sigma_next / one.sigma
+        means.append((after - r * before) / (1.0 - r))
+        places.append(math.log(one.sigma))
+    mean = sum(lagrange(places, j, math.log(step.sigma)) * d for j, d in enumerate(means))
+    r = step.sigma_next / step.sigma
+    return (states[0] - (1.0 - r) * mean) / r
+
+
+def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
+    """Estimates of `|I - F'|` at the states of a trajectory, per step and sample; shape (steps, batch).
+
+    It is the factor by which a step of the published fixed-point iteration `u <- u + y - F(u)` changes an error: below
+    1 it converges. Power iteration: three steps at the cleanest state, one at every other, from the direction found
+    at the state before, one evaluation of F each. `F(u + d) - y` stands for `F' d`, as the states solve the steps.
+    """
+    everyone = torch.arange(len(states[0]), device=states[0].device)
+    direction = white(0).bind(states[0])(1.0, 0.0)
+    factors: list[Tensor] = []
+    for step in reversed(plan.steps):
+        u, y, function = states[step.index], states[step.index + 1], step_map(step, select, states[0])
+        for _ in range(1 if factors else 3):
+            shape = (-1, *(1,) * (u.ndim - 1))
+            size = rms(u) * torch.finfo(u.dtype).eps ** (1 / 3) / rms(direction)
+            probe = direction * size.reshape(shape)
+            direction = probe - (function(u + probe, everyone) - y)
+            factor = rms(direction) / rms(probe)
+        factors.insert(0, factor)
+    return torch.stack(factors)
+
+
+def smallest_singular_value(step: Step, select: Select, u: Tensor, y: Tensor, products: int = 60) -> tuple[float, int]:
+    """An upper bound of the least singular value of F' at one sample's u, and the evaluations that it cost.
+
+    It is the least stretch `|F' v| / |v|` over the Krylov space of the residual, the value itself once that space is
+    the whole one. Near 0, the step folds there, and no state nearby comes closer to y.
+    """
+    equation = Equation(step_map(step, select, u), y, rms(y), torch.zeros(1, dtype=torch.int64), len(step.stages))
+    f = equation.residual(u, torch.zeros(1, dtype=torch.int64, device=u.device))
+
+    def apply(v: Tensor, todo: Tensor) -> Tensor:
+        return equation.derivative(u, f, v.reshape(u.shape), todo).flatten(1)
+
+    images = gmres(apply, f.flatten(1), products, 0.0)[1]
+    return float(torch.linalg.svdvals(images[0])[-1]), int(equation.evaluations[0])
+
+
 @dataclass(frozen=True)
 class Auto(Solver):
-    """Anderson first; what it leaves is tried by Newton from the best iterate, then along a homotopy.
+    """Anderson first; what it leaves is tried by Newton from the best iterate, then by continuation.
 
-    The homotopy solves `(1 - s) u + s F(u) = y` for s up to 1: an Euler step whose end moves from its start to
-    sigma_next. What is left then has no solution that could be found; the best iterate is returned.
+    Continuation ends in a solution wherever the network is bounded (see `continuation`); the second attempt follows
+    another curve, from the given value instead of the start, and more closely.
     """
 
-    anderson: Anderson = field(default_factory=lambda: Anderson(max_iterations=40))
+    anderson: Anderson = field(default_factory=lambda: Anderson(window=10, max_iterations=40))
     newton: NewtonKrylov = field(default_factory=NewtonKrylov)
-    path: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.0)
+    continuation: Continuation = field(default_factory=Continuation)
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
         root = self.anderson.solve(equation, start)
-        for attempt in (self.newton.solve, self._homotopy):
+        attempts = ((self.newton, root.u), (self.continuation, start), (self.continuation.finer(), equation.value))
+        for solver, origin in attempts:
             index = equation.open(torch.arange(len(start), device=start.device), root.residual)
             if not len(index):
                 break
             part = equation.part(index)
-            found = attempt(part, root.u[index])
+            found = solver.solve(part, origin[index])
             equation.evaluations[index] += part.evaluations
             root.keep(index, found.u, found.residual)
-        return root
-
-    def _homotopy(self, equation: Equation, start: Tensor) -> Root:
-        everyone = torch.arange(len(start), device=start.device)
-        u, root = equation.value, Root(start, torch.full_like(equation.tolerance, torch.inf))
-        for s in self.path:
-
-            def blended(v: Tensor, index: Tensor, s: float = s) -> Tensor:
-                return (1.0 - s) * v + s * equation.function(v, index)
-
-            part = equation.part(everyone, blended)
-            root = self.newton.solve(part, self.anderson.solve(part, u).u)
-            equation.evaluations += part.evaluations
-            u = root.u
         return root
 
 

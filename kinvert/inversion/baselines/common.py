@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import check_state, run
-from kinvert.inversion.invert import _check_invertible, _falling, _tolerance
+from kinvert.inversion.invert import check_invertible, falling
+from kinvert.inversion.invert import tolerance as invert_tolerance
 from kinvert.inversion.result import Inversion, rms
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
@@ -25,8 +26,8 @@ def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
     check_state(x)
     if x.dtype.itemsize < 4:
         raise TypeError(f"x must be float32 or float64, got {x.dtype}; use x.float() and a network in float32")
-    plan = compile_plan(rule, _falling(sigmas))
-    _check_invertible(plan)
+    plan = compile_plan(rule, falling(sigmas))
+    check_invertible(plan)
     return plan
 
 
@@ -65,6 +66,7 @@ def certified(
         round_trip_error=error,
         tolerance=goal,
         sigmas=plan.sigmas,
+        restored=back,
         noises=noises,
         memory=memory or {},
     )
@@ -72,7 +74,7 @@ def certified(
 
 def tolerance(x: Tensor) -> float:
     """The root mean square of a round trip up to which `invert` calls it exact."""
-    return _tolerance(None, x)
+    return invert_tolerance(None, x)
 
 
 def count(name: str, value: Any, low: int = 1) -> None:
