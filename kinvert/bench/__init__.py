@@ -1,0 +1,19 @@
+"""The reversibility benchmark: how well samplers run backwards, on a grid of settings.
+
+`run(cells, folder)` measures, `load(folder)` reads, `compare` tells two folders apart, `kinvert bench` is the command.
+`METHODS`, `PROBLEMS` and `kinvert.rules.register` take what is your own.
+"""
+
+from kinvert.bench.grid import Cell as Cell
+from kinvert.bench.grid import Grid as Grid
+from kinvert.bench.grid import preset as preset
+from kinvert.bench.grid import read_grid as read_grid
+from kinvert.bench.measure import measure as measure
+from kinvert.bench.methods import METHODS as METHODS
+from kinvert.bench.methods import Job as Job
+from kinvert.bench.problems import PROBLEMS as PROBLEMS
+from kinvert.bench.problems import Problem as Problem
+from kinvert.bench.run import run as run
+from kinvert.bench.share import UnfinishedError as UnfinishedError
+from kinvert.bench.share import submit as submit
+from kinvert.bench.store import load as load
