@@ -4,8 +4,12 @@
 `METHODS`, `PROBLEMS` and `kinvert.rules.register` take what is your own.
 """
 
+from kinvert.bench.compare import compare as compare
+from kinvert.bench.folder import invert_folder as invert_folder
+from kinvert.bench.grid import DTYPES as DTYPES
 from kinvert.bench.grid import Cell as Cell
 from kinvert.bench.grid import Grid as Grid
+from kinvert.bench.grid import import_modules as import_modules
 from kinvert.bench.grid import preset as preset
 from kinvert.bench.grid import read_grid as read_grid
 from kinvert.bench.measure import measure as measure
@@ -14,6 +18,6 @@ from kinvert.bench.methods import Job as Job
 from kinvert.bench.problems import PROBLEMS as PROBLEMS
 from kinvert.bench.problems import Problem as Problem
 from kinvert.bench.run import run as run
+from kinvert.bench.run import submit_cells as submit_cells
 from kinvert.bench.share import UnfinishedError as UnfinishedError
-from kinvert.bench.share import submit as submit
 from kinvert.bench.store import load as load

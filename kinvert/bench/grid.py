@@ -104,11 +104,7 @@ class Cell:
         return content_key(self.settings)
 
     def __str__(self) -> str:
-        options = "".join(f", {key}={value}" for key, value in self.options)
-        return (
-            f"{self.model} {self.question} {self.method} {self.sampler}{options} {self.schedule} {self.steps} steps "
-            f"cfg {self.cfg:g} {self.dtype} seed {self.seed} count {self.count}"
-        )
+        return describe(self.settings)
 
 
 @dataclass(frozen=True)
@@ -206,6 +202,15 @@ def import_modules(names: Iterable[str]) -> None:
             importlib.import_module(name)
         except Exception as error:
             raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """The settings of a cell in a line."""
+    options = "".join(f", {key}={value}" for key, value in settings["options"].items())
+    return (
+        "{model} {question} {method} {sampler}{options} {schedule} {steps} steps cfg {cfg:g} {dtype} seed {seed} "
+        "count {count}"
+    ).format_map({**settings, "options": options})
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:

@@ -7,9 +7,6 @@ all statistics of latents.
 from __future__ import annotations
 
 import platform
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from kinvert import metrics
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import sees_states
 from kinvert.bench.problems import Problem
-from kinvert.bench.runs import Run, answer, problem_of
+from kinvert.bench.runs import Run, alone, answer, problem_of
 from kinvert.bench.truth import truth
 from kinvert.inversion.result import rms
 
@@ -38,7 +35,7 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     names = ("inversion_evaluations", "sampling_evaluations", "converged", "trajectory", "residuals", "latent", "error")
     record = {"key": cell.key, "cell": cell.settings, "metrics": {}, "versions": versions(), **dict.fromkeys(names)}
-    with _alone(cell.seed):
+    with alone(cell.seed):
         try:
             problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
             run = answer(cell, problem)
@@ -68,15 +65,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-
-
-@contextmanager
-def _alone(seed: int) -> Iterator[None]:
-    """Random numbers from the seed, and no warnings: what they say is in the record."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        torch.manual_seed(seed)
-        yield
 
 
 def _metrics(cell: Cell, problem: Problem, run: Run) -> dict[str, list[float]]:

@@ -48,6 +48,7 @@ class Job:
         guidance: `cfg`, `positive` and `negative`, the keyword arguments of `ki.sample` and the rest.
         question: "reconstruction" or "recovery".
         seed: of random numbers.
+        max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
         memory: the auxiliary state that came with the image, where a reversible sampler made it.
         states: a method may put the states on its way here, by noise level (`job.see` as a callback does).
     """
@@ -58,6 +59,7 @@ class Job:
     guidance: Mapping[str, Any] = field(default_factory=dict)
     question: str = "reconstruction"
     seed: int = 0
+    max_evals: int | None = None
     memory: Memory = field(default_factory=dict)
     states: dict[float, Tensor] = field(default_factory=dict)
 
@@ -103,7 +105,9 @@ def _ddim_noisy(job: Job, x: Tensor) -> Tensor:
 
 
 def _invert(method: str) -> Method:
-    return lambda job, x: ki.invert(job.denoiser, x, job.sigmas, sampler=job.sampler, method=method, **job.guidance)
+    return lambda job, x: ki.invert(
+        job.denoiser, x, job.sigmas, sampler=job.sampler, method=method, max_evals=job.max_evals, **job.guidance
+    )
 
 
 def _reversible(job: Job, x: Tensor) -> ki.Inversion:

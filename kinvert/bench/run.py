@@ -12,7 +12,7 @@ from safetensors.torch import save
 from kinvert.bench import store
 from kinvert.bench.grid import Cell, unique
 from kinvert.bench.measure import measure
-from kinvert.bench.share import run_tasks
+from kinvert.bench.share import run_tasks, submit
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,11 @@ def run(
     keys = [task.key for task in tasks]
     store.merge(folder, keys)
     return [store.read(folder / f"{key}.json") for key in sorted(keys) if store.is_done(folder, key)]
+
+
+def submit_cells(
+    cells: Iterable[Cell], folder: Path | str, *, workers: int, imports: Sequence[str] = (), **parameters: Any
+) -> list[Any]:
+    """Submit cells to Slurm; see `submit`. `run` with the same cells merges the results once the jobs have ended."""
+    tasks = [Measurement(cell) for cell in unique(cells)]
+    return submit(tasks, Path(folder), workers=workers, imports=imports, **parameters)

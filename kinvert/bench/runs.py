@@ -9,6 +9,9 @@ ends where it says.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -55,6 +58,15 @@ def answer(cell: Cell, problem: Problem) -> Run:
     if bad := int((~torch.isfinite(run.found.latent)).sum()):
         raise ValueError(f"the latent has {bad} NaN or infinite values of {run.latent.numel()}")
     return run
+
+
+@contextmanager
+def alone(seed: int) -> Iterator[None]:
+    """Random numbers from the seed, no gradients, and no warnings: what they say is in the results."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        torch.manual_seed(seed)
+        yield
 
 
 def job_of(cell: Cell, problem: Problem) -> Job:
