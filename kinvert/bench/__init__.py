@@ -4,7 +4,7 @@
 `METHODS`, `PROBLEMS` and `kinvert.rules.register` take what is your own.
 """
 
-from kinvert.bench.compare import compare as compare
+from kinvert.bench.comparison import compare as compare
 from kinvert.bench.folder import invert_folder as invert_folder
 from kinvert.bench.grid import DTYPES as DTYPES
 from kinvert.bench.grid import Cell as Cell
@@ -12,12 +12,12 @@ from kinvert.bench.grid import Grid as Grid
 from kinvert.bench.grid import import_modules as import_modules
 from kinvert.bench.grid import preset as preset
 from kinvert.bench.grid import read_grid as read_grid
-from kinvert.bench.measure import measure as measure
 from kinvert.bench.methods import METHODS as METHODS
 from kinvert.bench.methods import Job as Job
 from kinvert.bench.problems import PROBLEMS as PROBLEMS
 from kinvert.bench.problems import Problem as Problem
-from kinvert.bench.run import run as run
-from kinvert.bench.run import submit_cells as submit_cells
-from kinvert.bench.share import UnfinishedError as UnfinishedError
+from kinvert.bench.record import measure as measure
+from kinvert.bench.runner import run as run
+from kinvert.bench.runner import submit_cells as submit_cells
 from kinvert.bench.store import load as load
+from kinvert.bench.tasks import UnfinishedError as UnfinishedError

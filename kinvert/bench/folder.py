@@ -23,8 +23,8 @@ from kinvert.bench import store
 from kinvert.bench.grid import Cell, content_key
 from kinvert.bench.methods import Found, find, restore
 from kinvert.bench.problems import Problem
-from kinvert.bench.runs import alone, job_of, problem_of
-from kinvert.bench.share import run_tasks
+from kinvert.bench.questions import alone, job_of, problem_of
+from kinvert.bench.tasks import run_tasks
 from kinvert.inversion.result import rms
 
 IMAGES = (".png", ".jpg", ".jpeg")

@@ -85,6 +85,8 @@ class Cell:
     def _canonical_options(self) -> tuple[tuple[str, Any], ...]:
         """Those that differ from the sampler's defaults, in its types: equal samplers have equal keys."""
         given = dict(self.options)
+        if not given:  # building a rule takes long
+            return ()
         rule, defaults = ki.sampler(self.sampler, **given), ki.SAMPLERS[self.sampler].options
         return tuple((key, getattr(rule, key)) for key in sorted(given) if getattr(rule, key) != defaults[key])
 

@@ -22,7 +22,7 @@ import kinvert as ki
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import find
 from kinvert.bench.problems import Problem
-from kinvert.bench.runs import Run, job_of, problem_of
+from kinvert.bench.questions import Run, job_of, problem_of
 from kinvert.inversion.result import rms
 from kinvert.reference import solve_ode
 

@@ -11,8 +11,8 @@ from safetensors.torch import save
 
 from kinvert.bench import store
 from kinvert.bench.grid import Cell, unique
-from kinvert.bench.measure import measure
-from kinvert.bench.share import run_tasks, submit
+from kinvert.bench.record import measure
+from kinvert.bench.tasks import run_tasks, submit
 
 
 @dataclass(frozen=True)

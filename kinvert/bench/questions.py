@@ -62,9 +62,10 @@ def answer(cell: Cell, problem: Problem) -> Run:
 
 @contextmanager
 def alone(seed: int) -> Iterator[None]:
-    """Random numbers from the seed, no gradients, and no warnings: what they say is in the results."""
+    """Random numbers from the seed, no gradients, and no warnings: what kinvert's say is in the results."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at the first forward-mode derivative
         torch.manual_seed(seed)
         yield
 

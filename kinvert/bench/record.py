@@ -18,7 +18,7 @@ from kinvert import metrics
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import sees_states
 from kinvert.bench.problems import Problem
-from kinvert.bench.runs import Run, alone, answer, problem_of
+from kinvert.bench.questions import Run, alone, answer, problem_of
 from kinvert.bench.truth import truth
 from kinvert.inversion.result import rms
 
