@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from kinvert.bench.tables import Record, evaluations, median, sampler_name
 
@@ -178,13 +179,14 @@ def figure(
     lines = [-(-len(names) // across) for names in labels]
     lines = [max(lines[k - k % columns : k - k % columns + columns]) for k in range(len(found))]  # equal in a row
     rows = [max(map(height, found[k : k + columns])) + 0.13 * lines[k] for k in range(0, len(found), columns)]
-    result = Figure(figsize=(COLUMN if columns == 1 else PAGE, sum(rows)), layout="constrained")
+    result = Figure(figsize=(COLUMN if columns == 1 else PAGE, sum(rows)))
     parts = result.subfigures(len(rows), columns, squeeze=False, height_ratios=rows).flat
     for panel, part, room in zip(found, parts, lines, strict=False):
         handles = [*draw(panel, part, looks)]
         handles += [Line2D([], [], linestyle="", label=" ")] * (room * across - len(handles))
         part.suptitle(title(panel, looks), fontsize=8, x=0.02, ha="left")
         part.legend(handles=handles, loc="outside lower center", ncols=across)
+    ConstrainedLayoutEngine().execute(result)  # once and for all, not for each file
     return result
 
 
@@ -239,6 +241,7 @@ def log_ticks(axis: Any, most: int = 8, counts: bool = False) -> None:
         axis.set_major_formatter("{x:g}")
     else:
         axis.set_major_locator(LogLocator(numticks=most))
+        axis.set_minor_locator(NullLocator())
 
 
 def order(steps: Sequence[float], errors: Sequence[float], dtype: str) -> float:
