@@ -105,7 +105,7 @@ def error_along_trajectory(records: Sequence[Record]) -> Figure:
             y = [bounded(median([p["error"][i] for p in paths])) for i in range(len(paths[0]["sigma"]))]
             every = max(1, len(y) // 8)  # of the points gets a marker
             lines.append(line(ax, paths[0]["sigma"], y, looks.style(key, markevery=every), looks.label(key)))
-        error_axis(ax, "rms distance of the two ways")
+        error_axis(ax, "rms distance")
         ax.set(xscale="log", xlabel="noise level σ")
         return lines
 

@@ -1,7 +1,7 @@
 """A report of results: one HTML file that needs no network, and its figures and tables as files for a paper.
 
-The page has a leaderboard to sort and filter, the figures of `kinvert.bench.figures`, what failed, and what was measured
-with which versions. Needs matplotlib: `pip install 'kinvert[cli]'`.
+The page has a leaderboard to sort and filter, the figures of `kinvert.bench.figures`, what failed, and what was
+measured with which versions. Needs matplotlib: `pip install 'kinvert[cli]'`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def page(records: Sequence[Record], images: dict[str, bytes]) -> str:
     return Template(PAGE.read_text()).substitute(
         title=escape(TITLE),
         summary=escape(summary),
-        filters="\n".join(_filter(name, found) for name in SETTINGS),
+        filters="\n".join(_filter(name, column, found) for column, name in enumerate(_varied(found))),
         board=_board(found),
         figures="\n".join(_figure(name, image) for name, image in images.items()) or "<p>There is nothing to draw.</p>",
         failures=_failures(records),
@@ -96,42 +96,53 @@ def page(records: Sequence[Record], images: dict[str, bytes]) -> str:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-def _filter(name: str, found: Sequence[Row]) -> str:
-    """A choice of one value of a setting, or all; none where all rows have the same."""
-    values = sorted({row.settings[name] for row in found}, key=lambda v: (isinstance(v, str), v))
-    if len(values) < 2:
-        return ""
-    options = "".join(f'<option value="{escape(_plain(v))}">{escape(_plain(v))}</option>' for v in values)
-    column = SETTINGS.index(name)
-    return f'<label>{name} <select name="{name}" data-column="{column}"><option value="">all</option>{options}</select></label>'
+NUMBERS = ("steps", "cfg")  # settings that sort as numbers
+
+
+def _varied(found: Sequence[Row]) -> list[str]:
+    """The settings that tell rows apart."""
+    return [name for name in SETTINGS if len({row.settings[name] for row in found}) > 1]
+
+
+def _ordered(values: Iterable[Any]) -> list[Any]:
+    return sorted(set(values), key=lambda value: (isinstance(value, str), value))
+
+
+def _filter(name: str, column: int, found: Sequence[Row]) -> str:
+    """A choice of one value of a setting, or all."""
+    values = map(_plain, _ordered(row.settings[name] for row in found))
+    options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
+    select = f'<select name="{name}" data-column="{column}"><option value="">all</option>{options}</select>'
+    return f"<label>{name} {select}</label>"
 
 
 def _board(found: Sequence[Row]) -> str:
     have = dict.fromkeys(name for row in found for name in row.values)
     numbers = [name for name in COLUMNS if name in have] + sorted(set(have) - set(COLUMNS))
+    varied = _varied(found)
 
     def heading(name: str) -> str:
-        if name in SETTINGS:
-            kind, shown, classes = "number" if name in ("steps", "cfg") else "text", name, ""
-        else:
-            kind, shown, classes = "number", tables.column(name).title, "" if name in COLUMNS else " extra"
-        number = f"number{classes}" if kind == "number" else ""
+        number = name not in SETTINGS or name in NUMBERS
+        classes = " ".join(["number"] * number + ["extra"] * (name not in COLUMNS and name not in SETTINGS))
+        title = name if name in SETTINGS else tables.column(name).title
+        kind = "number" if number else "text"
         return (
-            f'<th scope="col" class="{number}" data-kind="{kind}"><button type="button">{escape(shown)}</button></th>'
+            f'<th scope="col" class="{classes}" data-kind="{kind}"><button type="button">{escape(title)}</button></th>'
         )
 
     def line(row: Row) -> str:
-        settings = "".join(
-            f'<td{" class=number" if name in ("steps", "cfg") else ""} data-value="{escape(_plain(value))}">'
-            f"{escape(_plain(value))}</td>"
-            for name, value in row.settings.items()
-        )
-        words = " ".join(_plain(value) for value in row.settings.values()).lower()
+        words = escape(" ".join(_plain(value) for value in row.settings.values()).lower())
+        settings = "".join(_setting(name, _plain(row.settings[name])) for name in varied)
         values = "".join(_number(row.values.get(name), name) for name in numbers)
-        return f'<tr data-text="{escape(words)}">{settings}{values}</tr>'
+        return f'<tr data-text="{words}">{settings}{values}</tr>'
 
-    head = "".join(map(heading, (*SETTINGS, *numbers)))
+    head = "".join(map(heading, (*varied, *numbers)))
     return f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(map(line, found)) + "\n</tbody>"
+
+
+def _setting(name: str, value: str) -> str:
+    classes = ' class="number"' if name in NUMBERS else ""
+    return f'<td{classes} data-value="{escape(value)}">{escape(value)}</td>'
 
 
 def _number(value: float | None, name: str) -> str:
@@ -160,13 +171,11 @@ def _failures(records: Sequence[Record]) -> str:
     ]
     if not failed and not stalled:
         return "<p>Every cell was measured, and every inversion that claims to be exact converged.</p>"
-    summary = (
-        f"<p>{_count(len(failed), 'cell')} could not be measured; in {len(stalled)} some samples did not converge.</p>"
-    )
+    summary = f"{_count(len(failed), 'cell')} could not be measured; in {len(stalled)} some samples did not converge."
     head = "".join(f'<th scope="col">{name}</th>' for name in (*SETTINGS, "what happened"))
     lines = [_failure(record, message) for record, message in failed + stalled]
     return (
-        f'{summary}<div class="scroll" tabindex="0" role="region" aria-label="Failures"><table class="plain">'
+        f'<p>{summary}</p><div class="scroll" tabindex="0" role="region" aria-label="Failures"><table class="plain">'
         f"<thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table></div>"
     )
 
@@ -179,10 +188,7 @@ def _failure(record: Record, message: str) -> str:
 def _measured(records: Sequence[Record]) -> str:
     """The values of every setting, and the versions; a line says where they differ."""
     cells = [{**record["cell"], **tables.settings(record)} for record in records]
-    values = {
-        name: sorted({cell[name] for cell in cells}, key=lambda v: (isinstance(v, str), v))
-        for name in (*SETTINGS, "seed", "count")
-    }
+    values = {name: _ordered(cell[name] for cell in cells) for name in (*SETTINGS, "seed", "count")}
     grid = "".join(
         f'<tr><th scope="row">{name}</th><td class="wrap">{escape(", ".join(map(_plain, found)))}</td></tr>'
         for name, found in values.items()
