@@ -119,7 +119,7 @@ def _filter(name: str, column: int, found: Sequence[Row]) -> str:
 def _board(found: Sequence[Row]) -> str:
     have = dict.fromkeys(name for row in found for name in row.values)
     numbers = [name for name in COLUMNS if name in have] + sorted(set(have) - set(COLUMNS))
-    varied = _varied(found)
+    varied = _varied(found) or ["sampler"]
 
     def heading(name: str) -> str:
         number = name not in SETTINGS or name in NUMBERS
