@@ -222,7 +222,7 @@ def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line
     ax.set(ylim=(len(rows) - 0.5, -0.5), xscale="log", xlabel=x_label)
     ax.grid(axis="x", visible=False)
     ax.tick_params(axis="y", length=0)
-    log_ticks(ax.xaxis, most=6)
+    log_ticks(ax.xaxis, most=5)
     return handles
 
 
@@ -232,11 +232,23 @@ def error_axis(ax: Axes, label: str = "relative error") -> None:
     log_ticks(ax.yaxis)
 
 
-def log_ticks(axis: Any, most: int = 8, counts: bool = False) -> None:
-    """Labels at powers of ten; at 1, 2 and 5 times these on an axis of less than two decades, and on one of counts."""
+def count_ticks(ax: Axes, values: Iterable[float]) -> None:
+    """A logarithmic x-axis of counts, labelled at those of the values that stand far enough apart."""
+    first, *others = sorted(values)
+    kept, apart = [first], max(1.3, (max(others, default=first) / first) ** 0.1)
+    for value in others:
+        if value >= apart * kept[-1]:
+            kept.append(value)
+    ax.set_xscale("log")
+    ax.set_xticks(kept, [f"{value:.0f}" for value in kept])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def log_ticks(axis: Any, most: int = 8) -> None:
+    """Labels at powers of ten; at 1, 2 and 5 times these on an axis of less than two decades."""
     low, high = axis.get_view_interval()
-    axis.set_minor_formatter(NullFormatter())
-    if counts or high < 100 * low:
+    if high < 100 * low:
+        axis.set_minor_formatter(NullFormatter())
         axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=most))
         axis.set_major_formatter("{x:g}")
     else:

@@ -35,6 +35,7 @@ from kinvert.bench.drawing import (
     bounded,
     by_value,
     cost,
+    count_ticks,
     dots,
     error,
     error_axis,
@@ -72,8 +73,8 @@ def _convergence(records: Sequence[Record], cost_of: Callable[[list[Record]], fl
             shown = "" if math.isnan(slope) else f" (order {slope:.1f})"
             lines.append(line(ax, x, y, looks.style(key), looks.label(key) + shown))
         error_axis(ax)
-        ax.set(xscale="log", xlabel=label)
-        log_ticks(ax.xaxis, counts=True)
+        ax.set_xlabel(label)
+        count_ticks(ax, [x for drawn in lines for x in np.asarray(drawn.get_xdata())])
         return lines
 
     return figure(panels(records, "steps"), draw)
@@ -218,8 +219,8 @@ def pareto(records: Sequence[Record]) -> Figure:
         best = front(every)
         ax.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=0.8, zorder=1)
         error_axis(ax)
-        ax.set(xscale="log", xlabel="denoiser evaluations per sample, up and down")
-        log_ticks(ax.xaxis, counts=True)
+        ax.set_xlabel("denoiser evaluations per sample, up and down")
+        count_ticks(ax, [x for x, _ in every])
         return lines
 
     return figure(panels(records, "steps", points=1), draw)
