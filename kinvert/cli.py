@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import kinvert as ki
-from kinvert import analysis, models
+from kinvert import analysis, bench, models
+from kinvert.bench.grid import describe
 from kinvert.sampling import rising_schedule
 
 try:
@@ -51,8 +52,20 @@ class Commands(click.Group):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ModuleNotFoundError) as error:
             raise click.UsageError(str(error)) from error
+        except bench.UnfinishedError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class WithDefault(click.Group):
+    """A group whose command "run" is meant where no other is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the name in front of its arguments."""
+        if not args or args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -199,10 +212,144 @@ def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, opti
     click.echo(str(ki.compile_plan(rule, rising_schedule(sigmas) if rising else sigmas)))
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+# -- the benchmark -----------------------------------------------------------------------------------------------------
+workers = click.option("--workers", type=int, default=1, help="Processes on this machine; or start it with torchrun.")
+imports = click.option(
+    "--import", "imports", multiple=True, metavar="MODULE", help="Module that registers what is your own; repeatable."
+)
+
+
+def pairs(name: str, text: str) -> Callable[[Any], Any]:
+    """An option that takes KEY=VALUE, several times."""
+    return click.option(f"--{name}", f"{name}s", multiple=True, metavar="KEY=VALUE", help=text)
+
+
+@main.group("bench", cls=WithDefault)
+def bench_group() -> None:
+    """Measure how well samplers run backwards, on a grid of settings.
+
+    `kinvert bench [GRID.toml]` runs a grid, or a preset, as `kinvert bench run` does. A run that was stopped goes on
+    where it was when the same command is given again.
+    """
+
+
+@bench_group.command("run")
+@click.argument("grid", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--preset", metavar="NAME", help="A grid that comes along: quick (a minute), standard or full.")
+@click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, a file a cell.")
+@workers
+@imports
+@pairs("slurm", "Submit --workers jobs to Slurm, with this parameter of submitit, e.g. timeout_min=60; repeatable.")
+def bench_run(
+    grid: Path | None, preset: str | None, out: Path, workers: int, imports: tuple[str, ...], slurms: Sequence[str]
+) -> None:
+    """Measure the cells of a grid that are not there yet.
+
+    GRID is a TOML file; without one, and without --preset, it is the preset quick.
+    """
+    if grid is not None and preset is not None:
+        raise ValueError("a GRID and a --preset were given; choose one")
+    bench.import_modules(imports)
+    cells, more = (bench.preset(preset or "quick"), ()) if grid is None else bench.read_grid(grid)
+    imports = (*imports, *more)
+    if slurms:
+        jobs = bench.submit_cells(cells, out, workers=workers, imports=imports, **_options_of("--slurm", slurms))
+        _print_lines(*(f"submitted job {job.job_id}" for job in jobs), f"their results go to {out}")
+        return
+    records = bench.run(cells, out, workers=workers, imports=imports, progress=True)
+    refused = sum(record["error"] is not None for record in records)
+    _print_lines(
+        f"{len(records)} of {len(cells)} cells are in {out}, {refused} of them with an error",
+        f"next: kinvert bench report {out}",
+    )
+
+
+@bench_group.command("compare")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--rtol", type=float, default=0.0, help="Relative difference up to which numbers are the same.")
+@click.pass_context
+def bench_compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
+    """Tell two folders of results apart.
+
+    A and B may be results.jsonl files too. The exit status is 1 where they differ.
+    """
+    found = bench.compare(a, b, rtol=rtol)
+    rows = [[describe(d.cell), d.what, _brief(d.a), _brief(d.b)] for d in found.differences]
+    if rows:
+        _print_table("differences (of metrics, the medians)", ["cell", "what", str(a), str(b)], rows)
+    for place, cells in ((a, found.only_a), (b, found.only_b)):
+        _print_lines(*(f"only in {place}: {describe(cell)}" for cell in cells))
+    _print_lines(*(f"{name} differs: {left} and {right}" for name, (left, right) in found.versions.items()))
+    _print_lines(f"{found.equal} cells are equal")
+    ctx.exit(0 if found.same else 1)
+
+
+@bench_group.command("report")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Where it goes.")
+def bench_report(folders: tuple[Path, ...], out: Path) -> None:
+    """Write the report of FOLDERS of results.
+
+    It is one HTML file, with figures as PNG and SVG and tables in Markdown and LaTeX beside it.
+    """
+    from kinvert.bench import report
+
+    _print_lines(f"wrote {report.write(folders, out)}")
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents.")
+@click.option("--model", default="mnist", metavar="NAME", help="An embedded model, or an entry point module:function.")
+@click.option("--sampler", default="euler", metavar="NAME", help="See `kinvert samplers`.")
+@pairs("option", "Option of the sampler, e.g. eta=0.5; repeatable.")
+@click.option("--method", default="invert", metavar="NAME", help="How to invert: " + ", ".join(bench.METHODS) + ".")
+@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option("--steps", type=int, default=20, help="Number of steps.")
+@click.option("--cfg", type=float, default=1.0, help="Guidance; 1 is none.")
+@pairs("positive", "Conditioning of all files, e.g. label=3; repeatable.")
+@pairs("negative", "Conditioning of the unconditional branch; repeatable.")
+@click.option("--max-evals", type=int, help="Denoiser evaluations that one image may cost, at most.")
+@click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="Floating point format.")
+@click.option("--seed", type=int, default=0, help="Of the noises of stochastic samplers.")
+@click.option("--shard-size", type=int, default=64, help="Files inverted as one batch and kept in one file.")
+@workers
+@imports
+def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> None:
+    """Invert a folder of images or latents.
+
+    SOURCE holds PNG or JPEG images, or latents as .safetensors, .npy or .pt. Their latents go to OUT, in safetensors
+    shards, with manifest.jsonl. A run that was stopped goes on where it was when the same command is given again.
+    """
+    bench.import_modules(imports)
+    options = tuple(_options_of("--option", given.pop("options")).items())
+    placed: dict[str, Any] = {
+        name: _options_of(f"--{name}", given.pop(f"{name}s")) for name in ("positive", "negative")
+    }
+    machinery: dict[str, Any] = {name: given.pop(name) for name in ("max_evals", "shard_size", "workers")}
+    cell = bench.Cell(**given, options=options)
+    rows = bench.invert_folder(source, out, cell, **placed, **machinery, imports=imports, progress=True)
+    claimed = [row["converged"] for row in rows if row["converged"] is not None]
+    _print_lines(
+        f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
+        f"which is where: {out / 'manifest.jsonl'}",
+    )
+
+
+def _options_of(flag: str, texts: Sequence[str]) -> dict[str, Any]:
+    return dict(_key_value(text, flag) for text in texts)
+
+
+def _brief(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _key_value(text: str, flag: str = "--option") -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--option must be KEY=VALUE, e.g. eta=0.5, got {text!r}")
+        raise ValueError(f"{flag} must be KEY=VALUE, e.g. eta=0.5, got {text!r}")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:

@@ -1,0 +1,247 @@
+"""A folder of images or latents inverted: shard by shard, resumable, on the machinery of the benchmark.
+
+Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
+("latents", and "memory/<name>" or "noises/<i>" where they belong to the latents), then its rows to `<key>.json`, which
+says that it is done; the key is a hash of the settings and of the names and sizes of its files. When all shards are
+done, their rows make `manifest.jsonl`: file, index in it, shard, row, converged, round_trip_error, evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from kinvert.bench import store
+from kinvert.bench.grid import Cell, content_key
+from kinvert.bench.methods import Found, find, restore
+from kinvert.bench.problems import Problem
+from kinvert.bench.questions import alone, job_of, problem_of
+from kinvert.bench.tasks import run_tasks
+from kinvert.inversion.result import rms
+
+IMAGES = (".png", ".jpg", ".jpeg")
+LATENTS = (".safetensors", ".npy", ".pt")
+MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some files of a folder, as a task.
+
+    Attributes:
+        cell: model, method, sampler, schedule, steps, cfg, dtype and seed; its other settings have no meaning here.
+        source: the folder.
+        files: names in it, and their sizes in bytes.
+        positive, negative: conditioning: a value for each keyword of the denoiser.
+        max_evals: denoiser evaluations that one sample may cost; None sets no limit.
+    """
+
+    cell: Cell
+    source: Path
+    files: tuple[tuple[str, int], ...]
+    positive: tuple[tuple[str, Any], ...] = ()
+    negative: tuple[tuple[str, Any], ...] = ()
+    max_evals: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all shards of a folder have in common."""
+        kept = {key: value for key, value in self.cell.settings.items() if key not in ("question", "count")}
+        own = {"positive": dict(self.positive), "negative": dict(self.negative), "max_evals": self.max_evals}
+        return kept | own
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings and the files."""
+        return content_key([self.settings, self.files])
+
+    def run(self, folder: Path) -> None:
+        """Invert the files, and write the latents, then the rows."""
+        problem = problem_of(self.cell.model, 1, 0, self.cell.dtype)
+        batches = [_read(self.source / name, problem) for name, _ in self.files]
+        x = torch.cat(batches).to(problem.images)
+        positive, negative = _tensors(self.positive), _tensors(self.negative) or None
+        guidance = {"cfg": self.cell.cfg, "positive": positive, "negative": negative}
+        job = replace(job_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
+        with alone(self.cell.seed):
+            found = find(self.cell.method, job, x)
+            restored, _ = restore(job, found)
+        tensors = {"latents": found.latent, **{f"memory/{name}": value for name, value in found.memory.items()}}
+        tensors |= {f"noises/{i}": value for i, value in enumerate(found.noises)}
+        contents = save({name: value.cpu().contiguous() for name, value in tensors.items()})
+        store.write(folder / f"{self.key}.safetensors", contents)
+        rows = self._rows([len(batch) for batch in batches], found, rms((restored - x).float()).tolist())
+        store.write(folder / f"{self.key}.json", (store.dumps({"key": self.key, "rows": rows}) + "\n").encode())
+
+    def _rows(self, lengths: list[int], found: Found, errors: list[float]) -> list[dict[str, Any]]:
+        places = [(name, i) for (name, _), length in zip(self.files, lengths, strict=True) for i in range(length)]
+        return [
+            {
+                "file": name,
+                "index": index,
+                "shard": f"{self.key}.safetensors",
+                "row": row,
+                "converged": None if found.converged is None else found.converged[row],
+                "round_trip_error": errors[row],
+                "evaluations": found.evaluations[row],
+            }
+            for row, (name, index) in enumerate(places)
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.files[0][0]} to {self.files[-1][0]}"
+
+
+def invert_folder(
+    source: Path | str,
+    folder: Path | str,
+    cell: Cell,
+    *,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    max_evals: int | None = None,
+    shard_size: int = 64,
+    workers: int = 1,
+    imports: Sequence[str] = (),
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Invert every image and latent of a folder, and of the folders in it.
+
+    Args:
+        source: a folder of images (PNG, JPEG; values from 0 to 255 become -1 to 1) or of latents (.safetensors with
+            one tensor, .npy, .pt), each of the shape of the model's images, or a batch of them. Other files are left
+            alone.
+        folder: where the shards and `manifest.jsonl` go.
+        cell: the model and how to invert; its question, seed of images and count have no meaning here.
+        positive, negative: conditioning, a number or a string for each keyword of the denoiser, for all files alike.
+        max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
+        shard_size: number of files that are inverted as one batch, and kept in one file.
+        workers, imports, progress: as in `run`.
+
+    Returns:
+        The rows of the manifest, in the order of the files: file, index (in the file), shard, row (in the shard),
+        converged (None where the method makes no claim), round_trip_error (root mean square), evaluations. None of
+        them, if other processes of torchrun are not ready yet.
+
+    Raises:
+        ValueError: a source without images or latents; a folder with results of other settings; as `run`.
+        UnfinishedError: a file that cannot be read or inverted, or a worker that ended early; the rest is done.
+    """
+    source, folder = Path(source), Path(folder)
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+        raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
+    files = [(path.relative_to(source).as_posix(), path.stat().st_size) for path in _files(source, folder)]
+    conditioning = tuple(sorted((positive or {}).items())), tuple(sorted((negative or {}).items()))
+    cell = replace(cell, question="reconstruction", count=1)
+    shards = [
+        Shard(cell, source, tuple(files[i : i + shard_size]), *conditioning, max_evals)
+        for i in range(0, len(files), shard_size)
+    ]
+    _check_settings(folder, shards[0].settings)
+    run_tasks(shards, folder, workers=workers, imports=imports, progress=progress)
+    if not all(store.is_done(folder, shard.key) for shard in shards):
+        return []
+    rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
+    store.write(folder / MANIFEST, "".join(store.dumps(row) + "\n" for row in rows).encode())
+    return rows
+
+
+def _files(source: Path, folder: Path) -> list[Path]:
+    """The images and latents of a folder, by name."""
+    if not source.is_dir():
+        raise ValueError(f"source must be a folder of images or latents, got {str(source)!r}, which is none")
+    out = folder.resolve()
+    found = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in (*IMAGES, *LATENTS)]
+    found = [path for path in found if path.is_file() and out not in path.resolve().parents]
+    if not found:
+        raise ValueError(
+            f"there are no images or latents in {str(source)!r}; it takes {', '.join((*IMAGES, *LATENTS))}"
+        )
+    if any(path.suffix.lower() in IMAGES for path in found):
+        _pillow()  # before the work
+    return found
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """One folder, one manifest: the settings of the run that began in it are kept."""
+    path = folder / SETTINGS
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        store.write(path, (store.dumps(settings) + "\n").encode())
+    before = json.loads(path.read_text())
+    for key, value in json.loads(store.dumps(settings)).items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {value!r}; choose "
+                "another folder"
+            )
+
+
+def _tensors(values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Conditioning for every item: numbers become tensors with one row."""
+    return {key: value if isinstance(value, str) else torch.tensor([value]) for key, value in values}
+
+
+def _read(path: Path, problem: Problem) -> Tensor:
+    """The images or latents in a file, shape (n, *event)."""
+    event = tuple(problem.images.shape[1:])
+    try:
+        x = _read_image(path, event) if path.suffix.lower() in IMAGES else _read_latents(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    if tuple(x.shape) == event:
+        x = x[None]
+    if tuple(x.shape[1:]) != event or not len(x):
+        raise ValueError(f"{path} has shape {tuple(x.shape)}, but the model takes {event}, or a batch of it")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{path} has NaN or infinite values")
+    return x
+
+
+def _read_image(path: Path, event: tuple[int, ...]) -> Tensor:
+    mode = {1: "L", 3: "RGB"}.get(event[0] if len(event) == 3 else 0)
+    if mode is None:
+        raise ValueError(f"the model takes {event}, which is no grey or RGB image; pass latents as .safetensors")
+    with _pillow().open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
+        pixels = np.array(image.convert(mode), dtype=np.float64)
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).movedim(-1, 0) / 127.5 - 1.0
+
+
+def _read_latents(path: Path) -> Tensor:
+    loaded: Any
+    if path.suffix.lower() == ".safetensors":
+        tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ValueError(f"it must hold one tensor, it has {', '.join(tensors) or 'none'}")
+        loaded = next(iter(tensors.values()))
+    elif path.suffix.lower() == ".npy":
+        loaded = torch.from_numpy(np.load(path, allow_pickle=False))
+    else:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
+        raise TypeError(
+            f"it must hold a floating point tensor, it has {getattr(loaded, 'dtype', type(loaded).__name__)}"
+        )
+    return loaded
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading images needs Pillow, which is not here: pip install 'kinvert[cli]'"
+        ) from error
+    return Image

@@ -1,0 +1,242 @@
+"""What is measured: a `Cell` is one combination of settings, a `Grid` all combinations of lists of them.
+
+A grid file is TOML. Its keys are the fields of `Cell`, each with a value or a list of them; what is left out has the
+default of `Cell`. A sampler with options is a table: `sampler = ["euler", {name = "bdia", gamma = 0.5}]`. Several
+blocks `[[grid]]` make several grids, and `imports = ["my_module"]` at the top names modules that register samplers,
+methods or problems of the user's own. The presets are such files, in `kinvert/bench/presets`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import kinvert as ki
+from kinvert.bench.methods import METHODS
+from kinvert.bench.problems import find_problem
+from kinvert.rules import Rule
+from kinvert.rules.base import one_of
+
+QUESTIONS = ("reconstruction", "recovery")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: all that its result depends on.
+
+    Attributes:
+        model: a name of `PROBLEMS`, or a Python entry point "module:function" (see `Problem`).
+        question: "reconstruction", data -> latent -> data, or "recovery", latent -> data -> latent.
+        method: how data becomes a latent, a name of `METHODS`.
+        sampler, options: how a latent becomes data, and where the method inverts a sampler, which one.
+        schedule: a name of `ki.SCHEDULES`.
+        steps: number of steps between the model's largest and smallest noise level, which is above 0.
+        cfg: guidance, in both directions.
+        dtype: of the states and of the model.
+        seed: of the images, latents and noises.
+        count: number of samples.
+
+    Raises:
+        ValueError, TypeError: an unknown name, with the nearest known one; a number that cannot work.
+    """
+
+    model: str
+    question: str = "reconstruction"
+    method: str = "unsample"
+    sampler: str = "euler"
+    options: tuple[tuple[str, Any], ...] = ()
+    schedule: str = "karras"
+    steps: int = 20
+    cfg: float = 1.0
+    dtype: str = "float64"
+    seed: int = 0
+    count: int = 8
+
+    def __post_init__(self) -> None:
+        find_problem(self.model)
+        named = (
+            *(("question", QUESTIONS), ("method", METHODS), ("sampler", ki.SAMPLERS)),
+            *(("schedule", ki.SCHEDULES), ("dtype", DTYPES)),
+        )
+        for name, known in named:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {one_of(getattr(self, name), known)}")
+        for name, low in (("steps", 1), ("seed", 0), ("count", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if isinstance(self.cfg, bool) or not isinstance(self.cfg, (int, float)):
+            raise TypeError(f"cfg must be a number, got {self.cfg!r}")
+        object.__setattr__(self, "cfg", float(self.cfg))
+        object.__setattr__(self, "options", self._canonical_options())
+
+    def _canonical_options(self) -> tuple[tuple[str, Any], ...]:
+        """Those that differ from the sampler's defaults, in its types: equal samplers have equal keys."""
+        given = dict(self.options)
+        if not given:  # building a rule takes long
+            return ()
+        rule, defaults = ki.sampler(self.sampler, **given), ki.SAMPLERS[self.sampler].options
+        return tuple((key, getattr(rule, key)) for key in sorted(given) if getattr(rule, key) != defaults[key])
+
+    @property
+    def rule(self) -> Rule:
+        """The sampler."""
+        return ki.sampler(self.sampler, **dict(self.options))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"options": dict(self.options)}
+
+    @property
+    def key(self) -> str:
+        """Hash of the settings, 16 hexadecimal digits: the name of the result file."""
+        return content_key(self.settings)
+
+    def __str__(self) -> str:
+        return describe(self.settings)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Lists of settings, and the cells that all their combinations make. `options` belong to samplers: see `sampler`.
+
+    Attributes:
+        model, question, method, schedule, steps, cfg, dtype, seed, count: values of the field of `Cell`, or one.
+        sampler: names, or mappings `{"name": ..., option: value, ...}`.
+    """
+
+    model: Any
+    question: Any = field(default=("reconstruction",))
+    method: Any = field(default=("unsample",))
+    sampler: Any = field(default=("euler",))
+    schedule: Any = field(default=("karras",))
+    steps: Any = field(default=(20,))
+    cfg: Any = field(default=(1.0,))
+    dtype: Any = field(default=("float64",))
+    seed: Any = field(default=(0,))
+    count: Any = field(default=(8,))
+
+    def __iter__(self) -> Iterator[Cell]:
+        names = [f.name for f in fields(self)]
+        for values in itertools.product(*(_listed(name, getattr(self, name)) for name in names)):
+            settings = dict(zip(names, values, strict=True))
+            yield Cell(**settings | _sampler(settings["sampler"]))
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> Grid:
+        """A grid from a table of a TOML file.
+
+        Raises:
+            ValueError: a key that is no setting, or no model.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in table:
+            if key not in known:
+                hint = "; an option belongs to its sampler: sampler = [{name = ..., option = ...}]"
+                raise ValueError(f"a key of a grid must be {one_of(key, known)}{hint if key == 'options' else ''}")
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in table]:
+            raise ValueError(f"a grid needs the key {missing[0]!r}, e.g. model = ['mixture', 'digits']")
+        return cls(**table)
+
+
+def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
+    """The cells of a grid file, each once, and the modules that it imports.
+
+    Raises:
+        ValueError: a file that is not TOML or not a grid, with its name and what is wrong.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the grid {str(path)!r}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    imports = table.pop("imports", [])
+    blocks = table.pop("grid", None) if isinstance(table.get("grid"), list) else None
+    try:
+        if not (isinstance(imports, list) and all(isinstance(name, str) for name in imports)):
+            raise ValueError(f"imports must be a list of names of modules, got {imports!r}")
+        if blocks is not None and table:
+            raise ValueError(f"the key {next(iter(table))!r} stands outside of the blocks [[grid]]; move it into them")
+        import_modules(imports)
+        grids = [Grid.of(block) for block in ([table] if blocks is None else blocks)]
+        return unique(itertools.chain.from_iterable(grids)), tuple(imports)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def preset(name: str) -> list[Cell]:
+    """The cells of a preset: "quick" (about a minute on two cores), "standard" or "full".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    known = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
+    if name not in known:
+        raise ValueError(f"preset must be {one_of(name, known)}")
+    return read_grid(PRESETS / f"{name}.toml")[0]
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules for what they register; the current folder is searched too.
+
+    Raises:
+        ValueError: a module that cannot be imported.
+    """
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # a console script does not look here
+        sys.path.append(str(Path.cwd()))
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """The settings of a cell in a line."""
+    options = "".join(f", {key}={value}" for key, value in settings["options"].items())
+    return (
+        "{model} {question} {method} {sampler}{options} {schedule} {steps} steps cfg {cfg:g} {dtype} seed {seed} "
+        "count {count}"
+    ).format_map({**settings, "options": options})
+
+
+def unique(cells: Iterable[Cell]) -> list[Cell]:
+    """Every cell once, in the order of their first appearance."""
+    return list(dict.fromkeys(cells))
+
+
+def content_key(content: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON of `content`."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    if not values:
+        raise ValueError(f"{name} is an empty list; leave the key out for the default, or name at least one")
+    return values
+
+
+def _sampler(value: Any) -> dict[str, Any]:
+    """The fields `sampler` and `options` of a cell."""
+    if isinstance(value, str):
+        return {"sampler": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ValueError(f"sampler must be a name or a table like {{name = 'bdia', gamma = 0.5}}, got {value!r}")
+    return {"sampler": value["name"], "options": tuple((k, v) for k, v in value.items() if k != "name")}

@@ -1,0 +1,177 @@
+r"""What is inverted: a denoiser, images, their conditioning and the noise levels.
+
+Four come with kinvert:
+
+* `gaussian`: independent Gaussian coordinates in 16 dimensions, standard deviations from 0.2 to 1;
+* `mixture`: two classes of three Gaussians each in 16 dimensions; the exact denoiser of a class is guided by that of
+  both;
+* `digits_exact`: the exact denoiser of a data set, 40 digits of 8x8 pixels, guided as the mixture;
+* `digits`, `mnist`: the embedded networks, with digits that they never saw.
+
+The first three have exact denoisers, so that the ODE gives the true latent. Their images are draws of `x_sigma` at
+the smallest noise level, where every run starts or ends; the networks get clean images there, as a user would.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kinvert import levels, models
+from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
+from kinvert.rules.base import one_of
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A denoiser, and what it is to be tried on. An entry point `function(count, seed, dtype)` returns one.
+
+    Attributes:
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, in the dtype that was asked for.
+        images: shape (count, *event): the states at the smallest noise level.
+        levels: the model's noise levels, e.g. `ki.levels.edm(0.02, 80.0)` or `ki.levels.stable_diffusion()`.
+        positive: conditioning of the images, as in `sample`; tensors have a row for each image.
+        negative: conditioning of the unconditional branch; None where there is none, and then cfg must be 1.
+        data_range: distance between the darkest and the brightest value, for PSNR and SSIM.
+        exact: whether the denoiser is exact (and smooth, in float64), so that the ODE is worth solving.
+    """
+
+    denoiser: Denoiser
+    images: Tensor
+    levels: levels.Levels
+    positive: Mapping[str, Any] = field(default_factory=dict)
+    negative: Mapping[str, Any] | None = None
+    data_range: float = 2.0
+    exact: bool = False
+
+
+class ProblemFunction(Protocol):
+    """What `PROBLEMS` holds and an entry point names."""
+
+    def __call__(self, count: int, seed: int, dtype: torch.dtype) -> Problem:
+        """The problem with `count` images, which `seed` chooses, in `dtype`."""
+
+
+def find_problem(name: str) -> ProblemFunction:
+    """The function behind a name of `PROBLEMS` or an entry point "module:function".
+
+    Raises:
+        ValueError: an unknown name; an entry point that cannot be imported, with the reason.
+    """
+    if not isinstance(name, str) or ":" not in name:
+        if name not in PROBLEMS:
+            raise ValueError(f"model must be an entry point 'module:function' or {one_of(name, PROBLEMS)}")
+        return PROBLEMS[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found: ProblemFunction = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(
+            f"model {name!r} cannot be imported: {type(error).__name__}: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"model {name!r} is not a function but {found!r}; see kinvert.bench.Problem")
+    return found
+
+
+def make_problem(name: str, count: int, seed: int, dtype: torch.dtype) -> Problem:
+    """Call the function behind a name, and check what it returns.
+
+    Raises:
+        TypeError: an entry point that does not return a `Problem`.
+        ValueError: as `find_problem`; another number of images than asked for, or of another dtype.
+    """
+    problem = find_problem(name)(count, seed, dtype)
+    if not isinstance(problem, Problem):
+        raise TypeError(f"model {name!r} must return a kinvert.bench.Problem, got {type(problem).__name__}")
+    images = problem.images
+    if len(images) != count or images.dtype != dtype:
+        raise ValueError(
+            f"model {name!r} must return {count} images of {dtype}, got shape {tuple(images.shape)} of {images.dtype}"
+        )
+    return problem
+
+
+class ByLabel:
+    """One denoiser for each label, and one, the last, for no label."""
+
+    def __init__(self, parts: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> None:
+        self.parts = parts
+
+    def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        """E[x0 | x, label], from x (batch, *event), sigma (batch,) and label (batch,), int64."""
+        if label is None:
+            return self.parts[-1](x, sigma)
+        every = torch.stack([part(x, sigma) for part in self.parts])
+        return every[label, torch.arange(len(x), device=x.device)]
+
+
+def _gaussian(count: int, seed: int, dtype: torch.dtype) -> Problem:
+    gaussian, bounds = Gaussian(0.0, torch.linspace(0.2, 1.0, 16, dtype=torch.float64)), levels.edm(0.03, 15.0)
+    images = _noised(gaussian.sample(count, _generator(seed)), 0.03, seed)
+    return Problem(gaussian, images.to(dtype), bounds, exact=True)
+
+
+def _mixture(count: int, seed: int, dtype: torch.dtype) -> Problem:
+    means = torch.randn(6, 16, generator=_generator(0), dtype=torch.float64)
+    stds = torch.tensor([0.3, 0.5, 0.8, 0.4, 0.6, 0.7], dtype=torch.float64)
+    classes = [GaussianMixture(means[part], stds[part]) for part in (slice(3), slice(3, 6))]
+    generator = _generator(seed)
+    draws = torch.stack([one.sample(count, generator) for one in classes], dim=1)
+    label = torch.arange(count) % 2
+    images = _noised(draws[torch.arange(count), label], 0.03, seed)
+    denoiser = ByLabel([*classes, GaussianMixture(means, stds)])
+    return Problem(denoiser, images.to(dtype), levels.edm(0.03, 15.0), *_labels(label, 2), exact=True)
+
+
+def _digits_exact(count: int, seed: int, dtype: torch.dtype) -> Problem:
+    points, labels = models.held_out("digits")
+    index = _chosen(len(points), count, seed)
+    denoiser = ByLabel([*(Dataset(points[labels == k].double()) for k in range(10)), Dataset(points.double())])
+    images = _noised(points[index].double(), 0.02, seed)
+    return Problem(denoiser, images.to(dtype), levels.edm(0.02, 80.0), *_labels(labels[index], 10), exact=True)
+
+
+def _embedded(name: str) -> ProblemFunction:
+    def problem(count: int, seed: int, dtype: torch.dtype) -> Problem:
+        images, labels = models.held_out(name)
+        index = _chosen(len(images), count, seed)
+        denoiser = models.load(name, dtype=dtype)
+        conditioning = _labels(labels[index], denoiser.null_label)
+        return Problem(denoiser, images[index].to(dtype), levels.edm(0.02, 80.0), *conditioning)
+
+    return problem
+
+
+PROBLEMS: dict[str, ProblemFunction] = {
+    "gaussian": _gaussian,
+    "mixture": _mixture,
+    "digits_exact": _digits_exact,
+    "digits": _embedded("digits"),
+    "mnist": _embedded("mnist"),
+}
+"""Name -> function. Enter one of your own by `PROBLEMS["mine"] = function`."""
+
+
+def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Positive and negative conditioning."""
+    return {"label": label}, {"label": torch.full_like(label, null)}
+
+
+def _chosen(available: int, count: int, seed: int) -> Tensor:
+    if count > available:
+        raise ValueError(f"count must be at most {available}, the images there are, got {count}")
+    return torch.randperm(available, generator=_generator(seed))[:count]
+
+
+def _noised(x: Tensor, sigma: float, seed: int) -> Tensor:
+    return x + sigma * torch.randn(x.shape, generator=_generator(seed + 1_000_000), dtype=x.dtype)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
