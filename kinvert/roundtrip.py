@@ -12,7 +12,7 @@ from torch import Tensor
 from kinvert import metrics
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Progress
-from kinvert.inversion import invert
+from kinvert.inversion.invert import invert
 from kinvert.plan import as_schedule
 from kinvert.rules import Rule
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample

@@ -54,7 +54,9 @@ class Continuation(Solver):
         curve = _Curve(self, equation, start)
         active = torch.arange(len(start), device=start.device)
         here = torch.cat([curve.start / curve.scale, torch.zeros_like(curve.scale)], 1)
-        tangent = curve.tangent(here, torch.zeros_like(here).index_fill(1, torch.tensor([here.shape[1] - 1]), 1), active)
+        tangent = curve.tangent(
+            here, torch.zeros_like(here).index_fill(1, torch.tensor([here.shape[1] - 1]), 1), active
+        )
         length = torch.full_like(curve.scale, self.length)
         for _ in range(self.max_points):
             active = equation.open(active, curve.root.residual)

@@ -83,8 +83,8 @@ def invert(
         sigmas: the decreasing sampling schedule. It must end above 0, e.g. `sigmas[:-1]`: the step to 0 returns the
             denoised image and forgets x. See `last_step`.
         sampler: a deterministic sampler, by name or as a rule.
-        method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed point) or a
-            `Solver`. Multistep samplers are solved as a whole run by Anderson's method, whatever it says.
+        method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed
+            point) or a `Solver`. Multistep samplers are solved as a whole run by Anderson's method, whatever it says.
         last_step: what to do where the schedule ends in 0. "error" refuses; "least_change" looks for the state x that
             the denoiser maps to the image, `D(x, sigma) = image`, near the image where there are many. An image that
             is not in the range of D has none; the nearest result is returned and not called converged.
@@ -112,12 +112,12 @@ def invert(
     plan = compile_plan(resolve_sampler(sampler), falling(sigmas))
     check_invertible(plan, last_step)
     goal = tolerance(tol, x)
-    budget = torch.full((len(x),), _budget(max_evals, plan), dtype=torch.int64, device=x.device)
+    limit = _limit(max_evals, plan)
     bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
     bound = bound if mask is None else Masked(bound, mask, x)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
-    job = _Job(plan, bound, x, goal, solver, budget, callback)
+    job = _Job(plan, bound, x, goal, solver, limit, callback)
     if plan.auxiliary:
         return _undo(job)
     return _whole_run(job) if plan.is_multistep else _step_by_step(job)
@@ -132,8 +132,14 @@ class _Job:
     x: Tensor
     goal: float
     solver: Solver
-    budget: Tensor
+    limit: int
     callback: Callback | None
+
+    @property
+    def budget(self) -> Tensor:
+        """Evaluations that each sample may spend on its equations; the check and the contraction come on top."""
+        rest = self.limit - 2 * self.plan.evaluations - 2 * len(self.plan.steps[-1].stages)
+        return torch.full((len(self.x),), rest, dtype=torch.int64, device=self.x.device)
 
     def select(self, index: Tensor) -> Denoiser:
         """The denoiser of some samples."""
@@ -176,7 +182,8 @@ def _undo(job: _Job) -> Inversion:
     if rounding > job.goal:
         notes.append(
             f"{plan.rule.name} magnifies rounding about {growth:.2g} times on this schedule: expect errors of "
-            f"{rounding:.2g} in {x.dtype}, more than the tolerance {job.goal:.2g}; use a higher precision or fewer steps"
+            f"{rounding:.2g} in {x.dtype}, more than the tolerance {job.goal:.2g}; use a higher precision or fewer "
+            "steps"
         )
         warnings.warn(notes[0], RuntimeWarning, stacklevel=4)
     undone = invert_reversible(plan, job.denoiser, x)
@@ -194,11 +201,13 @@ def _step_by_step(job: _Job) -> Inversion:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
     plan, x = job.plan, job.x
     index = torch.arange(len(x), device=x.device)
-    found = invert_steps(plan, job.select, x, _tolerances(job, 0.3, index), job.solver, job.budget)
+    allowed = _allowed(job, 0.3, lambda sigma: max(1.0, sigma))  # an error mostly shrinks as sigma does
+    found = invert_steps(plan, job.select, x, _tolerance_of(allowed, index), job.solver, job.budget)
     restored = job.again(found.states[0])
     found.evaluations += plan.evaluations
     for share in (0.03, 0.003):
-        solved = (found.residuals <= _allowed(job, share * 10)).all(0)
+        solved = (found.residuals <= allowed).all(0)
+        allowed = _allowed(job, share)
         affordable = job.budget - found.evaluations > 4 * plan.evaluations
         index = (solved & (job.error(restored) > job.goal) & affordable).nonzero()[:, 0]
         if not len(index):
@@ -206,11 +215,11 @@ def _step_by_step(job: _Job) -> Inversion:
         part = _restrict(job.select, index)
         left = (job.budget - found.evaluations)[index]
         starts = [state[index] for state in found.states]
-        again = invert_steps(plan, part, x[index], _tolerances(job, share, index), job.solver, left, starts)
+        again = invert_steps(plan, part, x[index], _tolerance_of(allowed, index), job.solver, left, starts)
         again.evaluations += plan.evaluations
         everyone = torch.arange(len(index), device=x.device)
         better_one = run(plan, part(everyone), again.states[0])
-        better = rms(better_one - x[index]).nan_to_num(torch.inf) < job.error(restored)[index]
+        better = rms(better_one - x[index]).nan_to_num(torch.inf) <= job.error(restored)[index]
         restored = restored.index_put((index[better],), better_one[better])
         _merge(found, again, index, better)
     factors = contraction(plan, job.select, found.states)
@@ -218,32 +227,34 @@ def _step_by_step(job: _Job) -> Inversion:
     return job.result(found, restored, _verdicts(job, found, restored), contraction=factors)
 
 
-def _allowed(job: _Job, share: float) -> Tensor:
-    """The rms of the residual that is good enough, per step, shape (steps, 1)."""
+def _allowed(job: _Job, share: float, growth: Callable[[float], float] = lambda sigma: 1.0) -> Tensor:
+    """The rms of the residual that is good enough, per step, shape (steps, 1): a share of the goal, above rounding."""
     eps = torch.finfo(job.x.dtype).eps
-    allowed = [max(share * job.goal * max(1.0, s.sigma_next), eps * s.sigma) for s in job.plan.steps]
+    allowed = [max(share * job.goal * growth(step.sigma_next), eps * step.sigma) for step in job.plan.steps]
     return job.x.new_tensor(allowed)[:, None]
 
 
-def _tolerances(job: _Job, share: float, index: Tensor) -> Callable[[Step], Tensor]:
-    allowed = _allowed(job, share).expand(-1, len(index))
-    return lambda step: allowed[step.index]
+def _tolerance_of(allowed: Tensor, index: Tensor) -> Callable[[Step], Tensor]:
+    return lambda step: allowed[step.index].expand(len(index))
 
 
 def _verdicts(job: _Job, found: Trajectory, restored: Tensor) -> list[str]:
     """What is to be said of the samples that were not inverted step by step."""
-    error, allowed, notes = job.error(restored), _allowed(job, 0.3), []
+    error, allowed, notes = job.error(restored), _allowed(job, 1.0), []
     for i in (error > job.goal).nonzero()[:, 0].tolist():
         index = torch.tensor([i], device=job.x.device)
         step = job.plan.steps[int((found.residuals[:, i] / allowed[:, 0]).argmax())]
         y, u = found.states[step.index + 1][index], found.states[step.index][index]
-        value, spent = smallest_singular_value(step, _restrict(job.select, index), u, y)
-        found.evaluations[i] += spent
-        notes.append(
+        note = (
             f"sample {i} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} (sigma "
-            f"{step.sigma:.4g} -> {step.sigma_next:.4g}), residual {found.residuals[step.index, i]:.2g}, where the "
-            f"smallest singular value of the step's derivative is {value:.2g}"
+            f"{step.sigma:.4g} -> {step.sigma_next:.4g}), residual {found.residuals[step.index, i]:.2g}"
         )
+        products = min(60, int(job.limit - found.evaluations[i]) // len(step.stages) - 1)
+        if products > 5:  # else the evaluations are used up
+            value, spent = smallest_singular_value(step, _restrict(job.select, index), u, y, products)
+            found.evaluations[i] += spent
+            note += f", where the smallest singular value of the step's derivative is {value:.2g}"
+        notes.append(note)
     return notes
 
 
@@ -360,10 +371,10 @@ def tolerance(tol: float | None, x: Tensor) -> float:
     return float(tol)
 
 
-def _budget(max_evals: int | None, plan: Plan) -> int:
+def _limit(max_evals: int | None, plan: Plan) -> int:
     if max_evals is None:
         return UNLIMITED
     least = 5 * plan.evaluations
     if isinstance(max_evals, bool) or not isinstance(max_evals, int) or max_evals < least:
         raise ValueError(f"max_evals must be an int of at least {least}, five runs of the sampler, got {max_evals!r}")
-    return max_evals - 2 * plan.evaluations - 2 * len(plan.steps[-1].stages)  # the check, the contraction
+    return max_evals

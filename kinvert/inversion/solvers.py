@@ -8,8 +8,8 @@ evaluations, and no sample's result depends on its neighbours. With the residual
 * `Damped`: `u <- u + tau f(u)` with tau halved whenever the residual grows. For the Euler step of an exact denoiser F
   is the gradient of a strongly convex function, and it converges for `0 < tau < 2 / lmax(F')`;
 * `Anderson`: the same iteration, extrapolated over the last `window` steps so that the combined residual is least;
-* `NewtonKrylov`: `u <- u + alpha d` with `F'(u) d = f(u)` solved by GMRES on directional derivatives by finite differences, and alpha halved
-  until the residual falls.
+* `NewtonKrylov`: `u <- u + alpha d` with `F'(u) d = f(u)` solved by GMRES on directional derivatives, which are finite
+  differences, and alpha halved until the residual falls.
 """
 
 from __future__ import annotations

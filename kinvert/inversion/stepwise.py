@@ -140,7 +140,7 @@ def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
     return torch.stack(factors)
 
 
-def smallest_singular_value(step: Step, select: Select, u: Tensor, y: Tensor, products: int = 60) -> tuple[float, int]:
+def smallest_singular_value(step: Step, select: Select, u: Tensor, y: Tensor, products: int) -> tuple[float, int]:
     """An upper bound of the least singular value of F' at one sample's u, and the evaluations that it cost.
 
     It is the least stretch `|F' v| / |v|` over the Krylov space of the residual, the value itself once that space is
