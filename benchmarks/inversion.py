@@ -51,14 +51,16 @@ def cell(
     # `steps` steps that end above 0: the last level is the image's.
     low, high = (0.1, 10.0) if name == "mixture" else (0.02, 80.0)
     sigmas = ki.schedules.karras(steps + 1, low, high)[:-1]
+    base, *options = sampler.split(":")  # "dpmpp_2s_ancestral:eta=0"
+    rule = ki.sampler(base, **{key: float(value) for key, value in (o.split("=") for o in options)})
     row: dict[str, Any] = {"sampler": sampler, "method": method, "steps": steps, "cfg": cfg, "samples": len(x)}
     if method == "unsample":
-        back = ki.round_trip(denoiser, x, sigmas, sampler=sampler, cfg=cfg, sigma_offset=0.0, **conditioning)
+        back = ki.round_trip(denoiser, x, sigmas, sampler=rule, cfg=cfg, sigma_offset=0.0, **conditioning)
         error, evaluations = rms(back.reconstruction - x), torch.tensor(back.evaluations)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = ki.invert(denoiser, x, sigmas, sampler=sampler, method=method, cfg=cfg, **conditioning)
+            found = ki.invert(denoiser, x, sigmas, sampler=rule, method=method, cfg=cfg, **conditioning)
         error, evaluations = found.round_trip_error, found.evaluations
         row |= {"tolerance": found.tolerance, "converged": int(found.converged.sum())}
     return row | {
@@ -96,7 +98,7 @@ def main() -> None:
         map(float, args.cfg.split(",")),
     )
     for sampler, method, steps, cfg in grid:
-        multistep = ki.analysis.properties(sampler).multistep  # solved as a whole run, whatever the method
+        multistep = ki.analysis.properties(sampler.partition(":")[0]).multistep  # solved as a whole run, whatever the method
         if (sampler, method, steps, cfg, args.count) in done or (method == "picard" and multistep):
             continue
         row = cell(args.model, sampler, method, steps, cfg, getattr(torch, args.dtype), args.count)
