@@ -18,7 +18,7 @@ import kinvert as ki
 from kinvert import models
 from kinvert.analysis import properties
 from kinvert.engine import run_state
-from kinvert.inversion import Anderson, Auto, Damped, NewtonKrylov, Picard
+from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard
 from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation
 from kinvert.inversion.stepwise import step_map
@@ -193,7 +193,7 @@ def test_conditioning_follows_its_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [Anderson(), Damped(tau=0.5, max_iterations=2000), NewtonKrylov(), Picard(200), Auto()]
+    "solver", [Anderson(), Damped(tau=0.5, max_iterations=2000), NewtonKrylov(), Continuation(), Picard(200), Auto()]
 )
 def test_solvers_agree(solver: ki.inversion.Solver) -> None:
     found = ki.invert(MIXTURE, images(), schedule(20), method=solver, tol=1e-8)
@@ -218,6 +218,117 @@ def test_what_has_no_preimage_is_said_to_have_none() -> None:
     assert found.round_trip_error[1] < 4.9  # 5 less the top of the parabola u/2 - u^2/2, which is 1/8
 
 
+# -- folds ---------------------------------------------------------------------------------------------------------------
+def folded(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """`F(u) = u + bounded`: onto, but folded along every coordinate where strength > 1."""
+    return lambda u, index: u - strength * torch.sin(u) + 0.1 * torch.cos(u.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("strength", [0.5, 6.0])
+def test_continuation_reaches_every_value_of_a_bounded_perturbation(strength: float) -> None:
+    """What its theorem says: with or without folds, every sample, from any start; the others stall at folds."""
+    y = 3 * noise_like((12, 5), seed=3)
+    for start in (y, torch.zeros_like(y)):
+        root = Continuation().solve(equation(folded(strength), y), start)
+        assert float(root.residual.max()) <= 1e-12
+        index = torch.arange(len(y))
+        torch.testing.assert_close(folded(strength)(root.u, index), y, rtol=0, atol=1e-10)
+    if strength > 1:
+        for other in (NewtonKrylov(max_iterations=100), Anderson(max_iterations=100)):
+            assert float(other.solve(equation(folded(strength), y), y).residual.max()) > 1e-3
+
+
+def test_a_folded_sample_leaves_its_neighbours_alone() -> None:
+    y = 3 * noise_like((4, 5), seed=3)
+    together = Auto().solve(equation(folded(6.0), y), y)
+    for i in range(4):
+        alone = Auto().solve(equation(folded(6.0), y[i : i + 1]), y[i : i + 1])
+        torch.testing.assert_close(alone.u[0], together.u[i], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [50, 20])
+def test_strong_guidance(steps: int) -> None:
+    """cfg 7.5: every image of the trained network is reached, where Anderson's method alone fails for some."""
+    denoiser = models.load("digits", dtype=torch.float64)
+    x, labels = (part[:4] for part in models.held_out("digits"))
+    sigmas = ki.schedules.karras(steps + 1, 0.02, 80.0)[:-1]
+    guided: dict[str, Any] = {
+        "cfg": 7.5, "positive": {"label": labels}, "negative": {"label": torch.full_like(labels, denoiser.null_label)},
+    }  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="not inverted.*smallest singular value"):
+        plain = ki.invert(denoiser, x.double(), sigmas, method="anderson", **guided)
+    found = ki.invert(denoiser, x.double(), sigmas, tol=1e-8, **guided)
+    assert found.converged.all() and not plain.converged.all()
+    again = ki.sample(denoiser, found.latent, sigmas, **guided)
+    assert float(rms(again - x.double()).max()) <= 1e-8
+
+
+# -- the certificate -----------------------------------------------------------------------------------------------------
+def test_contraction_is_the_factor_of_the_fixed_point() -> None:
+    """For one Gaussian D' = s^2 / (s^2 + sigma^2), and I - F' = (1 - r) (1 - D') at every state."""
+    gaussian = ki.denoisers.Gaussian(torch.zeros(6, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+    found = ki.invert(gaussian, images(), schedule(9))
+    levels = schedule(9)
+    r, sigma = levels[1:] / levels[:-1], levels[:-1]
+    exact = (1 - r) * (1 - 0.49 / (0.49 + sigma**2))
+    assert found.contraction is not None
+    torch.testing.assert_close(found.contraction, exact[:, None].expand(-1, 6), rtol=1e-4, atol=1e-6)
+
+
+def test_restored_is_what_the_sampler_makes_of_the_latent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for sampler in ("euler", "dpmpp_2m"):
+            found = ki.invert(MIXTURE, images(), schedule(8), sampler=sampler, tol=1e-13, max_evals=80)
+            assert found.restored is not None
+            torch.testing.assert_close(found.restored, ki.sample(MIXTURE, found.latent, schedule(8), sampler=sampler))
+            torch.testing.assert_close(rms(found.restored - images()), found.round_trip_error)
+
+
+def test_rounding_that_will_grow_is_announced() -> None:
+    """EDICT with a small p over many steps, in float32: the warning names the prediction, and the result bears it out."""
+    rule = ki.sampler("edict", p=0.8)
+    with pytest.warns(RuntimeWarning, match="edict magnifies rounding about .* times.*higher precision or fewer steps"):
+        found = ki.invert(mixture(), images().float(), schedule(40), sampler=rule)
+    assert found.amplification is not None and found.amplification > 1e4
+    assert "amplification" in str(found) and not found.converged.all()
+
+
+def test_the_report() -> None:
+    report = str(ki.invert(MIXTURE, images(), schedule(8)))
+    for line in ("converged        6 of 6", "residuals        at most", "contraction ", "kurtosis", "KS distance"):
+        assert line in report
+
+
+# -- the step to sigma = 0 -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
+def test_the_step_to_zero_is_inverted_when_asked(name: str) -> None:
+    sigmas = ki.schedules.karras(8, 0.1, 10.0)
+    assert sigmas[-1] == 0
+    x = MIXTURE(images(), torch.full((6,), 0.05, dtype=torch.float64))  # what a denoiser can say
+    found = ki.invert(MIXTURE, x, sigmas, sampler=name, last_step="least_change", tol=1e-8)
+    assert found.converged.all()
+    assert float(rms(ki.sample(MIXTURE, found.latent, sigmas, sampler=name) - x).max()) <= 1e-8
+
+
+def test_least_change_is_the_nearest_of_many() -> None:
+    """`D(x) = P x` with a projection P: of all x with P x = image, the image itself is nearest."""
+    q = torch.linalg.qr(noise_like((6, 3), seed=1))[0]
+    projection = q @ q.T
+
+    def project(x: Tensor, sigma: Tensor) -> Tensor:
+        return x @ projection
+
+    x = images() @ projection
+    found = ki.invert(project, x, [0.5, 0.0], last_step="least_change")
+    assert found.converged.all()
+    torch.testing.assert_close(found.latent, x, rtol=0, atol=1e-9)
+    with pytest.warns(RuntimeWarning, match="not inverted"):
+        outside = ki.invert(project, images(), [0.5, 0.0], last_step="least_change")
+    torch.testing.assert_close(outside.restored, images() @ projection, rtol=0, atol=1e-9)
+
+
 def test_max_evals_bounds_the_cost() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -238,6 +349,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "noise": (lambda: ki.invert(MIXTURE, X, schedule(5), sampler="euler_ancestral"), ValueError, "cannot invert euler_ancestral: it draws noise 5 times.*eta=0"),
     "adaptive": (lambda: ki.invert(MIXTURE, X, schedule(5), sampler="dpm_adaptive"), ValueError, "dpm_adaptive chooses its steps"),
     "rising": (lambda: ki.invert(MIXTURE, X, schedule(5).flip(0)), ValueError, r"decreasing.*sigmas.flip\(0\)"),
+    "last_step": (lambda: ki.invert(MIXTURE, X, schedule(5), last_step="least"), ValueError, "last_step must be one of .*did you mean"),
     "method": (lambda: ki.invert(MIXTURE, X, schedule(5), method="andersen"), ValueError, "method must be a Solver or one of .*did you mean 'anderson'"),
     "tol": (lambda: ki.invert(MIXTURE, X, schedule(5), tol=0.0), ValueError, "tol must be a positive number"),
     "max_evals": (lambda: ki.invert(MIXTURE, X, schedule(5), max_evals=3), ValueError, "max_evals must be an int of at least 25"),

@@ -1,6 +1,7 @@
 """Exact inversion: the latent, or the noise, that a given sampler maps to a given image, with a certificate."""
 
 from kinvert.inversion import baselines as baselines
+from kinvert.inversion.continuation import Continuation as Continuation
 from kinvert.inversion.extract import extract_noise as extract_noise
 from kinvert.inversion.invert import invert as invert
 from kinvert.inversion.result import Inversion as Inversion

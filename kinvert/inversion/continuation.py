@@ -32,7 +32,7 @@ class Continuation(Solver):
     """Pseudo-arclength continuation of `(1 - t) (u - start) + t (F(u) - y) = 0` from t = 0 to 1, then Newton's method.
 
     From a point of the curve a step of some length along the tangent is corrected by Newton's method in the plane
-    normal to the tangent, to `accuracy` (u in units of its rms at the start, as every length here). The length is
+    normal to the tangent, to `accuracy` (u in units of the start's rms or y's, as every length here). The length is
     halved where that fails or the curve bends too much, and grows by half where it is easy. A sample whose curve has
     not ended after `max_points` steps is left at the iterate with the least residual.
     """
@@ -86,7 +86,8 @@ class _Curve:
     def __init__(self, settings: Continuation, equation: Equation, start: Tensor) -> None:
         self.settings, self.equation, self.shape = settings, equation, start.shape[1:]
         self.start = start.reshape(len(start), -1)
-        self.scale = self.start.norm(dim=1, keepdim=True).clamp(min=1e-3 * math.sqrt(self.start.shape[1]))
+        size = rms(start).maximum(rms(equation.value)).clamp(min=1e-6)
+        self.scale = size[:, None] * math.sqrt(self.start.shape[1])
         self.root = Root(start.clone(), torch.full_like(self.start[:, 0], math.inf))
 
     def point(self, z: Tensor, index: Tensor) -> Tensor:
