@@ -248,6 +248,9 @@ def test_equal_cost_is_counted_per_sample_and_pairs_count_once() -> None:
     inverted = measured(method="invert")
     assert inverted["sampling_evaluations"] == [3, 3] and inverted["converged"] == [True, True]
     assert min(inverted["inversion_evaluations"]) > 6
+    assert measured(method="extract_noise", sampler="euler_ancestral")["inversion_evaluations"] == [3, 3]
+    assert measured(method="easyinv")["inversion_evaluations"] == [3, 3]  # its own check is left out
+    assert measured(method="rf_solver", sampler="rf_solver")["inversion_evaluations"] == [6, 6]
     assert measured(sampler="euler_cfg_pp", model="mixture")["sampling_evaluations"] == [3, 3]
 
 
