@@ -7,7 +7,6 @@ combination that cannot work is refused by the library, with a message that ends
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -117,16 +116,6 @@ def _ddim_clean(job: Job, x: Tensor) -> Tensor:
     return _unsample(replace(job, sampler=ki.sampler("euler")), x)
 
 
-def _ddim_noisy(job: Job, x: Tensor) -> Tensor:
-    denoiser: Any = guide(job.denoiser, **job.guidance)
-    rising = job.sigmas[::-1]
-    for sigma, above in itertools.pairwise(rising):
-        job.states[sigma] = x
-        slope = (x - denoiser(x, x.new_full((len(x),), above))) / above
-        x = x + (above - sigma) * slope
-    return x
-
-
 def _invert(method: str) -> Method:
     return lambda job, x: ki.invert(
         job.denoiser, x, job.sigmas, sampler=job.sampler, method=method, max_evals=job.max_evals, **job.guidance
@@ -178,7 +167,7 @@ def _direct_inversion(job: Job, x: Tensor) -> Found:
 METHODS: dict[str, Method] = {
     "unsample": _unsample,  # the sampler, run up the schedule
     "ddim_clean": _ddim_clean,  # Euler upwards, the slope at the cleaner end of each step: what a flipped schedule does
-    "ddim_noisy": _ddim_noisy,  # Euler upwards, the cleaner state at the noisier level: the usual inverse scheduler
+    "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
     "picard": _invert("picard"),  # the published fixed point
     "invert": _invert("auto"),  # exact, or said not to be
     "reversible": _reversible,  # closed form, with the auxiliary state
