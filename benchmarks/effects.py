@@ -35,6 +35,7 @@ from kinvert.rules.base import one_of
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+ALONE = " alone"
 STEPS = [10, 20, 40, 80, 160]
 REVERSIBLE = ["edict", "bdia", {"name": "bdia", "gamma": 0.5}, "o_belm", "leapfrog", "mccallum_foster"]
 
@@ -52,12 +53,12 @@ METHODS["Anderson, 50 iterations"] = lambda job, x: ki.invert(
 
 @dataclass(frozen=True)
 class Effect:
-    """An effect: how its rows are measured, and what is drawn: `y` over `x`, one line for each value of `line`."""
+    """An effect: how its rows are measured, and what is drawn: `y` over `x`, one line for each of `line`."""
 
     measure: Callable[[Path], list[Row]]
     x: str
     y: str
-    line: str
+    line: tuple[str, ...]
     log: str = "xy"
 
     @property
@@ -132,14 +133,14 @@ def gamma(folder: Path) -> list[Row]:
 
 DTYPES = {name: torch.finfo(getattr(torch, name)).eps for name in ("float64", "float32", "float16")}
 EFFECTS = {
-    "order": Effect(order, "steps", "distance_to_ode", "sampler"),
-    "edict": Effect(edict, "steps", "distance_to_ode", "sampler"),
-    "low_sigma": Effect(low_sigma, "sigma", "defect", "steps"),
-    "cfg": Effect(cfg, "cfg", "nmse_db", "method", log="x"),
-    "fixed_point": Effect(fixed_point, "steps", "max_error", "method"),
-    "precision": Effect(precision, "epsilon", "max_error", "sampler"),
-    "auxiliary": Effect(auxiliary, "steps", "max_error", "sampler"),
-    "gamma": Effect(gamma, "gamma", "max_error", "dtype", log="y"),
+    "order": Effect(order, "steps", "distance_to_ode", ("sampler",)),
+    "edict": Effect(edict, "steps", "distance_to_ode", ("sampler",)),
+    "low_sigma": Effect(low_sigma, "sigma", "defect", ("steps",)),
+    "cfg": Effect(cfg, "cfg", "nmse_db", ("method",), log="x"),
+    "fixed_point": Effect(fixed_point, "steps", "max_error", ("method",)),
+    "precision": Effect(precision, "epsilon", "max_error", ("sampler", "method")),
+    "auxiliary": Effect(auxiliary, "steps", "max_error", ("sampler",)),
+    "gamma": Effect(gamma, "gamma", "max_error", ("dtype",), log="y"),
 }
 
 
@@ -155,10 +156,8 @@ def measured(
     rows = []
     for cell in cells:
         record = records[cell.key]
-        names = ("question", "method", "steps", "cfg", "dtype")
-        row: Row = {"sampler": label(cell), "options": dict(cell.options)} | {
-            name: getattr(cell, name) for name in names
-        }
+        row: Row = {"sampler": label(cell), "options": dict(cell.options)}
+        row |= {name: getattr(cell, name) for name in ("question", "method", "steps", "cfg", "dtype")}
         if record["error"] is not None:
             rows.append(row | {metric: None, "error": record["error"]})
             continue
@@ -173,7 +172,7 @@ def measured(
 def label(cell: Cell) -> str:
     """The sampler with its options, and how its latent is found where that matters."""
     options = ", ".join(f"{key}={value}" for key, value in cell.options)
-    alone = " alone" if cell.method == "reversible_alone" else ""
+    alone = ALONE if cell.method == "reversible_alone" else ""
     return f"{cell.sampler}{f' ({options})' if options else ''}{alone}"
 
 
@@ -188,24 +187,26 @@ def with_slopes(rows: list[Row], metric: str) -> list[Row]:
 
 
 def draw(name: str, rows: list[Row]) -> Figure:
-    """The figure of an effect."""
-    effect = EFFECTS[name]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for value in dict.fromkeys(row[effect.line] for row in rows):
-        for question, style in (("reconstruction", "--"), ("recovery", "-"), (None, "-")):
-            line = [
-                r for r in rows if r[effect.line] == value and r[effect.y] is not None and r.get("question") == question
-            ]
-            if line:
-                x, y = ([row[name] for row in line] for name in (effect.x, effect.y))
-                name = f"{value}, {question}" if len({r.get("question") for r in rows}) > 1 else value
-                axes.plot(x, y, style, marker="o", ms=3, lw=1, label=name)
-    axes.set(xlabel=effect.x, ylabel=effect.y.replace("_", " "), title=name.replace("_", " "))
-    axes.set_xscale("log" if "x" in effect.log else "linear")
-    axes.set_yscale("log" if "y" in effect.log else "linear")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, title=effect.line)
+    """The figure of an effect: a panel for each question, and latents without their auxiliary state dashed."""
+    effect, questions = EFFECTS[name], list(dict.fromkeys(row.get("question") for row in rows))
+    figure = Figure(figsize=(1.6 + 4.6 * len(questions), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(questions), squeeze=False, sharey=True)[0]
+    for axes, question in zip(panels, questions, strict=True):
+        lines: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.get("question") == question and row[effect.y] is not None:
+                lines.setdefault(", ".join(str(row[key]) for key in effect.line), []).append(row)
+        colours = {text: f"C{i}" for i, text in enumerate(dict.fromkeys(text.removesuffix(ALONE) for text in lines))}
+        for text, line in lines.items():
+            x, y = ([row[key] for row in line] for key in (effect.x, effect.y))
+            style = "--" if text.endswith(ALONE) else "-"
+            axes.plot(x, y, style, color=colours[text.removesuffix(ALONE)], marker="o", ms=3, lw=1, label=text)
+        axes.set(xlabel=effect.x, title=f"{name.replace('_', ' ')}: {question}" if question else name.replace("_", " "))
+        axes.set_xscale("log" if "x" in effect.log else "linear")
+        axes.set_yscale("log" if "y" in effect.log else "linear")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(effect.y.replace("_", " "))
+    panels[-1].legend(fontsize=7, title=", ".join(effect.line), loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
