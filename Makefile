@@ -1,5 +1,6 @@
-# Two commands on a fresh machine with Python 3.11 or newer:
+# Three commands on a fresh machine with Python 3.11 or newer:
 #   make demo    unsample real images, sample them back, measure, draw (demo/)
+#   make bench   measure how well samplers run backwards, about a minute, and report (bench/, report/report.html)
 #   make test    lint, types and tests
 # Others: make test-slow, make docs, make clean.
 #
@@ -12,11 +13,15 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo bench test test-slow lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/cli
 	$(BIN)/kinvert demo --out demo
+
+bench: $(VENV)/cli
+	$(BIN)/kinvert bench --preset quick --workers 2 --out bench
+	$(BIN)/kinvert bench report bench --out report
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2
@@ -43,4 +48,4 @@ $(VENV)/%: $(VENV)/torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo site
+	rm -rf $(VENV) demo bench report site

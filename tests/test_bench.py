@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -233,13 +234,16 @@ def test_recovery_compares_latents() -> None:
 
 
 def test_the_usual_inverse_scheduler() -> None:
-    """On N(0, s^2): `x' = x (1 + (a - b) a / (s^2 + a^2))` from level b to a, slope at (x_b, a)."""
+    """It hands the network the variance-preserving latent of level b with the time of a: `w x_b` in these coordinates.
+
+    On N(0, s^2) that is `x_a = x_b (1 + (a - b) w a / (s^2 + a^2))`, `w = sqrt((1 + a^2) / (1 + b^2))`.
+    """
     problem = make_problem("gaussian", 2, 0, torch.float64)
     job = job_of(Cell(**SMALL), problem)
     x = problem.images
-    for b, a in zip(job.sigmas[::-1], job.sigmas[-2::-1], strict=False):
-        x = x * (1 + (a - b) * a / (problem.denoiser.std**2 + a**2))
-    torch.testing.assert_close(METHODS["ddim_noisy"](job, problem.images), x)
+    for b, a in itertools.pairwise(job.sigmas[::-1]):
+        x = x * (1 + (a - b) * math.hypot(1, a) / math.hypot(1, b) * a / (problem.denoiser.std**2 + a**2))
+    torch.testing.assert_close(METHODS["ddim_noisy"](job, problem.images).latent, x)
 
 
 def test_equal_cost_is_counted_per_sample_and_pairs_count_once() -> None:
@@ -248,6 +252,9 @@ def test_equal_cost_is_counted_per_sample_and_pairs_count_once() -> None:
     inverted = measured(method="invert")
     assert inverted["sampling_evaluations"] == [3, 3] and inverted["converged"] == [True, True]
     assert min(inverted["inversion_evaluations"]) > 6
+    assert measured(method="extract_noise", sampler="euler_ancestral")["inversion_evaluations"] == [3, 3]
+    assert measured(method="easyinv")["inversion_evaluations"] == [3, 3]  # its own check is left out
+    assert measured(method="rf_solver", sampler="rf_solver")["inversion_evaluations"] == [6, 6]
     assert measured(sampler="euler_cfg_pp", model="mixture")["sampling_evaluations"] == [3, 3]
 
 

@@ -1,13 +1,12 @@
 """How data becomes a latent: the methods that are compared.
 
-A method is a function of a `Job` and the image, and returns the latent, or a `ki.Inversion` with whatever belongs to
-it. `METHODS` holds them by name; one of your own enters by `METHODS["mine"] = lambda job, x: ...`. A combination that
-cannot work is refused by the library, with a message that ends up in the record.
+A method is a function of a `Job` and the image, and returns the latent, or a `ki.Inversion` (or `Found`) with whatever
+belongs to it. `METHODS` holds them by name; one of your own enters by `METHODS["mine"] = lambda job, x: ...`. A
+combination that cannot work is refused by the library, with a message that ends up in the record.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from kinvert.analysis import explicit_inverse
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.engine import Memory, Progress, run_state
 from kinvert.forms import State
+from kinvert.inversion.baselines import BASELINES
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
@@ -81,7 +81,29 @@ class Job:
         self.states[step.sigma] = step.x
 
 
-Method = Callable[[Job, Tensor], "Tensor | ki.Inversion"]
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a method found, and what it cost.
+
+    Attributes:
+        latent: shape (batch, *event).
+        evaluations: denoiser evaluations per sample; a guided pair counts as one.
+        converged: the method's own claim per sample; None where it makes none.
+        residuals: per step, noisiest first, and sample; None where there are none.
+        memory, noises: what belongs to the latent.
+        sampler: what takes the latent back to data, where that is not the sampler of the job.
+    """
+
+    latent: Tensor
+    evaluations: list[int]
+    converged: list[bool] | None = None
+    residuals: Tensor | None = None
+    memory: Memory = field(default_factory=dict)
+    noises: tuple[Tensor, ...] = ()
+    sampler: Rule | None = None
+
+
+Method = Callable[[Job, Tensor], Tensor | ki.Inversion | Found]
 
 
 def _unsample(job: Job, x: Tensor) -> Tensor:
@@ -94,39 +116,24 @@ def _ddim_clean(job: Job, x: Tensor) -> Tensor:
     return _unsample(replace(job, sampler=ki.sampler("euler")), x)
 
 
-def _ddim_noisy(job: Job, x: Tensor) -> Tensor:
-    denoiser: Any = guide(job.denoiser, **job.guidance)
-    rising = job.sigmas[::-1]
-    for sigma, above in itertools.pairwise(rising):
-        job.states[sigma] = x
-        slope = (x - denoiser(x, x.new_full((len(x),), above))) / above
-        x = x + (above - sigma) * slope
-    return x
-
-
 def _invert(method: str) -> Method:
     return lambda job, x: ki.invert(
         job.denoiser, x, job.sigmas, sampler=job.sampler, method=method, max_evals=job.max_evals, **job.guidance
     )
 
 
-def _reversible(job: Job, x: Tensor) -> ki.Inversion:
-    explicit_inverse(compile_plan(job.sampler, job.sigmas))  # says so where there is none
+def _reversible(job: Job, x: Tensor) -> ki.Inversion | Found:
+    plan = compile_plan(job.sampler, job.sigmas)
+    explicit_inverse(plan)  # says so where there is none
     if not job.memory:
         return ki.invert(job.denoiser, x, job.sigmas, sampler=job.sampler, **job.guidance)
-    plan = compile_plan(job.sampler, job.sigmas)
     undone = invert_reversible(plan, job.bound(), x, job.memory)
-    nothing = x.new_zeros(len(x))
-    return ki.Inversion(
-        latent=undone.latent,
-        residuals=nothing[None],
-        converged=torch.ones_like(nothing, dtype=torch.bool),
-        evaluations=torch.full((len(x),), undone.evaluations),
-        round_trip_error=nothing,
-        tolerance=0.0,
-        sigmas=plan.sigmas,
-        memory=undone.memory,
-    )
+    return Found(undone.latent, [undone.evaluations] * len(x), memory=undone.memory)
+
+
+def _without_memory(job: Job, x: Tensor) -> Found:
+    found = _found(_reversible(replace(job, memory={}), x), job.sampler, job)
+    return replace(found, memory={}, converged=None)
 
 
 def _extract_noise(path: Any) -> Method:
@@ -141,38 +148,44 @@ def _extract_noise(path: Any) -> Method:
     return extract
 
 
+def _baseline(name: str, own: str = "euler") -> Method:
+    """A published inversion; `own` is the sampler that it checks itself with."""
+
+    def apply(job: Job, x: Tensor) -> Found:
+        result = BASELINES[name](job.denoiser, x, job.sigmas, **job.guidance)
+        return _found(result, ki.sampler(own), job)
+
+    return apply
+
+
+def _direct_inversion(job: Job, x: Tensor) -> Found:
+    rule = ki.rules.DirectInversion()  # the noises are its offsets
+    result = BASELINES["direct_inversion"](job.denoiser, x, job.sigmas, **job.guidance)
+    return replace(_found(result, rule, job), sampler=rule)
+
+
 METHODS: dict[str, Method] = {
     "unsample": _unsample,  # the sampler, run up the schedule
     "ddim_clean": _ddim_clean,  # Euler upwards, the slope at the cleaner end of each step: what a flipped schedule does
-    "ddim_noisy": _ddim_noisy,  # Euler upwards, the cleaner state at the noisier level: the usual inverse scheduler
+    "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
     "picard": _invert("picard"),  # the published fixed point
     "invert": _invert("auto"),  # exact, or said not to be
     "reversible": _reversible,  # closed form, with the auxiliary state
-    "reversible_alone": lambda job, x: _reversible(replace(job, memory={}), x).latent,  # the latent alone is kept
+    "reversible_alone": _without_memory,  # the latent alone is kept
     "extract_noise": _extract_noise("independent"),
     "extract_noise_chain": _extract_noise("chain"),
+    "easyinv": _baseline("easyinv"),
+    "rf_inversion": _baseline("rf_inversion"),
+    "rf_solver": _baseline("rf_solver", "rf_solver"),
+    "fireflow": _baseline("fireflow", "fireflow"),
+    "aidi": _baseline("aidi"),
+    "aidi_anderson": _baseline("aidi_anderson"),
+    "renoise": _baseline("renoise"),
+    "dpm_solver_1": _baseline("dpm_solver_1"),
+    "dpm_solver_2": _baseline("dpm_solver_2", "dpmpp_2m"),
+    "direct_inversion": _direct_inversion,
 }
 """Name -> method. Each published baseline of `kinvert.inversion.baselines` is one line."""
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a method found, and what it cost.
-
-    Attributes:
-        latent: shape (batch, *event).
-        evaluations: denoiser evaluations per sample; a guided pair counts as one.
-        converged: the method's own claim per sample; None where it makes none.
-        residuals: per step, noisiest first, and sample; None where there are none.
-        memory, noises: what belongs to the latent.
-    """
-
-    latent: Tensor
-    evaluations: list[int]
-    converged: list[bool] | None = None
-    residuals: Tensor | None = None
-    memory: Memory = field(default_factory=dict)
-    noises: tuple[Tensor, ...] = ()
 
 
 def find(method: str, job: Job, x: Tensor) -> Found:
@@ -185,10 +198,18 @@ def find(method: str, job: Job, x: Tensor) -> Found:
     result = METHODS[method](job, x)
     if isinstance(result, Tensor):
         return Found(result, [_share(job, before, len(x))] * len(x))
+    return _found(result, job.sampler, job)
+
+
+def _found(result: ki.Inversion | Found, sampler: Rule, job: Job) -> Found:
+    """An inversion counts the run of `sampler` that checks it; the benchmark makes that run itself: it is left out."""
+    if isinstance(result, Found):
+        return result
+    check = compile_plan(sampler, job.sigmas).closed.evaluations
     stepwise = len(result.residuals) == len(job.sigmas) - 1 and not result.memory and not result.noises
     return Found(
         result.latent,
-        result.evaluations.tolist(),
+        (result.evaluations - check).tolist(),
         result.converged.tolist(),
         result.residuals if stepwise else None,
         result.memory,
@@ -199,6 +220,7 @@ def find(method: str, job: Job, x: Tensor) -> Found:
 def restore(job: Job, found: Found) -> tuple[Tensor, list[int]]:
     """Sample the latent back, with the memory and the noises that belong to it; and the evaluations per sample."""
     before, count = job.denoiser.items, len(found.latent)
+    job = replace(job, sampler=found.sampler or job.sampler)
     if found.memory:
         closed = compile_plan(job.sampler, job.sigmas).closed
         start = {"x": found.latent, **found.memory}

@@ -40,7 +40,7 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
             problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
             run = answer(cell, problem)
             figures = _metrics(cell, problem, run)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, NotImplementedError) as error:  # the last is torch's, of a dtype
             return record | {"error": str(error)}, {}
     record |= {
         "metrics": figures,
