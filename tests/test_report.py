@@ -107,6 +107,13 @@ def test_converged_is_a_share_and_a_claim_of_some_methods_only() -> None:
     assert tables.rows([claimed])[0].values["converged"] == 0.25
 
 
+def test_edits_that_took_are_a_share_too() -> None:
+    edited = record(count=4)
+    edited["metrics"] |= {"edit_took": [1.0, 0.0, 1.0, 1.0], "edit_ssim": [0.1, 0.2, 0.4, 0.9]}
+    (row,) = tables.rows([edited])
+    assert row.values["edit_took"] == 0.75 and row.values["edit_ssim"] == pytest.approx(0.3)
+
+
 def test_median() -> None:
     assert tables.median([3, 1, 2]) == 2 and tables.median([1, 2]) == 1.5
     assert tables.median([-INF, -INF, 3]) == -INF and tables.median([1, INF, INF]) == INF
