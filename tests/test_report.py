@@ -254,6 +254,18 @@ def test_front() -> None:
     ]  # fmt: skip
 
 
+def test_the_front_is_that_of_all_curves() -> None:
+    cheap = [record(sampler="cheap", relative=0.9, steps=2)]
+    found = cheap + [record(sampler=f"s{k}", relative=10.0 ** -(k + 1), steps=20 + k) for k in range(12)]
+    dominated = [record(sampler=f"d{k}", relative=0.5, steps=100 + k) for k in range(5)]
+    figure = figures.draw("pareto", found + dominated)
+    # All that are on the front, though these are more than ten; no others.
+    assert legend_of(figure.subfigs[0]) == [*(f"s{k}" for k in range(11, -1, -1)), "cheap"]
+    assert figure.subfigs[0].get_suptitle().endswith("best 13 of 18")
+    (step,) = [ax for ax in axes_of(figure)[0].lines if ax.get_drawstyle() == "steps-post"]
+    assert list(step.get_xdata()) == [4, *(40 + 2 * k for k in range(12))]
+
+
 def test_zeros_infinities_and_nans_are_drawn_at_the_edge_or_left_out() -> None:
     found = [record(steps=n, relative=e) for n, e in ((10, INF), (20, 1e-3), (40, 0.0))]
     found.append(record(steps=80, relative=NAN))

@@ -25,6 +25,7 @@ from kinvert.bench.drawing import (
     COLOURS,
     EPS,
     GREY,
+    MOST,
     PAGE,
     PALE,
     STYLE,
@@ -207,23 +208,40 @@ def _density(histograms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pareto(records: Sequence[Record]) -> Figure:
-    """Error against evaluations of everything that was measured; the grey line is the Pareto front."""
+    """Error against evaluations, the best curves and all that are on the Pareto front, which is the grey line."""
 
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
-        ax, lines, every = fig.subplots(), [], []
-        for key, group in panel.curves.items():
-            points = [(cost(point), error(point)) for point in by_value(group, "steps").values()]
-            every += [point for point in points if not math.isnan(point[1])]
-            x, y = zip(*points, strict=True)
+        ax, points = fig.subplots(), _points(panel)
+        lines = []
+        for key, xy in points:
+            x, y = np.array(xy).T
             lines.append(line(ax, x, y, looks.style(key, linestyle="", markersize=4.5), looks.label(key)))
-        best = front(every)
-        ax.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=0.8, zorder=1)
+        every = [point for _, xy in points for point in xy]
+        ax.step(*zip(*front(every), strict=True), where="post", color=GREY, linewidth=0.8, zorder=1)
         error_axis(ax)
         ax.set_xlabel("denoiser evaluations per sample, up and down")
         count_ticks(ax, [x for x, _ in every])
         return lines
 
-    return figure(panels(records, "steps", points=1), draw)
+    found = []
+    for panel in panels(records, "steps", points=1, most=1000):
+        points = dict(_points(panel))
+        best = set(front(point for xy in points.values() for point in xy))
+        leading = [key for key, xy in points.items() if best & set(xy)]
+        kept = {*leading, *[key for key in points if key not in leading][: max(0, MOST - len(leading))]}
+        if kept:
+            curves = {key: group for key, group in panel.curves.items() if key in kept}
+            found.append(replace(panel, curves=curves, left_out=len(panel.curves) - len(kept)))
+    return figure(found, draw)
+
+
+def _points(panel: Panel) -> list[tuple[Key, list[tuple[float, float]]]]:
+    """Cost and error of every curve at every number of steps, where they are known."""
+    found = []
+    for key, group in panel.curves.items():
+        points = [(cost(point), error(point)) for point in by_value(group, "steps").values()]
+        found.append((key, [point for point in points if not math.isnan(point[1])]))
+    return [(key, points) for key, points in found if points]
 
 
 TILE, GAP, TEXT, BLOCK = 0.335, 0.03, 1.55, 1.62  # inches: an image, the space to the next, the labels, four images
