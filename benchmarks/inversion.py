@@ -98,7 +98,9 @@ def main() -> None:
         map(float, args.cfg.split(",")),
     )
     for sampler, method, steps, cfg in grid:
-        multistep = ki.analysis.properties(sampler.partition(":")[0]).multistep  # solved as a whole run, whatever the method
+        multistep = ki.analysis.properties(
+            sampler.partition(":")[0]
+        ).multistep  # solved as a whole run, whatever the method
         if (sampler, method, steps, cfg, args.count) in done or (method == "picard" and multistep):
             continue
         row = cell(args.model, sampler, method, steps, cfg, getattr(torch, args.dtype), args.count)

@@ -193,7 +193,7 @@ def legend_of(part: Any) -> list[str]:
 def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
     found = [record(sampler=s, steps=n) for s in ("euler", "heun") for n in (10, 20, 40, 80)]
     figure = figures.draw("error-steps", found)
-    assert legend_of(figure.subfigs[0]) == ["heun (order 2.0)", "euler (order 1.0)"]
+    assert legend_of(figure.subfigs[0]) == ["heun (slope 2.0)", "euler (slope 1.0)"]
     euler = axes_of(figure)[0].lines[1]
     assert list(euler.get_xdata()) == [10, 20, 40, 80]
     # The median of four values a decibel apart is half a decibel below the relative error.
@@ -202,6 +202,15 @@ def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
     evaluations = figures.draw("error-evaluations", found)
     assert list(axes_of(evaluations)[0].lines[0].get_xdata()) == [20, 40, 80, 160]
     assert legend_of(evaluations.subfigs[0]) == legend_of(figure.subfigs[0])
+
+
+def test_the_order_of_the_sampler_is_in_the_distance_from_the_ode() -> None:
+    found = [record(sampler="heun", steps=n, question="recovery") for n in (10, 20, 40)]
+    for one in found:
+        one["metrics"]["distance_to_ode"] = [7.0 * one["cell"]["steps"] ** -3.0] * 4
+    figure = figures.draw("order", found)
+    assert legend_of(figure.subfigs[0]) == ["heun (order 3.0)"]
+    np.testing.assert_allclose(axes_of(figure)[0].lines[0].get_ydata(), [7.0 * n**-3.0 for n in (10, 20, 40)])
 
 
 def test_order_leaves_out_round_off_and_what_has_not_begun_to_converge() -> None:

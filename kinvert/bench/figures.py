@@ -52,29 +52,52 @@ from kinvert.bench.tables import Record, median, text
 
 
 def error_against_steps(records: Sequence[Record]) -> Figure:
-    """Error against the number of steps, both logarithmic; a curve's order is the slope of its straight part.
+    """Error of the round trip against the number of steps, both logarithmic, with the slope in the legend.
 
-    The order is fitted by least squares to the points between round-off and an error of a half, where there are three.
+    The slope is fitted by least squares to the points between round-off and an error of a half, where there are three.
+    It tells how fast the two directions come to undo each other, which can be faster than either nears the ODE.
     """
     return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps")
 
 
 def error_against_evaluations(records: Sequence[Record]) -> Figure:
-    """As `error_against_steps`, over the denoiser evaluations of both directions together: at equal cost."""
+    """Error of the round trip against the denoiser evaluations of both directions together: at equal cost."""
     return _convergence(records, cost, "denoiser evaluations per sample, up and down")
 
 
-def _convergence(records: Sequence[Record], cost_of: Callable[[list[Record]], float], label: str) -> Figure:
+def distance_against_steps(records: Sequence[Record]) -> Figure:
+    """Distance from the true ODE against the number of steps: the slope in the legend is the order of the sampler.
+
+    Of a recovery it is the distance of the image that is sampled, of a reconstruction that of the latent over sigma.
+    """
+
+    def distance(group: Sequence[Record]) -> float:
+        return bounded(median([value for record in group for value in record["metrics"]["distance_to_ode"]]))
+
+    true = [record for record in records if "distance_to_ode" in record["metrics"]]
+    return _convergence(
+        true, lambda group: group[0]["cell"]["steps"], "steps", distance, "distance from the ODE", "order"
+    )
+
+
+def _convergence(
+    records: Sequence[Record],
+    cost_of: Callable[[list[Record]], float],
+    x_label: str,
+    error_of: Callable[[list[Record]], float] = error,
+    y_label: str = "relative error",
+    slope_is: str = "slope",
+) -> Figure:
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
         ax, lines = fig.subplots(), []
         for key, group in panel.curves.items():
             points = by_value(group, "steps").values()
-            x, y = [cost_of(point) for point in points], [error(point) for point in points]
+            x, y = [cost_of(point) for point in points], [error_of(point) for point in points]
             slope = order(x, y, panel.held["dtype"])
-            shown = "" if math.isnan(slope) else f" (order {slope:.1f})"
+            shown = "" if math.isnan(slope) else f" ({slope_is} {slope:.1f})"
             lines.append(line(ax, x, y, looks.style(key), looks.label(key) + shown))
-        error_axis(ax)
-        ax.set_xlabel(label)
+        error_axis(ax, y_label)
+        ax.set_xlabel(x_label)
         count_ticks(ax, [x for drawn in lines for x in np.asarray(drawn.get_xdata())])
         return lines
 
@@ -310,6 +333,7 @@ def _strips(panel: Panel, fig: SubFigure, height: float) -> None:
 FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
     "error-steps": error_against_steps,
     "error-evaluations": error_against_evaluations,
+    "order": distance_against_steps,
     "pareto": pareto,
     "error-cfg": error_against_cfg,
     "trajectory": error_along_trajectory,
