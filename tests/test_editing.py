@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import models
-from kinvert.bench.editing import edit, edit_metrics, lpips, self_interpolation, slerp
+from kinvert.bench.editing import change_class, edit, edit_metrics, lpips, self_interpolation, slerp
 from kinvert.models import classifier
 
 PACKAGE = Path(models.__file__).parent
@@ -114,6 +114,17 @@ def test_most_edits_take_and_keep_more_than_fresh_noise_does() -> None:
     assert f"{int(done.measured['edit_took'].sum())} of 40 edits took" in str(done)
 
 
+def test_extracted_noises_are_replayed_with_another_class() -> None:
+    images, labels = (t[:2].double() if t.is_floating_point() else t[:2] for t in models.held_out("digits"))
+    denoiser, given = models.load("digits", dtype=torch.float64), {"sampler": "euler_ancestral"}
+    found = ki.extract_noise(denoiser, images, SIGMAS, positive={"label": labels}, **given)
+    same, other = (
+        change_class(denoiser, found.latent, images, t, SIGMAS, noise=ki.noise.replay(found.noises), **given)
+        for t in (labels, (labels + 3) % 10)
+    )
+    assert same.measured["edit_mse"].max() < 1e-20 and other.measured["edit_mse"].min() > 1e-3
+
+
 def test_edit_metrics_by_hand() -> None:
     images, labels = (t[:3] for t in models.held_out("mnist"))
     model = classifier.load("mnist")
@@ -130,7 +141,7 @@ def test_bad_edits() -> None:
     denoiser = models.load("digits")
     with pytest.raises(ValueError, match="method must be 'unsample' or 'invert', got 'wish'"):
         edit(denoiser, images, labels, labels, SIGMAS, method="wish")
-    with pytest.raises(ValueError, match=r"target must have the shape of label, \(2,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"target must be one class an image, shape \(2,\), got \(1,\)"):
         edit(denoiser, images, labels, labels[:1], SIGMAS)
 
 

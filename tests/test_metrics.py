@@ -142,8 +142,12 @@ def test_errors() -> None:
         r"z must be images .* at least 4, got \(2, 4\)": lambda: metrics.autocorrelation(A.flatten(1)),
         "patch must be from 2 to 8, the shorter side of z, got 9": lambda: metrics.patch_correlation(images, patch=9),
         "per must be 'sample' or 'channel', got 'pixel'": lambda: metrics.mean(A, per="pixel"),
-        r"z must be floating point of shape \(batch, \*event\), got torch.int64": lambda: metrics.ks(A.long()),
-        r"\(batch, channels, \*rest\), got torch.float64 of \(4,\)": lambda: metrics.ks(A[0].flatten(), per="channel"),
+        r"z must be floating point of shape \(batch, \*event\) and not empty, got torch.int64": lambda: metrics.ks(
+            A.long()
+        ),
+        r"\(batch, channels, \*rest\) and not empty, got torch.float64 of \(4,\)": lambda: metrics.ks(
+            A[0].flatten(), per="channel"
+        ),
         r"z must be .* not empty, got .* of \(2, 0\)": lambda: metrics.mean(torch.empty(2, 0)),
         r"equal, \(batch, \*event\), and not empty": lambda: metrics.mse(images[:0], images[:0]),
         "at least 20 values per channel, got 16": lambda: metrics.dagostino(images[:, :, :4, :4], per="channel"),

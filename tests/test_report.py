@@ -107,6 +107,13 @@ def test_converged_is_a_share_and_a_claim_of_some_methods_only() -> None:
     assert tables.rows([claimed])[0].values["converged"] == 0.25
 
 
+def test_edits_that_took_are_a_share_too() -> None:
+    edited = record(count=4)
+    edited["metrics"] |= {"edit_took": [1.0, 0.0, 1.0, 1.0], "edit_ssim": [0.1, 0.2, 0.4, 0.9]}
+    (row,) = tables.rows([edited])
+    assert row.values["edit_took"] == 0.75 and row.values["edit_ssim"] == pytest.approx(0.3)
+
+
 def test_median() -> None:
     assert tables.median([3, 1, 2]) == 2 and tables.median([1, 2]) == 1.5
     assert tables.median([-INF, -INF, 3]) == -INF and tables.median([1, INF, INF]) == INF
@@ -186,7 +193,7 @@ def legend_of(part: Any) -> list[str]:
 def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
     found = [record(sampler=s, steps=n) for s in ("euler", "heun") for n in (10, 20, 40, 80)]
     figure = figures.draw("error-steps", found)
-    assert legend_of(figure.subfigs[0]) == ["heun (order 2.0)", "euler (order 1.0)"]
+    assert legend_of(figure.subfigs[0]) == ["heun (slope 2.0)", "euler (slope 1.0)"]
     euler = axes_of(figure)[0].lines[1]
     assert list(euler.get_xdata()) == [10, 20, 40, 80]
     # The median of four values a decibel apart is half a decibel below the relative error.
@@ -195,6 +202,15 @@ def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
     evaluations = figures.draw("error-evaluations", found)
     assert list(axes_of(evaluations)[0].lines[0].get_xdata()) == [20, 40, 80, 160]
     assert legend_of(evaluations.subfigs[0]) == legend_of(figure.subfigs[0])
+
+
+def test_the_order_of_the_sampler_is_in_the_distance_from_the_ode() -> None:
+    found = [record(sampler="heun", steps=n, question="recovery") for n in (10, 20, 40)]
+    for one in found:
+        one["metrics"]["distance_to_ode"] = [7.0 * one["cell"]["steps"] ** -3.0] * 4
+    figure = figures.draw("order", found)
+    assert legend_of(figure.subfigs[0]) == ["heun (order 3.0)"]
+    np.testing.assert_allclose(axes_of(figure)[0].lines[0].get_ydata(), [7.0 * n**-3.0 for n in (10, 20, 40)])
 
 
 def test_order_leaves_out_round_off_and_what_has_not_begun_to_converge() -> None:
@@ -245,6 +261,18 @@ def test_front() -> None:
     assert drawing.front([(3, 0.5), (1, 1.0), (2, 1.0), (2, 0.7), (4, 0.5), (5, 0.1)]) == [
         (1, 1.0), (2, 0.7), (3, 0.5), (5, 0.1),
     ]  # fmt: skip
+
+
+def test_the_front_is_that_of_all_curves() -> None:
+    cheap = [record(sampler="cheap", relative=0.9, steps=2)]
+    found = cheap + [record(sampler=f"s{k}", relative=10.0 ** -(k + 1), steps=20 + k) for k in range(12)]
+    dominated = [record(sampler=f"d{k}", relative=0.5, steps=100 + k) for k in range(5)]
+    figure = figures.draw("pareto", found + dominated)
+    # All that are on the front, though these are more than ten; no others.
+    assert legend_of(figure.subfigs[0]) == [*(f"s{k}" for k in range(11, -1, -1)), "cheap"]
+    assert figure.subfigs[0].get_suptitle().endswith("best 13 of 18")
+    (step,) = [ax for ax in axes_of(figure)[0].lines if ax.get_drawstyle() == "steps-post"]
+    assert list(step.get_xdata()) == [4, *(40 + 2 * k for k in range(12))]
 
 
 def test_zeros_infinities_and_nans_are_drawn_at_the_edge_or_left_out() -> None:

@@ -77,19 +77,47 @@ def edit(
         An `Edit`.
 
     Raises:
-        ValueError: a method that is neither, a target of another shape; as `ki.unsample`, `ki.invert` and `ki.sample`.
+        ValueError: a method that is neither; as `change_class`, `ki.unsample` and `ki.invert`.
     """
     if method not in ("unsample", "invert"):
         raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
-    if target.shape != label.shape:
-        raise ValueError(f"target must have the shape of label, {tuple(label.shape)}, got {tuple(target.shape)}")
     up: dict[str, Any] = {"sampler": sampler, "positive": {"label": label}}
     if method == "invert":
         latent = ki.invert(denoiser, image, sigmas, **up).latent
     else:
         latent = ki.unsample(denoiser, image, sigmas, **up)
+    return change_class(denoiser, latent, image, target, sigmas, sampler=sampler, cfg=cfg)
+
+
+def change_class(
+    denoiser: EmbeddedDenoiser,
+    latent: Tensor,
+    image: Tensor,
+    target: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | ki.Rule = "euler",
+    cfg: float = 1.0,
+    noise: ki.noise.Noise | None = None,
+) -> Edit:
+    """Sample latents, from whichever method, with other classes than their images have, and measure.
+
+    Args:
+        denoiser, target, sigmas, sampler, cfg: as in `edit`.
+        latent: shape (batch, 1, H, W).
+        image: what the latents are of, the same shape.
+        noise: for stochastic samplers, as in `ki.sample`, e.g. `ki.noise.replay(inversion.noises)`.
+
+    Returns:
+        An `Edit`.
+
+    Raises:
+        ValueError: a target that is not one class for each image; as `ki.sample`.
+    """
+    if target.shape != image.shape[:1]:
+        raise ValueError(f"target must be one class an image, shape ({len(image)},), got {tuple(target.shape)}")
     edited = ki.sample(
-        denoiser, latent, sigmas, sampler=sampler, cfg=cfg, positive={"label": target},
+        denoiser, latent, sigmas, sampler=sampler, cfg=cfg, noise=noise, positive={"label": target},
         negative={"label": torch.full_like(target, denoiser.null_label)},
     )  # fmt: skip
     classifier = load_classifier(denoiser.name, dtype=edited.dtype, device=edited.device)

@@ -25,6 +25,7 @@ from kinvert.bench.drawing import (
     COLOURS,
     EPS,
     GREY,
+    MOST,
     PAGE,
     PALE,
     STYLE,
@@ -51,29 +52,52 @@ from kinvert.bench.tables import Record, median, text
 
 
 def error_against_steps(records: Sequence[Record]) -> Figure:
-    """Error against the number of steps, both logarithmic; a curve's order is the slope of its straight part.
+    """Error of the round trip against the number of steps, both logarithmic, with the slope in the legend.
 
-    The order is fitted by least squares to the points between round-off and an error of a half, where there are three.
+    The slope is fitted by least squares to the points between round-off and an error of a half, where there are three.
+    It tells how fast the two directions come to undo each other, which can be faster than either nears the ODE.
     """
     return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps")
 
 
 def error_against_evaluations(records: Sequence[Record]) -> Figure:
-    """As `error_against_steps`, over the denoiser evaluations of both directions together: at equal cost."""
+    """Error of the round trip against the denoiser evaluations of both directions together: at equal cost."""
     return _convergence(records, cost, "denoiser evaluations per sample, up and down")
 
 
-def _convergence(records: Sequence[Record], cost_of: Callable[[list[Record]], float], label: str) -> Figure:
+def distance_against_steps(records: Sequence[Record]) -> Figure:
+    """Distance from the true ODE against the number of steps: the slope in the legend is the order of the sampler.
+
+    Of a recovery it is the distance of the image that is sampled, of a reconstruction that of the latent over sigma.
+    """
+
+    def distance(group: Sequence[Record]) -> float:
+        return bounded(median([value for record in group for value in record["metrics"]["distance_to_ode"]]))
+
+    true = [record for record in records if "distance_to_ode" in record["metrics"]]
+    return _convergence(
+        true, lambda group: group[0]["cell"]["steps"], "steps", distance, "distance from the ODE", "order"
+    )
+
+
+def _convergence(
+    records: Sequence[Record],
+    cost_of: Callable[[list[Record]], float],
+    x_label: str,
+    error_of: Callable[[list[Record]], float] = error,
+    y_label: str = "relative error",
+    slope_is: str = "slope",
+) -> Figure:
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
         ax, lines = fig.subplots(), []
         for key, group in panel.curves.items():
             points = by_value(group, "steps").values()
-            x, y = [cost_of(point) for point in points], [error(point) for point in points]
+            x, y = [cost_of(point) for point in points], [error_of(point) for point in points]
             slope = order(x, y, panel.held["dtype"])
-            shown = "" if math.isnan(slope) else f" (order {slope:.1f})"
+            shown = "" if math.isnan(slope) else f" ({slope_is} {slope:.1f})"
             lines.append(line(ax, x, y, looks.style(key), looks.label(key) + shown))
-        error_axis(ax)
-        ax.set_xlabel(label)
+        error_axis(ax, y_label)
+        ax.set_xlabel(x_label)
         count_ticks(ax, [x for drawn in lines for x in np.asarray(drawn.get_xdata())])
         return lines
 
@@ -207,23 +231,40 @@ def _density(histograms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pareto(records: Sequence[Record]) -> Figure:
-    """Error against evaluations of everything that was measured; the grey line is the Pareto front."""
+    """Error against evaluations, the best curves and all that are on the Pareto front, which is the grey line."""
 
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
-        ax, lines, every = fig.subplots(), [], []
-        for key, group in panel.curves.items():
-            points = [(cost(point), error(point)) for point in by_value(group, "steps").values()]
-            every += [point for point in points if not math.isnan(point[1])]
-            x, y = zip(*points, strict=True)
+        ax, points = fig.subplots(), _points(panel)
+        lines = []
+        for key, xy in points:
+            x, y = np.array(xy).T
             lines.append(line(ax, x, y, looks.style(key, linestyle="", markersize=4.5), looks.label(key)))
-        best = front(every)
-        ax.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=0.8, zorder=1)
+        every = [point for _, xy in points for point in xy]
+        ax.step(*zip(*front(every), strict=True), where="post", color=GREY, linewidth=0.8, zorder=1)
         error_axis(ax)
         ax.set_xlabel("denoiser evaluations per sample, up and down")
         count_ticks(ax, [x for x, _ in every])
         return lines
 
-    return figure(panels(records, "steps", points=1), draw)
+    found = []
+    for panel in panels(records, "steps", points=1, most=1000):
+        points = dict(_points(panel))
+        best = set(front(point for xy in points.values() for point in xy))
+        leading = [key for key, xy in points.items() if best & set(xy)]
+        kept = {*leading, *[key for key in points if key not in leading][: max(0, MOST - len(leading))]}
+        if kept:
+            curves = {key: group for key, group in panel.curves.items() if key in kept}
+            found.append(replace(panel, curves=curves, left_out=len(panel.curves) - len(kept)))
+    return figure(found, draw)
+
+
+def _points(panel: Panel) -> list[tuple[Key, list[tuple[float, float]]]]:
+    """Cost and error of every curve at every number of steps, where they are known."""
+    found = []
+    for key, group in panel.curves.items():
+        points = [(cost(point), error(point)) for point in by_value(group, "steps").values()]
+        found.append((key, [point for point in points if not math.isnan(point[1])]))
+    return [(key, points) for key, points in found if points]
 
 
 TILE, GAP, TEXT, BLOCK = 0.335, 0.03, 1.55, 1.62  # inches: an image, the space to the next, the labels, four images
@@ -292,6 +333,7 @@ def _strips(panel: Panel, fig: SubFigure, height: float) -> None:
 FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
     "error-steps": error_against_steps,
     "error-evaluations": error_against_evaluations,
+    "order": distance_against_steps,
     "pareto": pareto,
     "error-cfg": error_against_cfg,
     "trajectory": error_along_trajectory,

@@ -1,7 +1,7 @@
 """Records to rows, and rows to Markdown and LaTeX.
 
-A row is one combination of settings; the samples of all its seeds are pooled, and every number is their median. A
-median with a NaN among its values is NaN.
+A row is one combination of settings; the samples of all its seeds are pooled, and every number is their median, except
+for shares of samples. A median with a NaN among its values is NaN.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ COLUMNS = {
     "distance_to_ode": Column("to ODE", ".1e", min),
     "latent_std": Column("latent std", ".3f"),
     "latent_ks": Column("latent KS", ".3f", min),
+    "edit_took": Column("edits took", ".0%", max),
+    "edit_ssim": Column("edited SSIM", ".3f", max),
     "converged": Column("converged", ".0%"),
     "samples": Column("samples", ".0f"),
 }
@@ -46,8 +48,8 @@ class Row:
 
     Attributes:
         settings: values of `SETTINGS`.
-        values: medians of the metrics by name, and `evaluations` (up and down together), `samples` and, where the
-            method claims it, `converged` (the share of samples).
+        values: medians of the metrics by name (`edit_took` is a share of samples), and `evaluations` (up and down
+            together), `samples` and, where the method claims it, `converged` (a share too).
     """
 
     settings: dict[str, Any]
@@ -146,6 +148,8 @@ def _values(group: Sequence[Record]) -> dict[str, float]:
 
     names = dict.fromkeys(name for record in group for name in record["metrics"])
     found = {name: median(pooled(record["metrics"].get(name) for record in group)) for name in names}
+    if "edit_took" in names:
+        found["edit_took"] = statistics.fmean(pooled(record["metrics"].get("edit_took") for record in group))
     spent = pooled(evaluations(record) for record in group)
     converged = pooled(record["converged"] for record in group)
     found |= {"evaluations": median(spent), "samples": float(len(spent))}
