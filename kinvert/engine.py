@@ -7,18 +7,22 @@ and rounded once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step, as_schedule
+from kinvert.program import Combine, Mix, Program, program
 from kinvert.rules.base import Rule, StepBuilder
 
 
@@ -94,6 +98,25 @@ def run_state(
     x = state["x"]
     draw = noise_for(plan, noise, x)
     sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    loop = _loop if _is_traced(x) else _fused_loop
+    return loop(plan, denoiser, state, draw, sigmas, callback)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or is_traceable_wrapper_subclass(x)
+    )
+
+
+def _loop(
+    plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor, callback: Callback | None
+) -> Memory:
+    """The run as it is read off the Plan: a new tensor for every value."""
     first = 0
     for step in plan.steps:
         state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
@@ -103,6 +126,148 @@ def run_state(
     # A last step "x' = D" hands out the denoiser's own tensor, which the denoiser may reuse.
     rows = {"x": plan.steps[-1].x, **dict(plan.steps[-1].memory)}
     return {name: value.clone() if rows[name].alias() else value for name, value in state.items()}
+
+
+# -- the same in few passes over memory -------------------------------------------------------------------------------
+def _fused_loop(
+    plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor, callback: Callback | None
+) -> Memory:
+    """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
+    x = state["x"]
+    code = program(plan, mix=x.dtype.itemsize >= 4)
+    slots = _Slots(code, x)
+    values = slots.values
+    for name, slot in code.start.items():
+        slots.put(slot, state[name])
+    rows = iter(sigmas.unbind(0))
+    evaluations = 0
+    for step, work in zip(plan.steps, code.passes, strict=True):
+        seen = denoised = uncond = None
+        for slot, interval in work.draws:
+            slots.draw(slot, draw, interval)
+        for stage, call in zip(step.stages, work.calls, strict=True):
+            slots.compute(call.kernels)
+            denoised, uncond = slots.evaluate(call.input, denoiser, next(rows), stage, step)
+            if callback is not None and seen is None:
+                seen = values[call.input].clone(), denoised
+            slots.put(call.denoised, denoised)
+            if call.uncond is not None:
+                slots.put(call.uncond, uncond)
+        slots.compute(work.kernels)
+        evaluations += len(step.stages)
+        denoised = uncond = None
+        for slot in work.dead:
+            values[slot] = None
+        if callback is not None and seen is not None:
+            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
+    return {name: values[slot] * scale if scale != 1.0 else values[slot].clone() for name, (slot, scale) in code.end.items()}
+
+
+class _Slots:
+    """The values of a run. Those that are the engine's are rows of one buffer."""
+
+    def __init__(self, code: Program, x: Tensor) -> None:
+        self.code, self.x = code, x
+        self.values: list[Any] = [None] * (code.rows + code.foreign)
+        self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
+        self.wide = torch.empty_like(x, dtype=torch.float32) if x.dtype.itemsize < 4 else None
+        # TensorFloat-32 and the like would round the terms of a product of matrices, though not of matrix and vector.
+        self.exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        if code.matrices:
+            rows = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
+            self.matrices = rows.to(x.dtype).to(x.device).split([len(matrix) for matrix in code.matrices])
+        self.bind(torch.zeros((code.rows, x.numel()), dtype=x.dtype, device=x.device))
+
+    def bind(self, buffer: Tensor) -> None:
+        """Take the rows of `buffer` for the values."""
+        self.buffer = buffer
+        rows = buffer.as_strided((len(buffer), *self.x.shape), (self.x.numel(), *self.strides)).unbind(0)
+        for slot in range(self.code.rows):
+            self.values[slot] = rows[self.code.place(slot)]
+        self.sides = buffer[: len(buffer) - self.code.side], buffer[self.code.side :]
+        self.storage = buffer.untyped_storage()._cdata
+        self.users = _users(self.storage)
+
+    def put(self, slot: int, value: Any) -> None:
+        if slot < 0:
+            self.values[slot] = value
+        else:
+            self.values[slot].copy_(value)
+
+    def draw(self, slot: int, draw: NoiseFunction, interval: Interval) -> None:
+        """Noise, straight into its row where the source can do that."""
+        into = getattr(draw, "into", None)
+        if into is not None and self.x.is_contiguous():
+            into(self.values[slot], *interval)
+        else:
+            self.values[slot].copy_(checked_noise(draw, interval, self.x))
+
+    def evaluate(
+        self, slot: int, denoiser: Denoiser, sigma: Tensor, stage: Stage, step: Step
+    ) -> tuple[Tensor, Tensor | None]:
+        """Call the denoiser; where it keeps its input, or returns it, that is left alone from now on."""
+        x = self.values[slot]
+        references = sys.getrefcount(x)
+        denoised, uncond = evaluate(denoiser, x, sigma, stage, step)
+        if denoised.untyped_storage()._cdata == self.storage:
+            denoised = denoised.clone()
+        if uncond is not None and uncond.untyped_storage()._cdata == self.storage:
+            uncond = uncond.clone()
+        if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+            self.bind(self.buffer.clone())
+        return denoised, uncond
+
+    def compute(self, kernels: tuple[Combine | Mix, ...]) -> None:
+        for kernel in kernels:
+            if isinstance(kernel, Mix):
+                self.mix(kernel)
+            elif self.wide is None:
+                self.combine(kernel)
+            else:
+                self.combine_wide(kernel, self.wide)
+
+    def combine(self, kernel: Combine) -> None:
+        values = self.values
+        out = values[kernel.out]
+        if not kernel.terms:
+            out.zero_()
+            return
+        total = values[kernel.terms[0][0]]
+        if kernel.scale != 1.0:
+            total = torch.mul(total, kernel.scale, out=out)
+        for slot, weight, flipped in kernel.lerps:
+            a, b = (values[slot], total) if flipped else (total, values[slot])
+            total = torch.lerp(a, b, weight, out=out)
+        for slot, c in kernel.adds:
+            total = torch.add(total, values[slot], alpha=c, out=out)
+        if total is not out:
+            out.copy_(total)
+
+    def combine_wide(self, kernel: Combine, wide: Tensor) -> None:
+        """The same for half precision: in float32, rounded once. A single lerp does that by itself."""
+        out, operands = self.values[kernel.out], [self.values[slot] for slot, _ in kernel.terms]
+        if len(operands) == 2 and kernel.lerps and all(value.dtype == out.dtype for value in operands):
+            self.combine(kernel)
+            return
+        wide.zero_()
+        for value, (_, c) in zip(operands, kernel.terms, strict=True):
+            wide.add_(value, alpha=c)
+        out.copy_(wide)
+
+    def mix(self, kernel: Mix) -> None:
+        matrix, rows = self.matrices[kernel.index], self.sides[kernel.side]
+        first = self.code.place(kernel.out)
+        out = self.buffer[first : first + len(matrix)]
+        if self.exact and len(matrix) > 1:
+            torch.mm(matrix, rows, out=out)
+        else:
+            for line, result in zip(matrix, out, strict=True):
+                torch.mv(rows.t(), line, out=result)
+
+
+def _users(storage: int) -> int:
+    """How many tensors use a storage."""
+    return torch._C._storage_Use_Count(storage)
 
 
 def advance(
@@ -158,6 +323,8 @@ def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
     """Call the denoiser and check what it returns by its type, shape and dtype (no value is read)."""
     out: Any = denoiser(x, sigma)
+    if type(out) is Tensor and out.dtype == x.dtype and out.shape == x.shape and not stage.guided:
+        return out, None  # the rule; the messages below take longer than the check
     where = f"in step {step.index} (sigma {stage.sigma:g})"
     if stage.guided:
         if not isinstance(out, Guided):
