@@ -22,7 +22,10 @@ X, D, D2, N = State("x"), Denoised(0), Denoised(1), Noise(0)
 
 def levels(plan: ki.Plan, x: Tensor) -> list[list[Tensor]]:
     """The noise levels of each step's evaluations as the denoiser gets them."""
-    return [[torch.full((len(x),), stage.sigma, dtype=x.dtype, device=x.device) for stage in step.stages] for step in plan.steps]
+    return [
+        [torch.full((len(x),), stage.sigma, dtype=x.dtype, device=x.device) for stage in step.stages]
+        for step in plan.steps
+    ]
 
 
 def one_lerp(plan: ki.Plan, denoiser: Any, x: Tensor, noise: Tensor) -> Run:

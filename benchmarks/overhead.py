@@ -102,7 +102,9 @@ class Count(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.calls += 1
-        if torch.Tag.inplace_view in func.tags or any(r.alias_info and not r.alias_info.is_write for r in returns(func)):
+        if torch.Tag.inplace_view in func.tags or any(
+            r.alias_info and not r.alias_info.is_write for r in returns(func)
+        ):
             return out
         written, read = set(), set()
         for argument, value in itertools.chain(
@@ -113,7 +115,9 @@ class Count(TorchDispatchMode):
             for t in filter(self.large, tree_leaves(value)):
                 if writes:
                     written.add(t)
-                if not writes or not (argument.kwarg_only or func.overloadpacket.__name__ in ("copy_", "zero_", "fill_")):
+                if not writes or not (
+                    argument.kwarg_only or func.overloadpacket.__name__ in ("copy_", "zero_", "fill_")
+                ):
                     read.add(t)
         new = {t for t in tree_leaves(out) if self.large(t)} - written
         if written or read or new:
@@ -131,7 +135,9 @@ def returns(func: Any) -> Any:
 
 
 # -- the samplers ------------------------------------------------------------------------------------------------------
-def runs(x: Tensor, steps: int, k_diffusion: Any) -> Iterator[tuple[str, str, Callable[[], object], Callable[[], object]]]:
+def runs(
+    x: Tensor, steps: int, k_diffusion: Any
+) -> Iterator[tuple[str, str, Callable[[], object], Callable[[], object]]]:
     """(sampler, who, set-up that does not count, the run) for everything that there is."""
     sigmas = ki.schedules.karras(steps, *SIGMAS)
     noise = torch.randn_like(x)

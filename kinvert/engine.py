@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step, as_schedule
-from kinvert.program import Combine, Mix, Program, program
+from kinvert.program import Call, Kernel, Program, program
 from kinvert.rules.base import Rule, StepBuilder
 
 
@@ -48,6 +49,9 @@ class Progress:
 
 Callback = Callable[[Progress], None]
 Memory = dict[str, Tensor]
+
+_users = torch._C._storage_Use_Count  # how many tensors use a storage
+_CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int]] = WeakKeyDictionary()
 
 
 def run(
@@ -97,9 +101,9 @@ def run_state(
     _check_memory(plan, state)
     x = state["x"]
     draw = noise_for(plan, noise, x)
-    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
-    loop = _loop if _is_traced(x) else _fused_loop
-    return loop(plan, denoiser, state, draw, sigmas, callback)
+    if _is_traced(x):
+        return _loop(plan, denoiser, state, draw, callback)
+    return fused_loop(plan, denoiser, state, draw, callback, constants_for(plan, x))
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -113,10 +117,9 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
-def _loop(
-    plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor, callback: Callback | None
-) -> Memory:
+def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
     """The run as it is read off the Plan: a new tensor for every value."""
+    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], state["x"])
     first = 0
     for step in plan.steps:
         state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
@@ -129,66 +132,111 @@ def _loop(
 
 
 # -- the same in few passes over memory -------------------------------------------------------------------------------
-def _fused_loop(
-    plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor, callback: Callback | None
+@dataclass(frozen=True)
+class Constants:
+    """What does not change from run to run: the program of a Plan, and its numbers on the device.
+
+    Attributes:
+        program: the kernels.
+        sigmas: noise levels of all evaluations, shape (evaluations, batch), and `levels`, its rows.
+        matrices: coefficients of each product.
+    """
+
+    program: Program
+    sigmas: Tensor
+    levels: tuple[Tensor, ...]
+    matrices: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, x: Tensor) -> Constants:
+        """Upload the numbers for a state like `x`."""
+        code = program(plan, half=x.dtype.itemsize < 4)
+        sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        if not code.matrices:
+            return cls(code, sigmas, sigmas.unbind(0), ())
+        lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
+        lines = lines.to(x.dtype).to(x.device)
+        matrices = lines.unbind(0) if code.side == 1 else lines.split([len(matrix) for matrix in code.matrices])
+        return cls(code, sigmas, sigmas.unbind(0), matrices)
+
+
+def constants_for(plan: Plan, x: Tensor) -> Constants:
+    """The constants of a Plan; those of its latest run, if the state is alike and no denoiser wrote into its sigma."""
+    if torch.is_inference_mode_enabled():  # tensors made in it are of no use outside
+        return Constants.of(plan, x)
+    key = (len(x), x.dtype, x.device, type(x))
+    known = _CONSTANTS.get(plan)
+    if known is None or known[0] != key or known[1].sigmas._version != known[2]:
+        constants = Constants.of(plan, x)
+        known = _CONSTANTS[plan] = (key, constants, constants.sigmas._version)
+    return known[1]
+
+
+def fused_loop(
+    plan: Plan,
+    denoiser: Denoiser,
+    state: Memory,
+    draw: NoiseFunction,
+    callback: Callback | None,
+    constants: Constants,
 ) -> Memory:
     """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
-    x = state["x"]
-    code = program(plan, mix=x.dtype.itemsize >= 4)
-    slots = _Slots(code, x)
+    slots = _Slots(constants, state)
     values = slots.values
-    for name, slot in code.start.items():
-        slots.put(slot, state[name])
-    rows = iter(sigmas.unbind(0))
     evaluations = 0
-    for step, work in zip(plan.steps, code.passes, strict=True):
-        seen = denoised = uncond = None
+    for work in constants.program.passes:
+        seen = None
         for slot, interval in work.draws:
             slots.draw(slot, draw, interval)
-        for stage, call in zip(step.stages, work.calls, strict=True):
-            slots.compute(call.kernels)
-            denoised, uncond = slots.evaluate(call.input, denoiser, next(rows), stage, step)
+        for call in work.calls:
+            if call.kernels:
+                slots.compute(call.kernels)
+            denoised = slots.evaluate(call, denoiser, constants.levels[evaluations], work.step)
+            evaluations += 1
             if callback is not None and seen is None:
                 seen = values[call.input].clone(), denoised
-            slots.put(call.denoised, denoised)
-            if call.uncond is not None:
-                slots.put(call.uncond, uncond)
         slots.compute(work.kernels)
-        evaluations += len(step.stages)
-        denoised = uncond = None
+        denoised = None
         for slot in work.dead:
             values[slot] = None
         if callback is not None and seen is not None:
+            step = work.step
             callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
-    return {name: values[slot] * scale if scale != 1.0 else values[slot].clone() for name, (slot, scale) in code.end.items()}
+    ends = slots.code.end.items()
+    return {name: values[slot].clone() if scale == 1.0 else values[slot] * scale for name, (slot, scale) in ends}
 
 
 class _Slots:
-    """The values of a run. Those that are the engine's are rows of one buffer."""
+    """The values of a run: rows of one buffer, and tensors that are not the engine's, which are never written to."""
 
-    def __init__(self, code: Program, x: Tensor) -> None:
-        self.code, self.x = code, x
+    def __init__(self, constants: Constants, state: Memory) -> None:
+        self.code, self.matrices, self.x = constants.program, constants.matrices, state["x"]
+        code, x = self.code, self.x
+        self.shape, self.dtype = x.shape, x.dtype
         self.values: list[Any] = [None] * (code.rows + code.foreign)
         self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
-        self.wide = torch.empty_like(x, dtype=torch.float32) if x.dtype.itemsize < 4 else None
-        # TensorFloat-32 and the like would round the terms of a product of matrices, though not of matrix and vector.
-        self.exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-        if code.matrices:
-            rows = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
-            self.matrices = rows.to(x.dtype).to(x.device).split([len(matrix) for matrix in code.matrices])
         self.bind(torch.zeros((code.rows, x.numel()), dtype=x.dtype, device=x.device))
+        for name, slot in code.start.items():
+            self.put(slot, state[name])
 
     def bind(self, buffer: Tensor) -> None:
         """Take the rows of `buffer` for the values."""
+        n, side = self.code.rows, self.code.side
         self.buffer = buffer
-        rows = buffer.as_strided((len(buffer), *self.x.shape), (self.x.numel(), *self.strides)).unbind(0)
-        for slot in range(self.code.rows):
+        rows = buffer.as_strided((n, *self.x.shape), (self.x.numel(), *self.strides)).unbind(0)
+        for slot in range(n):
             self.values[slot] = rows[self.code.place(slot)]
-        self.sides = buffer[: len(buffer) - self.code.side], buffer[self.code.side :]
+        if side == 1:
+            self.sides: Any = buffer[: n - side].t(), buffer[side:].t()
+            self.outputs: Any = buffer[0], buffer[n - 1]
+        elif side:
+            self.sides = buffer[: n - side], buffer[side:]
+            self.outputs = buffer[:side], buffer[n - side :]
         self.storage = buffer.untyped_storage()._cdata
         self.users = _users(self.storage)
 
-    def put(self, slot: int, value: Any) -> None:
+    def put(self, slot: int, value: Tensor) -> None:
+        """A tensor that is not the engine's: as it is, or copied into a row."""
         if slot < 0:
             self.values[slot] = value
         else:
@@ -202,72 +250,57 @@ class _Slots:
         else:
             self.values[slot].copy_(checked_noise(draw, interval, self.x))
 
-    def evaluate(
-        self, slot: int, denoiser: Denoiser, sigma: Tensor, stage: Stage, step: Step
-    ) -> tuple[Tensor, Tensor | None]:
-        """Call the denoiser; where it keeps its input, or returns it, that is left alone from now on."""
-        x = self.values[slot]
+    def evaluate(self, call: Call, denoiser: Denoiser, sigma: Tensor, step: Step) -> Tensor:
+        """Call the denoiser and keep what it returns. An input that it keeps, or returns, is not overwritten."""
+        x = self.values[call.input]
         references = sys.getrefcount(x)
-        denoised, uncond = evaluate(denoiser, x, sigma, stage, step)
-        if denoised.untyped_storage()._cdata == self.storage:
-            denoised = denoised.clone()
-        if uncond is not None and uncond.untyped_storage()._cdata == self.storage:
-            uncond = uncond.clone()
+        denoised = denoiser(x, sigma)
+        uncond = None
+        plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
+        if not plain or call.uncond is not None:
+            denoised, uncond = check_outputs(denoised, x, call.stage, step)
         if sys.getrefcount(x) != references or _users(self.storage) != self.users:
-            self.bind(self.buffer.clone())
-        return denoised, uncond
-
-    def compute(self, kernels: tuple[Combine | Mix, ...]) -> None:
-        for kernel in kernels:
-            if isinstance(kernel, Mix):
-                self.mix(kernel)
-            elif self.wide is None:
-                self.combine(kernel)
-            else:
-                self.combine_wide(kernel, self.wide)
-
-    def combine(self, kernel: Combine) -> None:
-        values = self.values
-        out = values[kernel.out]
-        if not kernel.terms:
-            out.zero_()
-            return
-        total = values[kernel.terms[0][0]]
-        if kernel.scale != 1.0:
-            total = torch.mul(total, kernel.scale, out=out)
-        for slot, weight, flipped in kernel.lerps:
-            a, b = (values[slot], total) if flipped else (total, values[slot])
-            total = torch.lerp(a, b, weight, out=out)
-        for slot, c in kernel.adds:
-            total = torch.add(total, values[slot], alpha=c, out=out)
-        if total is not out:
-            out.copy_(total)
-
-    def combine_wide(self, kernel: Combine, wide: Tensor) -> None:
-        """The same for half precision: in float32, rounded once. A single lerp does that by itself."""
-        out, operands = self.values[kernel.out], [self.values[slot] for slot, _ in kernel.terms]
-        if len(operands) == 2 and kernel.lerps and all(value.dtype == out.dtype for value in operands):
-            self.combine(kernel)
-            return
-        wide.zero_()
-        for value, (_, c) in zip(operands, kernel.terms, strict=True):
-            wide.add_(value, alpha=c)
-        out.copy_(wide)
-
-    def mix(self, kernel: Mix) -> None:
-        matrix, rows = self.matrices[kernel.index], self.sides[kernel.side]
-        first = self.code.place(kernel.out)
-        out = self.buffer[first : first + len(matrix)]
-        if self.exact and len(matrix) > 1:
-            torch.mm(matrix, rows, out=out)
+            denoised, uncond = self.owned(denoised), self.owned(uncond)
+            if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+                self.bind(self.buffer.clone())
+        if call.denoised < 0:
+            self.values[call.denoised] = denoised
         else:
-            for line, result in zip(matrix, out, strict=True):
-                torch.mv(rows.t(), line, out=result)
+            self.values[call.denoised].copy_(denoised)
+        if call.uncond is not None:
+            self.put(call.uncond, uncond)
+        return denoised
 
+    def owned(self, out: Any) -> Any:
+        """What the denoiser returned; a copy where that is its input, or a part of it."""
+        return out.clone() if out is not None and out.untyped_storage()._cdata == self.storage else out
 
-def _users(storage: int) -> int:
-    """How many tensors use a storage."""
-    return torch._C._storage_Use_Count(storage)
+    def compute(self, kernels: tuple[Kernel, ...]) -> None:
+        """Run kernels; see `program.Kernel`."""
+        values = self.values
+        for op, out, a, b, weight, terms in kernels:
+            if op == "lerp":
+                torch.lerp(values[a], values[b], weight, out=values[out])
+            elif op == "add":
+                torch.add(values[a], values[b], alpha=weight, out=values[out])
+            elif op == "mix":
+                self.mix(out, a, self.matrices[b])
+            elif op == "scale":
+                torch.mul(values[a], weight, out=values[out])
+            else:
+                wide = torch.zeros_like(self.x, dtype=torch.promote_types(self.x.dtype, torch.float32))
+                for slot, c in terms:
+                    wide.add_(values[slot], alpha=c)
+                values[out].copy_(wide)
+
+    def mix(self, out: int, side: int, matrix: Tensor) -> None:
+        rows, result = self.sides[side], self.outputs[out != 0]
+        if self.code.side == 1:
+            torch.mv(rows, matrix, out=result)
+        elif len(matrix) < len(result):  # the input of an evaluation: x's row alone
+            torch.mm(matrix, rows, out=result[: len(matrix)])
+        else:
+            torch.mm(matrix, rows, out=result)
 
 
 def advance(
@@ -321,10 +354,12 @@ def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
 
 
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
-    """Call the denoiser and check what it returns by its type, shape and dtype (no value is read)."""
-    out: Any = denoiser(x, sigma)
-    if type(out) is Tensor and out.dtype == x.dtype and out.shape == x.shape and not stage.guided:
-        return out, None  # the rule; the messages below take longer than the check
+    """Call the denoiser and check what it returns."""
+    return check_outputs(denoiser(x, sigma), x, stage, step)
+
+
+def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
+    """What the denoiser returned for x, checked by its type, shape and dtype (no value is read)."""
     where = f"in step {step.index} (sigma {stage.sigma:g})"
     if stage.guided:
         if not isinstance(out, Guided):

@@ -136,6 +136,10 @@ class Plan:
         return replace(self, steps=tuple(kept for step in steps for kept in _prune([step], self.auxiliary)))
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash((self.rule, self.sigmas))  # the steps follow from these two
 
     def __str__(self) -> str:

@@ -2,16 +2,16 @@ r"""A Plan as kernel calls: where each value of a run lives, and in how many pas
 
 A run keeps its values in *slots*. Slots 0, 1, ... are rows of one buffer, which the engine allocates once and
 overwrites from step to step; slots -1, -2, ... hold tensors that are not the engine's own (the caller's x, what the
-denoiser returned) and are never written to. The combinations of a Plan become
+denoiser returned) and are never written to. The linear combinations of a Plan become
 
-* `Combine`: a chain of `lerp` and scaled `add`, in place where the old value is not needed any more. Terms that sum to 1
-  (x, denoised values) are interpolated one after the other, positive weights first, so that no partial sum vanishes;
-  the rest (noise, slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes.
-* `Mix`: one product of a small matrix with neighbouring rows, all rows of an update at once. k terms and m results take
-  k + m passes, and 2 for every denoised value, which has to be copied into a row first. Measured on a CPU it is as fast
-  as the chain at 4 terms and faster from 5 on, so a Plan with a row of more than `CHAIN` terms is computed so.
+* chains of `lerp` and scaled `add`, in place where the old value is not needed any more. Terms that sum to 1 (x, denoised
+  values) are interpolated one after the other, positive weights first, so that no partial sum vanishes; the rest (noise,
+  slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes.
+* `mix`: one product of a small matrix with neighbouring rows, for all rows of an update at once. k terms and m results
+  take k + m passes, and 2 for every denoised value, which has to be copied into a row first. On a CPU it is as fast as
+  the chain at 4 terms and faster from 5 on, so a Plan with a row of more than `CHAIN` terms is computed so.
 
-For `Mix` the rows are laid out as [side A | ring | side B]. A side has the new x and the memory that is computed anew in
+For `mix` the rows are laid out as [side A | ring | side B]. A side has the new x and the memory that is computed anew in
 each step; an update reads one side and the ring and writes the other side. The ring has what lives on as it is: noise,
 denoised values, past slopes.
 """
@@ -19,42 +19,38 @@ denoised values, past slopes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
-from kinvert.plan import Interval, Plan, Step
+from kinvert.plan import Interval, Plan, Stage, Step
 
 CHAIN = 3  # the most terms for which a chain is preferred
 
 
-class Combine(NamedTuple):
-    """`out = scale * first`, then `lerp` with each of `lerps`, then add each of `adds`; `terms` is the plain sum.
+class Kernel(NamedTuple):
+    """One operation that writes the slot `out`.
 
-    A lerp `(slot, weight, flipped)` has the weight of the slot, or, flipped, of what has been accumulated: the smaller
-    of the two, which keeps its digits in float32.
+    "lerp": `a + weight (b - a)`; "add": `a + weight b`; "scale": `weight a`; "sum": the sum of `terms` (slot,
+    coefficient), accumulated in float32 for half precision; "mix": the product of matrix number `b` with the rows of side
+    `a` and the ring, into `out` and the slots after it.
     """
 
+    op: Literal["lerp", "add", "scale", "sum", "mix"]
     out: int
-    terms: tuple[tuple[int, float], ...]
-    scale: float
-    lerps: tuple[tuple[int, float, bool], ...]
-    adds: tuple[tuple[int, float], ...]
-
-
-class Mix(NamedTuple):
-    """`slots[out], slots[out + 1], ... = matrices[index] @ rows` of one side and the ring, as they lie in memory."""
-
-    out: int
-    side: int
-    index: int
+    a: int = 0
+    b: int = 0
+    weight: float = 0.0
+    terms: tuple[tuple[int, float], ...] = ()
 
 
 class Call(NamedTuple):
     """One evaluation: kernels that prepare the input, its slot, and the slots of what the denoiser returns."""
 
-    kernels: tuple[Combine | Mix, ...]
+    stage: Stage
+    kernels: tuple[Kernel, ...]
     input: int
     denoised: int
     uncond: int | None
@@ -63,9 +59,10 @@ class Call(NamedTuple):
 class Pass(NamedTuple):
     """One step: noises to draw into rows, evaluations, the kernels of the update, and slots that are done with."""
 
+    step: Step
     draws: tuple[tuple[int, Interval], ...]
     calls: tuple[Call, ...]
-    kernels: tuple[Combine | Mix, ...]
+    kernels: tuple[Kernel, ...]
     dead: tuple[int, ...]
 
 
@@ -75,12 +72,12 @@ class Program:
 
     Attributes:
         rows: number of rows, each as large as x.
-        side: number of rows of a side; 0 where there is no `Mix`.
+        side: number of rows of a side; 0 where there is no `mix`.
         foreign: number of slots for tensors that are not the engine's.
         start: slot of each value of the initial state.
         end: slot and scale of each value of the final state.
         passes: the steps.
-        matrices: the rows of coefficients of each `Mix`.
+        matrices: the rows of coefficients of each `mix`.
         held: the most denoised values that are kept, outside the rows, while the denoiser is called again.
     """
 
@@ -136,41 +133,43 @@ class _Pool:
 
 
 @functools.lru_cache(maxsize=64)
-def program(plan: Plan, mix: bool = True) -> Program:
-    """The kernel calls of a Plan, as chains alone or, where a row has many terms, as products too."""
+def program(plan: Plan, half: bool = False) -> Program:
+    """The kernel calls of a Plan: chains alone or, where a row has many terms, products too.
+
+    half: the state is in half precision, so every combination of more than two terms is a "sum".
+    """
     longest = max(len(form) for step in plan.steps for form in _rows(step))
-    return (_Mixed if mix and longest > CHAIN else _Chained)(plan).program()
+    return (_Mixed(plan) if longest > CHAIN and not half else _Chained(plan, half)).program()
 
 
 def _rows(step: Step) -> list[Form]:
     return [*(stage.input for stage in step.stages), step.x, *(form for _, form in step.memory)]
 
 
-def _combine(out: int, form: Form, known: Known, first: Symbol | None = None) -> Combine:
-    """The chain for a form, from the value `first` on, by default the one with the largest coefficient."""
+def _chain(out: int, form: Form, known: Known, first: Symbol | None = None) -> list[Kernel]:
+    """The kernels for a form, from the value `first` on, by default the one with the largest coefficient."""
     values = [(known[s], c * known[s].scale) for s, c in form]
-    terms = tuple((value.slot, c) for value, c in values)
-    if not terms:
-        return Combine(out, (), 0.0, (), ())
-    base = max((t for t in values if _moves(t[0])), key=lambda t: t[1], default=values[0])
+    if not values:
+        return [Kernel("sum", out)]
+    value, start = max(values, key=lambda t: t[1] if _moves(t[0]) else -math.inf)
     if first is not None:
-        base = (known[first], form[first] * known[first].scale)
-    rest = sorted((t for t in values if t[0].slot != base[0].slot), key=lambda t: -t[1])
-    blended = [(value.slot, c) for value, c in rest if _moves(value)]
-    total = base[1] + sum(c for _, c in blended)
-    if not (_moves(base[0]) and base[1] > 0 and abs(total - 1.0) <= 1e-12 * sum(abs(c) for _, c in terms)):
-        return Combine(out, ((base[0].slot, base[1]), *_slots(rest)), base[1], (), _slots(rest))
-    lerps, reached = [], base[1]
-    for slot, c in blended:
+        value, start = known[first], form[first] * known[first].scale
+    rest = sorted((t for t in values if t[0].slot != value.slot), key=lambda t: -t[1])
+    kernels, a, reached = list[Kernel](), value.slot, start
+    total = start + sum(c for v, c in rest if _moves(v))
+    if not (_moves(value) and start > 0 and abs(total - 1.0) <= 1e-12 * sum(abs(c) for _, c in values)):
+        return [Kernel("scale", out, a, weight=start), *(Kernel("add", out, out, v.slot, c) for v, c in rest)]
+    for v, c in (t for t in rest if _moves(t[0])):
         before, reached = reached, reached + c
-        flipped = before < c
-        lerps.append((slot, before / reached if flipped else c / reached, flipped))
-    added = _slots([t for t in rest if not _moves(t[0])])
-    return Combine(out, ((base[0].slot, base[1]), *_slots(rest)), 1.0, tuple(lerps), added)
-
-
-def _slots(values: Iterable[tuple[_Value, float]]) -> tuple[tuple[int, float], ...]:
-    return tuple((value.slot, c) for value, c in values)
+        # The smaller weight is passed on: near 1 it would lose its digits in float32.
+        swapped = before < c
+        pair, weight = ((v.slot, a), before / reached) if swapped else ((a, v.slot), c / reached)
+        kernels.append(Kernel("lerp", out, *pair, weight))
+        a = out
+    for v, c in (t for t in rest if not _moves(t[0])):
+        kernels.append(Kernel("add", out, a, v.slot, c))
+        a = out
+    return kernels or [Kernel("scale", out, a, weight=1.0)]
 
 
 def _moves(value: _Value) -> bool:
@@ -187,8 +186,8 @@ class _Chained:
 
     side: tuple[str, ...] = ()
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, half: bool = False) -> None:
+        self.plan, self.half = plan, half
         self.rows, self.foreign = _Pool(0, 1), _Pool(-1, -1)
         self.matrices: list[list[dict[int, float]]] = []
         self.held = 0
@@ -214,7 +213,7 @@ class _Chained:
             known[Noise(r)] = _Value(self.rows.take(), weight=0.0)
             draws.append((known[Noise(r)].slot, interval))
         for k, stage in enumerate(step.stages):
-            alias, kernels = stage.input.alias(), ()
+            alias, kernels = stage.input.alias(), list[Kernel]()
             if alias is not None and known[alias].scale == 1.0:
                 slot = known[alias].slot
             else:
@@ -223,37 +222,46 @@ class _Chained:
             self.held = max(self.held, len({v.slot for v in known.values() if v.slot < 0} - initial))
             for symbol in (Denoised(k), Uncond(k))[: 1 + stage.guided]:
                 known[symbol] = _Value(self.output(symbol, step))
-            calls.append(Call(kernels, slot, known[Denoised(k)].slot, known[Uncond(k)].slot if stage.guided else None))
+            uncond = known[Uncond(k)].slot if stage.guided else None
+            calls.append(Call(stage, tuple(kernels), slot, known[Denoised(k)].slot, uncond))
         kernels = self.update(step, known)
         live = {value.slot for value in self.state.values()}
         done = ({value.slot for value in known.values()} | set(scratch)) - live
         dead = tuple(slot for slot in done if slot < 0)
         self.foreign.free += dead
         self.rows.free += [slot for slot in done if slot >= 2 * len(self.side)]
-        return Pass(tuple(draws), tuple(calls), tuple(kernels), dead)
+        return Pass(step, tuple(draws), tuple(calls), tuple(kernels), dead)
 
-    def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, tuple[Combine | Mix, ...]]:
+    def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
         """The slot and the kernels of a denoiser's input."""
         scratch.append(self.rows.take())
-        return scratch[-1], (_combine(scratch[-1], form, known),)
+        return scratch[-1], self.combine(scratch[-1], form, known)
+
+    def combine(self, out: int, form: Form, known: Known, first: Symbol | None = None) -> list[Kernel]:
+        kernels = _chain(out, form, known, first)
+        if self.half and (len(kernels) > 1 or kernels[0].op != "lerp"):
+            return [Kernel("sum", out, terms=tuple((known[s].slot, c) for s, c in form))]
+        return kernels
 
     def output(self, symbol: Symbol, step: Step) -> int:
         """The slot of what the denoiser returns."""
         return self.foreign.take()
 
-    def update(self, step: Step, known: Known) -> list[Combine | Mix]:
+    def update(self, step: Step, known: Known) -> list[Kernel]:
         """The new state: memory first, then x, each in place of an old row that nothing reads after it if it can be."""
         rows = [*step.memory, ("x", step.x)]
-        kernels: list[Combine | Mix] = []
+        kernels: list[Kernel] = []
         self.state = {State(name): known[alias] for name, form in rows if (alias := form.alias()) is not None}
         computed = [(name, form) for name, form in rows if form.alias() is None]
         for i, (name, form) in enumerate(computed):
             kept = {known[s].slot for _, later in computed[i + 1 :] for s, _ in later}
             kept |= {value.slot for value in self.state.values()}
-            old = [s for s, c in form if known[s].slot >= 0 and known[s].slot not in kept and c > 0 and _moves(known[s])]
+            old = [
+                s for s, c in form if known[s].slot >= 0 and known[s].slot not in kept and c > 0 and _moves(known[s])
+            ]
             first = max(old, key=lambda s: form[s], default=None)
             out = self.rows.take() if first is None else known[first].slot
-            kernels.append(_combine(out, form, known, first))
+            kernels += self.combine(out, form, known, first)
             self.state[State(name)] = _Value(out, weight=_weight(form, known))
         return kernels
 
@@ -293,18 +301,18 @@ class _Mixed(_Chained):
         self.in_ring = in_ring | {s for row in self.mixed.values() for s, _ in row}
         return super().step(step)
 
-    def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, tuple[Combine | Mix, ...]]:
+    def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
         """The denoiser's input lies where the next x will be."""
         out = (1 - self.now) * len(self.side)
-        return out, (_combine(out, form, known) if len(form) <= CHAIN else self.mix(out, [form], known),)
+        return out, _chain(out, form, known) if len(form) <= CHAIN else [self.mix(out, [form], known)]
 
     def output(self, symbol: Symbol, step: Step) -> int:
         """A row of the ring for what a product needs."""
         return self.rows.take() if symbol in self.in_ring else self.foreign.take()
 
-    def update(self, step: Step, known: Known) -> list[Combine | Mix]:
+    def update(self, step: Step, known: Known) -> list[Kernel]:
         """Past values stay where they are, new ones enter the ring, and one product computes the rest."""
-        kernels: list[Combine | Mix] = []
+        kernels: list[Kernel] = []
         state: Known = {}
         known = dict(known)
         for name, form in self.kept:
@@ -312,10 +320,13 @@ class _Mixed(_Chained):
             if alias is not None and known[alias].slot >= 2 * len(self.side):
                 state[State(name)] = known[alias]
                 continue
-            kernel = _combine(self.rows.take(), form, known)
-            unit = kernel.scale  # a pass is saved by keeping the value in units of its first coefficient
-            kernels.append(kernel._replace(scale=1.0, adds=tuple((slot, c / unit) for slot, c in kernel.adds)))
-            state[State(name)] = known[_new(name)] = _Value(kernel.out, unit, _weight(form, known) / unit)
+            out, unit = self.rows.take(), 1.0
+            chain = _chain(out, form, known)
+            if len(chain) > 1 and chain[0].op == "scale":  # saves a pass: the value in units of its first coefficient
+                (_, _, a, _, unit, _), *rest = chain
+                chain = [k._replace(a=a if i == 0 else out, weight=k.weight / unit) for i, k in enumerate(rest)]
+            kernels += chain
+            state[State(name)] = known[_new(name)] = _Value(out, unit, _weight(form, known) / unit)
         if self.mixed:
             out = (1 - self.now) * len(self.side)
             forms = [self.mixed.get(name, Form({})) for name in self.side]
@@ -329,10 +340,11 @@ class _Mixed(_Chained):
         self.state = state
         return kernels
 
-    def mix(self, out: int, forms: list[Form], known: Known) -> Mix:
+    def mix(self, out: int, forms: list[Form], known: Known) -> Kernel:
+        """The kernel for some forms at once; its matrix is written down when the number of rows is known."""
         self.matrices.append([{known[s].slot: c * known[s].scale for s, c in form} for form in forms])
         self.sides.append(self.now)
-        return Mix(out, self.now, len(self.matrices) - 1)
+        return Kernel("mix", out, self.now, len(self.matrices) - 1)
 
     def matrix(self, rows: list[dict[int, float]], index: int) -> tuple[tuple[float, ...], ...]:
         """The coefficients in the order of the rows in memory, from the side that is read to the end of the ring."""
