@@ -430,7 +430,7 @@ def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
     """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
     if not plan.is_stochastic:
         return lambda sigma_from, sigma_to: x  # never called
-    return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x)
+    return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x, plan.noise_levels)
 
 
 # -- the same rules on tensors: a second implementation, which the compiled one is tested against ---------------------

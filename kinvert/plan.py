@@ -97,6 +97,11 @@ class Plan:
         """Number of noise draws of one run."""
         return sum(len(step.noises) for step in self.steps)
 
+    @functools.cached_property
+    def noise_levels(self) -> tuple[float, ...]:
+        """The ends of all intervals of noise."""
+        return tuple(sorted({sigma for step in self.steps for interval in step.noises for sigma in interval}))
+
     @property
     def is_stochastic(self) -> bool:
         """Whether a run draws noise."""
