@@ -154,12 +154,13 @@ def _chain(out: int, form: Form, known: Known, first: Symbol | None = None) -> l
     if first is not None:
         value, start = known[first], form[first] * known[first].scale
     rest = sorted((t for t in values if t[0].slot != value.slot), key=lambda t: -t[1])
-    kernels, a, reached = list[Kernel](), value.slot, start
-    total = start + sum(c for v, c in rest if _moves(v))
+    kernels, a = list[Kernel](), value.slot
+    blended = [t for t in rest if _moves(t[0])]
+    total = start + sum(c for _, c in blended)
     if not (_moves(value) and start > 0 and abs(total - 1.0) <= 1e-12 * sum(abs(c) for _, c in values)):
         return [Kernel("scale", out, a, weight=start), *(Kernel("add", out, out, v.slot, c) for v, c in rest)]
-    for v, c in (t for t in rest if _moves(t[0])):
-        before, reached = reached, reached + c
+    after = [1.0 - sum(c for _, c in blended[i:]) for i in range(1, len(blended) + 1)]  # partial sums, that end at 1
+    for (v, c), before, reached in zip(blended, [start, *after], after, strict=False):
         # The smaller weight is passed on: near 1 it would lose its digits in float32.
         swapped = before < c
         pair, weight = ((v.slot, a), before / reached) if swapped else ((a, v.slot), c / reached)
