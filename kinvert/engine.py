@@ -195,15 +195,16 @@ def fused_loop(
             evaluations += 1
             if callback is not None and seen is None:
                 seen = values[call.input].clone(), denoised
+            del denoised
         slots.compute(work.kernels)
-        denoised = None
         for slot in work.dead:
             values[slot] = None
         if callback is not None and seen is not None:
             step = work.step
             callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
-    ends = slots.code.end.items()
-    return {name: values[slot].clone() if scale == 1.0 else values[slot] * scale for name, (slot, scale) in ends}
+    ends = constants.program.end
+    final = {name: values[slot].to(slots.dtype, copy=True) for name, (slot, _) in ends.items()}
+    return {name: value if ends[name][1] == 1.0 else value.mul_(ends[name][1]) for name, value in final.items()}
 
 
 class _Slots:
@@ -254,8 +255,8 @@ class _Slots:
         """Call the denoiser and keep what it returns. An input that it keeps, or returns, is not overwritten."""
         x = self.values[call.input]
         references = sys.getrefcount(x)
-        denoised = denoiser(x, sigma)
-        uncond = None
+        denoised: Any = denoiser(x, sigma)
+        uncond: Any = None
         plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
         if not plain or call.uncond is not None:
             denoised, uncond = check_outputs(denoised, x, call.stage, step)
@@ -263,10 +264,7 @@ class _Slots:
             denoised, uncond = self.owned(denoised), self.owned(uncond)
             if sys.getrefcount(x) != references or _users(self.storage) != self.users:
                 self.bind(self.buffer.clone())
-        if call.denoised < 0:
-            self.values[call.denoised] = denoised
-        else:
-            self.values[call.denoised].copy_(denoised)
+        self.put(call.denoised, denoised)
         if call.uncond is not None:
             self.put(call.uncond, uncond)
         return denoised
@@ -287,6 +285,8 @@ class _Slots:
                 self.mix(out, a, self.matrices[b])
             elif op == "scale":
                 torch.mul(values[a], weight, out=values[out])
+            elif op == "blend" and values[a].dtype == values[b].dtype:
+                torch.lerp(values[a], values[b], weight, out=values[out])
             else:
                 wide = torch.zeros_like(self.x, dtype=torch.promote_types(self.x.dtype, torch.float32))
                 for slot, c in terms:

@@ -71,9 +71,9 @@ class Brownian:
     r"""Increments of one Brownian path in sigma: `n(a, b) = (W(b) - W(a)) / sqrt(|b - a|)`. Build it with `brownian`.
 
     The path is Levy's construction on a fixed dyadic grid. The increments over the octaves `[2^j, 2^(j+1)]` are
-    independent, as is the one from 0 to the lowest of them. Within an octave of width w, with u in [0, 1) the place of sigma in it,
-    `W = linear + sum_l sqrt(w / 2^l) / 2 (1 - |2 u_l - 1|) z_l + sqrt(w / 2^L u_L (1 - u_L)) z_L` where u_l is the
-    place of sigma in its cell of level l = 0 ... L - 1, the interval that halving the octave l times gives, and z_l
+    independent, as is the one from 0 to the lowest of them. Within an octave of width w, with u in [0, 1) the place of
+    sigma in it, `W = linear + sum_l sqrt(w / 2^l) / 2 (1 - |2 u_l - 1|) z_l + sqrt(w / 2^L u_L (1 - u_L)) z_L` where
+    u_l is the place of sigma in its cell of level l = 0 ... L - 1, the interval that halving the octave l times gives, and z_l
     the normal variable of that cell, with a seed of its own. L is the level at which the bridge ends; the law is exact
     for any points of which no two share a cell of level L.
 
@@ -173,7 +173,7 @@ class _BrownianPath:
 
 @functools.lru_cache(maxsize=64)
 def _depths(levels: tuple[float, ...]) -> dict[float, int]:
-    """For each of some levels the first level of cells, from `COARSEST` on, at which it shares its cell with no other."""
+    """For each of some sigmas the first level of cells, from `COARSEST` on, at which it has its cell for itself."""
     depths = dict.fromkeys(sorted(levels), Brownian.COARSEST)
     for a, b in itertools.pairwise(depths):  # who shares a cell longest is a neighbour
         depth = next(depth for depth in itertools.count(Brownian.COARSEST) if _cell(a, depth) != _cell(b, depth))
@@ -203,11 +203,11 @@ def _seeded_normal(seed: int | tuple[int, ...], x: Tensor) -> Callable[..., Tens
     """A standard normal tensor like x (float32 for half precision) as a function of integers."""
     _check_seeds(seed, x)
     generator = torch.Generator(device=x.device)
+    seeds = seed if isinstance(seed, tuple) else (seed,)
 
     def normal(*place: int, out: Tensor | None = None) -> Tensor:
         out = torch.empty(x.shape, dtype=_wide(x), device=x.device) if out is None else out
-        per_sample = isinstance(seed, tuple)
-        for part, one in zip(out if per_sample else (out,), seed if per_sample else (seed,), strict=True):
+        for part, one in zip(out if isinstance(seed, tuple) else (out,), seeds, strict=True):
             part.normal_(generator=generator.manual_seed(_mix(one, *place)))
         return out
 

@@ -4,16 +4,16 @@ A run keeps its values in *slots*. Slots 0, 1, ... are rows of one buffer, which
 overwrites from step to step; slots -1, -2, ... hold tensors that are not the engine's own (the caller's x, what the
 denoiser returned) and are never written to. The linear combinations of a Plan become
 
-* chains of `lerp` and scaled `add`, in place where the old value is not needed any more. Terms that sum to 1 (x, denoised
-  values) are interpolated one after the other, positive weights first, so that no partial sum vanishes; the rest (noise,
-  slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes.
+* chains of `lerp` and scaled `add`, in place where the old value is not needed any more. Terms that sum to 1 (x,
+  denoised values) are interpolated one after the other, positive weights first, so that no partial sum vanishes; the
+  rest (noise, slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes.
 * `mix`: one product of a small matrix with neighbouring rows, for all rows of an update at once. k terms and m results
   take k + m passes, and 2 for every denoised value, which has to be copied into a row first. On a CPU it is as fast as
   the chain at 4 terms and faster from 5 on, so a Plan with a row of more than `CHAIN` terms is computed so.
 
-For `mix` the rows are laid out as [side A | ring | side B]. A side has the new x and the memory that is computed anew in
-each step; an update reads one side and the ring and writes the other side. The ring has what lives on as it is: noise,
-denoised values, past slopes.
+For `mix` the rows are laid out as [side A | ring | side B]. A side has the new x and the memory that is computed anew
+in each step; an update reads one side and the ring and writes the other side. The ring has what lives on as it is:
+noise, denoised values, past slopes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ CHAIN = 3  # the most terms for which a chain is preferred
 class Kernel(NamedTuple):
     """One operation that writes the slot `out`.
 
-    "lerp": `a + weight (b - a)`; "add": `a + weight b`; "scale": `weight a`; "sum": the sum of `terms` (slot,
-    coefficient), accumulated in float32 for half precision; "mix": the product of matrix number `b` with the rows of side
-    `a` and the ring, into `out` and the slots after it.
+    "lerp": `a + weight (b - a)`; "add": `a + weight b`; "scale": `weight a`. "sum": the sum of `terms` (slot,
+    coefficient), in float32 where the state is in half precision; "blend": the same as a lerp if that can be. "mix":
+    the product of matrix number `b` with the rows of side `a` and the ring, into `out` and the slots after it.
     """
 
-    op: Literal["lerp", "add", "scale", "sum", "mix"]
+    op: Literal["lerp", "add", "scale", "sum", "blend", "mix"]
     out: int
     a: int = 0
     b: int = 0
@@ -135,7 +135,7 @@ class _Pool:
 def program(plan: Plan, half: bool = False) -> Program:
     """The kernel calls of a Plan: chains alone or, where a row has many terms, products too.
 
-    half: the state is in half precision, so every combination of more than two terms is a "sum".
+    half: the state is in half precision. A lerp computes in float32 and rounds once; longer combinations are "sum"s.
     """
     longest = max(len(form) for step in plan.steps for form in _rows(step))
     return (_Mixed(plan) if longest > CHAIN and not half else _Chained(plan, half)).program()
@@ -239,9 +239,12 @@ class _Chained:
 
     def combine(self, out: int, form: Form, known: Known, first: Symbol | None = None) -> list[Kernel]:
         kernels = _chain(out, form, known, first)
-        if self.half and (len(kernels) > 1 or kernels[0].op != "lerp"):
-            return [Kernel("sum", out, terms=tuple((known[s].slot, c) for s, c in form))]
-        return kernels
+        if not self.half:
+            return kernels
+        terms = tuple((known[s].slot, c) for s, c in form)
+        if len(kernels) == 1 and kernels[0].op == "lerp":
+            return [kernels[0]._replace(op="blend", terms=terms)]
+        return [Kernel("sum", out, terms=terms)]
 
     def output(self, symbol: Symbol, step: Step) -> int:
         """The slot of what the denoiser returns."""
