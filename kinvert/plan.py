@@ -180,7 +180,9 @@ def _compile(rule: Rule, sigmas: tuple[float, ...]) -> Plan:
         step = compile_step(rule, sigmas, index, memory)
         steps.append(step)
         memory = {name: Form.of(State(name)) for name in ("x", *(name for name, _ in step.memory))}
-    return Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary)
+    plan = Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary)
+    _ = plan.steps[0].reads, plan.noise_levels, plan.draws  # torch.compile cannot trace their first use
+    return plan
 
 
 def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> Step:
