@@ -17,6 +17,7 @@ Results go to `benchmarks/results/overhead-<device>.json`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -44,7 +45,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 SHAPES = {"large": (4, 4, 128, 128), "small": (1, 4, 64, 64)}
 STEPS = 50
 SIGMAS = (0.03, 14.6)
-# kinvert's sampler and options; k-diffusion's function; diffusers' scheduler, its options, evaluations per step there
+# kinvert's sampler: its options, k-diffusion's function, diffusers' scheduler and the options of that
 CASES: dict[str, tuple[dict[str, Any], str | None, str | None, dict[str, Any]]] = {
     "euler": ({}, "sample_euler", "EulerDiscreteScheduler", {}),
     "heun": ({}, "sample_heun", "HeunDiscreteScheduler", {}),
@@ -169,6 +170,7 @@ def diffusers_run(
     """A scheduler's `step` alone, on as many steps; a singlestep solver of order 2 makes two timesteps of a step."""
     import diffusers
 
+    diffusers.utils.logging.set_verbosity_error()  # type: ignore[attr-defined]
     scheduler = getattr(diffusers, name)(**settings)
     extra = {"variance_noise": noise} if "algorithm_type" in settings else {}
     timesteps = 2 * steps if "Singlestep" in name else steps
@@ -345,7 +347,7 @@ def main() -> None:
         print(json.dumps(rows[-1]))
     noise = {size: brownian(shape, args.device, args.repetitions) for size, shape in SHAPES.items()}
     print(json.dumps(noise))
-    report = {"machine": machine(args.device), "versions": versions(), "steps": STEPS, "shapes": SHAPES}
+    report = {"machine": machine(args.device), "versions": versions(args.k_diffusion), "steps": STEPS, "shapes": SHAPES}
     report |= {"repetitions": args.repetitions, "rows": rows, "noise": noise}
     path = args.out or RESULTS / f"overhead-{args.device.partition(':')[0]}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
@@ -359,13 +361,15 @@ def machine(device: str) -> str:
     return f"{model[0].partition(': ')[2] if model else platform.processor()}, one thread"
 
 
-def versions() -> dict[str, str]:
-    """Of everything that was measured."""
+def versions(k_diffusion: Path | None) -> dict[str, str]:
+    """Of everything that was measured; a hash for k-diffusion's file."""
     found = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("diffusers"):
         import diffusers
 
         found["diffusers"] = diffusers.__version__
+    if k_diffusion is not None:
+        found["k-diffusion, sampling.py"] = hashlib.sha1(k_diffusion.read_bytes()).hexdigest()[:10]
     return found
 
 

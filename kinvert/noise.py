@@ -73,9 +73,9 @@ class Brownian:
     The path is Levy's construction on a fixed dyadic grid. The increments over the octaves `[2^j, 2^(j+1)]` are
     independent, as is the one from 0 to the lowest of them. Within an octave of width w, with u in [0, 1) the place of
     sigma in it, `W = linear + sum_l sqrt(w / 2^l) / 2 (1 - |2 u_l - 1|) z_l + sqrt(w / 2^L u_L (1 - u_L)) z_L` where
-    u_l is the place of sigma in its cell of level l = 0 ... L - 1, the interval that halving the octave l times gives, and z_l
-    the normal variable of that cell, with a seed of its own. L is the level at which the bridge ends; the law is exact
-    for any points of which no two share a cell of level L.
+    u_l is the place of sigma in its cell of level l = 0 ... L - 1, the interval that halving the octave l times gives,
+    and z_l the normal variable of that cell, with a seed of its own. L is the level at which the bridge ends; the law
+    is exact for any points of which no two share a cell of level L.
 
     With `depth` L is that number, so W(sigma) is a function of the seed and of sigma alone, and two runs see the same
     path whatever their steps, at the cost of most of L + 1 normal variables for each point. Without it, a run ends the

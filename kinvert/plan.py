@@ -243,19 +243,19 @@ def _prune(steps: list[Step], keep: Iterable[str]) -> tuple[Step, ...]:
     pruned = []
     for step in reversed(steps):
         memory = tuple((name, form) for name, form in step.memory if name in needed)
-        rows = [stage.input for stage in step.stages] + [step.x] + [form for _, form in memory]
-        used = {symbol for row in rows for symbol, _ in row}
+        used = {symbol for stage in step.stages for symbol in stage.input.terms} | step.x.terms.keys()
+        used.update(*(form.terms for _, form in memory))
         kept = [r for r in range(len(step.noises)) if Noise(r) in used]
-        names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
-        pruned.append(
-            replace(
+        if len(kept) < len(step.noises):
+            names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
+            step = replace(  # noqa: PLW2901
                 step,
                 noises=tuple(step.noises[r] for r in kept),
                 stages=tuple(replace(stage, input=_rename(stage.input, names)) for stage in step.stages),
                 x=_rename(step.x, names),
-                memory=tuple((name, _rename(form, names)) for name, form in memory),
             )
-        )
+            memory = tuple((name, _rename(form, names)) for name, form in memory)
+        pruned.append(step if memory == step.memory else replace(step, memory=memory))
         needed = {str(symbol.key) for symbol in used if symbol.kind == "state"}
     return tuple(reversed(pruned))
 
