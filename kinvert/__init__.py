@@ -6,6 +6,7 @@ Diffusion samplers and noise schedules as data, `unsample` (run a sampler backwa
 
 from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
+from kinvert import graphs as graphs
 from kinvert import inversion as inversion
 from kinvert import levels as levels
 from kinvert import metrics as metrics

@@ -7,18 +7,23 @@ and rounded once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step, as_schedule
+from kinvert.program import Call, Kernel, Program, program
 from kinvert.rules.base import Rule, StepBuilder
 
 
@@ -44,6 +49,9 @@ class Progress:
 
 Callback = Callable[[Progress], None]
 Memory = dict[str, Tensor]
+
+_users = torch._C._storage_Use_Count  # how many tensors use a storage
+_CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int]] = WeakKeyDictionary()
 
 
 def run(
@@ -93,7 +101,25 @@ def run_state(
     _check_memory(plan, state)
     x = state["x"]
     draw = noise_for(plan, noise, x)
-    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    if _is_traced(x):
+        return _loop(plan, denoiser, state, draw, callback)
+    return fused_loop(plan, denoiser, state, draw, callback, constants_for(plan, x))
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor."""
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or is_traceable_wrapper_subclass(x)
+    )
+
+
+def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
+    """The run as it is read off the Plan: a new tensor for every value."""
+    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], state["x"])
     first = 0
     for step in plan.steps:
         state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
@@ -103,6 +129,178 @@ def run_state(
     # A last step "x' = D" hands out the denoiser's own tensor, which the denoiser may reuse.
     rows = {"x": plan.steps[-1].x, **dict(plan.steps[-1].memory)}
     return {name: value.clone() if rows[name].alias() else value for name, value in state.items()}
+
+
+# -- the same in few passes over memory -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Constants:
+    """What does not change from run to run: the program of a Plan, and its numbers on the device.
+
+    Attributes:
+        program: the kernels.
+        sigmas: noise levels of all evaluations, shape (evaluations, batch), and `levels`, its rows.
+        matrices: coefficients of each product.
+    """
+
+    program: Program
+    sigmas: Tensor
+    levels: tuple[Tensor, ...]
+    matrices: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, x: Tensor) -> Constants:
+        """Upload the numbers for a state like `x`."""
+        code = program(plan, half=x.dtype.itemsize < 4)
+        sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        if not code.matrices:
+            return cls(code, sigmas, sigmas.unbind(0), ())
+        lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
+        lines = lines.to(x.dtype).to(x.device)
+        matrices = lines.unbind(0) if code.side == 1 else lines.split([len(matrix) for matrix in code.matrices])
+        return cls(code, sigmas, sigmas.unbind(0), matrices)
+
+
+def constants_for(plan: Plan, x: Tensor) -> Constants:
+    """The constants of a Plan; those of its latest run, if the state is alike and no denoiser wrote into its sigma."""
+    if torch.is_inference_mode_enabled():  # tensors made in it are of no use outside
+        return Constants.of(plan, x)
+    key = (len(x), x.dtype, x.device, type(x))
+    known = _CONSTANTS.get(plan)
+    if known is None or known[0] != key or known[1].sigmas._version != known[2]:
+        constants = Constants.of(plan, x)
+        known = _CONSTANTS[plan] = (key, constants, constants.sigmas._version)
+    return known[1]
+
+
+def fused_loop(
+    plan: Plan,
+    denoiser: Denoiser,
+    state: Memory,
+    draw: NoiseFunction,
+    callback: Callback | None,
+    constants: Constants,
+) -> Memory:
+    """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
+    slots = _Slots(constants, state)
+    values = slots.values
+    evaluations = 0
+    for work in constants.program.passes:
+        seen = None
+        for slot, interval in work.draws:
+            slots.draw(slot, draw, interval)
+        for call in work.calls:
+            if call.kernels:
+                slots.compute(call.kernels)
+            denoised = slots.evaluate(call, denoiser, constants.levels[evaluations], work.step)
+            evaluations += 1
+            if callback is not None and seen is None:
+                seen = values[call.input].clone(), denoised
+            del denoised
+        slots.compute(work.kernels)
+        for slot in work.dead:
+            values[slot] = None
+        if callback is not None and seen is not None:
+            step = work.step
+            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
+    ends = constants.program.end
+    final = {name: values[slot].to(slots.dtype, copy=True) for name, (slot, _) in ends.items()}
+    return {name: value if ends[name][1] == 1.0 else value.mul_(ends[name][1]) for name, value in final.items()}
+
+
+class _Slots:
+    """The values of a run: rows of one buffer, and tensors that are not the engine's, which are never written to."""
+
+    def __init__(self, constants: Constants, state: Memory) -> None:
+        self.code, self.matrices, self.x = constants.program, constants.matrices, state["x"]
+        code, x = self.code, self.x
+        self.shape, self.dtype = x.shape, x.dtype
+        self.values: list[Any] = [None] * (code.rows + code.foreign)
+        self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
+        self.bind(torch.zeros((code.rows, x.numel()), dtype=x.dtype, device=x.device))
+        for name, slot in code.start.items():
+            self.put(slot, state[name])
+
+    def bind(self, buffer: Tensor) -> None:
+        """Take the rows of `buffer` for the values."""
+        n, side = self.code.rows, self.code.side
+        self.buffer = buffer
+        rows = buffer.as_strided((n, *self.x.shape), (self.x.numel(), *self.strides)).unbind(0)
+        for slot in range(n):
+            self.values[slot] = rows[self.code.place(slot)]
+        if side == 1:
+            self.sides: Any = buffer[: n - side].t(), buffer[side:].t()
+            self.outputs: Any = buffer[0], buffer[n - 1]
+        elif side:
+            self.sides = buffer[: n - side], buffer[side:]
+            self.outputs = buffer[:side], buffer[n - side :]
+        self.storage = buffer.untyped_storage()._cdata
+        self.users = _users(self.storage)
+
+    def put(self, slot: int, value: Tensor) -> None:
+        """A tensor that is not the engine's: as it is, or copied into a row."""
+        if slot < 0:
+            self.values[slot] = value
+        else:
+            self.values[slot].copy_(value)
+
+    def draw(self, slot: int, draw: NoiseFunction, interval: Interval) -> None:
+        """Noise, straight into its row where the source can do that."""
+        into = getattr(draw, "into", None)
+        if into is not None and self.x.is_contiguous():
+            into(self.values[slot], *interval)
+        else:
+            self.values[slot].copy_(checked_noise(draw, interval, self.x))
+
+    def evaluate(self, call: Call, denoiser: Denoiser, sigma: Tensor, step: Step) -> Tensor:
+        """Call the denoiser and keep what it returns. An input that it keeps, or returns, is not overwritten."""
+        x = self.values[call.input]
+        references = sys.getrefcount(x)
+        denoised: Any = denoiser(x, sigma)
+        uncond: Any = None
+        plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
+        if not plain or call.uncond is not None:
+            denoised, uncond = check_outputs(denoised, x, call.stage, step)
+        if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+            denoised, uncond = self.owned(denoised), self.owned(uncond)
+            if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+                self.bind(self.buffer.clone())
+        self.put(call.denoised, denoised)
+        if call.uncond is not None:
+            self.put(call.uncond, uncond)
+        return denoised
+
+    def owned(self, out: Any) -> Any:
+        """What the denoiser returned; a copy where that is its input, or a part of it."""
+        return out.clone() if out is not None and out.untyped_storage()._cdata == self.storage else out
+
+    def compute(self, kernels: tuple[Kernel, ...]) -> None:
+        """Run kernels; see `program.Kernel`."""
+        values = self.values
+        for op, out, a, b, weight, terms in kernels:
+            if op == "lerp":
+                torch.lerp(values[a], values[b], weight, out=values[out])
+            elif op == "add":
+                torch.add(values[a], values[b], alpha=weight, out=values[out])
+            elif op == "mix":
+                self.mix(out, a, self.matrices[b])
+            elif op == "scale":
+                torch.mul(values[a], weight, out=values[out])
+            elif op == "blend" and values[a].dtype == values[b].dtype:
+                torch.lerp(values[a], values[b], weight, out=values[out])
+            else:
+                wide = torch.zeros_like(self.x, dtype=torch.promote_types(self.x.dtype, torch.float32))
+                for slot, c in terms:
+                    wide.add_(values[slot], alpha=c)
+                values[out].copy_(wide)
+
+    def mix(self, out: int, side: int, matrix: Tensor) -> None:
+        rows, result = self.sides[side], self.outputs[out != 0]
+        if self.code.side == 1:
+            torch.mv(rows, matrix, out=result)
+        elif len(matrix) < len(result):  # the input of an evaluation: x's row alone
+            torch.mm(matrix, rows, out=result[: len(matrix)])
+        else:
+            torch.mm(matrix, rows, out=result)
 
 
 def advance(
@@ -156,8 +354,12 @@ def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
 
 
 def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
-    """Call the denoiser and check what it returns by its type, shape and dtype (no value is read)."""
-    out: Any = denoiser(x, sigma)
+    """Call the denoiser and check what it returns."""
+    return check_outputs(denoiser(x, sigma), x, stage, step)
+
+
+def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
+    """What the denoiser returned for x, checked by its type, shape and dtype (no value is read)."""
     where = f"in step {step.index} (sigma {stage.sigma:g})"
     if stage.guided:
         if not isinstance(out, Guided):
@@ -228,7 +430,7 @@ def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
     """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
     if not plan.is_stochastic:
         return lambda sigma_from, sigma_to: x  # never called
-    return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x)
+    return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x, plan.noise_levels)
 
 
 # -- the same rules on tensors: a second implementation, which the compiled one is tested against ---------------------

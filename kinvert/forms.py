@@ -13,6 +13,7 @@ so a rule that compiles is linear by construction.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn, SupportsFloat
@@ -29,21 +30,25 @@ class Symbol(NamedTuple):
         return f"{prefix}{self.key}"
 
 
+@functools.cache
 def State(name: str) -> Symbol:  # noqa: N802 - reads as the constructor it is
     """The symbol of the state `name`: "x" or a remembered value."""
     return Symbol("state", name)
 
 
+@functools.cache
 def Denoised(stage: int) -> Symbol:  # noqa: N802
     """The symbol of the denoised output of stage `stage`."""
     return Symbol("denoised", stage)
 
 
+@functools.cache
 def Uncond(stage: int) -> Symbol:  # noqa: N802
     """The symbol of the unconditional output of stage `stage` (classifier-free guidance)."""
     return Symbol("uncond", stage)
 
 
+@functools.cache
 def Noise(index: int) -> Symbol:  # noqa: N802
     """The symbol of the `index`-th noise of a step."""
     return Symbol("noise", index)
@@ -57,10 +62,10 @@ class Form:
     terms: dict[Symbol, float]
 
     def __init__(self, terms: dict[Symbol, float]) -> None:
-        for symbol, c in terms.items():
-            if not math.isfinite(c):
-                raise ValueError(f"the coefficient of {symbol} is {c}")
-        self.terms = {symbol: c for symbol, c in terms.items() if c != 0.0}
+        if not all(map(math.isfinite, terms.values())):
+            symbol, c = next((symbol, c) for symbol, c in terms.items() if not math.isfinite(c))
+            raise ValueError(f"the coefficient of {symbol} is {c}")
+        self.terms = dict(terms) if all(terms.values()) else {symbol: c for symbol, c in terms.items() if c != 0.0}
         self._hash: int | None = None
 
     @classmethod

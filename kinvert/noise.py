@@ -3,11 +3,14 @@ r"""Noise sources for stochastic samplers.
 A source is called as `noise(sigma_from, sigma_to)` and returns a tensor of x's shape with unit variance, the noise of
 that interval. The sources of this module are specifications: `bind(x)` gives the callable for one run on x's shape,
 dtype and device, and starts the same stream every time, so that one source used twice gives the same noise twice.
-Any callable of one's own serves as a source as it is.
+Any callable of one's own serves as a source as it is; where it has a method `into(out, sigma_from, sigma_to)` too, the
+engine lets it write the noise where it belongs.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,89 +42,143 @@ class White:
 
     def bind(self, x: Tensor) -> NoiseFunction:
         """A fresh stream of noise like `x`, from the seed."""
-        _check_seeds(self.seed, x)
-        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
-        generators = [torch.Generator(device=x.device).manual_seed(seed) for seed in seeds]
+        return _WhiteStream(self.seed, x)
 
-        def draw(sigma_from: float, sigma_to: float) -> Tensor:
-            if not isinstance(self.seed, tuple):
-                return torch.randn(x.shape, generator=generators[0], dtype=x.dtype, device=x.device)
-            rows = [torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=x.device) for g in generators]
-            return torch.stack(rows)
 
-        return draw
+class _WhiteStream:
+    """The noise of one run, from one generator or from one for each sample."""
+
+    def __init__(self, seed: int | tuple[int, ...], x: Tensor) -> None:
+        _check_seeds(seed, x)
+        self.x = x
+        seeds = seed if isinstance(seed, tuple) else (seed,)
+        self.generators = [torch.Generator(device=x.device).manual_seed(one) for one in seeds]
+        self.per_sample = isinstance(seed, tuple)
+
+    def __call__(self, sigma_from: float, sigma_to: float) -> Tensor:
+        out = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        self.into(out, sigma_from, sigma_to)
+        return out
+
+    def into(self, out: Tensor, sigma_from: float, sigma_to: float) -> None:
+        """Write the next noise to `out`."""
+        for part, generator in zip(out if self.per_sample else (out,), self.generators, strict=True):
+            part.normal_(generator=generator)
 
 
 @dataclass(frozen=True)
 class Brownian:
     r"""Increments of one Brownian path in sigma: `n(a, b) = (W(b) - W(a)) / sqrt(|b - a|)`. Build it with `brownian`.
 
-    The path is Levy's construction on a fixed dyadic grid. `W(0) = 0`, and the increments over the octaves
-    `[2^j, 2^(j+1)]` are independent. Within an octave of width w, with u in [0, 1) the place of sigma in it,
-    `W = linear + sum_l sqrt(w / 2^l) / 2 (1 - |2 u_l - 1|) z_l + sqrt(w / 2^L u_L (1 - u_L)) z_L` where u_l is the
-    place of sigma in its cell of level l = 0 ... L - 1, the interval that halving the octave l times gives, and z_l
-    the normal variable of that cell, with a seed of its own. So W(sigma) is a function of the seed and of sigma alone,
-    and its law is exact for any points of which no two share a cell of level L = `DEPTH`.
+    The path is Levy's construction on a fixed dyadic grid. The increments over the octaves `[2^j, 2^(j+1)]` are
+    independent, as is the one from 0 to the lowest of them. Within an octave of width w, with u in [0, 1) the place of
+    sigma in it, `W = linear + sum_l sqrt(w / 2^l) / 2 (1 - |2 u_l - 1|) z_l + sqrt(w / 2^L u_L (1 - u_L)) z_L` where
+    u_l is the place of sigma in its cell of level l = 0 ... L - 1, the interval that halving the octave l times gives,
+    and z_l the normal variable of that cell, with a seed of its own. L is the level at which the bridge ends; the law
+    is exact for any points of which no two share a cell of level L.
+
+    With `depth` L is that number, so W(sigma) is a function of the seed and of sigma alone, and two runs see the same
+    path whatever their steps, at the cost of most of L + 1 normal variables for each point. Without it, a run ends the
+    bridge of each of its levels as soon as no other of its levels shares the cell, at level `COARSEST` at the earliest:
+    two normal variables a level. The law of the run is exact for any levels. What is given up is that runs with
+    different levels see exactly the same path. They agree at the corners of cells that both divide further, of which
+    there are at least 4 in an octave; inside a cell that one of them does not divide, its bridge ends with the normal
+    variable that the other one goes on from. Outside of a run (`bind` without levels) L is `DEPTH`.
     """
 
     DEPTH: ClassVar[int] = 10
+    COARSEST: ClassVar[int] = 2
     LOWEST: ClassVar[int] = -14  # the octave that begins at 0
 
     seed: int | tuple[int, ...]
+    depth: int | None = None
 
-    def bind(self, x: Tensor) -> NoiseFunction:
-        """The path's increments in x's shape, dtype and device; the same path every time."""
-        return _BrownianPath(self.seed, x)
+    def bind(self, x: Tensor, levels: tuple[float, ...] = ()) -> NoiseFunction:
+        """The path's increments in x's shape, dtype and device; for the same `levels` of a run, the same every time."""
+        return _BrownianPath(self, x, levels if self.depth is None else ())
 
 
 class _BrownianPath:
     """The path of one run. It keeps what neighbouring points share: the latest normal of every level, and anchors."""
 
-    def __init__(self, seed: int | tuple[int, ...], x: Tensor) -> None:
-        self.normal = _seeded_normal(seed, x)
+    def __init__(self, source: Brownian, x: Tensor, levels: tuple[float, ...]) -> None:
+        self.normal = _seeded_normal(source.seed, x)
+        self.depth = Brownian.DEPTH if source.depth is None else source.depth
+        self.depths = _depths(levels)
         self.dtype = x.dtype
-        self.anchors = {Brownian.LOWEST: torch.zeros(x.shape, dtype=_wide(x), device=x.device)}  # W at 2^j, or at 0
+        self.zero = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
+        self.anchors: dict[int, Tensor] = {}  # W at 2^j, or at 0
         self.normals: dict[int, tuple[tuple[int, int], Tensor]] = {}  # level -> (cell, its normal)
         self.values: dict[float, Tensor] = {}  # the latest few W(sigma)
 
     def __call__(self, sigma_from: float, sigma_to: float) -> Tensor:
-        if _cell(sigma_from) == _cell(sigma_to):
+        out = torch.empty_like(self.zero, dtype=self.dtype)
+        self.into(out, sigma_from, sigma_to)
+        return out
+
+    def into(self, out: Tensor, sigma_from: float, sigma_to: float) -> None:
+        """Write the increment, scaled to unit variance, to `out`."""
+        known = sigma_from in self.depths and sigma_to in self.depths
+        if not known and _cell(sigma_from, self.depth) == _cell(sigma_to, self.depth):
             raise ValueError(
                 f"brownian noise cannot resolve the interval from {sigma_from:g} to {sigma_to:g}, shorter than about "
-                f"{2.0**-Brownian.DEPTH:g} of its sigma; take fewer steps or use ki.noise.white"
+                f"{2.0**-self.depth:g} of its sigma; take fewer steps or use ki.noise.white"
             )
-        start = self._value(sigma_from)
-        return ((self._value(sigma_to) - start) / math.sqrt(abs(sigma_to - sigma_from))).to(self.dtype)
+        start, end = self._value(sigma_from), self._value(sigma_to)
+        scale = 1.0 / math.sqrt(abs(sigma_to - sigma_from))
+        if out.dtype == start.dtype:
+            torch.sub(end, start, out=out).mul_(scale)
+        else:
+            out.copy_((end - start).mul_(scale))
 
     def _value(self, sigma: float) -> Tensor:
         if sigma not in self.values:
+            spare = None
             while len(self.values) >= 3:  # a step asks for up to three: its ends and a stage
-                del self.values[next(iter(self.values))]
-            self.values[sigma] = self._evaluate(sigma)
+                spare = self.values.pop(next(iter(self.values)))
+            self.values[sigma] = self._evaluate(sigma, torch.empty_like(self.zero) if spare is None else spare)
         return self.values[sigma]
 
-    def _evaluate(self, sigma: float) -> Tensor:
+    def _evaluate(self, sigma: float, out: Tensor) -> Tensor:
         octave, width, u = _place(sigma)
-        value = torch.lerp(self._anchor(octave), self._anchor(octave + 1), u)
-        for level in range(Brownian.DEPTH + 1):
+        depth = self.depths.get(sigma, self.depth)
+        torch.lerp(self._anchor(octave), self._anchor(octave + 1), u, out=out)
+        for level in range(depth + 1):
             cell, place = divmod(u * 2**level, 1.0)
-            last = level == Brownian.DEPTH
-            hat = math.sqrt(place * (1.0 - place)) if last else (1.0 - abs(2.0 * place - 1.0)) / 2
+            hat = math.sqrt(place * (1.0 - place)) if level == depth else (1.0 - abs(2.0 * place - 1.0)) / 2
             if hat:
-                value.add_(self._normal(octave, level, int(cell)), alpha=math.sqrt(width / 2**level) * hat)
-        return value
+                out.add_(self._normal(octave, level, int(cell)), alpha=math.sqrt(width / 2**level) * hat)
+        return out
 
     def _anchor(self, octave: int) -> Tensor:
-        if octave not in self.anchors:
-            scale = math.sqrt(_edges(octave - 1)[1])
-            self.anchors[octave] = self._anchor(octave - 1) + scale * self.normal(octave - 1)
-        return self.anchors[octave]
+        """W at the beginning of an octave, up to a constant: 0 at the first one that is asked for."""
+        anchors = self.anchors
+        if not anchors:
+            anchors[octave] = self.zero
+        elif octave not in anchors and octave > max(anchors):
+            before = self._anchor(octave - 1)
+            anchors[octave] = self.normal(octave - 1).mul_(math.sqrt(_edges(octave - 1)[1])).add_(before)
+        elif octave not in anchors:
+            after = self._anchor(octave + 1)
+            anchors[octave] = self.normal(octave).mul_(-math.sqrt(_edges(octave)[1])).add_(after)
+        return anchors[octave]
 
     def _normal(self, octave: int, level: int, cell: int) -> Tensor:
         known = self.normals.get(level)
         if known is None or known[0] != (octave, cell):
-            known = self.normals[level] = ((octave, cell), self.normal(octave, level, cell))
+            normal = self.normal(octave, level, cell, out=None if known is None else known[1])
+            known = self.normals[level] = ((octave, cell), normal)
         return known[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _depths(levels: tuple[float, ...]) -> dict[float, int]:
+    """For each of some sigmas the first level of cells, from `COARSEST` on, at which it has its cell for itself."""
+    depths = dict.fromkeys(sorted(levels), Brownian.COARSEST)
+    for a, b in itertools.pairwise(depths):  # who shares a cell longest is a neighbour
+        depth = next(depth for depth in itertools.count(Brownian.COARSEST) if _cell(a, depth) != _cell(b, depth))
+        depths[a], depths[b] = max(depths[a], depth), depth
+    return depths
 
 
 def _edges(octave: int) -> tuple[float, float]:
@@ -137,24 +194,22 @@ def _place(sigma: float) -> tuple[int, float, float]:
     return octave, width, (sigma - low) / width
 
 
-def _cell(sigma: float) -> tuple[int, int]:
+def _cell(sigma: float, depth: int) -> tuple[int, int]:
     octave, _, u = _place(sigma)
-    return octave, int(u * 2**Brownian.DEPTH)
+    return octave, int(u * 2**depth)
 
 
 def _seeded_normal(seed: int | tuple[int, ...], x: Tensor) -> Callable[..., Tensor]:
     """A standard normal tensor like x (float32 for half precision) as a function of integers."""
     _check_seeds(seed, x)
     generator = torch.Generator(device=x.device)
+    seeds = seed if isinstance(seed, tuple) else (seed,)
 
-    def draw(shape: torch.Size, seed: int, place: tuple[int, ...]) -> Tensor:
-        generator.manual_seed(_mix(seed, *place))
-        return torch.randn(shape, generator=generator, dtype=_wide(x), device=x.device)
-
-    def normal(*place: int) -> Tensor:
-        if isinstance(seed, tuple):
-            return torch.stack([draw(x.shape[1:], one, place) for one in seed])
-        return draw(x.shape, seed, place)
+    def normal(*place: int, out: Tensor | None = None) -> Tensor:
+        out = torch.empty(x.shape, dtype=_wide(x), device=x.device) if out is None else out
+        for part, one in zip(out if isinstance(seed, tuple) else (out,), seeds, strict=True):
+            part.normal_(generator=generator.manual_seed(_mix(one, *place)))
+        return out
 
     return normal
 
@@ -213,16 +268,26 @@ def white(seed: int | Sequence[int] | None = None) -> White:
     return White(_as_seed(seed))
 
 
-def brownian(seed: int | Sequence[int] | None = None) -> Brownian:
+def brownian(seed: int | Sequence[int] | None = None, depth: int | None = None) -> Brownian:
     """Increments of a Brownian path in sigma, as the DPM++ SDE samplers use them.
 
-    The noise of an interval is the sum of its parts (weighted by the square roots of their lengths), and one seed
-    is one path: 10 steps and 1,000 steps see the same one, coarser or finer. `noise(b, a) = -noise(a, b)`.
+    In a run, the noise of an interval is the sum of its parts (weighted by the square roots of their lengths), and
+    `noise(b, a) = -noise(a, b)`. Runs with the same seed and different steps see the same path: nearly (see
+    `Brownian`), or exactly with `depth`, which costs about four times as much.
 
     Args:
         seed: as for `white`.
+        depth: None, or the level of detail at which the path is fixed for every run: 10 resolves steps of a thousandth
+            of sigma. From 1 to 40.
+
+    Raises:
+        TypeError, ValueError: a seed that is not made of ints, or a depth out of its range.
     """
-    return Brownian(_as_seed(seed))
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int)):
+        raise TypeError(f"depth must be an int or None, got {depth!r}")
+    if depth is not None and not 1 <= depth <= 40:
+        raise ValueError(f"depth must be from 1 to 40, got {depth}; 10 resolves steps of a thousandth of sigma")
+    return Brownian(_as_seed(seed), depth)
 
 
 def _as_seed(seed: Any) -> int | tuple[int, ...]:
@@ -246,8 +311,10 @@ def default_noise(kind: str) -> White | Brownian:
     return brownian() if kind == "brownian" else white()
 
 
-def bind(noise: Noise, x: Tensor) -> NoiseFunction:
-    """The noise function for a run with state `x`."""
+def bind(noise: Noise, x: Tensor, levels: tuple[float, ...] = ()) -> NoiseFunction:
+    """The noise function for a run with state `x`; `levels` are the ends of the intervals that it will ask for."""
+    if isinstance(noise, Brownian):
+        return noise.bind(x, levels)
     if isinstance(noise, NoiseSource):
         return noise.bind(x)
     if callable(noise):

@@ -97,6 +97,11 @@ class Plan:
         """Number of noise draws of one run."""
         return sum(len(step.noises) for step in self.steps)
 
+    @functools.cached_property
+    def noise_levels(self) -> tuple[float, ...]:
+        """The ends of all intervals of noise."""
+        return tuple(sorted({sigma for step in self.steps for interval in step.noises for sigma in interval}))
+
     @property
     def is_stochastic(self) -> bool:
         """Whether a run draws noise."""
@@ -136,6 +141,10 @@ class Plan:
         return replace(self, steps=tuple(kept for step in steps for kept in _prune([step], self.auxiliary)))
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash((self.rule, self.sigmas))  # the steps follow from these two
 
     def __str__(self) -> str:
@@ -171,7 +180,9 @@ def _compile(rule: Rule, sigmas: tuple[float, ...]) -> Plan:
         step = compile_step(rule, sigmas, index, memory)
         steps.append(step)
         memory = {name: Form.of(State(name)) for name in ("x", *(name for name, _ in step.memory))}
-    return Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary)
+    plan = Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary)
+    _ = plan.steps[0].reads, plan.noise_levels, plan.draws  # torch.compile cannot trace their first use
+    return plan
 
 
 def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> Step:
@@ -232,19 +243,19 @@ def _prune(steps: list[Step], keep: Iterable[str]) -> tuple[Step, ...]:
     pruned = []
     for step in reversed(steps):
         memory = tuple((name, form) for name, form in step.memory if name in needed)
-        rows = [stage.input for stage in step.stages] + [step.x] + [form for _, form in memory]
-        used = {symbol for row in rows for symbol, _ in row}
+        used = {symbol for stage in step.stages for symbol in stage.input.terms} | step.x.terms.keys()
+        used.update(*(form.terms for _, form in memory))
         kept = [r for r in range(len(step.noises)) if Noise(r) in used]
-        names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
-        pruned.append(
-            replace(
+        if len(kept) < len(step.noises):
+            names = {Noise(old): Noise(new) for new, old in enumerate(kept)}
+            step = replace(  # noqa: PLW2901
                 step,
                 noises=tuple(step.noises[r] for r in kept),
                 stages=tuple(replace(stage, input=_rename(stage.input, names)) for stage in step.stages),
                 x=_rename(step.x, names),
-                memory=tuple((name, _rename(form, names)) for name, form in memory),
             )
-        )
+            memory = tuple((name, _rename(form, names)) for name, form in memory)
+        pruned.append(step if memory == step.memory else replace(step, memory=memory))
         needed = {str(symbol.key) for symbol in used if symbol.kind == "state"}
     return tuple(reversed(pruned))
 

@@ -13,6 +13,7 @@ would evaluate it at the noisier one, so the round trip has the sampler's discre
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
-from kinvert.denoisers import Denoiser, Masked, guide
+from kinvert.denoisers import Denoiser, Guided, Masked, guide
+from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, check_state, run
+from kinvert.graphs import captured_denoiser
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
@@ -47,6 +50,8 @@ def sample(
     noise: Noise | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    max_batch: int | None = None,
+    graph: bool = False,
 ) -> Tensor:
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
@@ -64,6 +69,11 @@ def sample(
             own kind (white or Brownian), seeded by torch's global generator.
         callback: called after each step with `index, sigma, sigma_next, x, denoised`.
         progress: show a progress bar.
+        max_batch: the most samples that are evaluated at once; the batch is split, with its conditioning, for each call
+            of the denoiser (with guidance a call may get twice as many rows). It bounds the denoiser's memory; the
+            result is the same. Beyond that a run needs a few states (`kinvert.program`).
+        graph: record the denoiser as a CUDA graph and launch that for each evaluation, see `ki.graphs`. Where that
+            cannot be done, a RuntimeWarning says why and the denoiser is called as usual.
 
     Returns:
         The sample, shape (batch, *event), in x's dtype and on its device.
@@ -76,7 +86,7 @@ def sample(
     schedule = as_schedule(sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = _Job.of(sampler, schedule)
-    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=job.is_guided)
+    denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
@@ -104,6 +114,8 @@ def unsample(
     noise: Noise | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    max_batch: int | None = None,
+    graph: bool = False,
 ) -> Tensor:
     """Unsample: run a sampler up the reversed schedule, from the clean `x` to the noise behind it.
 
@@ -112,7 +124,7 @@ def unsample(
     `sample(denoiser, latent, sigmas[end_at_step:], ...)`.
 
     Args:
-        denoiser, cfg, positive, negative, callback, progress: as in `sample`.
+        denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.
         x: clean image or latent, shape (batch, *event).
         sigmas: the *sampling* schedule, decreasing, usually ending in 0; it is reversed here.
         sampler: a deterministic sampler, by name or as a rule.
@@ -139,7 +151,7 @@ def unsample(
     kept = schedule[dropped_steps(schedule, end_at_step) :]
     job = _Job.of(sampler, rising_schedule(schedule, end_at_step, sigma_offset))
     job.check_unsampling(noise, _Job.of(sampler, kept))
-    denoise: Denoiser = guide(denoiser, cfg, positive, negative, pair=job.is_guided)
+    denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
@@ -183,6 +195,39 @@ def _check_latent(latent: Any, x: Tensor) -> None:
     if not isinstance(latent, Tensor) or latent.shape != x.shape:
         got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
         raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
+
+
+def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
+    """The denoiser in parts of a batch, or as a graph, or both."""
+    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int)):
+        raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
+    whole: Denoiser = denoiser
+    if max_batch is not None and max_batch < len(x):
+        parts = torch.arange(len(x), device=x.device).split(max_batch)
+        whole = _InParts(max_batch, [denoiser.select(index, len(x)) for index in parts])
+    if graph:
+        captured = captured_denoiser(whole, x)
+        if captured.reason is not None:
+            warnings.warn(f"running without a graph: {captured.reason}", RuntimeWarning, stacklevel=4)
+        return captured
+    return whole
+
+
+@dataclass(frozen=True)
+class _InParts:
+    """A denoiser that is called for `size` samples at a time, each time with their conditioning."""
+
+    size: int
+    denoisers: list[Guidance]
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
+        parts = zip(self.denoisers, x.split(self.size), sigma.split(self.size), strict=True)
+        outputs: list[Any] = [denoiser(*part) for denoiser, *part in parts]
+        if isinstance(outputs[0], Guided):
+            return Guided(*map(torch.cat, zip(*outputs, strict=True)))
+        return torch.cat(outputs)
 
 
 @dataclass(frozen=True)

