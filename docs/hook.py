@@ -113,7 +113,7 @@ def schedules() -> str:
 def inversion() -> str:
     """A table for each file of measurements, headed by the model."""
     parts = []
-    for path in sorted(RESULTS.glob("inversion-*-float64.json")):
+    for path in sorted(RESULTS.glob("inversion-*.json")):
         report = json.loads(path.read_text())
         measured = {
             tuple(r[key] for key in ("sampler", "steps", "cfg", "samples", "method")): r for r in report["rows"]
@@ -122,20 +122,21 @@ def inversion() -> str:
         head = ["sampler", "steps", "cfg", "inverted", "error", "fixed point", "unsampled", "evaluations a step"]
         counts = ", ".join(str(n) for n in sorted({r["samples"] for r in report["rows"]}))
         versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        model = path.stem.split("-")[1]
-        parts += [f"### `{model}`", table(head, [inverted(cell, measured) for cell in cells])]
-        parts += [f"`python benchmarks/inversion.py --model {model} --count {counts}`; {versions}, on a CPU."]
+        _, model, dtype = path.stem.split("-")
+        parts += [f"### `{model}`, {dtype}", table(head, [inverted(cell, measured) for cell in cells])]
+        parts += [f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; {versions}, on a CPU."]
     return "\n\n".join(parts)
 
 
 def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, Any]]) -> Sequence[str]:
     """One line: what `invert` found, then the fixed point and plain unsampling where they were measured."""
     name, steps, cfg, samples = cell
+    base, _, options = name.partition(":")
     auto = measured[*cell, "auto"]
     fixed, unsampled = (measured.get((*cell, method)) for method in ("picard", "unsample"))
-    fixed = None if properties(ki.sampler(name)).memory else fixed  # a whole run is solved in one way only
+    fixed = None if properties(ki.sampler(base)).memory else fixed  # a whole run is solved in one way only
     return [
-        f"`{name}`",
+        f"`{base}({options})`" if options else f"`{base}`",
         str(steps),
         f"{cfg:g}",
         f"{auto['converged']} of {samples}",

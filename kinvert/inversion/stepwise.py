@@ -28,7 +28,7 @@ Select = Callable[[Tensor], Denoiser]
 """The denoiser of some samples of the batch: `select(index)` with index of shape (n,)."""
 
 LEAST_CHANGE = NewtonKrylov(krylov=60, forcing=1e-9, max_iterations=30, halvings=10, least_change=True)
-"""For a step to sigma = 0, `x' = D(x)`, which many states may solve. It finds the whole change anew in each iteration."""
+"""For a step to sigma = 0, `x' = D(x)`, which many states may solve: each iteration finds the whole change anew."""
 
 
 @dataclass(eq=False)
