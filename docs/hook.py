@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for render in (samplers, schedules, inversion, baselines):
+    for render in (samplers, schedules, inversion, baselines, reversible):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -126,6 +126,25 @@ def inversion() -> str:
         parts += [f"### `{model}`, {dtype}", table(head, [inverted(cell, measured) for cell in cells])]
         parts += [f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; {versions}, on a CPU."]
     return "\n\n".join(parts)
+
+
+def reversible() -> str:
+    """What the reversible samplers miss, a line for each, precision after precision."""
+    report = json.loads((RESULTS / "reversible.json").read_text())
+    dtypes = list(dict.fromkeys(row["dtype"] for row in report["rows"]))
+    lines: dict[tuple[str, int], list[str]] = {}
+    for row in report["rows"]:
+        name, *options = row["sampler"].split(", ")
+        key = f"{name}({options[0]})" if options else name, row["steps"]
+        line = lines.setdefault(key, [f"`{key[0]}`", str(row["steps"])])
+        line.append(f"{row['error']:.1e} ({row['predicted']:.1e})")
+        if row["dtype"] == dtypes[0]:
+            alone = f"{row['alone']:.1e}"
+        if row["dtype"] == dtypes[-1]:
+            line.append(alone)
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    head = ["sampler", "steps", *dtypes, "without the auxiliary state"]
+    return f"{table(head, lines.values())}\n\n`python benchmarks/reversible.py`; {versions}, on a CPU."
 
 
 def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, Any]]) -> Sequence[str]:
