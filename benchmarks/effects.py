@@ -96,7 +96,7 @@ def low_sigma(folder: Path) -> list[Row]:
 
 
 def cfg(folder: Path) -> list[Row]:
-    """Guidance: the error of unsampling grows with cfg, the fixed point fails beyond some cfg, and `invert` does not."""
+    """Guidance: the error of unsampling grows with cfg, the fixed point fails beyond some cfg, `invert` does not."""
     methods = ["unsample", "ddim_noisy", "fixed point, 50 iterations", "invert"]
     return measured(folder, Grid("mixture", "reconstruction", methods, cfg=[1.0, 1.5, 2.0, 3.0, 5.0, 7.5]), "nmse_db")
 
