@@ -453,6 +453,14 @@ def test_results_do_not_depend_on_workers_or_on_being_killed(tmp_path: Path, mod
     assert bench.compare(tmp_path / "one", tmp_path / "two").same
 
 
+def test_workers_stop_when_nobody_waits_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = types.SimpleNamespace(is_alive=lambda: False)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: gone)
+    assert bench.run(cells(), tmp_path) == [] and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert len(bench.run(cells(), tmp_path)) == 1
+
+
 def test_a_finished_cell_is_never_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run(cells(steps=[2, 3]), tmp_path)
     monkeypatch.setattr("kinvert.bench.runner.measure", None)
