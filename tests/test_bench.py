@@ -453,6 +453,14 @@ def test_results_do_not_depend_on_workers_or_on_being_killed(tmp_path: Path, mod
     assert bench.compare(tmp_path / "one", tmp_path / "two").same
 
 
+def test_workers_stop_when_nobody_waits_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = types.SimpleNamespace(is_alive=lambda: False)
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: gone)
+    assert bench.run(cells(), tmp_path) == [] and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert len(bench.run(cells(), tmp_path)) == 1
+
+
 def test_a_finished_cell_is_never_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = bench.run(cells(steps=[2, 3]), tmp_path)
     monkeypatch.setattr("kinvert.bench.runner.measure", None)
@@ -663,3 +671,41 @@ def test_images_are_kept(tmp_path: Path) -> None:
     arrays = load_file(tmp_path / f"{record['key']}.safetensors")
     error = (arrays["restored"] - arrays["image"]).double().square().mean((1, 2, 3))
     assert record["metrics"]["mse"] == pytest.approx(error.tolist(), rel=1e-5)
+
+
+# -- the committed effects ---------------------------------------------------------------------------------------------
+def effect(name: str) -> list[dict[str, Any]]:
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / f"effects-{name}.json"
+    report = json.loads(path.read_text())
+    assert report["command"] == f"python benchmarks/effects.py {name}" and report["shows"]
+    return report["rows"]
+
+
+def test_orders_are_those_of_theory() -> None:
+    last = {row["sampler"]: row["order"] for row in effect("order") if row["steps"] == 160}
+    for sampler in ("euler", "heun", "bdia", "o_belm", "leapfrog", "edict"):
+        assert last[sampler] == pytest.approx(ki.sampler(sampler).ode_order, abs=0.15), sampler
+    assert last["bdia (gamma=0.5)"] == pytest.approx(ki.rules.BDIA(gamma=0.5).ode_order, abs=0.15)
+    orders = {row["steps"]: row.get("order") for row in effect("edict") if row["sampler"] == "edict"}
+    assert orders[80] < 0.3 and orders[1280] == pytest.approx(1.0, abs=0.05)
+
+
+def test_effects_have_their_shapes() -> None:
+    for steps in (20, 50):
+        rows = [row for row in effect("low_sigma") if row["steps"] == steps]
+        assert sum(row["defect"] for row in rows if row["sigma"] < 2) > 0.9 * sum(row["defect"] for row in rows)
+    by = {(row["method"], row["steps"]): row["max_error"] for row in effect("fixed_point")}
+    assert by["fixed point, 50 iterations", 5] > 1e-2 and by["fixed point, 50 iterations", 50] < 1e-7
+    assert max(by["damped by 1/2, 200 iterations", n] for n in (5, 10, 20, 50)) < 1e-7
+    by = {(row["method"], row["cfg"]): row for row in effect("cfg")}
+    assert by["unsample", 7.5]["nmse_db"] > by["unsample", 3.0]["nmse_db"] > by["unsample", 1.0]["nmse_db"]
+    assert by["fixed point, 50 iterations", 7.5]["converged"] < by["fixed point, 50 iterations", 1.0]["converged"]
+    by = {(row["sampler"], row["method"], row["dtype"]): row["max_error"] for row in effect("precision")}
+    assert by["o_belm", "reversible", "float64"] < 1e-12
+    assert 1e-6 < by["o_belm", "reversible", "float32"] < 1e-4
+    assert by["euler", "unsample", "float64"] == pytest.approx(by["euler", "unsample", "float32"], rel=1e-3)
+    by = {(row["gamma"], row["dtype"]): row["max_error"] for row in effect("gamma")}
+    assert by[1.0, "float64"] < 1e-12 and by[0.5, "float64"] > 1e-5 and by[0.5, "float32"] > 1.0
+    for row in effect("auxiliary"):
+        assert row["method"] == "reversible_alone" or row["max_error"] < 1e-2
+        assert row["method"] == "reversible" or row["steps"] > 10 or row["max_error"] > 1e-4

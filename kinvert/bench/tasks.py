@@ -147,6 +147,8 @@ def _work(tasks: Sequence[Task], folder: Path, imports: Sequence[str], progress:
             for task in tasks:
                 if task.key in skip:
                     continue
+                if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
+                    break  # nobody waits any more, and another run may have begun
                 try:
                     task.run(folder)
                 except Exception as error:  # the others can still be done
