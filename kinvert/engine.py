@@ -3,18 +3,22 @@ r"""The loop. Every sampler is a Plan, and this is the only place where Plans (a
 Inside the loop there are denoiser calls and linear combinations, nothing else: noise levels are uploaded once, the
 coefficients are Python floats, and no tensor is read by the host. States in half precision are combined in float32
 and rounded once.
+
+A run is made in one of two ways, with results that agree to rounding: `_loop` takes the Plan as it is written and
+makes a new tensor for every value; `fused_loop`, where no one differentiates, vectorises or compiles the run, carries
+out the kernels that `program` lays out for it, in buffers that are used again from step to step.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from sys import getrefcount
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, lerp
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -62,7 +66,8 @@ def run(
     Args:
         plan: from `compile_plan`.
         denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,); a Plan with `is_guided`
-            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision.
+            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision. What
+            it returned must stay as it is while the run lasts: multistep samplers read it again.
         x: the state, shape (batch, *event), floating point. It is not modified.
         noise: a noise source for stochastic Plans; None draws the rule's own kind (`Rule.default_noise`), seeded by
             torch's global generator.
@@ -70,7 +75,7 @@ def run(
 
     Returns:
         The final state, of x's shape, dtype and device. The result is not checked for NaN (`sample` and `unsample`
-        do that) and gradients flow through it.
+        do that). Gradients flow through it; a run under `torch.no_grad()` takes fewer passes over memory.
 
     Raises:
         TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
@@ -113,7 +118,7 @@ def _is_traced(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or is_traceable_wrapper_subclass(x)
+        or (type(x) is not Tensor and is_traceable_wrapper_subclass(x))
     )
 
 
@@ -182,25 +187,25 @@ def fused_loop(
 ) -> Memory:
     """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
     slots = _Slots(constants, state)
-    values = slots.values
+    values, evaluate_at, compute = slots.values, slots.evaluate, slots.compute
+    levels = iter(constants.levels)
     evaluations = 0
-    for work in constants.program.passes:
+    for step, draws, calls, kernels, dead in constants.program.passes:
         seen = None
-        for slot, interval in work.draws:
+        for slot, interval in draws:
             slots.draw(slot, draw, interval)
-        for call in work.calls:
+        for call in calls:
             if call.kernels:
-                slots.compute(call.kernels)
-            denoised = slots.evaluate(call, denoiser, constants.levels[evaluations], work.step)
-            evaluations += 1
+                compute(call.kernels)
+            denoised = evaluate_at(call, denoiser, next(levels), step)
             if callback is not None and seen is None:
                 seen = values[call.input].clone(), denoised
             del denoised
-        slots.compute(work.kernels)
-        for slot in work.dead:
+        compute(kernels)
+        for slot in dead:
             values[slot] = None
+        evaluations += len(calls)
         if callback is not None and seen is not None:
-            step = work.step
             callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
     ends = constants.program.end
     final = {name: values[slot].to(slots.dtype, copy=True) for name, (slot, _) in ends.items()}
@@ -216,7 +221,11 @@ class _Slots:
         self.shape, self.dtype = x.shape, x.dtype
         self.values: list[Any] = [None] * (code.rows + code.foreign)
         self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
-        self.bind(torch.zeros((code.rows, x.numel()), dtype=x.dtype, device=x.device))
+        # Products of matrices, unlike those with vectors, may be taken in TensorFloat-32 or less if the user allows it.
+        self.exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        # A product reads all rows of a side, with weight 0 where they mean nothing yet.
+        create = torch.zeros if code.side else torch.empty
+        self.bind(create((code.rows, x.numel()), dtype=x.dtype, device=x.device))
         for name, slot in code.start.items():
             self.put(slot, state[name])
 
@@ -253,20 +262,25 @@ class _Slots:
 
     def evaluate(self, call: Call, denoiser: Denoiser, sigma: Tensor, step: Step) -> Tensor:
         """Call the denoiser and keep what it returns. An input that it keeps, or returns, is not overwritten."""
-        x = self.values[call.input]
-        references = sys.getrefcount(x)
+        stage, _, slot, out, out_uncond = call
+        values = self.values
+        x = values[slot]
+        references = getrefcount(x)
         denoised: Any = denoiser(x, sigma)
         uncond: Any = None
         plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
-        if not plain or call.uncond is not None:
-            denoised, uncond = check_outputs(denoised, x, call.stage, step)
-        if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+        if not plain or out_uncond is not None:
+            denoised, uncond = check_outputs(denoised, x, stage, step)
+        if getrefcount(x) != references or _users(self.storage) != self.users:
             denoised, uncond = self.owned(denoised), self.owned(uncond)
-            if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+            if getrefcount(x) != references or _users(self.storage) != self.users:
                 self.bind(self.buffer.clone())
-        self.put(call.denoised, denoised)
-        if call.uncond is not None:
-            self.put(call.uncond, uncond)
+        if out < 0:
+            values[out] = denoised
+        else:
+            values[out].copy_(denoised)
+        if out_uncond is not None:
+            self.put(out_uncond, uncond)
         return denoised
 
     def owned(self, out: Any) -> Any:
@@ -278,7 +292,7 @@ class _Slots:
         values = self.values
         for op, out, a, b, weight, terms in kernels:
             if op == "lerp":
-                torch.lerp(values[a], values[b], weight, out=values[out])
+                lerp(values[a], values[b], weight, out=values[out])
             elif op == "add":
                 torch.add(values[a], values[b], alpha=weight, out=values[out])
             elif op == "mix":
@@ -294,13 +308,15 @@ class _Slots:
                 values[out].copy_(wide)
 
     def mix(self, out: int, side: int, matrix: Tensor) -> None:
+        """The product for a whole side, or for the input of an evaluation, which takes the place of x alone."""
         rows, result = self.sides[side], self.outputs[out != 0]
         if self.code.side == 1:
             torch.mv(rows, matrix, out=result)
-        elif len(matrix) < len(result):  # the input of an evaluation: x's row alone
+        elif self.exact:
             torch.mm(matrix, rows, out=result[: len(matrix)])
         else:
-            torch.mm(matrix, rows, out=result)
+            for line, row in zip(matrix.unbind(0), result.unbind(0), strict=False):
+                torch.mv(rows.t(), line, out=row)
 
 
 def advance(
