@@ -6,8 +6,8 @@ From noise to an image and its auxiliary state, and back in closed form: `error`
 latents over sigma_0. Without the auxiliary state (`alone`), a new one is started at the image. The model is `digits`
 with labels, its network in float32 where the state is in half precision; Karras schedule from sigma 80 to 0.02.
 `predicted` is the rounding of a state of size s_i at every level, `eps s_i amplification[i] / sigma_0`, the largest of
-them, with s_i^2 = sigma_data^2 + sigma_i^2, for Gaussian data of standard deviation 0.1: given its surroundings, a pixel
-varies less than over all images. Writes results/reversible.json.
+them, with s_i^2 = sigma_data^2 + sigma_i^2, for Gaussian data of standard deviation 0.1: given its surroundings, a
+pixel varies less than over all images. Writes results/reversible.json.
 """
 
 from __future__ import annotations

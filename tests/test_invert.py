@@ -378,3 +378,21 @@ def test_what_is_not_of_the_batch_belongs_to_every_sample() -> None:
         assert found.converged.all()
         alone = ki.invert(shifted, x[2:3], schedule(6), sampler=sampler, positive={"weight": weight}, mask=mask)
         torch.testing.assert_close(alone.latent, found.latent[2:3], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_half_precision_is_judged_as_it_is(sampler: str, dtype: torch.dtype) -> None:
+    """Rounding decides how far it comes; what is said of it holds, and the small linear systems can be solved."""
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return MIXTURE(x.double(), sigma.double()).to(x.dtype)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = ki.invert(denoiser, images().to(dtype), schedule(10), sampler=sampler)
+    assert found.latent.dtype == dtype and torch.isfinite(found.latent).all()
+    again = ki.sample(denoiser, found.latent, schedule(10), sampler=sampler)
+    error = rms(again.double() - images().to(dtype).double())
+    torch.testing.assert_close(error, found.round_trip_error.double(), rtol=0.02, atol=1e-3)
+    assert float(error.median()) < 0.1

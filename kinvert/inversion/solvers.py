@@ -158,13 +158,15 @@ class Anderson(Solver):
     @staticmethod
     def _extrapolate(dU: Tensor, dF: Tensor, f: Tensor, tau: Tensor) -> Tensor:
         """`(dU + tau dF) gamma` with gamma the regularised least-squares solution; zero rows are unused slots."""
+        dtype = f.dtype
+        dU, dF, f, tau = (a.to(torch.promote_types(dtype, torch.float32)) for a in (dU, dF, f, tau))
         scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
         unit = dF / scale[:, :, None]
         gram = unit @ unit.mT
         ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(gram.shape[1], dtype=f.dtype, device=f.device)
         gamma = torch.linalg.solve(gram + ridge, (unit @ f[:, :, None]))[:, :, 0] / scale
         gamma = torch.where(dF.abs().amax(2) > 0, gamma, 0.0)
-        return (gamma[:, None] @ (dU + tau[:, :, None] * dF))[:, 0]
+        return (gamma[:, None] @ (dU + tau[:, :, None] * dF))[:, 0].to(dtype)
 
 
 def Picard(max_iterations: int = 60) -> Anderson:  # noqa: N802 - a solver by its published name
@@ -246,6 +248,8 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
 
     Source: Saad and Schultz, GMRES: A Generalized Minimal Residual Algorithm for Nonsymmetric Linear Systems (1986).
     """
+    dtype = b.dtype
+    b = b.to(torch.promote_types(dtype, torch.float32))  # the small systems are not solved in half precision
     size = b.norm(dim=1)
     basis = [b / size[:, None].clamp(min=torch.finfo(b.dtype).tiny)]
     images: list[Tensor] = []
@@ -253,7 +257,7 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
     todo = torch.arange(len(b), device=b.device)  # a row that is good enough costs no further products
     for _ in range(min(krylov, b.shape[1])):
         image = torch.zeros_like(b)
-        image[todo] = apply(basis[-1][todo], todo)
+        image[todo] = apply(basis[-1][todo].to(dtype), todo).to(b.dtype)
         images.append(image)
         stacked = torch.stack(images, dim=2)
         # The projected problem is small: least squares on the images of the orthonormal basis.
@@ -271,7 +275,7 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
             for v in basis:
                 new = new - (new * v).sum(1, keepdim=True) * v
         basis.append(new / new.norm(dim=1, keepdim=True).clamp(min=torch.finfo(b.dtype).tiny))
-    return x, torch.stack(images, dim=2)
+    return x.to(dtype), torch.stack(images, dim=2)
 
 
 def line_search(

@@ -153,7 +153,7 @@ def smallest_singular_value(step: Step, select: Select, u: Tensor, y: Tensor, pr
         return equation.derivative(u, f, v.reshape(u.shape), todo).flatten(1)
 
     images = gmres(apply, f.flatten(1), products, 0.0)[1]
-    return float(torch.linalg.svdvals(images[0])[-1]), int(equation.evaluations[0])
+    return float(torch.linalg.svdvals(images[0].nan_to_num())[-1]), int(equation.evaluations[0])
 
 
 @dataclass(frozen=True)
