@@ -1,6 +1,5 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`, and what
-was measured of exact inversion where it has `<!-- inversion -->`, of the published ones where it has
-`<!-- baselines -->`.
+was measured where it has `<!-- inversion -->`, `<!-- baselines -->` or `<!-- performance -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -24,7 +23,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for render in (samplers, schedules, inversion, baselines, reversible):
+    for render in (samplers, schedules, inversion, baselines, reversible, performance):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -124,7 +123,9 @@ def inversion() -> str:
         versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         _, model, dtype = path.stem.split("-")
         parts += [f"### `{model}`, {dtype}", table(head, [inverted(cell, measured) for cell in cells])]
-        parts += [f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; {versions}, on a CPU."]
+        parts += [
+            f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; {versions}, on a CPU."
+        ]
     return "\n\n".join(parts)
 
 
@@ -194,6 +195,49 @@ def _error(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     return f"{row['median_error']:.1e}" + (f" ({row['exact_to_1e-6']})" if row["exact_to_1e-6"] else "")
+
+
+def performance() -> str:
+    """A table of counts and one of times for each device that was measured."""
+    parts = []
+    for path in sorted(RESULTS.glob("overhead-*.json")):
+        report = json.loads(path.read_text())
+        rows = report["rows"]
+        device = path.stem.partition("-")[2].upper()
+        head = ["sampler", "", "operations", "passes", "of the least", "new tensors", "host reads in a run"]
+        counted = [
+            [
+                *(f"`{r['sampler']}`", r["who"], f"{r['operations']:g}", f"{r['passes']:g}"),
+                *(f"{r['passes'] / r['least_passes']:.2f}", f"{r['created']:g}", str(r["synchronisations"])),
+            ]
+            for r in rows
+        ]
+        parts += ["## Operations and passes over memory", COUNTS, table(head, counted)]
+        shapes = report["shapes"]
+        sizes = [f"{size} {tuple(shapes[size])}" for size in shapes]
+        times = [[f"`{r['sampler']}`", r["who"], *(timed(r, rows, size) for size in shapes)] for r in rows]
+        parts += [f"## Times on a {device}", TIMES.format(**report), table(["sampler", "", *sizes], times)]
+        noise = [[f"{s} {tuple(shapes[s])}", f"{n['brownian'] / n['white']:.1f}"] for s, n in report["noise"].items()]
+        head = ["`dpmpp_2m_sde`", "time with Brownian noise, of that with white noise"]
+        versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        parts += [table(head, noise), f"`python benchmarks/overhead.py`; {versions}; {report['machine']}."]
+    return "\n\n".join(parts)
+
+
+COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they read
+and write in units of x (passes), the same relative to one kernel for each input of the denoiser and each update, and
+tensors of x's size that are created; and reads of the device by the host in a run of 50 steps. *By hand* are loops of
+PyTorch operations for one sampler each, in place wherever it can be done at all, over the denoiser's outputs too
+(`benchmarks/best_case.py`)."""
+TIMES = """Microseconds a step above a denoiser that returns a tensor it has, and relative to the loop by hand: the median
+of {repetitions} runs of {steps} steps in random order, in float32. The machine was shared; times of the same code differ
+by some 20%."""
+
+
+def timed(row: dict[str, Any], rows: list[dict[str, Any]], size: str) -> str:
+    """A time, and its ratio to the loop by hand."""
+    hand = next(r for r in rows if r["sampler"] == row["sampler"] and r["who"] == "by hand")
+    return f"{row[f'us_{size}']:.0f} ({row[f'us_{size}'] / hand[f'us_{size}']:.1f} x)"
 
 
 def description(documented: Any) -> str:

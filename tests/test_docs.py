@@ -141,6 +141,18 @@ def test_the_table_of_baselines_is_what_was_measured() -> None:
         assert f" {row['median_error']:.1e} " in line
 
 
+def test_the_tables_of_performance_are_what_was_measured() -> None:
+    """And what was measured keeps the promises that can be counted."""
+    text = hook().on_page_markdown((ROOT / "docs" / "performance.md").read_text())
+    assert "<!--" not in text
+    for path in (ROOT / "benchmarks" / "results").glob("overhead-*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            assert f"| `{row['sampler']}` | {row['who']} | {row['operations']:g} | {row['passes']:g} |" in text
+            if row["who"] == "kinvert":
+                assert row["passes"] <= 1.5 * row["least_passes"] and row["operations"] <= row["allowed_operations"]
+                assert row["synchronisations"] == row["created"] == 0
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert nav == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
