@@ -224,14 +224,14 @@ def performance() -> str:
     return "\n\n".join(parts)
 
 
-COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they read
-and write in units of x (passes), the same relative to one kernel for each input of the denoiser and each update, and
-tensors of x's size that are created; and reads of the device by the host in a run of 50 steps. *By hand* are loops of
-PyTorch operations for one sampler each, in place wherever it can be done at all, over the denoiser's outputs too
+COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they
+read and write in units of x (passes), the same relative to one kernel for each input of the denoiser and each update,
+and tensors of x's size that are created; and reads of the device by the host in a run of 50 steps. *By hand* are loops
+of PyTorch operations for one sampler each, in place wherever it can be done at all, over the denoiser's outputs too
 (`benchmarks/best_case.py`)."""
-TIMES = """Microseconds a step above a denoiser that returns a tensor it has, and relative to the loop by hand: the median
-of {repetitions} runs of {steps} steps in random order, in float32. The machine was shared; times of the same code differ
-by some 20%."""
+TIMES = """Microseconds a step above a denoiser that returns a tensor it has, and relative to the loop by hand: the
+median of {repetitions} runs of {steps} steps in random order, in float32. The machine was shared; times of the same
+code differ by some 20%."""
 
 
 def timed(row: dict[str, Any], rows: list[dict[str, Any]], size: str) -> str:
