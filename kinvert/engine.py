@@ -7,14 +7,14 @@ and rounded once.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from sys import getrefcount
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, lerp
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -113,7 +113,7 @@ def _is_traced(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or is_traceable_wrapper_subclass(x)
+        or (type(x) is not Tensor and is_traceable_wrapper_subclass(x))
     )
 
 
@@ -182,25 +182,25 @@ def fused_loop(
 ) -> Memory:
     """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
     slots = _Slots(constants, state)
-    values = slots.values
+    values, evaluate_at, compute = slots.values, slots.evaluate, slots.compute
+    levels = iter(constants.levels)
     evaluations = 0
-    for work in constants.program.passes:
+    for step, draws, calls, kernels, dead in constants.program.passes:
         seen = None
-        for slot, interval in work.draws:
+        for slot, interval in draws:
             slots.draw(slot, draw, interval)
-        for call in work.calls:
+        for call in calls:
             if call.kernels:
-                slots.compute(call.kernels)
-            denoised = slots.evaluate(call, denoiser, constants.levels[evaluations], work.step)
-            evaluations += 1
+                compute(call.kernels)
+            denoised = evaluate_at(call, denoiser, next(levels), step)
             if callback is not None and seen is None:
                 seen = values[call.input].clone(), denoised
             del denoised
-        slots.compute(work.kernels)
-        for slot in work.dead:
+        compute(kernels)
+        for slot in dead:
             values[slot] = None
+        evaluations += len(calls)
         if callback is not None and seen is not None:
-            step = work.step
             callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
     ends = constants.program.end
     final = {name: values[slot].to(slots.dtype, copy=True) for name, (slot, _) in ends.items()}
@@ -216,7 +216,9 @@ class _Slots:
         self.shape, self.dtype = x.shape, x.dtype
         self.values: list[Any] = [None] * (code.rows + code.foreign)
         self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
-        self.bind(torch.zeros((code.rows, x.numel()), dtype=x.dtype, device=x.device))
+        # A product reads all rows of a side, with weight 0 where they mean nothing yet.
+        create = torch.zeros if code.side else torch.empty
+        self.bind(create((code.rows, x.numel()), dtype=x.dtype, device=x.device))
         for name, slot in code.start.items():
             self.put(slot, state[name])
 
@@ -253,20 +255,25 @@ class _Slots:
 
     def evaluate(self, call: Call, denoiser: Denoiser, sigma: Tensor, step: Step) -> Tensor:
         """Call the denoiser and keep what it returns. An input that it keeps, or returns, is not overwritten."""
-        x = self.values[call.input]
-        references = sys.getrefcount(x)
+        stage, _, slot, out, out_uncond = call
+        values = self.values
+        x = values[slot]
+        references = getrefcount(x)
         denoised: Any = denoiser(x, sigma)
         uncond: Any = None
         plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
-        if not plain or call.uncond is not None:
-            denoised, uncond = check_outputs(denoised, x, call.stage, step)
-        if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+        if not plain or out_uncond is not None:
+            denoised, uncond = check_outputs(denoised, x, stage, step)
+        if getrefcount(x) != references or _users(self.storage) != self.users:
             denoised, uncond = self.owned(denoised), self.owned(uncond)
-            if sys.getrefcount(x) != references or _users(self.storage) != self.users:
+            if getrefcount(x) != references or _users(self.storage) != self.users:
                 self.bind(self.buffer.clone())
-        self.put(call.denoised, denoised)
-        if call.uncond is not None:
-            self.put(call.uncond, uncond)
+        if out < 0:
+            values[out] = denoised
+        else:
+            values[out].copy_(denoised)
+        if out_uncond is not None:
+            self.put(out_uncond, uncond)
         return denoised
 
     def owned(self, out: Any) -> Any:
@@ -278,7 +285,7 @@ class _Slots:
         values = self.values
         for op, out, a, b, weight, terms in kernels:
             if op == "lerp":
-                torch.lerp(values[a], values[b], weight, out=values[out])
+                lerp(values[a], values[b], weight, out=values[out])
             elif op == "add":
                 torch.add(values[a], values[b], alpha=weight, out=values[out])
             elif op == "mix":
