@@ -13,7 +13,6 @@ so a rule that compiles is linear by construction.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn, SupportsFloat
@@ -30,25 +29,21 @@ class Symbol(NamedTuple):
         return f"{prefix}{self.key}"
 
 
-@functools.cache
 def State(name: str) -> Symbol:  # noqa: N802 - reads as the constructor it is
     """The symbol of the state `name`: "x" or a remembered value."""
     return Symbol("state", name)
 
 
-@functools.cache
 def Denoised(stage: int) -> Symbol:  # noqa: N802
     """The symbol of the denoised output of stage `stage`."""
     return Symbol("denoised", stage)
 
 
-@functools.cache
 def Uncond(stage: int) -> Symbol:  # noqa: N802
     """The symbol of the unconditional output of stage `stage` (classifier-free guidance)."""
     return Symbol("uncond", stage)
 
 
-@functools.cache
 def Noise(index: int) -> Symbol:  # noqa: N802
     """The symbol of the `index`-th noise of a step."""
     return Symbol("noise", index)
