@@ -3,6 +3,10 @@ r"""The loop. Every sampler is a Plan, and this is the only place where Plans (a
 Inside the loop there are denoiser calls and linear combinations, nothing else: noise levels are uploaded once, the
 coefficients are Python floats, and no tensor is read by the host. States in half precision are combined in float32
 and rounded once.
+
+A run is made in one of two ways, with results that agree to rounding: `_loop` takes the Plan as it is written and
+makes a new tensor for every value; `fused_loop`, where no one differentiates, vectorises or compiles the run, carries
+out the kernels that `program` lays out for it, in buffers that are used again from step to step.
 """
 
 from __future__ import annotations
@@ -62,7 +66,8 @@ def run(
     Args:
         plan: from `compile_plan`.
         denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,); a Plan with `is_guided`
-            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision.
+            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision. What
+            it returned must stay as it is while the run lasts: multistep samplers read it again.
         x: the state, shape (batch, *event), floating point. It is not modified.
         noise: a noise source for stochastic Plans; None draws the rule's own kind (`Rule.default_noise`), seeded by
             torch's global generator.
@@ -70,7 +75,7 @@ def run(
 
     Returns:
         The final state, of x's shape, dtype and device. The result is not checked for NaN (`sample` and `unsample`
-        do that) and gradients flow through it.
+        do that). Gradients flow through it; a run under `torch.no_grad()` takes fewer passes over memory.
 
     Raises:
         TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
@@ -216,6 +221,8 @@ class _Slots:
         self.shape, self.dtype = x.shape, x.dtype
         self.values: list[Any] = [None] * (code.rows + code.foreign)
         self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
+        # Products of matrices, unlike those with vectors, may be taken in TensorFloat-32 or less if the user allows it.
+        self.exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
         # A product reads all rows of a side, with weight 0 where they mean nothing yet.
         create = torch.zeros if code.side else torch.empty
         self.bind(create((code.rows, x.numel()), dtype=x.dtype, device=x.device))
@@ -301,13 +308,15 @@ class _Slots:
                 values[out].copy_(wide)
 
     def mix(self, out: int, side: int, matrix: Tensor) -> None:
+        """The product for a whole side, or for the input of an evaluation, which takes the place of x alone."""
         rows, result = self.sides[side], self.outputs[out != 0]
         if self.code.side == 1:
             torch.mv(rows, matrix, out=result)
-        elif len(matrix) < len(result):  # the input of an evaluation: x's row alone
+        elif self.exact:
             torch.mm(matrix, rows, out=result[: len(matrix)])
         else:
-            torch.mm(matrix, rows, out=result)
+            for line, row in zip(matrix.unbind(0), result.unbind(0), strict=False):
+                torch.mv(rows.t(), line, out=row)
 
 
 def advance(
