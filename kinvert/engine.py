@@ -313,7 +313,8 @@ class _Slots:
         if self.code.side == 1:
             torch.mv(rows, matrix, out=result)
         elif self.exact:
-            torch.mm(matrix, rows, out=result[: len(matrix)])
+            lines = matrix.shape[0]
+            torch.mm(matrix, rows, out=result if lines == self.code.side else result[:lines])
         else:
             for line, row in zip(matrix.unbind(0), result.unbind(0), strict=False):
                 torch.mv(rows.t(), line, out=row)

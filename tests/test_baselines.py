@@ -261,11 +261,12 @@ def test_dpm_solver_inversion_of_order_two_is_approximate() -> None:
 # -- stored corrections --------------------------------------------------------------------------------------------------
 def test_direct_inversion_gives_the_image_back() -> None:
     found = direct_inversion(labelled, images(), schedule(), **guidance(7.5))
-    assert found.converged.all() and float(found.round_trip_error.max()) < 1e-10  # rounding, which cfg 7.5 magnifies
+    # A run sums in another order than `advance`, by which the offsets are found, and amplifies the difference.
+    assert found.converged.all() and float(found.round_trip_error.max()) < 1e-10
     close(found.latent, ddim_inversion(labelled, images(), schedule(), **guidance(1.0)).latent)
     replay = ki.noise.replay(found.noises)
     back = ki.sample(labelled, found.latent, schedule(), sampler=DirectInversion(), noise=replay, **guidance(7.5))
-    close(back, images(), 1e-12)
+    close(back, images(), 1e-10)
     alone = ki.sample(labelled, found.latent, schedule(), **guidance(7.5))
     assert float(rms(alone - images()).min()) > 1e-2  # the latent by itself does not
 
@@ -284,7 +285,7 @@ def test_null_text_lowers_the_error() -> None:
     before = rms(ki.sample(shifted, latent, schedule(), **given) - images())
     short, long = (null_text(shifted, images(), schedule(), lr=0.1, iterations=k, **given) for k in (5, 40))
     assert (short.round_trip_error < before).all() and (long.round_trip_error < 0.05 * before).all()
-    torch.testing.assert_close(long.latent, latent, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(long.latent, latent, rtol=1e-11, atol=1e-11)
     assert long.memory["shift"].shape == (10, 4, 6)
     again = sample_null_text(shifted, latent, schedule(), long.memory, **given)
     close(rms(again - images()), long.round_trip_error, 1e-9)
