@@ -325,6 +325,25 @@ def test_distribution_of_the_latent_and_arrays_of_images() -> None:
     assert bench.measure(Cell(**SMALL))[1] == {} and measured()["latent"]["spectrum"] is None
 
 
+@pytest.mark.parametrize(
+    "settings", [{"method": "invert"}, {"method": "extract_noise", "sampler": "euler_ancestral"}], ids=str
+)
+def test_latents_of_the_networks_are_edited(settings: dict[str, Any]) -> None:
+    """With the noises that belong to them; the measure is that of `change_class` itself."""
+    settings = {"model": "digits", "steps": 5, "count": 3, "dtype": "float64"} | settings
+    found = measured(**settings)["metrics"]
+    assert {"edit_took", "edit_probability", "edit_mse", "edit_ssim"} <= found.keys()
+    assert not any(name.startswith("edit") for name in measured(question="recovery", **settings)["metrics"])
+    if settings["method"] == "invert":
+        cell = Cell(**settings)
+        problem = make_problem("digits", 3, 0, torch.float64)
+        job, label = job_of(cell, problem), problem.positive["label"]
+        latent = ki.invert(problem.denoiser, problem.images, job.sigmas, positive={"label": label}).latent
+        edited = ki.sample(problem.denoiser, latent, job.sigmas, positive={"label": (label + 1) % 10})
+        expected = (edited - problem.images).square().flatten(1).mean(1)
+        torch.testing.assert_close(torch.tensor(found["edit_mse"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-9)
+
+
 def test_every_method_and_model_gives_a_record_that_is_json() -> None:
     for cell in cells(method=list(METHODS), sampler=["euler", "leapfrog", "euler_ancestral"], question=["recovery"]):
         record, _ = bench.measure(cell)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import metrics
+from kinvert.bench.editing import change_class
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import sees_states
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import Run, alone, answer, problem_of
 from kinvert.bench.truth import truth
 from kinvert.inversion.result import rms
+from kinvert.models import EmbeddedDenoiser
 
 KEPT = 4  # samples of which the arrays are kept
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latent / sigma
@@ -75,9 +77,22 @@ def _metrics(cell: Cell, problem: Problem, run: Run) -> dict[str, list[float]]:
         pair = run.result.double() / sigma, run.latent.double() / sigma
         values = {"mse": metrics.mse(*pair), "nmse_db": metrics.nmse(*pair), "max_error": metrics.max_error(*pair)}
     values |= metrics.latent_metrics(run.found.latent, sigma, run.image)
+    if cell.question == "reconstruction" and isinstance(problem.denoiser, EmbeddedDenoiser):
+        values |= _edit(problem.denoiser, problem.positive["label"], run)
     if problem.exact:
         values |= truth(cell, run)
     return {name: value.tolist() for name, value in values.items()}
+
+
+def _edit(denoiser: EmbeddedDenoiser, label: Tensor, run: Run) -> dict[str, Tensor]:
+    """The latents are sampled with the next class instead of the image's, their noises as they were found."""
+    target, noises = (label + 1) % denoiser.num_classes, run.found.noises
+    changed = change_class(
+        denoiser, run.found.latent, run.image, target, run.job.sigmas,
+        sampler=run.found.sampler or run.job.sampler,
+        cfg=run.job.guidance["cfg"], noise=ki.noise.replay(noises) if noises else None,
+    )  # fmt: skip
+    return changed.measured
 
 
 def _trajectory(run: Run) -> dict[str, list[float]] | None:
