@@ -181,6 +181,7 @@ def test_max_batch_is_a_positive_int(max_batch: Any, error: type[Exception]) -> 
 
 
 # -- compiled runs -----------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, when it generates code
 @pytest.mark.parametrize(
     ("name", "backend"),
     [("euler", "eager"), ("uni_pc", "eager"), pytest.param("lms", "inductor", marks=pytest.mark.slow)],
