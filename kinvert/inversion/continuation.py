@@ -2,9 +2,10 @@ r"""Roots past folds: follow a curve of solutions from a trivial equation to the
 
 Guidance and learned denoisers fold the step `F`: F' becomes singular, Newton's method and every fixed-point iteration
 stall there, and the solution that is near the image ends. Another one exists. Where the network's output is bounded
-(a last normalisation sees to that), `D(x) = c x + bounded`, guided or not, so one step, and a whole run too, is
-`F(u) = a u + bounded` with a > 0. Such a map is onto: it is homotopic to `a u` through maps of the same kind, and its
-degree is 1. The homotopy finds a solution: with
+(a last normalisation sees to that), `D(x) = c x + bounded` with 0 <= c <= 1, guided or not, and Euler's step is
+`F(u) = a u + bounded` with a = r + (1 - r) c > 0; so are other one-step samplers wherever their own a is positive. Such
+a map is onto: it is homotopic to `a u` through maps of the same kind, and its degree is 1. The homotopy finds a
+solution: with
 
     H(u, t) = (1 - t) (u - u0) + t (F(u) - y)
 
