@@ -287,12 +287,8 @@ def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
         values: dict[Symbol, np.ndarray] = {State(n): row for n, row in zip(names, np.eye(len(names)), strict=True)}
         for k, stage in enumerate(step.stages):
             share = 1.0 if math.isinf(std) else std**2 / (std**2 + stage.sigma**2)
-            values[Denoised(k)] = values[Uncond(k)] = share * _value(stage.input, values)
+            values[Denoised(k)] = values[Uncond(k)] = share * stage.input.at(values)
         rows = {"x": step.x, **dict(step.memory)}
-        total = total @ np.stack([_value(rows[name], values) for name in names])
+        total = total @ np.stack([rows[name].at(values) for name in names])
         norms.append(float(np.linalg.norm(total, 2)))
     return tuple(norms)
-
-
-def _value(form: Form, values: dict[Symbol, np.ndarray]) -> np.ndarray:
-    return np.sum([c * values[symbol] for symbol, c in form], axis=0)

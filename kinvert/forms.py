@@ -14,8 +14,8 @@ so a rule that compiles is linear by construction.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, NoReturn, SupportsFloat
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, SupportsFloat
 
 
 class Symbol(NamedTuple):
@@ -85,6 +85,10 @@ class Form:
             if c == 1.0:
                 return symbol
         return None
+
+    def at(self, values: Mapping[Symbol, Any]) -> Any:
+        """`sum_j c_j values[s_j]`, for values of any kind that can be scaled and added."""
+        return sum(c * values[symbol] for symbol, c in self)
 
     # -- the arithmetic of a vector space -------------------------------------------------------------------------
     def __add__(self, other: Form) -> Form:

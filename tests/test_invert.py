@@ -54,7 +54,7 @@ def test_one_step_samplers_are_inverted_exactly(name: str, steps: int) -> None:
     assert float(found.evaluations.double().median()) / steps <= 15 * stages
 
 
-@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [8, 20])
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_multistep_samplers_are_inverted_exactly(name: str, steps: int) -> None:
     x = images(3)

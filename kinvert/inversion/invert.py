@@ -1,11 +1,11 @@
 r"""`invert`: the latent that this sampler, on this schedule, maps to this image.
 
 One-step rules are inverted step by step (`stepwise`). A multistep rule needs values at noisier states that are still
-unknown, so its run is solved as a whole. With S the run of the sampler, and E the run of Euler's method on the same
-schedule, whose inverse is had step by step (another one-step sampler where Euler's does not do), z is sought with
-`S(E^{-1}(z)) = image`, by Anderson's acceleration of `z <- z + image - S(E^{-1}(z))`. S is nearly singular, since it
-contracts whole regions of noise to one image, but so is E, and `S E^{-1}` is close to the identity. S enters as a
-black box. Algebraically reversible rules are undone in closed form (`reversible`).
+unknown, so its run is solved as a whole (`trajectory`). What that leaves is tried with the sampler as a black box: with
+S its run, and E the run of Euler's method on the same schedule, whose inverse is had step by step (another one-step
+sampler where Euler's does not do), z is sought with `S(E^{-1}(z)) = image`, by Anderson's acceleration of
+`z <- z + image - S(E^{-1}(z))`. S is nearly singular, since it contracts whole regions of noise to one image, but so is
+E, and `S E^{-1}` is close to the identity. Algebraically reversible rules are undone in closed form (`reversible`).
 
 Every result is judged by sampling it again.
 """
@@ -35,19 +35,21 @@ from kinvert.inversion.stepwise import (
     invert_steps,
     smallest_singular_value,
 )
+from kinvert.inversion.trajectory import Sweeps
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
 from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import one_of
 from kinvert.sampling import with_bar
 
-METHODS: dict[str, Callable[[], Solver]] = {
+METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
     "auto": Auto,
     "anderson": Anderson,
     "damped": Damped,
     "continuation": Continuation,
     "newton": NewtonKrylov,
     "picard": Picard,
+    "sweeps": Sweeps,
 }
 # Invertible step by step, in the order in which a whole run is tried through them: Euler is the cheapest, the others
 # are closer to a sampler of order 2.
@@ -63,7 +65,7 @@ def invert(
     sigmas: Any,
     *,
     sampler: str | Rule = "euler",
-    method: str | Solver = "auto",
+    method: str | Solver | Sweeps = "auto",
     last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
@@ -84,14 +86,15 @@ def invert(
             denoised image and forgets x. See `last_step`.
         sampler: a deterministic sampler, by name or as a rule.
         method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed
-            point) or a `Solver`. Multistep samplers are solved as a whole run by Anderson's method, whatever it says.
+            point) or a `Solver`, for the steps one by one; "sweeps" or `Sweeps` for the run as a whole, which multistep
+            samplers need, whatever it says.
         last_step: what to do where the schedule ends in 0. "error" refuses; "least_change" looks for the state x that
             the denoiser maps to the image, `D(x, sigma) = image`, near the image where there are many. An image that
             is not in the range of D has none; the nearest result is returned and not called converged.
         tol: rms of `sample(latent) - x` to reach, absolute; by default 1e-9 in float64 and 1e-5 in float32.
         max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit.
         mask: 1 = invert, 0 = keep x, as in `unsample`.
-        callback: called after each step of the run that checks the result.
+        callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
         progress: show a progress bar of that run.
 
     Returns:
@@ -106,7 +109,7 @@ def invert(
         TypeError: as in `sample`.
     """
     check_state(x)
-    solver = method if isinstance(method, Solver) else _method(method)
+    solver = method if isinstance(method, (Solver, Sweeps)) else _method(method)
     if last_step not in LAST_STEPS:
         raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
     plan = compile_plan(resolve_sampler(sampler), falling(sigmas))
@@ -117,10 +120,12 @@ def invert(
     bound = bound if mask is None else Masked(bound, mask, x)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
-    job = _Job(plan, bound, x, goal, solver, limit, callback)
+    job = _Job(plan, bound, x, goal, limit, callback)
     if plan.auxiliary:
         return _undo(job)
-    return _whole_run(job) if plan.is_multistep else _step_by_step(job)
+    if plan.is_multistep or isinstance(solver, Sweeps):
+        return _whole_run(job, solver if isinstance(solver, Sweeps) else Sweeps())
+    return _step_by_step(job, solver)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,6 @@ class _Job:
     denoiser: Any
     x: Tensor
     goal: float
-    solver: Solver
     limit: int
     callback: Callback | None
 
@@ -199,12 +203,12 @@ def _undo(job: _Job) -> Inversion:
     return job.result(found, restored, notes, memory=undone.memory, amplification=growth)
 
 
-def _step_by_step(job: _Job) -> Inversion:
+def _step_by_step(job: _Job, solver: Solver) -> Inversion:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
     plan, x = job.plan, job.x
     index = torch.arange(len(x), device=x.device)
     allowed = _allowed(job, 0.3, lambda sigma: max(1.0, sigma))  # an error mostly shrinks as sigma does
-    found = invert_steps(plan, job.select, x, _tolerance_of(allowed, index), job.solver, job.budget)
+    found = invert_steps(plan, job.select, x, _tolerance_of(allowed, index), solver, job.budget)
     restored = job.again(found.states[0])
     found.evaluations += plan.evaluations
     for share in (0.03, 0.003):
@@ -217,7 +221,7 @@ def _step_by_step(job: _Job) -> Inversion:
         part = _restrict(job.select, index)
         left = (job.budget - found.evaluations)[index]
         starts = [state[index] for state in found.states]
-        again = invert_steps(plan, part, x[index], _tolerance_of(allowed, index), job.solver, left, starts)
+        again = invert_steps(plan, part, x[index], _tolerance_of(allowed, index), solver, left, starts)
         again.evaluations += plan.evaluations
         everyone = torch.arange(len(index), device=x.device)
         better_one = run(plan, part(everyone), again.states[0])
@@ -274,28 +278,35 @@ def _restrict(select: Select, index: Tensor) -> Select:
     return lambda inner: select(index[inner])
 
 
-def _whole_run(job: _Job) -> Inversion:
-    """Solve through one invertible base sampler after the other, each for the samples that the others left."""
-    plan, x, budget = job.plan, job.x, job.budget
-    latent, best = x.clone(), x.new_full((len(x),), torch.inf)
-    spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+def _whole_run(job: _Job, sweeps: Sweeps) -> Inversion:
+    """Sweep over all evaluations; for what that leaves, go through one invertible base sampler after the other."""
+    plan, x = job.plan, job.x
+    latent, restored, spent = x.clone(), torch.full_like(x, torch.nan), torch.zeros_like(job.budget)
+    error = x.new_full((len(x),), torch.finfo(x.dtype).max)
+    if plan.sigmas[-1] > 0:  # a step to 0 forgets x
+        solved = sweeps.solve(plan, job.select, x, job.goal, int(job.budget[0]))
+        latent, restored, error = solved.latent, solved.restored, x.new_tensor(solved.errors)
+        spent = torch.tensor(solved.evaluations, device=x.device)
     for base in BASES:
-        index = ((best > job.goal) & (spent < budget)).nonzero()[:, 0]
-        if not len(index):
+        index = ((error > job.goal) & error.isfinite() & (spent < job.budget)).nonzero()[:, 0]
+        if not len(index):  # an error is infinite only where the denoiser fails
             break
-        through = _Through(
-            plan, compile_plan(base, plan.sigmas), _restrict(job.select, index), x[index], (budget - spent)[index]
-        )
-        equation = Equation(through, x[index], x.new_full((len(index),), job.goal), (budget - spent)[index], cost=0)
+        left = (job.budget - spent)[index]
+        through = _Through(plan, compile_plan(base, plan.sigmas), _restrict(job.select, index), x[index], left)
+        equation = Equation(through, x[index], x.new_full((len(index),), job.goal), left, cost=0)
         Anderson(window=12, max_iterations=40).solve(equation, x[index])
         spent[index] += through.spent
-        better = through.best < best[index]
-        latent[index[better]], best[index[better]] = through.latent[better], through.best[better]
-    restored = job.again(latent)
-    error = job.error(restored)
+        better = through.best < error[index]
+        where = index[better]
+        latent[where], restored[where], error[where] = (
+            part[better] for part in (through.latent, through.restored, through.best)
+        )
+    if job.callback is not None:
+        restored = job.again(latent)
+        spent += plan.evaluations
     lost = (error > job.goal).nonzero()[:, 0].tolist()
     notes = [f"sample {i} not inverted: round-trip error {error[i]:.2g}, solved as a whole run" for i in lost]
-    return job.result(Trajectory([latent], best[None], spent + plan.evaluations), restored, notes)
+    return job.result(Trajectory([latent], error[None], spent), restored, notes)
 
 
 class _Through:
@@ -303,7 +314,7 @@ class _Through:
 
     def __init__(self, plan: Plan, base: Plan, select: Select, x: Tensor, budget: Tensor) -> None:
         self.plan, self.base, self.select, self.x, self.budget = plan, base, select, x, budget
-        self.latent, self.best = x.clone(), x.new_full((len(x),), torch.inf)
+        self.latent, self.restored, self.best = x.clone(), x.clone(), x.new_full((len(x),), torch.inf)
         self.spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.accuracy = x.new_full((len(x),), 1e-3)
         self.warm: list[Tensor] | None = None
@@ -325,7 +336,8 @@ class _Through:
         self.spent[index] += path.evaluations + self.plan.evaluations
         size = rms(out - self.x[index]).nan_to_num(torch.inf)
         better = size < self.best[index]
-        self.latent[index[better]], self.best[index[better]] = path.states[0][better], size[better]
+        self.best[index[better]] = size[better]
+        self.latent[index[better]], self.restored[index[better]] = path.states[0][better], out[better]
         self.accuracy[index] = (0.004 * size).clamp(max=1e-3)
         return out
 
@@ -358,7 +370,7 @@ def check_invertible(plan: Plan, last_step: str = "error") -> None:
             )
 
 
-def _method(name: object) -> Solver:
+def _method(name: object) -> Solver | Sweeps:
     if name not in METHODS:
         raise ValueError(f"method must be a Solver or {one_of(name, METHODS)}")
     return METHODS[str(name)]()

@@ -1,0 +1,281 @@
+r"""The inverse of a whole run, from equations for all its evaluations at once.
+
+But for the denoiser a Plan is linear. With the inputs `Y_k` of its evaluations and `D_k = D(Y_k, sigma_k)` its rows add
+up to
+
+    Y_k = alpha_k x_0 + sum_l A_kl D_l          x_N = alpha x_0 + sum_l B_l D_l
+
+and, x_0 eliminated, to equations in which the image x_N is given and the evaluations are the unknowns:
+
+    Y = a x_N + C D(Y),     a_k = alpha_k / alpha,     C = A - a B^T
+
+A one-step rule couples an evaluation to less noisy ones alone, the memory of a multistep rule to noisier ones too. The
+equations are solved by sweeps from the cleanest evaluation to the noisiest, one evaluation each. Everything in them is
+known but the derivative D', and of that every sweep shows one difference more at each level, `D' dY = dD`. The linear
+equations with D' from the last differences, and 0 outside their span, say what the noisier evaluations will be, and
+with those the next `Y_k`. It is Anderson's acceleration with the structure of the run kept; the linear algebra of a
+sweep is small next to a denoiser.
+
+Source: the multisecant idea of Anderson (1965); Fang and Saad, Two Classes of Multisecant Methods for Nonlinear
+Acceleration (2009); here one secant model for every evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinvert import engine
+from kinvert.denoisers import Guided
+from kinvert.engine import stage_sigmas
+from kinvert.forms import Denoised, State, Symbol, Uncond
+from kinvert.inversion.result import rms
+from kinvert.inversion.stepwise import Select
+from kinvert.plan import Plan
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """The method for whole runs, of any deterministic sampler without auxiliary state.
+
+    Attributes:
+        window: differences kept. `2 window + 4` float64 tensors of x's size per evaluation of the run are the memory
+            that a sample takes.
+        max_sweeps: evaluations that a step may cost.
+        patience: sweeps in which the residual must halve; a sample that does not manage is given up.
+    """
+
+    window: int = 20
+    max_sweeps: int = 80
+    patience: int = 12
+
+    def solve(self, plan: Plan, select: Select, x: Tensor, goal: float, budget: int) -> Solution:
+        """Solve for every sample of x, shape (batch, *event), until its round trip has an rms of at most `goal`.
+
+        The round trip is run where the residual is at most 0.3 goal, in units of max(1, sigma) at the worst evaluation;
+        a tenth of that for samplers that magnify it. Evaluations beyond `budget` are not begun.
+        """
+        run, found = _Run(plan, select, x, self.window), Solution.empty(x)
+        run.start()
+        asked, mark, since = [0.3 * goal] * len(x), [math.inf] * len(x), [0] * len(x)
+        spent = plan.evaluations
+        for sweep in range(1, self.max_sweeps + 1):
+            residual, samples = run.residual(), run.samples.tolist()
+            sizes = run.size(residual).tolist()
+            found.improve(run, sizes)
+            for i, size in zip(samples, sizes, strict=True):
+                found.evaluations[i] += plan.evaluations
+                if size < mark[i] / 2:
+                    mark[i], since[i] = size, sweep
+            ready = [i for i, size in zip(samples, sizes, strict=True) if size <= asked[i]]
+            found.check(plan, select, ready)
+            for i in ready:
+                asked[i] /= 10
+            going = [
+                place for place, i in enumerate(samples)
+                if not found.errors[i] <= goal
+                and sweep - since[i] < self.patience
+                and found.evaluations[i] + 2 * spent <= budget
+            ]  # fmt: skip
+            if not going or sweep == self.max_sweeps:
+                break
+            if len(going) < len(sizes):
+                index = torch.tensor(going, device=x.device)
+                run.keep(index)
+                residual = residual[index]
+            run.sweep(residual)
+        found.check(plan, select, [i for i, error in enumerate(found.errors) if math.isinf(error)])
+        return found
+
+
+@dataclass(eq=False)
+class Solution:
+    """The best latent of every sample, what the sampler makes of it, and the cost, the check included.
+
+    Attributes:
+        latent, restored: shape (batch, *event).
+        residuals: of the latent's evaluations, the largest rms in units of max(1, sigma).
+        errors: rms of the round trip.
+        evaluations: of the denoiser.
+    """
+
+    x: Tensor
+    latent: Tensor
+    restored: Tensor
+    residuals: list[float]
+    errors: list[float]
+    evaluations: list[int]
+
+    @classmethod
+    def empty(cls, x: Tensor) -> Solution:
+        """Nothing found yet."""
+        none = [math.inf] * len(x)
+        return cls(x, x.clone(), x.clone(), list(none), list(none), [0] * len(x))
+
+    def improve(self, run: _Run, sizes: list[float]) -> None:
+        """Take over the latents with a smaller residual, which are not checked yet."""
+        samples = run.samples.tolist()
+        better = [place for place, size in enumerate(sizes) if size < self.residuals[samples[place]]]
+        where = [samples[place] for place in better]
+        self.latent[where] = run.latent[better]
+        for place, i in zip(better, where, strict=True):
+            self.residuals[i], self.errors[i] = sizes[place], math.inf
+
+    def check(self, plan: Plan, select: Select, samples: list[int]) -> None:
+        """Run the sampler on some latents."""
+        if not samples:
+            return
+        index = torch.tensor(samples, device=self.x.device)
+        self.restored[index] = engine.run(plan, select(index), self.latent[index])
+        errors = rms(self.restored[index] - self.x[index]).nan_to_num(math.inf).tolist()
+        for i, error in zip(samples, errors, strict=True):
+            self.errors[i] = error
+            self.evaluations[i] += plan.evaluations
+
+
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """`Y = a x_N + C D` and `x_0 = (x_N - B D) / alpha`, and the noise level of every evaluation.
+
+    D has one row for each evaluation, or two, D and U, where the Plan is guided: a (k,), C (k, rows), B (rows,).
+    """
+
+    a: np.ndarray
+    C: np.ndarray
+    B: np.ndarray
+    alpha: float
+    levels: tuple[float, ...]
+    guided: bool
+
+
+def equations(plan: Plan) -> Equations:
+    """The equations of a deterministic Plan that starts from x alone and does not forget it."""
+    outputs = 2 if plan.is_guided else 1
+    unit = np.eye(1 + plan.evaluations * outputs)
+    values: dict[Symbol, np.ndarray] = {State("x"): unit[0]}
+    rows: list[np.ndarray] = []
+    levels: list[float] = []
+    for step in plan.steps:
+        for j, stage in enumerate(step.stages):
+            first = 1 + len(rows) * outputs
+            values[Denoised(j)], values[Uncond(j)] = unit[first], unit[first + outputs - 1]
+            rows.append(stage.input.at(values))
+            levels.append(stage.sigma)
+        values = {State(name): form.at(values) for name, form in (("x", step.x), *step.memory)}
+    inputs, result = np.stack(rows), values[State("x")]
+    a = inputs[:, 0] / result[0]
+    C = inputs[:, 1:] - np.outer(a, result[1:])
+    C[np.abs(C) < 1e-13 * np.abs(C).max(axis=1, keepdims=True)] = 0.0  # what cancels but for rounding
+    return Equations(a, C, result[1:], float(result[0]), tuple(levels), plan.is_guided)
+
+
+class _Run:
+    """The evaluations of some samples, their last differences, and the steps of the method.
+
+    Y has shape (n, k, m), D (n, rows, m), and their differences dY (n, k, window, m), dD (n, rows, window, m).
+    """
+
+    def __init__(self, plan: Plan, select: Select, x: Tensor, window: int) -> None:
+        system = equations(plan)
+        self.shape, self.dtype, self.select, self.window = x.shape[1:], x.dtype, select, window
+        # The noise is what x_N and D leave, magnified by sigma / sigma_min: no work for single precision.
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        self.a, self.C, self.B = (torch.from_numpy(part).to(x.device, wide) for part in (system.a, system.C, system.B))
+        self.alpha, self.outputs = system.alpha, 1 + system.guided
+        self.sigmas = stage_sigmas(list(system.levels), x)
+        self.scale = torch.tensor(system.levels, device=x.device, dtype=wide).clamp(min=1.0)
+        self.x = x.flatten(1).to(wide)
+        n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
+        self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
+        self.dY, self.dD = self.x.new_zeros(n, k, window, m), self.x.new_zeros(n, rows, window, m)
+        self.samples = torch.arange(n, device=x.device)
+        self.denoiser = select(self.samples)
+        self.sweeps = 0
+
+    @property
+    def latent(self) -> Tensor:
+        """x_0 of every sample, shape (n, *event)."""
+        return ((self.x - self.B @ self.D) / self.alpha).reshape(-1, *self.shape).to(self.dtype)
+
+    def residual(self) -> Tensor:
+        """`a x + C D - Y`, shape (n, k, m)."""
+        return self.a[:, None] * self.x[:, None] + self.C @ self.D - self.Y
+
+    def size(self, residual: Tensor) -> Tensor:
+        """The largest rms of an evaluation's residual, in units of max(1, sigma); shape (n,)."""
+        return (residual.square().mean(2).sqrt() / self.scale).amax(1)
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some samples only."""
+        for name in ("samples", "x", "Y", "D", "dY", "dD"):
+            setattr(self, name, getattr(self, name)[index])
+        self.denoiser = self.select(self.samples)
+
+    def rows(self, k: int) -> slice:
+        """The rows of D that belong to evaluation k."""
+        return slice(k * self.outputs, (k + 1) * self.outputs)
+
+    def evaluate(self, k: int, u: Tensor) -> None:
+        """Let `Y_k = u`."""
+        out = self.denoiser(u.reshape(-1, *self.shape).to(self.dtype), self.sigmas[k, : len(u)])
+        self.Y[:, k] = u
+        self.D[:, self.rows(k)] = torch.stack([part.flatten(1) for part in self._outputs(out)], 1).to(u.dtype)
+
+    def _outputs(self, out: Tensor | Guided) -> tuple[Tensor, ...]:
+        if isinstance(out, Guided):
+            return tuple(out)[: self.outputs]
+        return (out,) * self.outputs
+
+    def start(self) -> None:
+        """The first sweep. The noisier evaluations are taken to give what the last one gave, the first the image."""
+        self.D[:] = self.x[:, None]
+        for k in reversed(range(len(self.a))):
+            self.evaluate(k, self.a[k] * self.x + self.C[k] @ self.D)
+            self.D[:, : k * self.outputs] = self.D[:, self.rows(k)].repeat(1, k, 1)
+
+    def sweep(self, residual: Tensor) -> None:
+        """One evaluation at every level, from the cleanest to the noisiest."""
+        known = min(self.sweeps, self.window)
+        dY, dD = self.dY[:, :, :known], self.dD[:, :, :known]
+        Y, D = self.Y.clone(), self.D.clone()
+        if known:
+            self.D += self._change(dY, dD, residual)
+        for k in reversed(range(len(self.a))):
+            own, couple = self.rows(k), self.C[k, self.rows(k)]
+            self.D[:, own] = D[:, own]
+            f = self.a[k] * self.x + self.C[k] @ self.D - Y[:, k]
+            u = Y[:, k] + f
+            if known:
+                image = torch.tensordot(dD[:, own], couple, ([1], [0]))
+                weights = _solve(dY[:, k] @ (dY[:, k] - image).mT, dY[:, k] @ f[:, :, None])
+                u = u + (image.mT @ weights)[:, :, 0]
+            self.evaluate(k, u)
+        moved = self.Y - Y
+        size = moved.norm(dim=2, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
+        slot = self.sweeps % self.window
+        self.dY[:, :, slot] = moved / size
+        self.dD[:, :, slot] = (self.D - D) / size.repeat_interleave(self.outputs, 1)
+        self.sweeps += 1
+
+    def _change(self, dY: Tensor, dD: Tensor, residual: Tensor) -> Tensor:
+        """What the linear equations expect D to change by: `dY_k = residual_k + sum_l C_kl D'_l dY_l` for all k."""
+        n, k, known, _ = dY.shape
+        dD = dD.unflatten(1, (k, self.outputs))
+        C = self.C.unflatten(1, (k, self.outputs))
+        system = torch.zeros(n, k, known, k, known, dtype=dY.dtype, device=dY.device)
+        for part in range(self.outputs):
+            system -= torch.einsum("nkpm,nlqm,kl->nkplq", dY, dD[:, :, part], C[:, :, part])
+        system.diagonal(dim1=1, dim2=3).add_(torch.einsum("nkpm,nkqm->npqk", dY, dY))
+        right = torch.einsum("nkpm,nkm->nkp", dY, residual)
+        weights = _solve(system.reshape(n, k * known, k * known), right.reshape(n, k * known, 1))
+        return torch.einsum("nlgqm,nlq->nlgm", dD, weights.reshape(n, k, known)).flatten(1, 2)
+
+
+def _solve(system: Tensor, right: Tensor) -> Tensor:
+    """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
+    ridge = 100 * torch.finfo(system.dtype).eps * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_ex(system + ridge, right, check_errors=False)[0]

@@ -1,0 +1,147 @@
+"""The inverse of a whole run: its equations hold for every sampler, its sweeps solve them, and cost what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import guided_mixture, mixture, noise_like
+from torch import Tensor
+
+import kinvert as ki
+from kinvert import models
+from kinvert.inversion import Sweeps
+from kinvert.inversion.result import rms
+from kinvert.inversion.trajectory import equations
+
+MIXTURE = mixture()
+GUIDED = ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp"]
+
+
+def schedule(steps: int) -> Tensor:
+    return ki.schedules.karras(steps + 1, 0.1, 10.0)[:-1]
+
+
+def images(count: int = 4) -> Tensor:
+    return 0.8 * noise_like((count, 6), seed=5)
+
+
+def deterministic() -> list[str]:
+    """Every sampler whose run at the default options is a linear map of x and what the denoiser returns."""
+    names = []
+    for name in ki.rules.SAMPLERS:
+        if name == "dpm_adaptive":
+            continue
+        plan = ki.compile_plan(name, schedule(7))
+        if not plan.is_stochastic and not any(step.forgets_x for step in plan.steps):
+            names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("name", deterministic())
+def test_the_equations_hold_on_every_run(name: str) -> None:
+    """`Y = a x_N + C D` and `x_0 = (x_N - B D) / alpha` for the evaluations that a run makes."""
+    plan = ki.compile_plan(name, schedule(7))
+    denoiser = guided_mixture() if plan.is_guided else MIXTURE
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def recording(x: Tensor, sigma: Tensor) -> Tensor:
+        result = denoiser(x, sigma)
+        inputs.append(x.clone())
+        outputs.extend(part.clone() for part in (result if isinstance(result, tuple) else (result,)))
+        return result
+
+    x = 10 * noise_like((2, 6))
+    end = ki.run(plan, recording, x)
+    system = equations(plan)
+    a, C, B = (torch.from_numpy(part) for part in (system.a, system.C, system.B))
+    Y, D = torch.stack(inputs), torch.stack(outputs)
+    torch.testing.assert_close(a[:, None, None] * end + torch.tensordot(C, D, 1), Y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close((end - torch.tensordot(B, D, 1)) / system.alpha, x, rtol=1e-9, atol=1e-9)
+    assert system.levels == tuple(stage.sigma for step in plan.steps for stage in step.stages)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize("name", ["lms", "dpmpp_2m", "deis", "res_multistep", "uni_pc", "res_2m"])
+def test_sweeps_cost_few_evaluations(name: str, steps: int) -> None:
+    """To 1e-9, the check included."""
+    found = ki.invert(MIXTURE, images(16), schedule(steps), sampler=name)
+    assert found.converged.all() and float(found.round_trip_error.max()) <= 1e-9
+    assert float(found.evaluations.double().median()) / steps <= (25 if steps == 10 else 12)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_pairs_are_two_unknowns(name: str) -> None:
+
+    def pair(x: Tensor, sigma: Tensor) -> ki.Guided:
+        denoised = MIXTURE(x, sigma)
+        return ki.Guided(denoised, 0.9 * denoised + 0.1 * ki.denoisers.Gaussian(0.0, 0.7)(x, sigma))
+
+    x = images()
+    found = ki.invert(pair, x, schedule(20), sampler=name, method="sweeps", tol=1e-8)
+    assert found.converged.all()
+    again = ki.run(ki.compile_plan(name, schedule(20)), pair, found.latent)
+    assert float(rms(again - x).max()) <= 1e-8
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "rk4"])
+def test_one_step_samplers_as_a_whole(name: str) -> None:
+    """The same latent as step by step."""
+    steps = ki.invert(MIXTURE, images(), schedule(12), sampler=name, tol=1e-10)
+    whole = ki.invert(MIXTURE, images(), schedule(12), sampler=name, method=Sweeps(window=12), tol=1e-10)
+    assert whole.converged.all()
+    torch.testing.assert_close(whole.latent, steps.latent, rtol=1e-6, atol=1e-6)
+
+
+def test_only_open_samples_are_evaluated() -> None:
+    """Rows seen by the denoiser are the evaluations that are counted; what a sample finds is its own."""
+    rows = 0
+
+    def counting(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return MIXTURE(x, sigma)
+
+    x = torch.cat([images(3), 4 * images(2)])
+    found = ki.invert(counting, x, schedule(10), sampler="dpmpp_2m")
+    assert found.converged.all() and rows == int(found.evaluations.sum())
+    assert found.evaluations.unique().numel() > 1
+    for i in range(len(x)):
+        alone = ki.invert(MIXTURE, x[i : i + 1], schedule(10), sampler="dpmpp_2m")
+        torch.testing.assert_close(alone.latent[0], found.latent[i], rtol=1e-8, atol=1e-8)
+        assert alone.evaluations[0] == found.evaluations[i]
+
+
+def test_the_budget_is_kept() -> None:
+    plan = ki.compile_plan("deis", schedule(10))
+    solution = Sweeps().solve(plan, lambda index: MIXTURE, images(), 1e-12, budget=45)
+    assert max(solution.evaluations) <= 45 and min(solution.errors) > 1e-12
+
+
+def test_what_the_sweeps_leave_is_solved_through_a_base() -> None:
+    """Adams weights of a uniform grid grow on a Karras schedule of ten steps: the sweeps give up, `invert` does not."""
+    plan = ki.compile_plan("ipndm", schedule(10))
+    solution = Sweeps().solve(plan, lambda index: MIXTURE, images(8), 3e-10, budget=10**6)
+    assert max(solution.errors) > 1e-3
+    assert ki.invert(MIXTURE, images(8), schedule(10), sampler="ipndm").converged.all()
+
+
+def test_a_denoiser_that_fails_is_not_called_solved() -> None:
+    def broken(x: Tensor, sigma: Tensor) -> Tensor:
+        return MIXTURE(x, sigma) * torch.where(sigma[:, None] > 1.0, torch.nan, 1.0)
+
+    with pytest.warns(RuntimeWarning, match="not inverted"):
+        found = ki.invert(broken, images(2), schedule(8), sampler="dpmpp_2m")
+    assert not found.converged.any() and found.round_trip_error.isinf().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lms", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc"])
+def test_a_trained_network(name: str) -> None:
+    """Held-out digits, 20 steps from sigma 80, to 1e-8."""
+    denoiser = models.load("digits", dtype=torch.float64)
+    x, labels = (part[:4] for part in models.held_out("digits"))
+    sigmas = ki.schedules.karras(21, 0.02, 80.0)[:-1]
+    found = ki.invert(denoiser, x.double(), sigmas, sampler=name, tol=1e-8, positive={"label": labels})
+    assert found.converged.all()
+    assert float(found.evaluations.double().median()) / 20 <= (200 if name == "ipndm" else 35)
