@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,8 +58,13 @@ class Equation:
         )
 
     def open(self, index: Tensor, residual: Tensor) -> Tensor:
-        """Those of `index` that are neither solved nor out of budget."""
-        return index[(residual[index] > self.tolerance[index]) & (self.evaluations[index] < self.budget[index])]
+        """Those of `index` that are neither solved nor out of budget; residual of all samples."""
+        return index[self.open_rows(index, residual[index])]
+
+    def open_rows(self, index: Tensor, residual: Tensor) -> Tensor:
+        """Their places in `index`, whose residuals are given: the one thing that the host must read to go on."""
+        going = (residual > self.tolerance[index]) & (self.evaluations[index] < self.budget[index])
+        return going.nonzero()[:, 0]
 
     def residual(self, u: Tensor, index: Tensor) -> Tensor:
         """`f(u) = y - F(u)` of the samples `index`."""
@@ -69,7 +74,7 @@ class Equation:
     def derivative(self, u: Tensor, f: Tensor, v: Tensor, index: Tensor) -> Tensor:
         """`F'(u) v` by a finite difference, given `f = f(u)`: one evaluation, and the denoiser stays a black box."""
         size = rms(u).clamp(min=1e-3) * torch.finfo(u.dtype).eps ** 0.5 / rms(v).clamp(min=torch.finfo(u.dtype).tiny)
-        size = size.reshape(-1, *(1,) * (u.ndim - 1))
+        size = _like(size, u)
         return (f - self.residual(u + size * v, index)) / size
 
 
@@ -82,11 +87,14 @@ class Root:
 
     def keep(self, index: Tensor, u: Tensor, residual: Tensor) -> Tensor:
         """Take over what is better; returns which of `index` improved."""
-        better = residual < self.residual[index]
-        where = index[better]
-        self.u[where] = u[better]
-        self.residual[where] = residual[better]
+        best = self.residual[index]
+        better = residual < best
+        self.put(index, torch.where(_like(better, u), u, self.u[index]), torch.where(better, residual, best))
         return better
+
+    def put(self, index: Tensor, u: Tensor, residual: Tensor) -> None:
+        """Replace those of `index`."""
+        self.u[index], self.residual[index] = u, residual
 
 
 class Solver(ABC):
@@ -105,6 +113,9 @@ class Anderson(Solver):
     `u' = u + tau f - (dU + tau dF) gamma`. When a residual exceeds `growth` times the best, the sample goes back to its
     best iterate, forgets its history and halves its tau.
 
+    The host reads one thing of the device, which samples are still open, every `check_every` iterations; those that are
+    not leave the batch. A sample takes `2 window + 6` tensors of x's size.
+
     Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni (2011).
     """
 
@@ -112,48 +123,42 @@ class Anderson(Solver):
     tau: float = 1.0
     max_iterations: int = 60
     growth: float = 4.0
+    check_every: int = 1
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
-        batch, shape = len(start), start.shape[1:]
-        u = start.reshape(batch, -1).clone()
-        root = Root(start.clone(), torch.full((batch,), math.inf, dtype=u.dtype, device=u.device))
-        tau = torch.full((batch, 1), self.tau, dtype=u.dtype, device=u.device)
-        iterates, residuals = u.new_zeros(batch, self.window, u.shape[1]), u.new_zeros(batch, self.window, u.shape[1])
-        filled = torch.zeros(batch, dtype=torch.int64, device=u.device)
-        last_u, last_f = torch.zeros_like(u), torch.zeros_like(u)
-        active = torch.arange(batch, device=u.device)
-        for k in range(self.max_iterations):
-            f = equation.residual(u[active].reshape(-1, *shape), active).reshape(len(active), -1)
-            size = rms(f).nan_to_num(math.inf, math.inf)
-            root.keep(active, u[active].reshape(-1, *shape), size)
-            todo = torch.isin(active, equation.open(active, root.residual))
-            active, f, size = active[todo], f[todo], size[todo]
-            if not len(active):
+        root = Root(start.clone(), start.new_full((len(start),), math.inf))
+        rows, index = _Rows.of(start, self), torch.arange(len(start), device=start.device)
+        for k in range(1, self.max_iterations + 1):
+            f = equation.residual(rows.u.reshape(-1, *start.shape[1:]), index).flatten(1)
+            self._iterate(rows, f)
+            if k % self.check_every and k < self.max_iterations:
+                continue
+            root.put(index, rows.best.reshape(-1, *start.shape[1:]), rows.least)
+            going = equation.open_rows(index, rows.least)
+            if not len(going):
                 break
-            failed = size > self.growth * root.residual[active]
-            back = active[failed]
-            u[back] = root.u.reshape(batch, -1)[back]
-            tau[back] /= 2
-            filled[back] = -1  # the next residual is the first of a new history
-            good, f = active[~failed], f[~failed]
-            if self.window:
-                fresh = filled[good] >= 0
-                if k:
-                    grown = good[fresh]
-                    slot = (filled[grown] % self.window)[:, None, None].expand(-1, 1, u.shape[1])
-                    iterates[grown] = iterates[grown].scatter(1, slot, (u[grown] - last_u[grown])[:, None])
-                    residuals[grown] = residuals[grown].scatter(1, slot, (f[fresh] - last_f[grown])[:, None])
-                    filled[grown] += 1
-                filled[good[~fresh]] = 0
-                iterates[good[~fresh]] = 0
-                residuals[good[~fresh]] = 0
-            last_u[good], last_f[good] = u[good], f
-            step = tau[good] * f
-            if self.window and k:
-                step = step - self._extrapolate(iterates[good], residuals[good], f, tau[good])
-            u[good] = u[good] + step
+            if len(going) < len(index):
+                rows, index = rows.take(going), index[going]
         return root
+
+    def _iterate(self, rows: _Rows, f: Tensor) -> None:
+        """From the residual at the last iterate to the next one, for all rows alike."""
+        size, u = rms(f).nan_to_num(math.inf, math.inf), rows.u
+        better = (size < rows.least)[:, None]
+        rows.best = torch.where(better, u, rows.best)
+        rows.least = size.minimum(rows.least)
+        failed = (size > self.growth * rows.least)[:, None]
+        step = rows.tau * f
+        if self.window:
+            pair = rows.fresh & ~failed
+            for name, difference in (("dU", u - rows.last_u), ("dF", f - rows.last_f)):
+                new, old = torch.where(pair, difference, 0.0)[:, None], getattr(rows, name)[:, :-1]
+                setattr(rows, name, torch.where(failed[:, None], 0.0, torch.cat([new, old], 1)))
+            rows.last_u, rows.last_f, rows.fresh = u, f, ~failed
+            step = step - self._extrapolate(rows.dU, rows.dF, f, rows.tau)
+        rows.u = torch.where(failed, rows.best, u + step)
+        rows.tau = torch.where(failed, rows.tau / 2, rows.tau)
 
     @staticmethod
     def _extrapolate(dU: Tensor, dF: Tensor, f: Tensor, tau: Tensor) -> Tensor:
@@ -162,11 +167,43 @@ class Anderson(Solver):
         dU, dF, f, tau = (a.to(torch.promote_types(dtype, torch.float32)) for a in (dU, dF, f, tau))
         scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
         unit = dF / scale[:, :, None]
-        gram = unit @ unit.mT
-        ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(gram.shape[1], dtype=f.dtype, device=f.device)
-        gamma = torch.linalg.solve(gram + ridge, (unit @ f[:, :, None]))[:, :, 0] / scale
+        ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(unit.shape[1], dtype=f.dtype, device=f.device)
+        gamma = small_solve(unit @ unit.mT + ridge, unit @ f[:, :, None])[:, :, 0] / scale
         gamma = torch.where(dF.abs().amax(2) > 0, gamma, 0.0)
         return (gamma[:, None] @ (dU + tau[:, :, None] * dF))[:, 0].to(dtype)
+
+
+@dataclass(eq=False)
+class _Rows:
+    """The open samples of Anderson's method, one a row.
+
+    Attributes:
+        u, last_u, last_f: this iterate, the last one and its residual, shape (n, m).
+        best, least: the best iterate and the rms of its residual, shapes (n, m) and (n,).
+        dU, dF: differences of the last iterates and residuals, newest first, shape (n, window, m).
+        tau, fresh: the damping; whether the last residual may be used for a difference. Shape (n, 1).
+    """
+
+    u: Tensor
+    last_u: Tensor
+    last_f: Tensor
+    best: Tensor
+    least: Tensor
+    dU: Tensor  # noqa: N815 - as in the docstring of Anderson
+    dF: Tensor  # noqa: N815
+    tau: Tensor
+    fresh: Tensor
+
+    @classmethod
+    def of(cls, start: Tensor, solver: Anderson) -> _Rows:
+        u = start.flatten(1)
+        n, m = u.shape
+        dU, dF = u.new_zeros(2, n, solver.window, m)
+        tau, fresh = u.new_full((n, 1), solver.tau), torch.zeros(n, 1, dtype=torch.bool, device=u.device)
+        return cls(u, torch.zeros_like(u), torch.zeros_like(u), u, u.new_full((n,), math.inf), dU, dF, tau, fresh)
+
+    def take(self, rows: Tensor) -> _Rows:
+        return _Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 def Picard(max_iterations: int = 60) -> Anderson:  # noqa: N802 - a solver by its published name
@@ -244,38 +281,37 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
     """`x` with `A x = b` per row to the relative accuracy `forcing`, from 0, with at most `krylov` products a row.
 
     Returns:
-        x, shape (rows, m), and the images under A of the orthonormal basis that was built, shape (rows, m, products).
+        x, shape (rows, m), and the images under A of the orthonormal basis that was built, shape (rows, products, m). A
+        row takes `2 krylov + 4` tensors of its size.
 
     Source: Saad and Schultz, GMRES: A Generalized Minimal Residual Algorithm for Nonsymmetric Linear Systems (1986).
     """
-    dtype = b.dtype
+    dtype, (n, m) = b.dtype, b.shape
     b = b.to(torch.promote_types(dtype, torch.float32))  # the small systems are not solved in half precision
-    size = b.norm(dim=1)
-    basis = [b / size[:, None].clamp(min=torch.finfo(b.dtype).tiny)]
-    images: list[Tensor] = []
-    x = torch.zeros_like(b)
-    todo = torch.arange(len(b), device=b.device)  # a row that is good enough costs no further products
-    for _ in range(min(krylov, b.shape[1])):
-        image = torch.zeros_like(b)
-        image[todo] = apply(basis[-1][todo].to(dtype), todo).to(b.dtype)
-        images.append(image)
-        stacked = torch.stack(images, dim=2)
+    finfo = torch.finfo(b.dtype)
+    size, x = b.norm(dim=1), torch.zeros_like(b)
+    most = min(krylov, m)
+    basis, images = b.new_zeros(n, most + 1, m), b.new_zeros(n, most, m)
+    basis[:, 0] = b / size[:, None].clamp(min=finfo.tiny)
+    todo = torch.arange(n, device=b.device)  # a row that is good enough costs no further products
+    for j in range(most):
+        images[todo, j] = apply(basis[todo, j].to(dtype), todo).to(b.dtype)
+        spanned, image = basis[:, : j + 1], images[:, : j + 1]
         # The projected problem is small: least squares on the images of the orthonormal basis.
-        gram = stacked.mT @ stacked
-        ridge = torch.finfo(b.dtype).eps * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-        eye = torch.eye(gram.shape[1], dtype=b.dtype, device=b.device)
-        weights = torch.linalg.solve(gram + ridge * eye, stacked.mT @ b[:, :, None])
-        x[todo] = (torch.stack(basis, dim=2) @ weights)[todo, :, 0]
-        left = (b - (stacked @ weights)[:, :, 0]).norm(dim=1)
-        todo = todo[left[todo] > forcing * size[todo]]
+        gram = image @ image.mT
+        ridge = finfo.eps * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+        eye = torch.eye(j + 1, dtype=b.dtype, device=b.device)
+        weights = small_solve(gram + ridge * eye, image @ b[:, :, None])
+        x[todo] = (spanned.mT @ weights)[todo, :, 0]
+        left = (b - (image.mT @ weights)[:, :, 0]).norm(dim=1)
+        todo = todo[(left[todo] > forcing * size[todo]).nonzero()[:, 0]]  # the one read of a product
         if not len(todo):
             break
-        new = image
+        new = images[:, j, :, None]
         for _ in range(2):  # twice is enough to be orthogonal to rounding
-            for v in basis:
-                new = new - (new * v).sum(1, keepdim=True) * v
-        basis.append(new / new.norm(dim=1, keepdim=True).clamp(min=torch.finfo(b.dtype).tiny))
-    return x.to(dtype), torch.stack(images, dim=2)
+            new = new - spanned.mT @ (spanned @ new)
+        basis[:, j + 1] = new[:, :, 0] / new.norm(dim=1).clamp(min=finfo.tiny)
+    return x.to(dtype), images[:, : j + 1]
 
 
 def line_search(
@@ -288,9 +324,19 @@ def line_search(
         trial = origin[waiting] + direction[waiting] * 0.5**halving
         f = equation.residual(trial, active[waiting])
         better = root.keep(active[waiting], trial, rms(f).nan_to_num(math.inf, math.inf))
-        residual[active[waiting[better]]] = f[better]
-        moved[waiting[better]] = True
-        waiting = waiting[~better]
+        residual[active[waiting]] = torch.where(_like(better, f), f, residual[active[waiting]])
+        moved[waiting] |= better
+        waiting = waiting[(~better).nonzero()[:, 0]]
         if not len(waiting):
             break
     return active[moved]
+
+
+def small_solve(system: Tensor, right: Tensor) -> Tensor:
+    """`torch.linalg.solve` of regularised systems, without the host asking the device whether it worked."""
+    return torch.linalg.solve_ex(system, right, check_errors=False)[0]
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """A value a sample, to go with x of shape (n, *event)."""
+    return value.reshape(-1, *(1,) * (x.ndim - 1))

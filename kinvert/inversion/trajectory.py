@@ -34,6 +34,7 @@ from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
 from kinvert.inversion.result import rms
+from kinvert.inversion.solvers import small_solve
 from kinvert.inversion.stepwise import Select
 from kinvert.plan import Plan
 
@@ -278,4 +279,4 @@ class _Run:
 def _solve(system: Tensor, right: Tensor) -> Tensor:
     """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
     ridge = 100 * torch.finfo(system.dtype).eps * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-    return torch.linalg.solve_ex(system + ridge, right, check_errors=False)[0]
+    return small_solve(system + ridge, right)
