@@ -8,8 +8,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ import kinvert as ki
 from kinvert.engine import advance, combine, run_state, stage_sigmas
 from kinvert.forms import Form, State
 from kinvert.program import program
+from kinvert.rules import Rule
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 
@@ -126,6 +128,33 @@ def test_few_passes_give_what_the_plain_loop_gives(name: str, ends_at_zero: bool
             assert float((got[key] - value).norm()) <= 1e-12 * float(value.norm())
             assert got[key].untyped_storage().nbytes() == value.nbytes
         assert all(torch.equal(value, before[key]) for key, value in state.items())
+
+
+@dataclass(frozen=True)
+class TwoNames(Rule):
+    """Remembers one value under two names and uses both."""
+
+    terms: int
+    name: ClassVar[str] = "two_names"
+    ode_order: ClassVar[int] = 0
+
+    def step(self, s: ki.rules.StepBuilder) -> Form:
+        denoised, a, b = s.denoise(s.x, s.sigma), s.recall("a"), s.recall("b")
+        s.remember("a", denoised)
+        s.remember("b", denoised)
+        if a is None or b is None:
+            return 0.7 * s.x + 0.3 * denoised
+        past = 0.1 * a + 0.2 * b
+        return 0.5 * s.x + 0.2 * denoised + past if self.terms == 4 else 0.7 * s.x + past
+
+
+@pytest.mark.parametrize("terms", [3, 4])
+def test_a_value_may_have_two_names(terms: int) -> None:
+    """In a chain and in a product."""
+    plan, x = ki.compile_plan(TwoNames(terms), KARRAS), 10 * noise_like((2, 6))
+    with torch.no_grad():
+        got = ki.run(plan, gaussian, x)
+    torch.testing.assert_close(got, plain_run(plan, gaussian, {"x": x})["x"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
