@@ -1,6 +1,6 @@
 """What a sampler costs above its denoiser, next to k-diffusion, diffusers and loops by hand.
 
-    python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda]
+    python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda] [--samplers euler,lms]
 
 The denoiser of this benchmark returns one of eight tensors that were there before, so that what is counted and timed is
 the sampler. Per step, from the difference of a run of 50 steps and one of 25 (set-up drops out):
@@ -244,7 +244,7 @@ def least(plan: ki.Plan) -> tuple[int, int]:
 
 def synchronisations(args: argparse.Namespace) -> dict[tuple[str, str], int]:
     """Reads of the device by the host in a run of 50 steps; in a process of its own, which has the simulated device."""
-    command = [sys.executable, "-W", "ignore", __file__, "--count-synchronisations"]
+    command = [sys.executable, "-W", "ignore", __file__, "--count-synchronisations", "--samplers", args.samplers]
     if args.k_diffusion:
         command += ["--k-diffusion", str(args.k_diffusion)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -324,11 +324,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--k-diffusion", type=Path, help="its file k_diffusion/sampling.py")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--samplers", default=",".join(CASES), help="some of %(default)s, for a look: nothing is written"
+    )
     parser.add_argument("--repetitions", type=int, default=21)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--count-synchronisations", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    chosen = args.samplers.split(",")
+    if not CASES.keys() >= set(chosen):
+        parser.error(f"--samplers must be some of {', '.join(CASES)}, got {args.samplers}")
+    left_out = CASES.keys() - set(chosen)
+    for name in left_out:
+        del CASES[name]
     k_diffusion = load_k_diffusion(args.k_diffusion) if args.k_diffusion else None
     if args.count_synchronisations:
         count_synchronisations(k_diffusion)
@@ -349,8 +358,9 @@ def main() -> None:
     print(json.dumps(noise))
     report = {"machine": machine(args.device), "versions": versions(args.k_diffusion), "steps": STEPS, "shapes": SHAPES}
     report |= {"repetitions": args.repetitions, "rows": rows, "noise": noise}
-    path = args.out or RESULTS / f"overhead-{args.device.partition(':')[0]}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path = args.out or (None if left_out else RESULTS / f"overhead-{args.device.partition(':')[0]}.json")
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def machine(device: str) -> str:

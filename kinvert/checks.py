@@ -67,14 +67,15 @@ def check_state(x: Any) -> None:
 def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
     """Raise TypeError or ValueError where `state` is not what the Plan starts from; see `engine.run_state`."""
     check_state(state.get("x"))
-    needed = {"x"} | plan.steps[0].reads
+    needed = plan.steps[0].reads | {"x"}
     if state.keys() != needed:
         raise ValueError(
             f"the Plan of {plan.rule.name} starts from {', '.join(sorted(needed))}, got {', '.join(sorted(state))}; "
             "plan.closed starts from x and the auxiliary state, compile_plan's from x alone"
         )
     x = state["x"]
-    for name, value in state.items():
+    for name in needed - {"x"}:
+        value = state[name]
         if not isinstance(value, Tensor) or value.dtype != x.dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"the auxiliary state {name!r} must be a tensor of x's dtype {x.dtype}, got {got}")

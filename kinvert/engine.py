@@ -11,9 +11,9 @@ out the kernels that `program` lays out for it, in buffers that are used again f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from sys import getrefcount
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,7 +34,7 @@ from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step
-from kinvert.program import Kernel, Pass, Program, program
+from kinvert.program import Call, Kernel, Pass, Program, program
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def _is_traced(x: Tensor) -> bool:
     )
 
 
+@functools.cache
 def can_fuse() -> bool:
     """Whether torch has what `fused_loop` needs and has no public name for; where not, the plain loop is as right."""
     names = ((torch._C, "_storage_Use_Count"), (torch._C, "_functorch"), (forward_ad, "_current_level"))
@@ -156,14 +157,15 @@ class Constants:
 
     Attributes:
         program: the kernels.
-        sigmas: noise levels of all evaluations, shape (evaluations, batch), and `levels`, its rows, step by step.
+        sigmas: noise levels of all evaluations, shape (evaluations, batch).
+        passes: the steps of the program, and the evaluations of each with their noise levels, shape (batch,).
         matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
         blocks: pieces that a product is made in; see `BLOCK`.
     """
 
     program: Program
     sigmas: Tensor
-    levels: tuple[tuple[Tensor, ...], ...]
+    passes: tuple[tuple[Pass, tuple[tuple[Call, Tensor], ...]], ...]
     matrices: tuple[Tensor, ...]
     blocks: int
 
@@ -172,15 +174,15 @@ class Constants:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=x.dtype.itemsize < 4)
         sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
-        rows = iter(sigmas.unbind(0))
-        levels = tuple([tuple(islice(rows, len(step.stages))) for step in plan.steps])
+        levels = iter(sigmas.unbind(0))
+        passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
         blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0
         if not code.matrices:
-            return cls(code, sigmas, levels, (), 1)
+            return cls(code, sigmas, passes, (), 1)
         lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
         lines = lines.to(x.dtype).to(x.device)
         matrices = [m.expand(blocks or 1, -1, -1) for m in lines.split([len(matrix) for matrix in code.matrices])]
-        return cls(code, sigmas, levels, tuple(matrices), blocks or 1)
+        return cls(code, sigmas, passes, tuple(matrices), blocks or 1)
 
 
 def constants_for(plan: Plan, x: Tensor) -> Constants:
@@ -196,7 +198,7 @@ def constants_for(plan: Plan, x: Tensor) -> Constants:
 
 
 class FusedRun:
-    """A run as `program` lays it out: `start`, `step` for each pass, `end`; again and again if need be.
+    """A run as `program` lays it out: `start`, `advance` through the steps, `end`; again and again if need be.
 
     The values of the run are rows of one buffer, which are used again from step to step, and tensors that are not the
     engine's (x, what the denoiser returned), which are never written to.
@@ -204,22 +206,23 @@ class FusedRun:
 
     def __init__(self, constants: Constants, x: Tensor) -> None:
         code = constants.program
-        self.code, self.matrices, self.blocks, self.x = code, constants.matrices, constants.blocks, x
-        self.shape, self.dtype = x.shape, x.dtype
+        self.constants, self.code, self.x = constants, code, x
         self.values: list[Any] = [None] * (code.rows + code.foreign)
-        self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
+        self.contiguous = x.is_contiguous()
+        strides = x.stride() if self.contiguous else torch.empty_like(x).stride()
+        shape, strides = (code.rows, *x.shape), (x.numel(), *strides)
         # Products of matrices, unlike those with vectors, may be taken in TensorFloat-32 or less if the user allows it.
-        self.exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-        self.bind(torch.empty((code.rows, x.numel()), dtype=x.dtype, device=x.device))
+        self.exact = code.side and x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        self.bind(torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device))
 
     def bind(self, buffer: Tensor) -> None:
-        """Take the rows of `buffer` for the values."""
-        n, side = self.code.rows, self.code.side
-        self.buffer = buffer
-        rows = buffer.as_strided((n, *self.shape), (self.x.numel(), *self.strides)).unbind(0)
-        self.values[:n] = [rows[self.code.place(slot)] for slot in range(n)] if side else rows
-        if side:
-            self.sides, self.results = self.products(buffer)
+        """Take the rows of `buffer`, shape (rows, batch, *event), for the values."""
+        n = self.code.rows
+        self.buffer, rows = buffer, buffer.unbind(0)
+        self.values[:n] = rows
+        if self.code.side:
+            self.values[:n] = [rows[self.code.place(slot)] for slot in range(n)]
+            self.sides, self.results = self.products(buffer.as_strided((n, self.x.numel()), (self.x.numel(), 1)))
         self.storage = buffer.untyped_storage()._cdata
         self.users = torch._C._storage_Use_Count(self.storage)
 
@@ -227,7 +230,7 @@ class FusedRun:
         """What a product reads and what it writes, for either side: rows in pieces, or one by one."""
         n, side = self.code.rows, self.code.side
         if self.exact:
-            pieces = buffer.view(n, self.blocks, -1).transpose(0, 1)
+            pieces = buffer.view(n, self.constants.blocks, -1).transpose(0, 1)
             return (pieces[:, : n - side], pieces[:, side:]), (pieces[:, :side], pieces[:, n - side :])
         return (buffer[: n - side].t(), buffer[side:].t()), (buffer[:side].unbind(0), buffer[n - side :].unbind(0))
 
@@ -239,55 +242,54 @@ class FusedRun:
         for name, slot in self.code.start.items():
             self.put(slot, state[name])
 
-    def step(
+    def advance(
         self,
-        now: Pass,
-        levels: tuple[Tensor, ...],
+        passes: Iterable[tuple[Pass, tuple[tuple[Call, Tensor], ...]]],
         denoiser: Denoiser,
         draw: NoiseFunction,
         callback: Callback | None = None,
     ) -> None:
-        """Make one step. An input that the denoiser keeps, or returns, is not overwritten."""
-        step, draws, calls, kernels, dead = now
-        values, seen = self.values, None
+        """Make steps, which are some of `constants.passes`. An input that the denoiser keeps is not overwritten."""
+        values, compute, dtype, shape = self.values, self.compute, self.x.dtype, self.x.shape
         users = torch._C._storage_Use_Count  # how many tensors use a storage
-        for slot, interval in draws:
-            self.draw(slot, draw, interval)
-        for (stage, before, slot, out, out_uncond), sigma in zip(calls, levels, strict=True):
-            if before:
-                self.compute(before)
-            x = values[slot]
-            references = getrefcount(x)
-            denoised: Any = denoiser(x, sigma)
-            uncond: Any = None
-            plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
-            if not plain or out_uncond is not None:
-                denoised, uncond = check_outputs(denoised, x, stage, step)
-            if getrefcount(x) != references or users(self.storage) != self.users:
-                denoised, uncond = self.owned(denoised), self.owned(uncond)
+        for (step, draws, _, kernels, dead), calls in passes:
+            seen = None
+            for slot, interval in draws:
+                self.draw(slot, draw, interval)
+            for (stage, before, slot, out, out_uncond), sigma in calls:
+                if before:
+                    compute(before)
+                x = values[slot]
+                references = getrefcount(x)
+                denoised: Any = denoiser(x, sigma)
+                uncond: Any = None
+                plain = type(denoised) is Tensor and denoised.dtype is dtype and denoised.shape == shape
+                if not plain or out_uncond is not None:
+                    denoised, uncond = check_outputs(denoised, x, stage, step)
                 if getrefcount(x) != references or users(self.storage) != self.users:
-                    self.bind(self.buffer.clone())
-            if out < 0:
-                values[out] = denoised
-            else:
-                values[out].copy_(denoised)
-            if out_uncond is not None:
-                self.put(out_uncond, uncond)
-            if callback is not None and seen is None:
-                seen = values[slot].clone(), denoised
-            del denoised, uncond  # what is in a row need not live on
-        self.compute(kernels)
-        for slot in dead:
-            values[slot] = None
-        self.evaluations += len(calls)
-        if callback is not None and seen is not None:
-            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=self.evaluations))
+                    denoised, uncond = self.owned(denoised), self.owned(uncond)
+                    if getrefcount(x) != references or users(self.storage) != self.users:
+                        self.bind(self.buffer.clone())
+                self.put(out, denoised)
+                if out_uncond is not None:
+                    self.put(out_uncond, uncond)
+                if callback is not None and seen is None:
+                    seen = values[slot].clone(), denoised
+                del denoised, uncond  # what is in a row need not live on
+            compute(kernels)
+            for slot in dead:
+                values[slot] = None
+            self.evaluations += len(calls)
+            if callback is not None and seen is not None:
+                callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=self.evaluations))
 
     def end(self) -> Memory:
         """The final state, in tensors of its own."""
-        ends = self.code.end
-        final = {name: self.values[slot].to(self.dtype, copy=True) for name, (slot, _) in ends.items()}
-        return {name: value if ends[name][1] == 1.0 else value.mul_(ends[name][1]) for name, value in final.items()}
+        final = {}
+        for name, (slot, scale) in self.code.end.items():
+            value = self.values[slot].to(self.x.dtype, copy=True)
+            final[name] = value if scale == 1.0 else value.mul_(scale)
+        return final
 
     def put(self, slot: int, value: Tensor) -> None:
         """A tensor that is not the engine's: as it is, or copied into a row."""
@@ -299,7 +301,7 @@ class FusedRun:
     def draw(self, slot: int, draw: NoiseFunction, interval: Interval) -> None:
         """Noise, straight into its row where the source can do that."""
         into = getattr(draw, "into", None)
-        if into is not None and self.x.is_contiguous():
+        if into is not None and self.contiguous:
             into(self.values[slot], *interval)
         else:
             self.values[slot].copy_(checked_noise(draw, interval, self.x))
@@ -317,7 +319,7 @@ class FusedRun:
             elif op == "add":
                 torch.add(values[a], values[b], alpha=weight, out=values[out])
             elif op == "mix":
-                self.mix(out, a, self.matrices[b])
+                self.mix(out, a, self.constants.matrices[b])
             elif op == "scale":
                 torch.mul(values[a], weight, out=values[out])
             elif op == "blend" and values[a].dtype == values[b].dtype:
@@ -344,8 +346,7 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
     constants = constants_for(plan, state["x"])
     fused = FusedRun(constants, state["x"])
     fused.start(state)
-    for now, levels in zip(constants.program.passes, constants.levels, strict=True):
-        fused.step(now, levels, denoiser, draw, callback)
+    fused.advance(constants.passes, denoiser, draw, callback)
     return fused.end()
 
 

@@ -102,9 +102,8 @@ class CapturedRun:
                 self._fused.start({"x": self._x})
             noises = iter(self._noises)
             callback = self._keep if self.steps == "each" else None
-            for i in part:
-                now, levels = self._constants.program.passes[i], self._constants.levels[i]
-                self._fused.step(now, levels, self.denoiser, lambda a, b: next(noises), callback)
+            passes = self._constants.passes[part[0] : part[-1] + 1]
+            self._fused.advance(passes, self.denoiser, lambda a, b: next(noises), callback)
             return self._fused.end()["x"] if part[-1] == len(self.plan.steps) - 1 else None
 
         return steps
