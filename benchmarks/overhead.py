@@ -10,6 +10,8 @@ the sampler. Per step, from the difference of a run of 50 steps and one of 25 (s
   size; and reads of the device by the host, on the simulated device of the tests.
 * time of a run of 50 steps, divided by 50: the median over runs in random order, thread time on a CPU, events on a GPU.
 
+And milliseconds to compile 1,000 steps of every sampler: the Plan, and its kernels.
+
 k-diffusion's file is loaded alone (the package needs much that it does not use); diffusers is used if it is installed.
 Results go to `benchmarks/results/overhead-<device>.json`.
 """
@@ -21,6 +23,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -39,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
+from kinvert.program import program
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parent.parent / "tests"
@@ -318,6 +322,24 @@ def brownian(shape: tuple[int, ...], device: str, repetitions: int) -> dict[str,
     return {name: round(statistics.median(values[1:]) / STEPS * 1e6, 2) for name, values in seconds.items()}
 
 
+def compilation(steps: int = 1000) -> dict[str, list[float]]:
+    """Milliseconds from a sampler's name to its Plan, and on to its kernels: the best of three."""
+    sigmas, found = ki.schedules.karras(steps, *SIGMAS), {}
+    for name in ki.SAMPLERS:
+        if name == "dpm_adaptive":  # its steps follow from the state
+            continue
+        best = [math.inf, math.inf]
+        for repetition in range(3):
+            other = (sigmas * (1 + 1e-9 * repetition)).tolist()  # Plans are kept
+            start = time.thread_time()
+            plan = ki.compile_plan(name, other)
+            middle = time.thread_time()
+            program(plan)
+            best = [min(pair) for pair in zip(best, (middle - start, time.thread_time() - middle), strict=True)]
+        found[name] = [round(1e3 * seconds, 1) for seconds in best]
+    return found
+
+
 # -- the report --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def main() -> None:
@@ -354,10 +376,12 @@ def main() -> None:
             | {f"us_{size}": measured[size][name, who] for size in SHAPES}
         )
         print(json.dumps(rows[-1]))
+    compiled = compilation()
+    print(json.dumps(compiled))
     noise = {size: brownian(shape, args.device, args.repetitions) for size, shape in SHAPES.items()}
     print(json.dumps(noise))
     report = {"machine": machine(args.device), "versions": versions(args.k_diffusion), "steps": STEPS, "shapes": SHAPES}
-    report |= {"repetitions": args.repetitions, "rows": rows, "noise": noise}
+    report |= {"repetitions": args.repetitions, "rows": rows, "noise": noise, "compile_ms": compiled}
     path = args.out or (None if left_out else RESULTS / f"overhead-{args.device.partition(':')[0]}.json")
     if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n")
