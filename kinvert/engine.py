@@ -217,12 +217,11 @@ class FusedRun:
 
     def bind(self, buffer: Tensor) -> None:
         """Take the rows of `buffer`, shape (rows, batch, *event), for the values."""
-        n = self.code.rows
+        n, numel = self.code.rows, self.x.numel()
         self.buffer, rows = buffer, buffer.unbind(0)
-        self.values[:n] = rows
+        self.values[:n] = [rows[self.code.place(slot)] for slot in range(n)]
         if self.code.side:
-            self.values[:n] = [rows[self.code.place(slot)] for slot in range(n)]
-            self.sides, self.results = self.products(buffer.as_strided((n, self.x.numel()), (self.x.numel(), 1)))
+            self.sides, self.results = self.products(buffer.as_strided((n, numel), (numel, 1)))
         self.storage = buffer.untyped_storage()._cdata
         self.users = torch._C._storage_Use_Count(self.storage)
 
@@ -230,7 +229,8 @@ class FusedRun:
         """What a product reads and what it writes, for either side: rows in pieces, or one by one."""
         n, side = self.code.rows, self.code.side
         if self.exact:
-            pieces = buffer.view(n, self.constants.blocks, -1).transpose(0, 1)
+            blocks = self.constants.blocks
+            pieces = buffer.view(n, blocks, buffer.shape[1] // blocks).transpose(0, 1)
             return (pieces[:, : n - side], pieces[:, side:]), (pieces[:, :side], pieces[:, n - side :])
         return (buffer[: n - side].t(), buffer[side:].t()), (buffer[:side].unbind(0), buffer[n - side :].unbind(0))
 

@@ -175,11 +175,12 @@ def test_few_passes_in_half_precision(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("width", [600, engine.BLOCK])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("name", ["lms", "uni_pc"])
-def test_products_are_as_exact_as_sums(name: str, precision: str) -> None:
-    """Also where the user allows low precision in products: that is for the network."""
-    x = 10 * noise_like((2, 600)).float()
+def test_products_are_as_exact_as_sums(name: str, precision: str, width: int) -> None:
+    """In one piece or in several; also where the user allows low precision in products: that is for the network."""
+    x = 10 * noise_like((2, width)).float()
     before = torch.get_float32_matmul_precision()
     want = plain_run(PLANS[name], gaussian, {"x": x})["x"]
     torch.set_float32_matmul_precision(precision)
