@@ -324,13 +324,13 @@ def brownian(shape: tuple[int, ...], device: str, repetitions: int) -> dict[str,
 
 def compilation(steps: int = 1000) -> dict[str, list[float]]:
     """Milliseconds from a sampler's name to its Plan, and on to its kernels: the best of three."""
-    sigmas, found = ki.schedules.karras(steps, *SIGMAS), {}
+    sigmas, found, count = ki.schedules.karras(steps, *SIGMAS), {}, itertools.count()
     for name in ki.SAMPLERS:
         if name == "dpm_adaptive":  # its steps follow from the state
             continue
         best = [math.inf, math.inf]
-        for repetition in range(3):
-            other = (sigmas * (1 + 1e-9 * repetition)).tolist()  # Plans are kept
+        for _ in range(3):
+            other = (sigmas * (1 + 1e-9 * next(count))).tolist()  # Plans are kept
             start = time.thread_time()
             plan = ki.compile_plan(name, other)
             middle = time.thread_time()
