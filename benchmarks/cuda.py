@@ -1,4 +1,4 @@
-"""The engine on a GPU: plain, with the denoiser as a graph, and with the whole run as a graph.
+"""The engine on a GPU: plain, and with the denoiser, each step, or the whole run as a graph.
 
     python benchmarks/cuda.py
 
@@ -43,10 +43,13 @@ def runs(name: str, x: Tensor) -> dict[str, tuple[Callable[[], object], str | No
     plan = ki.compile_plan(name, ki.schedules.karras(STEPS, *SIGMAS))
     noise = ki.noise.white(0)
     one, whole = ki.graphs.captured_denoiser(denoiser, x), ki.graphs.capture(plan, denoiser, x)
+    each = ki.graphs.capture(plan, denoiser, x, "each")
     return {
         "denoiser alone": (lambda: [denoiser(x, torch.ones(len(x), device=x.device)) for _ in plan.steps], None),
         "plain": (lambda: ki.run(plan, denoiser, x, noise), None),
         "denoiser as a graph": (lambda: ki.run(plan, one, x, noise), one.reason),
+        "each step as a graph": (lambda: each(x, noise), each.reason),
+        "each step as a graph, with a callback": (lambda: each(x, noise, lambda step: None), each.reason),
         "run as a graph": (lambda: whole(x, noise), whole.reason),
     }
 

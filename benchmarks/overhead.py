@@ -1,6 +1,6 @@
 """What a sampler costs above its denoiser, next to k-diffusion, diffusers and loops by hand.
 
-    python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda]
+    python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda] [--samplers euler,lms]
 
 The denoiser of this benchmark returns one of eight tensors that were there before, so that what is counted and timed is
 the sampler. Per step, from the difference of a run of 50 steps and one of 25 (set-up drops out):
@@ -9,6 +9,8 @@ the sampler. Per step, from the difference of a run of 50 steps and one of 25 (s
   count) and of the least possible, one kernel for each input of the denoiser and for each update; new tensors of that
   size; and reads of the device by the host, on the simulated device of the tests.
 * time of a run of 50 steps, divided by 50: the median over runs in random order, thread time on a CPU, events on a GPU.
+
+And milliseconds to compile 1,000 steps of every sampler: the Plan, and its kernels.
 
 k-diffusion's file is loaded alone (the package needs much that it does not use); diffusers is used if it is installed.
 Results go to `benchmarks/results/overhead-<device>.json`.
@@ -21,6 +23,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -39,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
+from kinvert.program import program
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parent.parent / "tests"
@@ -244,7 +248,7 @@ def least(plan: ki.Plan) -> tuple[int, int]:
 
 def synchronisations(args: argparse.Namespace) -> dict[tuple[str, str], int]:
     """Reads of the device by the host in a run of 50 steps; in a process of its own, which has the simulated device."""
-    command = [sys.executable, "-W", "ignore", __file__, "--count-synchronisations"]
+    command = [sys.executable, "-W", "ignore", __file__, "--count-synchronisations", "--samplers", args.samplers]
     if args.k_diffusion:
         command += ["--k-diffusion", str(args.k_diffusion)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -318,17 +322,44 @@ def brownian(shape: tuple[int, ...], device: str, repetitions: int) -> dict[str,
     return {name: round(statistics.median(values[1:]) / STEPS * 1e6, 2) for name, values in seconds.items()}
 
 
+def compilation(steps: int = 1000) -> dict[str, list[float]]:
+    """Milliseconds from a sampler's name to its Plan, and on to its kernels: the best of three."""
+    sigmas, found, count = ki.schedules.karras(steps, *SIGMAS), {}, itertools.count()
+    for name in ki.SAMPLERS:
+        if name == "dpm_adaptive":  # its steps follow from the state
+            continue
+        best = [math.inf, math.inf]
+        for _ in range(3):
+            other = (sigmas * (1 + 1e-9 * next(count))).tolist()  # Plans are kept
+            start = time.thread_time()
+            plan = ki.compile_plan(name, other)
+            middle = time.thread_time()
+            program(plan)
+            best = [min(pair) for pair in zip(best, (middle - start, time.thread_time() - middle), strict=True)]
+        found[name] = [round(1e3 * seconds, 1) for seconds in best]
+    return found
+
+
 # -- the report --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--k-diffusion", type=Path, help="its file k_diffusion/sampling.py")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--samplers", default=",".join(CASES), help="some of %(default)s, for a look: nothing is written"
+    )
     parser.add_argument("--repetitions", type=int, default=21)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--count-synchronisations", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    chosen = args.samplers.split(",")
+    if not CASES.keys() >= set(chosen):
+        parser.error(f"--samplers must be some of {', '.join(CASES)}, got {args.samplers}")
+    left_out = CASES.keys() - set(chosen)
+    for name in left_out:
+        del CASES[name]
     k_diffusion = load_k_diffusion(args.k_diffusion) if args.k_diffusion else None
     if args.count_synchronisations:
         count_synchronisations(k_diffusion)
@@ -345,12 +376,15 @@ def main() -> None:
             | {f"us_{size}": measured[size][name, who] for size in SHAPES}
         )
         print(json.dumps(rows[-1]))
+    compiled = compilation()
+    print(json.dumps(compiled))
     noise = {size: brownian(shape, args.device, args.repetitions) for size, shape in SHAPES.items()}
     print(json.dumps(noise))
     report = {"machine": machine(args.device), "versions": versions(args.k_diffusion), "steps": STEPS, "shapes": SHAPES}
-    report |= {"repetitions": args.repetitions, "rows": rows, "noise": noise}
-    path = args.out or RESULTS / f"overhead-{args.device.partition(':')[0]}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    report |= {"repetitions": args.repetitions, "rows": rows, "noise": noise, "compile_ms": compiled}
+    path = args.out or (None if left_out else RESULTS / f"overhead-{args.device.partition(':')[0]}.json")
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def machine(device: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -220,7 +221,11 @@ def performance() -> str:
         noise = [[f"{s} {tuple(shapes[s])}", f"{n['brownian'] / n['white']:.1f}"] for s, n in report["noise"].items()]
         head = ["`dpmpp_2m_sde`", "time with Brownian noise, of that with white noise"]
         versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        parts += [table(head, noise), f"`python benchmarks/overhead.py`; {versions}; {report['machine']}."]
+        parts += [
+            table(head, noise),
+            compilation(report["compile_ms"]),
+            f"`python benchmarks/overhead.py`; {versions}; {report['machine']}.",
+        ]
     return "\n\n".join(parts)
 
 
@@ -232,6 +237,18 @@ of PyTorch operations for one sampler each, in place wherever it can be done at 
 TIMES = """Microseconds a step above a denoiser that returns a tensor it has, and relative to the loop by hand: the
 median of {repetitions} runs of {steps} steps in random order, in float32. The machine was shared; times of the same
 code differ by some 20%."""
+
+
+def compilation(milliseconds: dict[str, list[float]]) -> str:
+    """How long it takes to compile, in a sentence."""
+    plans, kernels = ([pair[i] for pair in milliseconds.values()] for i in (0, 1))
+    slowest = max(milliseconds, key=lambda name: milliseconds[name][0])
+    return (
+        f"A Plan of 1,000 steps is compiled in {milliseconds['euler'][0]:.0f} ms for `euler`, "
+        f"{statistics.median(plans):.0f} in the median of all samplers and {max(plans):.0f} for the slowest, "
+        f"`{slowest}`. Its kernels are laid out before the first run, in {milliseconds['euler'][1]:.0f}, "
+        f"{statistics.median(kernels):.0f} and at most {max(kernels):.0f} ms. Both are kept for the next run."
+    )
 
 
 def timed(row: dict[str, Any], rows: list[dict[str, Any]], size: str) -> str:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kinvert.checks import check_state, checked_noise
 from kinvert.coefficients import ancestral_split
 from kinvert.denoisers import Denoiser
-from kinvert.engine import Callback, Memory, Progress, advance, check_state, checked_noise, combine, stage_sigmas
+from kinvert.engine import Callback, Memory, Progress, advance, combine, stage_sigmas
 from kinvert.forms import Form, State
 from kinvert.forms import Noise as NoiseSymbol
 from kinvert.noise import Noise, bind, default_noise, replay

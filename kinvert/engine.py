@@ -11,7 +11,8 @@ out the kernels that `program` lays out for it, in buffers that are used again f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from sys import getrefcount
 from typing import Any
@@ -22,13 +23,18 @@ from torch import Tensor, lerp
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kinvert.denoisers import Denoiser, Guided
+from kinvert.checks import (
+    check_memory,
+    check_outputs,
+    check_state,  # noqa: F401 - offered here too
+    checked_noise,
+)
+from kinvert.denoisers import Denoiser
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
-from kinvert.plan import Interval, Plan, Stage, Step, as_schedule
-from kinvert.program import Call, Kernel, Program, program
-from kinvert.rules.base import Rule, StepBuilder
+from kinvert.plan import Interval, Plan, Stage, Step
+from kinvert.program import Call, Kernel, Pass, Program, program
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ class Progress:
 Callback = Callable[[Progress], None]
 Memory = dict[str, Tensor]
 
-_users = torch._C._storage_Use_Count  # how many tensors use a storage
+BLOCK = 2048
+"""A product with one result is made in pieces of so many columns, if they divide the rows: on a CPU 15 to 40 % faster
+than in one piece. Products with several results are slower in pieces."""
 _CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int]] = WeakKeyDictionary()
 
 
@@ -103,23 +111,29 @@ def run_state(
         TypeError: as `run`; auxiliary state of another dtype than x's.
         ValueError: as `run`; auxiliary state that the Plan does not start from, or that is missing or of another shape.
     """
-    _check_memory(plan, state)
+    check_memory(plan, state)
     x = state["x"]
     draw = noise_for(plan, noise, x)
-    if _is_traced(x):
-        return _loop(plan, denoiser, state, draw, callback)
-    return fused_loop(plan, denoiser, state, draw, callback, constants_for(plan, x))
+    loop = _loop if _is_traced(x) else fused_loop
+    return loop(plan, denoiser, state, draw, callback)
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor."""
+    """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor, or nobody can say."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_fuse():
+        return True
     return (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or (type(x) is not Tensor and is_traceable_wrapper_subclass(x))
     )
+
+
+@functools.cache
+def can_fuse() -> bool:
+    """Whether torch has what `fused_loop` needs and has no public name for; where not, the plain loop is as right."""
+    names = ((torch._C, "_storage_Use_Count"), (torch._C, "_functorch"), (forward_ad, "_current_level"))
+    return all(hasattr(*name) for name in names) and hasattr(torch._C._functorch, "peek_interpreter_stack")
 
 
 def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
@@ -143,33 +157,39 @@ class Constants:
 
     Attributes:
         program: the kernels.
-        sigmas: noise levels of all evaluations, shape (evaluations, batch), and `levels`, its rows.
-        matrices: coefficients of each product.
+        sigmas: noise levels of all evaluations, shape (evaluations, batch).
+        passes: the steps of the program, and the evaluations of each with their noise levels, shape (batch,).
+        matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
+        blocks: pieces that a product is made in; see `BLOCK`.
     """
 
     program: Program
     sigmas: Tensor
-    levels: tuple[Tensor, ...]
+    passes: tuple[tuple[Pass, tuple[tuple[Call, Tensor], ...]], ...]
     matrices: tuple[Tensor, ...]
+    blocks: int
 
     @classmethod
     def of(cls, plan: Plan, x: Tensor) -> Constants:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=x.dtype.itemsize < 4)
         sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        levels = iter(sigmas.unbind(0))
+        passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
+        blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0
         if not code.matrices:
-            return cls(code, sigmas, sigmas.unbind(0), ())
+            return cls(code, sigmas, passes, (), 1)
         lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
         lines = lines.to(x.dtype).to(x.device)
-        matrices = lines.unbind(0) if code.side == 1 else lines.split([len(matrix) for matrix in code.matrices])
-        return cls(code, sigmas, sigmas.unbind(0), matrices)
+        matrices = [m.expand(blocks or 1, -1, -1) for m in lines.split([len(matrix) for matrix in code.matrices])]
+        return cls(code, sigmas, passes, tuple(matrices), blocks or 1)
 
 
 def constants_for(plan: Plan, x: Tensor) -> Constants:
     """The constants of a Plan; those of its latest run, if the state is alike and no denoiser wrote into its sigma."""
     if torch.is_inference_mode_enabled():  # tensors made in it are of no use outside
         return Constants.of(plan, x)
-    key = (len(x), x.dtype, x.device, type(x))
+    key = (x.shape, x.dtype, x.device, type(x))
     known = _CONSTANTS.get(plan)
     if known is None or known[0] != key or known[1].sigmas._version != known[2]:
         constants = Constants.of(plan, x)
@@ -177,73 +197,99 @@ def constants_for(plan: Plan, x: Tensor) -> Constants:
     return known[1]
 
 
-def fused_loop(
-    plan: Plan,
-    denoiser: Denoiser,
-    state: Memory,
-    draw: NoiseFunction,
-    callback: Callback | None,
-    constants: Constants,
-) -> Memory:
-    """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
-    slots = _Slots(constants, state)
-    values, evaluate_at, compute = slots.values, slots.evaluate, slots.compute
-    levels = iter(constants.levels)
-    evaluations = 0
-    for step, draws, calls, kernels, dead in constants.program.passes:
-        seen = None
-        for slot, interval in draws:
-            slots.draw(slot, draw, interval)
-        for call in calls:
-            if call.kernels:
-                compute(call.kernels)
-            denoised = evaluate_at(call, denoiser, next(levels), step)
-            if callback is not None and seen is None:
-                seen = values[call.input].clone(), denoised
-            del denoised
-        compute(kernels)
-        for slot in dead:
-            values[slot] = None
-        evaluations += len(calls)
-        if callback is not None and seen is not None:
-            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
-    ends = constants.program.end
-    final = {name: values[slot].to(slots.dtype, copy=True) for name, (slot, _) in ends.items()}
-    return {name: value if ends[name][1] == 1.0 else value.mul_(ends[name][1]) for name, value in final.items()}
+class FusedRun:
+    """A run as `program` lays it out: `start`, `advance` through the steps, `end`; again and again if need be.
 
+    The values of the run are rows of one buffer, which are used again from step to step, and tensors that are not the
+    engine's (x, what the denoiser returned), which are never written to.
+    """
 
-class _Slots:
-    """The values of a run: rows of one buffer, and tensors that are not the engine's, which are never written to."""
-
-    def __init__(self, constants: Constants, state: Memory) -> None:
-        self.code, self.matrices, self.x = constants.program, constants.matrices, state["x"]
-        code, x = self.code, self.x
-        self.shape, self.dtype = x.shape, x.dtype
+    def __init__(self, constants: Constants, x: Tensor) -> None:
+        code = constants.program
+        self.constants, self.code, self.x = constants, code, x
         self.values: list[Any] = [None] * (code.rows + code.foreign)
-        self.strides = x.stride() if x.is_contiguous() else torch.empty_like(x).stride()
+        self.contiguous = x.is_contiguous()
+        strides = x.stride() if self.contiguous else torch.empty_like(x).stride()
+        shape, strides = (code.rows, *x.shape), (x.numel(), *strides)
         # Products of matrices, unlike those with vectors, may be taken in TensorFloat-32 or less if the user allows it.
-        self.exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-        # A product reads all rows of a side, with weight 0 where they mean nothing yet.
-        create = torch.zeros if code.side else torch.empty
-        self.bind(create((code.rows, x.numel()), dtype=x.dtype, device=x.device))
-        for name, slot in code.start.items():
-            self.put(slot, state[name])
+        self.exact = code.side and x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        self.bind(torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device))
 
     def bind(self, buffer: Tensor) -> None:
-        """Take the rows of `buffer` for the values."""
-        n, side = self.code.rows, self.code.side
-        self.buffer = buffer
-        rows = buffer.as_strided((n, *self.x.shape), (self.x.numel(), *self.strides)).unbind(0)
-        for slot in range(n):
-            self.values[slot] = rows[self.code.place(slot)]
-        if side == 1:
-            self.sides: Any = buffer[: n - side].t(), buffer[side:].t()
-            self.outputs: Any = buffer[0], buffer[n - 1]
-        elif side:
-            self.sides = buffer[: n - side], buffer[side:]
-            self.outputs = buffer[:side], buffer[n - side :]
+        """Take the rows of `buffer`, shape (rows, batch, *event), for the values."""
+        n, numel = self.code.rows, self.x.numel()
+        self.buffer, rows = buffer, buffer.unbind(0)
+        self.values[:n] = [rows[self.code.place(slot)] for slot in range(n)]
+        if self.code.side:
+            self.sides, self.results = self.products(buffer.as_strided((n, numel), (numel, 1)))
         self.storage = buffer.untyped_storage()._cdata
-        self.users = _users(self.storage)
+        self.users = torch._C._storage_Use_Count(self.storage)
+
+    def products(self, buffer: Tensor) -> tuple[Any, Any]:
+        """What a product reads and what it writes, for either side: rows in pieces, or one by one."""
+        n, side = self.code.rows, self.code.side
+        if self.exact:
+            blocks = self.constants.blocks
+            pieces = buffer.view(n, blocks, buffer.shape[1] // blocks).transpose(0, 1)
+            return (pieces[:, : n - side], pieces[:, side:]), (pieces[:, :side], pieces[:, n - side :])
+        return (buffer[: n - side].t(), buffer[side:].t()), (buffer[:side].unbind(0), buffer[n - side :].unbind(0))
+
+    def start(self, state: Memory) -> None:
+        """Take up the initial state: as it is, or copied into its row."""
+        if self.code.side:  # a product reads all rows of a side, with weight 0 where they mean nothing yet
+            self.buffer.zero_()
+        self.evaluations = 0
+        for name, slot in self.code.start.items():
+            self.put(slot, state[name])
+
+    def advance(
+        self,
+        passes: Iterable[tuple[Pass, tuple[tuple[Call, Tensor], ...]]],
+        denoiser: Denoiser,
+        draw: NoiseFunction,
+        callback: Callback | None = None,
+    ) -> None:
+        """Make steps, which are some of `constants.passes`. An input that the denoiser keeps is not overwritten."""
+        values, compute, dtype, shape = self.values, self.compute, self.x.dtype, self.x.shape
+        users = torch._C._storage_Use_Count  # how many tensors use a storage
+        for (step, draws, _, kernels, dead), calls in passes:
+            seen = None
+            for slot, interval in draws:
+                self.draw(slot, draw, interval)
+            for (stage, before, slot, out, out_uncond), sigma in calls:
+                if before:
+                    compute(before)
+                x = values[slot]
+                references = getrefcount(x)
+                denoised: Any = denoiser(x, sigma)
+                uncond: Any = None
+                plain = type(denoised) is Tensor and denoised.dtype is dtype and denoised.shape == shape
+                if not plain or out_uncond is not None:
+                    denoised, uncond = check_outputs(denoised, x, stage, step)
+                if getrefcount(x) != references or users(self.storage) != self.users:
+                    denoised, uncond = self.owned(denoised), self.owned(uncond)
+                    if getrefcount(x) != references or users(self.storage) != self.users:
+                        self.bind(self.buffer.clone())
+                self.put(out, denoised)
+                if out_uncond is not None:
+                    self.put(out_uncond, uncond)
+                if callback is not None and seen is None:
+                    seen = values[slot].clone(), denoised
+                del denoised, uncond  # what is in a row need not live on
+            compute(kernels)
+            for slot in dead:
+                values[slot] = None
+            self.evaluations += len(calls)
+            if callback is not None and seen is not None:
+                callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=self.evaluations))
+
+    def end(self) -> Memory:
+        """The final state, in tensors of its own."""
+        final = {}
+        for name, (slot, scale) in self.code.end.items():
+            value = self.values[slot].to(self.x.dtype, copy=True)
+            final[name] = value if scale == 1.0 else value.mul_(scale)
+        return final
 
     def put(self, slot: int, value: Tensor) -> None:
         """A tensor that is not the engine's: as it is, or copied into a row."""
@@ -255,33 +301,10 @@ class _Slots:
     def draw(self, slot: int, draw: NoiseFunction, interval: Interval) -> None:
         """Noise, straight into its row where the source can do that."""
         into = getattr(draw, "into", None)
-        if into is not None and self.x.is_contiguous():
+        if into is not None and self.contiguous:
             into(self.values[slot], *interval)
         else:
             self.values[slot].copy_(checked_noise(draw, interval, self.x))
-
-    def evaluate(self, call: Call, denoiser: Denoiser, sigma: Tensor, step: Step) -> Tensor:
-        """Call the denoiser and keep what it returns. An input that it keeps, or returns, is not overwritten."""
-        stage, _, slot, out, out_uncond = call
-        values = self.values
-        x = values[slot]
-        references = getrefcount(x)
-        denoised: Any = denoiser(x, sigma)
-        uncond: Any = None
-        plain = type(denoised) is Tensor and denoised.dtype is self.dtype and denoised.shape == self.shape
-        if not plain or out_uncond is not None:
-            denoised, uncond = check_outputs(denoised, x, stage, step)
-        if getrefcount(x) != references or _users(self.storage) != self.users:
-            denoised, uncond = self.owned(denoised), self.owned(uncond)
-            if getrefcount(x) != references or _users(self.storage) != self.users:
-                self.bind(self.buffer.clone())
-        if out < 0:
-            values[out] = denoised
-        else:
-            values[out].copy_(denoised)
-        if out_uncond is not None:
-            self.put(out_uncond, uncond)
-        return denoised
 
     def owned(self, out: Any) -> Any:
         """What the denoiser returned; a copy where that is its input, or a part of it."""
@@ -296,7 +319,7 @@ class _Slots:
             elif op == "add":
                 torch.add(values[a], values[b], alpha=weight, out=values[out])
             elif op == "mix":
-                self.mix(out, a, self.matrices[b])
+                self.mix(out, a, self.constants.matrices[b])
             elif op == "scale":
                 torch.mul(values[a], weight, out=values[out])
             elif op == "blend" and values[a].dtype == values[b].dtype:
@@ -309,15 +332,22 @@ class _Slots:
 
     def mix(self, out: int, side: int, matrix: Tensor) -> None:
         """The product for a whole side, or for the input of an evaluation, which takes the place of x alone."""
-        rows, result = self.sides[side], self.outputs[out != 0]
-        if self.code.side == 1:
-            torch.mv(rows, matrix, out=result)
-        elif self.exact:
-            lines = matrix.shape[0]
-            torch.mm(matrix, rows, out=result if lines == self.code.side else result[:lines])
+        rows, result = self.sides[side], self.results[out != 0]
+        if self.exact:
+            lines = matrix.size(1)
+            torch.bmm(matrix, rows, out=result if lines == self.code.side else result[:, :lines])
         else:
-            for line, row in zip(matrix.unbind(0), result.unbind(0), strict=False):
-                torch.mv(rows.t(), line, out=row)
+            for line, row in zip(matrix[0].unbind(0), result, strict=False):
+                torch.mv(rows, line, out=row)
+
+
+def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
+    """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
+    constants = constants_for(plan, state["x"])
+    fused = FusedRun(constants, state["x"])
+    fused.start(state)
+    fused.advance(constants.passes, denoiser, draw, callback)
+    return fused.end()
 
 
 def advance(
@@ -375,114 +405,8 @@ def evaluate(denoiser: Denoiser, x: Tensor, sigma: Tensor, stage: Stage, step: S
     return check_outputs(denoiser(x, sigma), x, stage, step)
 
 
-def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
-    """What the denoiser returned for x, checked by its type, shape and dtype (no value is read)."""
-    where = f"in step {step.index} (sigma {stage.sigma:g})"
-    if stage.guided:
-        if not isinstance(out, Guided):
-            raise TypeError(
-                f"the sampler needs a pair Guided(denoised, uncond) of the denoiser, got {type(out).__name__} {where}; "
-                "pass negative= (and positive=, cfg=) to sample, or return ki.Guided"
-            )
-        return _checked(out.denoised, x, where), _checked(out.uncond, x, where)
-    return _checked(out.denoised if isinstance(out, Guided) else out, x, where), None
-
-
-def _checked(out: Any, x: Tensor, where: str) -> Tensor:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
-    if out.shape != x.shape:
-        raise ValueError(f"the denoiser must return x's shape {tuple(x.shape)}, got {tuple(out.shape)} {where}")
-    widened = x.dtype.itemsize < 4 and out.dtype == torch.float32
-    if out.dtype != x.dtype and not widened:
-        raise TypeError(
-            f"the denoiser must return x's dtype {x.dtype}, got {out.dtype} {where}; convert x to the network's dtype, "
-            "or return denoised.to(x.dtype)"
-        )
-    return out
-
-
-def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
-    """Draw noise for an interval and check its type and shape."""
-    n = draw(*interval)
-    if not isinstance(n, Tensor) or n.shape != x.shape:
-        got = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else type(n).__name__
-        raise ValueError(
-            f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
-            f"{tuple(x.shape)}, got {got}"
-        )
-    return n
-
-
-def check_state(x: Any) -> None:
-    """Raise TypeError or ValueError where `x` is not a state: a floating point tensor of shape (batch, *event)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
-    if x.ndim == 0 or x.shape[0] == 0:
-        raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
-
-
-def _check_memory(plan: Plan, state: Memory) -> None:
-    check_state(state.get("x"))
-    needed = {"x"} | plan.steps[0].reads
-    if state.keys() != needed:
-        raise ValueError(
-            f"the Plan of {plan.rule.name} starts from {', '.join(sorted(needed))}, got {', '.join(sorted(state))}; "
-            "plan.closed starts from x and the auxiliary state, compile_plan's from x alone"
-        )
-    x = state["x"]
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dtype != x.dtype:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"the auxiliary state {name!r} must be a tensor of x's dtype {x.dtype}, got {got}")
-        if value.shape != x.shape:
-            raise ValueError(
-                f"the auxiliary state {name!r} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}"
-            )
-
-
 def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
     """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
     if not plan.is_stochastic:
         return lambda sigma_from, sigma_to: x  # never called
     return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x, plan.noise_levels)
-
-
-# -- the same rules on tensors: a second implementation, which the compiled one is tested against ---------------------
-def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: NoiseLike | None = None) -> Tensor:
-    """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
-    check_state(x)
-    rule, levels = rule.prepare(as_schedule(sigmas))
-    draw = bind(default_noise(rule.default_noise) if noise is None else noise, x)
-    state: Memory = {"x": x}
-    for index in range(len(levels) - 1):
-        builder = _EagerStep(levels, index, state, denoiser, draw)
-        if index == 0:
-            builder.memory.update(rule.auxiliary(builder))
-        new_x: Any = rule.step(builder)
-        remembered: dict[str, Any] = {**builder.remembered}
-        state = {"x": new_x, **remembered}
-    return state["x"]
-
-
-class _EagerStep(StepBuilder):
-    """A step whose states are tensors."""
-
-    def __init__(self, sigmas: Any, index: int, memory: Any, denoiser: Denoiser, draw: NoiseFunction) -> None:
-        super().__init__(sigmas, index, memory)
-        self._denoiser, self._draw = denoiser, draw
-        self._step = Step(index, self.sigma, self.sigma_next, (), (), Form({}))
-
-    def denoise(self, x: Any, sigma: float) -> Any:
-        return self._evaluate(x, sigma, guided=False)[0]
-
-    def denoise_guided(self, x: Any, sigma: float) -> Any:
-        return self._evaluate(x, sigma, guided=True)
-
-    def _evaluate(self, x: Any, sigma: float, guided: bool) -> tuple[Any, Any]:
-        return evaluate(self._denoiser, x, stage_sigmas([sigma], x)[0], Stage(sigma, Form({}), guided), self._step)
-
-    def noise(self, sigma_from: float, sigma_to: float) -> Any:
-        return checked_noise(self._draw, Interval(sigma_from, sigma_to), self.x)  # type: ignore[arg-type]

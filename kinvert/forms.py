@@ -50,17 +50,22 @@ def Noise(index: int) -> Symbol:  # noqa: N802
 
 
 class Form:
-    """An immutable linear combination `{symbol: coefficient}`; terms with coefficient 0 do not exist."""
+    """An immutable linear combination `{symbol: coefficient}`; terms with coefficient 0 do not exist.
+
+    The dict that it is made of is its own from then on.
+    """
 
     __slots__ = ("_hash", "terms")
 
     terms: dict[Symbol, float]
 
     def __init__(self, terms: dict[Symbol, float]) -> None:
-        if not all(map(math.isfinite, terms.values())):
-            symbol, c = next((symbol, c) for symbol, c in terms.items() if not math.isfinite(c))
-            raise ValueError(f"the coefficient of {symbol} is {c}")
-        self.terms = dict(terms) if all(terms.values()) else {symbol: c for symbol, c in terms.items() if c != 0.0}
+        values = terms.values()
+        if not math.isfinite(sum(values)):  # else none of them is infinite or nan
+            for symbol, c in terms.items():
+                if not math.isfinite(c):
+                    raise ValueError(f"the coefficient of {symbol} is {c}")
+        self.terms = {symbol: c for symbol, c in terms.items() if c != 0.0} if 0.0 in values else terms
         self._hash: int | None = None
 
     @classmethod
@@ -91,18 +96,22 @@ class Form:
         return sum(c * values[symbol] for symbol, c in self)
 
     # -- the arithmetic of a vector space -------------------------------------------------------------------------
-    def __add__(self, other: Form) -> Form:
+    def add(self, other: Form, alpha: float = 1.0) -> Form:
+        """`self + alpha * other`, as tensors have it."""
         if not isinstance(other, Form):
             _refuse(f"adding {other!r} to a state")
-        terms = dict(self.terms)
+        terms = self.terms.copy()
         for symbol, c in other.terms.items():
-            terms[symbol] = terms.get(symbol, 0.0) + c
+            terms[symbol] = terms[symbol] + alpha * c if symbol in terms else alpha * c
         return Form(terms)
+
+    def __add__(self, other: Form) -> Form:
+        return self.add(other)
 
     def __sub__(self, other: Form) -> Form:
         if not isinstance(other, Form):
             _refuse(f"subtracting {other!r} from a state")
-        return self + (-other)
+        return self.add(other, -1.0)
 
     def __neg__(self) -> Form:
         return Form({symbol: -c for symbol, c in self.terms.items()})

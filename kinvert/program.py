@@ -19,8 +19,8 @@ noise, denoised values, past slopes.
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
@@ -114,6 +114,7 @@ class _Value(NamedTuple):
 
 
 Known = dict[Symbol, _Value]
+_coefficient = itemgetter(0)
 
 
 @dataclass
@@ -145,31 +146,43 @@ def _rows(step: Step) -> list[Form]:
     return [*(stage.input for stage in step.stages), step.x, *(form for _, form in step.memory)]
 
 
-def _chain(out: int, form: Form, known: Known, first: Symbol | None = None) -> list[Kernel]:
-    """The kernels for a form, from the value `first` on, by default the one with the largest coefficient."""
-    values = [(known[s], c * known[s].scale) for s, c in form]
-    if not values:
+def _chain(out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
+    """The kernels for a form, from the slot `first` on, by default the one with the largest coefficient."""
+    terms = _by_slot(form, known)
+    moving = sorted([(c, slot) for slot, (c, value) in terms.items() if _moves(value)], key=_coefficient, reverse=True)
+    others = sorted([(c, v.slot) for c, v in terms.values() if not _moves(v)], key=_coefficient, reverse=True)
+    if not terms:
         return [Kernel("sum", out)]
-    value, start = max(values, key=lambda t: t[1] if _moves(t[0]) else -math.inf)
-    if first is not None:
-        value, start = known[first], form[first] * known[first].scale
-    rest = sorted((t for t in values if t[0].slot != value.slot), key=lambda t: -t[1])
-    kernels, a = list[Kernel](), value.slot
-    blended = [t for t in rest if _moves(t[0])]
-    total = start + sum(c for _, c in blended)
-    if not (_moves(value) and start > 0 and abs(total - 1.0) <= 1e-12 * sum(abs(c) for _, c in values)):
-        return [Kernel("scale", out, a, weight=start), *(Kernel("add", out, out, v.slot, c) for v, c in rest)]
-    after = [1.0 - sum(c for _, c in blended[i:]) for i in range(1, len(blended) + 1)]  # partial sums, that end at 1
-    for (v, c), before, reached in zip(blended, [start, *after], after, strict=False):
+    start, a = (terms[first][0], first) if first is not None else (moving or others)[0]
+    rest = [(c, slot) for c, slot in moving if slot != a]
+    total = start + sum([c for c, _ in rest])
+    size = sum([abs(c) for c, _ in terms.values()])
+    if not (len(rest) < len(moving) and start > 0 and abs(total - 1.0) <= 1e-12 * size):
+        scaled = [Kernel("scale", out, a, weight=start)]
+        return scaled + [Kernel("add", out, out, slot, c) for c, slot in rest + others if slot != a]
+    kernels, before, left = list[Kernel](), start, [c for c, _ in rest]
+    for i, (c, slot) in enumerate(rest, start=1):
+        reached = 1.0 - sum(left[i:])  # partial sums, that end at 1
         # The smaller weight is passed on: near 1 it would lose its digits in float32.
-        swapped = before < c
-        pair, weight = ((v.slot, a), before / reached) if swapped else ((a, v.slot), c / reached)
-        kernels.append(Kernel("lerp", out, *pair, weight))
-        a = out
-    for v, c in (t for t in rest if not _moves(t[0])):
-        kernels.append(Kernel("add", out, a, v.slot, c))
+        if before < c:
+            kernels.append(Kernel("lerp", out, slot, a, before / reached))
+        else:
+            kernels.append(Kernel("lerp", out, a, slot, c / reached))
+        a, before = out, reached
+    for c, slot in others:
+        kernels.append(Kernel("add", out, a, slot, c))
         a = out
     return kernels or [Kernel("scale", out, a, weight=1.0)]
+
+
+def _by_slot(form: Form, known: Known) -> dict[int, tuple[float, _Value]]:
+    """The terms of a form by their slots; one slot may have several names."""
+    terms: dict[int, tuple[float, _Value]] = {}
+    for symbol, c in form:
+        value = known[symbol]
+        c *= value.scale  # noqa: PLW2901
+        terms[value.slot] = (terms[value.slot][0] + c if value.slot in terms else c, value)
+    return terms
 
 
 def _moves(value: _Value) -> bool:
@@ -184,12 +197,11 @@ def _weight(form: Form, known: Known) -> float:
 class _Chained:
     """Assigns slots and writes down the kernels; every combination is a chain."""
 
-    side: tuple[str, ...] = ()
+    fixed = 0  # rows below are not given back
 
     def __init__(self, plan: Plan, half: bool = False) -> None:
         self.plan, self.half = plan, half
         self.rows, self.foreign = _Pool(0, 1), _Pool(-1, -1)
-        self.matrices: list[list[dict[int, float]]] = []
         self.held = 0
 
     def program(self) -> Program:
@@ -198,9 +210,7 @@ class _Chained:
         self.start = {name: self.state[State(name)].slot for name in names}
         passes = tuple([self.step(step) for step in self.plan.steps])
         end = {str(symbol.key): (value.slot, value.scale) for symbol, value in self.state.items()}
-        rows, side = self.rows.next, len(self.side)
-        matrices = tuple([self.matrix(mix, i) for i, mix in enumerate(self.matrices)])
-        return Program(rows, side, -1 - self.foreign.next, self.start, end, passes, matrices, self.held)
+        return Program(self.rows.next, 0, -1 - self.foreign.next, self.start, end, passes, (), self.held)
 
     def home(self, name: str) -> int:
         """The slot of a value of the initial state: it stays the caller's."""
@@ -229,7 +239,7 @@ class _Chained:
         done = ({value.slot for value in known.values()} | set(scratch)) - live
         dead = tuple(slot for slot in done if slot < 0)
         self.foreign.free += dead
-        self.rows.free += [slot for slot in done if slot >= 2 * len(self.side)]
+        self.rows.free += [slot for slot in done if slot >= self.fixed]
         return Pass(step, tuple(draws), tuple(calls), tuple(kernels), dead)
 
     def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
@@ -237,7 +247,7 @@ class _Chained:
         scratch.append(self.rows.take())
         return scratch[-1], self.combine(scratch[-1], form, known)
 
-    def combine(self, out: int, form: Form, known: Known, first: Symbol | None = None) -> list[Kernel]:
+    def combine(self, out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
         kernels = _chain(out, form, known, first)
         if not self.half:
             return kernels
@@ -262,14 +272,11 @@ class _Chained:
             old = [
                 s for s, c in form if known[s].slot >= 0 and known[s].slot not in kept and c > 0 and _moves(known[s])
             ]
-            first = max(old, key=lambda s: form[s], default=None)
-            out = self.rows.take() if first is None else known[first].slot
+            first = known[max(old, key=lambda s: form[s])].slot if old else None
+            out = self.rows.take() if first is None else first
             kernels += self.combine(out, form, known, first)
             self.state[State(name)] = _Value(out, weight=_weight(form, known))
         return kernels
-
-    def matrix(self, rows: list[dict[int, float]], index: int) -> tuple[tuple[float, ...], ...]:
-        raise NotImplementedError
 
 
 class _Mixed(_Chained):
@@ -281,9 +288,15 @@ class _Mixed(_Chained):
         shifted = {alias.key for _, alias, _ in rows if alias is not None and alias.kind == "state"} - {"x"}
         fresh = {name for name, alias, _ in rows if alias is None or alias == State("x")}
         self.side = ("x", *sorted(fresh - shifted))
-        self.rows = _Pool(2 * len(self.side), 1)
+        self.fixed = 2 * len(self.side)
+        self.rows = _Pool(self.fixed, 1)
         self.now = 0
-        self.sides: list[int] = []
+        self.mixes: list[tuple[int, list[dict[int, float]]]] = []  # the side that is read, and the rows
+
+    def program(self) -> Program:
+        chained = super().program()
+        matrices = tuple([self.matrix(*mix) for mix in self.mixes])
+        return replace(chained, side=len(self.side), matrices=matrices)
 
     def home(self, name: str) -> int:
         """The slot of a value of the initial state, which is copied into its row."""
@@ -320,7 +333,7 @@ class _Mixed(_Chained):
         known = dict(known)
         for name, form in self.kept:
             alias = form.alias()
-            if alias is not None and known[alias].slot >= 2 * len(self.side):
+            if alias is not None and known[alias].slot >= self.fixed:
                 state[State(name)] = known[alias]
                 continue
             out, unit = self.rows.take(), 1.0
@@ -345,18 +358,18 @@ class _Mixed(_Chained):
 
     def mix(self, out: int, forms: list[Form], known: Known) -> Kernel:
         """The kernel for some forms at once; its matrix is written down when the number of rows is known."""
-        self.matrices.append([{known[s].slot: c * known[s].scale for s, c in form} for form in forms])
-        self.sides.append(self.now)
-        return Kernel("mix", out, self.now, len(self.matrices) - 1)
+        rows = [{slot: c for slot, (c, _) in _by_slot(form, known).items()} for form in forms]
+        self.mixes.append((self.now, rows))
+        return Kernel("mix", out, self.now, len(self.mixes) - 1)
 
-    def matrix(self, rows: list[dict[int, float]], index: int) -> tuple[tuple[float, ...], ...]:
+    def matrix(self, now: int, rows: list[dict[int, float]]) -> tuple[tuple[float, ...], ...]:
         """The coefficients in the order of the rows in memory, from the side that is read to the end of the ring."""
         total, side = self.rows.next, len(self.side)
         dense = []
         for row in rows:
             line = [0.0] * (total - side)
             for slot, c in row.items():
-                line[_place(slot, side, total) - side * self.sides[index]] = c
+                line[_place(slot, side, total) - side * now] = c
             dense.append(tuple(line))
         return tuple(dense)
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.checks import check_state
 from kinvert.denoisers import Denoiser, Guided, guide
-from kinvert.engine import check_state
 from kinvert.inversion import invert
 from kinvert.inversion.result import rms
 from kinvert.plan import as_schedule

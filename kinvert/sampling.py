@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
+from kinvert.checks import check_state
 from kinvert.denoisers import Denoiser, Guided, Masked, guide
 from kinvert.denoisers.guidance import Guidance
-from kinvert.engine import Callback, Progress, check_state, run
+from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan

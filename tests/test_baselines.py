@@ -14,7 +14,7 @@ from problems import mixture, noise_like, order_slope
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.engine import run_eager
+from kinvert.eager import run_eager
 from kinvert.inversion.baselines import (
     BASELINES,
     aidi,

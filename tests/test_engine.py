@@ -8,8 +8,9 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
+from kinvert import engine
 from kinvert.engine import advance, combine, run_state, stage_sigmas
 from kinvert.forms import Form, State
 from kinvert.program import program
+from kinvert.rules import Rule
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 
@@ -128,6 +131,33 @@ def test_few_passes_give_what_the_plain_loop_gives(name: str, ends_at_zero: bool
         assert all(torch.equal(value, before[key]) for key, value in state.items())
 
 
+@dataclass(frozen=True)
+class TwoNames(Rule):
+    """Remembers one value under two names and uses both."""
+
+    terms: int
+    name: ClassVar[str] = "two_names"
+    ode_order: ClassVar[int] = 0
+
+    def step(self, s: ki.rules.StepBuilder) -> Form:
+        denoised, a, b = s.denoise(s.x, s.sigma), s.recall("a"), s.recall("b")
+        s.remember("a", denoised)
+        s.remember("b", denoised)
+        if a is None or b is None:
+            return 0.7 * s.x + 0.3 * denoised
+        past = 0.1 * a + 0.2 * b
+        return 0.5 * s.x + 0.2 * denoised + past if self.terms == 4 else 0.7 * s.x + past
+
+
+@pytest.mark.parametrize("terms", [3, 4])
+def test_a_value_may_have_two_names(terms: int) -> None:
+    """In a chain and in a product."""
+    plan, x = ki.compile_plan(TwoNames(terms), KARRAS), 10 * noise_like((2, 6))
+    with torch.no_grad():
+        got = ki.run(plan, gaussian, x)
+    torch.testing.assert_close(got, plain_run(plan, gaussian, {"x": x})["x"], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["euler", "dpm_2", "dpmpp_2m", "uni_pc", "euler_ancestral"])
 def test_few_passes_in_half_precision(name: str, dtype: torch.dtype) -> None:
@@ -145,11 +175,12 @@ def test_few_passes_in_half_precision(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.parametrize("width", [600, engine.BLOCK])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("name", ["lms", "uni_pc"])
-def test_products_are_as_exact_as_sums(name: str, precision: str) -> None:
-    """Also where the user allows low precision in products: that is for the network."""
-    x = 10 * noise_like((2, 600)).float()
+def test_products_are_as_exact_as_sums(name: str, precision: str, width: int) -> None:
+    """In one piece or in several; also where the user allows low precision in products: that is for the network."""
+    x = 10 * noise_like((2, width)).float()
     before = torch.get_float32_matmul_precision()
     want = plain_run(PLANS[name], gaussian, {"x": x})["x"]
     torch.set_float32_matmul_precision(precision)
@@ -308,6 +339,27 @@ def test_a_sigma_that_the_denoiser_changes_is_not_seen_by_the_next_run() -> None
     assert torch.equal(ki.sample(careless, x, KARRAS), want)
     assert torch.equal(ki.sample(careless, x, KARRAS), want)
     assert torch.equal(ki.sample(gaussian, x, KARRAS), want)
+
+
+@pytest.mark.parametrize("name", ["_storage_Use_Count", "_functorch", "_current_level"])
+def test_without_the_private_names_of_torch_runs_are_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version may lack them. Then every value is a tensor of its own, and nothing can be overwritten."""
+    x, kept = 10 * noise_like((2, 6)), list[tuple[Tensor, Tensor]]()
+
+    def keep(y: Tensor, sigma: Tensor) -> Tensor:
+        kept.append((y, y.clone()))
+        return gaussian(y, sigma)
+
+    want = {sampler: ki.sample(gaussian, x, KARRAS, sampler=sampler) for sampler in ("heun", "lms")}
+    monkeypatch.delattr(torch.autograd.forward_ad if name == "_current_level" else torch._C, name)
+    monkeypatch.setattr(engine, "fused_loop", None)
+    engine.can_fuse.cache_clear()
+    try:
+        for sampler, result in want.items():
+            torch.testing.assert_close(ki.sample(keep, x, KARRAS, sampler=sampler), result, rtol=1e-12, atol=0)
+    finally:
+        engine.can_fuse.cache_clear()
+    assert all(torch.equal(value, at_the_time) for value, at_the_time in kept)
 
 
 def test_strides_are_kept() -> None:

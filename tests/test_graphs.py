@@ -8,6 +8,7 @@ while recording, a tensor replaced, or a buffer of another run would show.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,17 +48,20 @@ class Recorder(TorchDispatchMode):
                         old.copy_(new)
 
 
-def recorded(function: Callable[[], Any], x: Tensor) -> tuple[Callable[[], None] | None, Any, str | None]:
-    recorder = Recorder()
+def recorded(functions: list[Callable[[], Any]], x: Tensor) -> tuple[list[Callable[[], None]], Any, str | None]:
+    launches, result = [], None
     try:
         with torch.no_grad():
             for _ in range(graphs.WARM_UPS):
-                function()
-            with recorder:
-                result = function()
+                for function in functions:
+                    function()
+            for function in functions:
+                with Recorder() as recorder:
+                    result = function()
+                launches.append(recorder.launch)
     except RuntimeError as error:
-        return None, None, f"the denoiser cannot be recorded: {error}"
-    return recorder.launch, result, None
+        return [], None, f"the denoiser cannot be recorded: {error}"
+    return launches, result, None
 
 
 def denoiser_for(plan: ki.Plan) -> ki.Denoiser:
@@ -65,12 +69,13 @@ def denoiser_for(plan: ki.Plan) -> ki.Denoiser:
     return (lambda x, sigma: ki.Guided(denoise(x, sigma), 0.9 * denoise(x, sigma))) if plan.is_guided else denoise
 
 
+@pytest.mark.parametrize("steps", ["all", "each"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recorded_run_is_the_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_run_is_the_run(name: str, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For other states and other noise than those that were recorded, again and again."""
     monkeypatch.setattr(graphs, "_record", recorded)
     plan = ki.compile_plan(name, KARRAS)
-    captured = ki.graphs.capture(plan, denoiser_for(plan), torch.zeros(2, 6, dtype=torch.float64))
+    captured = ki.graphs.capture(plan, denoiser_for(plan), torch.zeros(2, 6, dtype=torch.float64), steps)
     assert captured.reason is None
     results = []
     for seed in (1, 2, 1):
@@ -91,6 +96,63 @@ def test_a_call_that_is_unlike_the_recorded_one_runs_without_the_graph(monkeypat
     x = 10 * noise_like((2, 6))
     assert torch.equal(captured(x, callback=lambda step: seen.append(step.index)), captured(x))
     assert seen == list(range(len(plan.steps)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_callback_sees_a_run_that_is_recorded_step_by_step(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gets stays as it is, and the run goes through the graphs: the denoiser is not called again."""
+    monkeypatch.setattr(graphs, "_record", recorded)
+    plan, calls = ki.compile_plan(name, KARRAS), 0
+    denoise = denoiser_for(plan)
+
+    def counted(x: Tensor, sigma: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        out = denoise(x.double(), sigma.double())
+        return ki.Guided(*(part.float().to(x) for part in out)) if plan.is_guided else out.to(x)
+
+    captured = ki.graphs.capture(plan, counted, torch.zeros(2, 6, dtype=dtype), "each")
+    before = calls
+    got, want = list[Any](), list[Any]()
+    for seed in (1, 2):
+        x = (10 * noise_like((2, 6), seed=seed)).to(dtype)
+        result = captured(x, ki.noise.white(seed), got.append)
+        assert calls == before
+        with torch.no_grad():
+            assert torch.equal(result, ki.run(plan, counted, x, ki.noise.white(seed), want.append))
+        before = calls
+    assert len(got) == len(want) > 0
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.x, other.x) and torch.equal(one.denoised, other.denoised)
+        assert replace(one, x=x, denoised=x) == replace(other, x=x, denoised=x)
+
+
+def test_noise_is_drawn_step_by_step_or_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tensors as the longest part of the run draws."""
+    monkeypatch.setattr(graphs, "_record", recorded)
+    plan, x = ki.compile_plan("dpmpp_sde", KARRAS), torch.zeros(2, 6, dtype=torch.float64)
+    sizes = {steps: len(graphs.CapturedRun(plan, mixture(), x, steps)._noises) for steps in ("all", "each")}
+    assert sizes == {"all": plan.draws, "each": 2}
+
+
+def test_what_a_run_leaves_behind_does_not_enter_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that mean nothing yet are read with weight 0, and 0 times nan is nan."""
+    monkeypatch.setattr(graphs, "_record", recorded)
+    plan, x = ki.compile_plan("lms", KARRAS), 10 * noise_like((2, 6))
+    for steps in ("all", "each"):
+        captured = graphs.CapturedRun(plan, mixture(), x, steps)
+        want = captured(x)
+        assert captured(torch.full_like(x, torch.nan)).isnan().all()
+        assert torch.equal(captured(x), want)
+
+
+def test_steps_are_all_or_each() -> None:
+    plan, x = ki.compile_plan("euler", KARRAS), torch.zeros(2, 6)
+    with pytest.raises(ValueError, match="steps must be one of all, each, got 'eahc'; did you mean 'each'"):
+        ki.graphs.capture(plan, mixture(), x, "eahc")  # type: ignore[arg-type]
 
 
 def test_without_a_device_the_reason_is_given() -> None:
@@ -199,12 +261,18 @@ def test_a_run_compiles_without_graph_breaks(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "lms", "uni_pc", "dpmpp_2m_sde"])
 def test_on_a_gpu(name: str) -> None:
     plan, x = ki.compile_plan(name, KARRAS), (10 * noise_like((2, 600))).float().cuda()
-    captured = ki.graphs.capture(plan, conditioned, x)
-    assert captured.reason is None
-    for seed in (1, 2):
-        with torch.no_grad():
-            want = ki.run(plan, conditioned, x + seed, ki.noise.white(seed))
-        torch.testing.assert_close(captured(x + seed, ki.noise.white(seed)), want, rtol=1e-5, atol=1e-5)
+    for steps in ("all", "each"):
+        captured = graphs.CapturedRun(plan, conditioned, x, steps)
+        assert captured.reason is None
+        for seed in (1, 2):
+            want_seen, seen = list[Any](), list[Any]()
+            with torch.no_grad():
+                want = ki.run(plan, conditioned, x + seed, ki.noise.white(seed), want_seen.append)
+            got = captured(x + seed, ki.noise.white(seed), seen.append if steps == "each" else None)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            for one, other in zip(seen, want_seen, strict=steps == "each"):
+                torch.testing.assert_close(one.x, other.x, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(one.denoised, other.denoised, rtol=1e-5, atol=1e-5)
     want = ki.sample(conditioned, x, KARRAS, sampler=name, noise=ki.noise.white(0))
     got = ki.sample(conditioned, x, KARRAS, sampler=name, noise=ki.noise.white(0), graph=True)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from typing import Any
 
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
-from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, slope
+from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, slope, weighted_sum
 from kinvert.rules.dpm_solver import DPMFast
 from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from kinvert.rules.er_sde import ERSDE
@@ -91,6 +91,7 @@ __all__ = [
     "register",
     "sampler",
     "slope",
+    "weighted_sum",
 ]
 
 

@@ -154,6 +154,13 @@ def slope(x: Form, denoised: Form, sigma: float) -> Form:
     return (x - denoised) / sigma
 
 
+def weighted_sum(base: Form, weights: Iterable[float], values: Iterable[Form]) -> Form:
+    """`base + sum_j weights_j values_j`, for as many weights as there are values."""
+    for weight, value in zip(weights, values, strict=True):
+        base = base.add(value, alpha=weight)
+    return base
+
+
 def interpolate(x: Form, denoised: Form, q: float) -> Form:
     """`q x + (1 - q) D`: the Euler (DDIM) step to noise level `q * sigma`. At `q = 0` it is `D` exactly."""
     return q * x + (1.0 - q) * denoised

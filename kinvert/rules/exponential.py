@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from kinvert.coefficients import exponential_adams, log_step, phi
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, interpolate, option
+from kinvert.rules.base import Rule, StepBuilder, interpolate, option, weighted_sum
 
 Phi = Callable[[int, float], float]
 Row = tuple[float, tuple[float, ...]]
@@ -47,10 +47,7 @@ class ExponentialRK(Rule, ABC):
     def _move(
         self, s: StepBuilder, first: Form, sigma: float, h: float, weights: tuple[float, ...], turns: list[Form]
     ) -> Form:
-        x = interpolate(s.x, first, sigma / s.sigma)
-        for weight, turn in zip(weights, turns, strict=True):
-            x = x + h * weight * turn
-        return x
+        return weighted_sum(interpolate(s.x, first, sigma / s.sigma), [h * weight for weight in weights], turns)
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,4 @@ class ExponentialAdams(Rule):
         if s.sigma_next == 0:
             return denoised[0]
         nodes = [s.sigmas[s.index - j] for j in range(len(denoised))]
-        x = s.sigma_next / s.sigma * s.x
-        for weight, value in zip(exponential_adams(nodes, s.sigma, s.sigma_next), denoised, strict=True):
-            x = x + weight * value
-        return x
+        return weighted_sum(s.sigma_next / s.sigma * s.x, exponential_adams(nodes, s.sigma, s.sigma_next), denoised)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from kinvert.coefficients import UNIFORM_ADAMS, adams, deis_weights, ipndm_v_weights
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, option, slope
+from kinvert.rules.base import Rule, StepBuilder, option, slope, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,7 @@ class LMS(Rule):
         if s.sigma_next == 0 and self.at_zero == "denoised":
             return denoised
         nodes = [s.sigmas[s.index - j] for j in range(len(slopes))]
-        x = s.x
-        for c, d in zip(adams(nodes, s.sigma, s.sigma_next), slopes, strict=True):
-            x = x + c * d
-        return x
+        return weighted_sum(s.x, adams(nodes, s.sigma, s.sigma_next), slopes)
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,4 @@ def _adams_step(s: StepBuilder, order: int, weights: Callable[[int], Sequence[fl
     slopes = s.history("d", slope(s.x, denoised, s.sigma), order)
     if s.sigma_next == 0:
         return denoised
-    x = s.x
-    for c, d in zip(weights(len(slopes)), slopes, strict=True):
-        x = x + c * d
-    return x
+    return weighted_sum(s.x, weights(len(slopes)), slopes)

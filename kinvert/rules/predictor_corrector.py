@@ -19,13 +19,7 @@ from typing import ClassVar, Literal
 
 from kinvert.coefficients import exponential_adams, log_step, sde_noise_scale
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, option
-
-
-def _combine(base: Form, weights: Sequence[float], values: Sequence[Form]) -> Form:
-    for weight, value in zip(weights, values, strict=True):
-        base = base + weight * value
-    return base
+from kinvert.rules.base import Rule, StepBuilder, option, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -68,10 +62,10 @@ class UniPC(Rule):
         denoised = s.history("D", s.denoise(s.x, s.sigma), 4)
         x, base = s.x, s.recall("base")
         if base is not None:
-            x = _combine(base, *self._corrector(s.sigmas, s.index, denoised))
+            x = weighted_sum(base, *self._corrector(s.sigmas, s.index, denoised))
         base = s.sigma_next / s.sigma * x
         s.remember("base", base)
-        return _combine(base, *self._predictor(s.sigmas, s.index + 1, denoised))
+        return weighted_sum(base, *self._predictor(s.sigmas, s.index + 1, denoised))
 
     def _order(self, steps: int, k: int) -> int:
         """The order of the step to `sigmas[k]`."""
@@ -145,7 +139,7 @@ class SASolver(Rule):
         if base is not None and corrector_order:
             nodes = [s.sigmas[s.index - j] for j in range(corrector_order)]
             weights = self._weights(nodes, s.sigmas[s.index - 1], s.sigma)
-            x = _combine(base, weights, [denoised, *past][:corrector_order])
+            x = weighted_sum(base, weights, [denoised, *past][:corrector_order])
             if self.use_pece:
                 denoised = s.denoise(x, s.sigma)
         history = s.history("D", denoised, length)
@@ -156,7 +150,7 @@ class SASolver(Rule):
         nodes = [s.sigmas[s.index - j] for j in range(order)]
         base = self._base(s, x)
         s.remember("base", base)
-        return _combine(base, self._weights(nodes, s.sigma, s.sigma_next), history[:order])
+        return weighted_sum(base, self._weights(nodes, s.sigma, s.sigma_next), history[:order])
 
     def _tau(self, sigma: float) -> float:
         return self.eta if self.sde_start >= sigma >= self.sde_end else 0.0

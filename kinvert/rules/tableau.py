@@ -12,6 +12,7 @@ Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (1
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fractions import Fraction
 from typing import Any
 
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, slope
+from kinvert.rules.base import Rule, StepBuilder, slope, weighted_sum
 
 Tree = tuple[Any, ...]
 
@@ -82,10 +83,16 @@ class Tableau:
         rows = ((), *(tuple(map(Fraction, row.split())) for row in a.split("|") if row.strip()))
         return cls(name, order, rows, tuple(map(Fraction, b.split())))
 
-    @property
+    @functools.cached_property
     def c(self) -> tuple[Fraction, ...]:
         """The nodes, `c_k = sum_l a_kl`."""
         return tuple(sum(row, Fraction(0)) for row in self.a)
+
+    @functools.cached_property
+    def stages(self) -> tuple[tuple[float, tuple[float, ...]], ...]:
+        """`(c_k, (a_k1, ...))` of the stages after the first, and `(1, b)`, as floats."""
+        rows = zip((*self.c[1:], 1), (*self.a[1:], self.b), strict=True)
+        return tuple((float(c), tuple(map(float, row))) for c, row in rows)
 
     def _phi(self, tree: Tree) -> list[Fraction]:
         subtrees = [self._phi(subtree) for subtree in tree]
@@ -147,16 +154,10 @@ class RungeKutta(Rule):
         if s.sigma_next == 0:
             return denoised
         slopes = [slope(s.x, denoised, s.sigma)]
-        for c, row in zip(map(float, self.tableau.c[1:]), self.tableau.a[1:], strict=True):
+        width = s.sigma_next - s.sigma
+        *stages, (_, b) = self.tableau.stages
+        for c, row in stages:
             sigma = (1.0 - c) * s.sigma + c * s.sigma_next
-            x = _advance(s, row, slopes)
+            x = weighted_sum(s.x, [a * width for a in row], slopes)
             slopes.append(slope(x, s.denoise(x, sigma), sigma))
-        return _advance(s, self.tableau.b, slopes)
-
-
-def _advance(s: StepBuilder, weights: Sequence[Fraction], slopes: list[Form]) -> Form:
-    x = s.x
-    for weight, d in zip(weights, slopes, strict=True):
-        if weight:
-            x = x + float(weight) * (s.sigma_next - s.sigma) * d
-    return x
+        return weighted_sum(s.x, [a * width for a in b], slopes)

@@ -1,0 +1,85 @@
+"""What a run demands of the state, of what the denoiser returns and of noise: errors that name the fix.
+
+Types, shapes and dtypes are looked at, no value is read: nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Guided
+from kinvert.noise import NoiseFunction
+from kinvert.plan import Interval, Plan, Stage, Step
+
+
+def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
+    """What the denoiser returned for x, checked by its type, shape and dtype (no value is read)."""
+    where = f"in step {step.index} (sigma {stage.sigma:g})"
+    if stage.guided:
+        if not isinstance(out, Guided):
+            raise TypeError(
+                f"the sampler needs a pair Guided(denoised, uncond) of the denoiser, got {type(out).__name__} {where}; "
+                "pass negative= (and positive=, cfg=) to sample, or return ki.Guided"
+            )
+        return _checked(out.denoised, x, where), _checked(out.uncond, x, where)
+    return _checked(out.denoised if isinstance(out, Guided) else out, x, where), None
+
+
+def _checked(out: Any, x: Tensor, where: str) -> Tensor:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
+    if out.shape != x.shape:
+        raise ValueError(f"the denoiser must return x's shape {tuple(x.shape)}, got {tuple(out.shape)} {where}")
+    widened = x.dtype.itemsize < 4 and out.dtype == torch.float32
+    if out.dtype != x.dtype and not widened:
+        raise TypeError(
+            f"the denoiser must return x's dtype {x.dtype}, got {out.dtype} {where}; convert x to the network's dtype, "
+            "or return denoised.to(x.dtype)"
+        )
+    return out
+
+
+def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
+    """Draw noise for an interval and check its type and shape."""
+    n = draw(*interval)
+    if not isinstance(n, Tensor) or n.shape != x.shape:
+        got = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else type(n).__name__
+        raise ValueError(
+            f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
+            f"{tuple(x.shape)}, got {got}"
+        )
+    return n
+
+
+def check_state(x: Any) -> None:
+    """Raise TypeError or ValueError where `x` is not a state: a floating point tensor of shape (batch, *event)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    if x.ndim == 0 or x.shape[0] == 0:
+        raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
+
+
+def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
+    """Raise TypeError or ValueError where `state` is not what the Plan starts from; see `engine.run_state`."""
+    check_state(state.get("x"))
+    needed = plan.steps[0].reads | {"x"}
+    if state.keys() != needed:
+        raise ValueError(
+            f"the Plan of {plan.rule.name} starts from {', '.join(sorted(needed))}, got {', '.join(sorted(state))}; "
+            "plan.closed starts from x and the auxiliary state, compile_plan's from x alone"
+        )
+    x = state["x"]
+    for name in needed - {"x"}:
+        value = state[name]
+        if not isinstance(value, Tensor) or value.dtype != x.dtype:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"the auxiliary state {name!r} must be a tensor of x's dtype {x.dtype}, got {got}")
+        if value.shape != x.shape:
+            raise ValueError(
+                f"the auxiliary state {name!r} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}"
+            )
