@@ -44,7 +44,14 @@ def problem(name: str, dtype: torch.dtype, count: int) -> tuple[Any, torch.Tenso
 
 
 def cell(
-    name: str, sampler: str, method: str, steps: int, cfg: float, dtype: torch.dtype, count: int
+    name: str,
+    sampler: str,
+    method: str,
+    steps: int,
+    cfg: float,
+    dtype: torch.dtype,
+    count: int,
+    tol: float | None = None,
 ) -> dict[str, Any]:
     """One row of the table."""
     denoiser, x, conditioning = problem(name, dtype, count)
@@ -60,7 +67,7 @@ def cell(
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = ki.invert(denoiser, x, sigmas, sampler=rule, method=method, cfg=cfg, **conditioning)
+            found = ki.invert(denoiser, x, sigmas, sampler=rule, method=method, tol=tol, cfg=cfg, **conditioning)
         error, evaluations = found.round_trip_error, found.evaluations
         row |= {"tolerance": found.tolerance, "converged": int(found.converged.sum())}
     return row | {
@@ -82,6 +89,7 @@ def main() -> None:
     parser.add_argument("--cfg", default="1")
     parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32"])
+    parser.add_argument("--tol", type=float, help="of the round trip; 1e-9 in float64 and 1e-5 in float32 by default")
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = RESULTS / f"inversion-{args.model}-{args.dtype}.json"
@@ -103,7 +111,7 @@ def main() -> None:
         ).multistep  # solved as a whole run, whatever the method
         if (sampler, method, steps, cfg, args.count) in done or (method == "picard" and multistep):
             continue
-        row = cell(args.model, sampler, method, steps, cfg, getattr(torch, args.dtype), args.count)
+        row = cell(args.model, sampler, method, steps, cfg, getattr(torch, args.dtype), args.count, args.tol)
         print(json.dumps(row), flush=True)
         report["rows"].append(row)
         partial = path.with_suffix(".partial")

@@ -46,12 +46,15 @@ class Sweeps:
     Attributes:
         window: differences kept. `2 window + 4` float64 tensors of x's size per evaluation of the run are the memory
             that a sample takes.
-        max_sweeps: evaluations that a step may cost.
+        max_sweeps: of one evaluation a level each, or fewer.
+        focus: a sweep evaluates where the residual is above this share of the sample's largest. At high noise it mostly
+            is not, for many sweeps.
         patience: sweeps in which the residual must halve; a sample that does not manage is given up.
     """
 
     window: int = 20
-    max_sweeps: int = 80
+    max_sweeps: int = 100
+    focus: float = 0.01
     patience: int = 12
 
     def solve(self, plan: Plan, select: Select, x: Tensor, goal: float, budget: int) -> Solution:
@@ -62,17 +65,17 @@ class Sweeps:
         """
         run, found = _Run(plan, select, x, self.window), Solution.empty(x)
         run.start()
+        found.evaluations = [plan.evaluations] * len(x)
         asked, mark, since = [0.3 * goal] * len(x), [math.inf] * len(x), [0] * len(x)
-        spent = plan.evaluations
         for sweep in range(1, self.max_sweeps + 1):
             residual, samples = run.residual(), run.samples.tolist()
-            sizes = run.size(residual).tolist()
-            found.improve(run, sizes)
-            for i, size in zip(samples, sizes, strict=True):
-                found.evaluations[i] += plan.evaluations
+            sizes = run.sizes(residual).tolist()
+            worst = [max(levels) for levels in sizes]
+            found.improve(run, worst)
+            for i, size in zip(samples, worst, strict=True):
                 if size < mark[i] / 2:
                     mark[i], since[i] = size, sweep
-            ready = [i for i, size in zip(samples, sizes, strict=True) if size <= asked[i]]
+            ready = [i for i, size in zip(samples, worst, strict=True) if size <= asked[i]]
             found.check(plan, select, ready)
             for i in ready:
                 asked[i] /= 10
@@ -80,15 +83,18 @@ class Sweeps:
                 place for place, i in enumerate(samples)
                 if not found.errors[i] <= goal
                 and sweep - since[i] < self.patience
-                and found.evaluations[i] + 2 * spent <= budget
+                and found.evaluations[i] + 2 * plan.evaluations <= budget
             ]  # fmt: skip
             if not going or sweep == self.max_sweeps:
                 break
-            if len(going) < len(sizes):
-                index = torch.tensor(going, device=x.device)
-                run.keep(index)
-                residual = residual[index]
-            run.sweep(residual)
+            todo = [[size > max(asked[i], self.focus * worst[place]) for size in sizes[place]]
+                    for place, i in enumerate(samples)]  # fmt: skip
+            if len(going) < len(samples):
+                run.keep(torch.tensor(going, device=x.device))
+                residual, todo = run.residual(), [todo[place] for place in going]
+            for place, levels in zip(going, todo, strict=True):
+                found.evaluations[samples[place]] += sum(levels)
+            run.sweep(residual, todo)
         found.check(plan, select, [i for i, error in enumerate(found.errors) if math.isinf(error)])
         return found
 
@@ -206,9 +212,9 @@ class _Run:
         """`a x + C D - Y`, shape (n, k, m)."""
         return self.a[:, None] * self.x[:, None] + self.C @ self.D - self.Y
 
-    def size(self, residual: Tensor) -> Tensor:
-        """The largest rms of an evaluation's residual, in units of max(1, sigma); shape (n,)."""
-        return (residual.square().mean(2).sqrt() / self.scale).amax(1)
+    def sizes(self, residual: Tensor) -> Tensor:
+        """The rms of every evaluation's residual, in units of max(1, sigma); shape (n, k)."""
+        return residual.square().mean(2).sqrt() / self.scale
 
     def keep(self, index: Tensor) -> None:
         """Go on with some samples only."""
@@ -220,11 +226,14 @@ class _Run:
         """The rows of D that belong to evaluation k."""
         return slice(k * self.outputs, (k + 1) * self.outputs)
 
-    def evaluate(self, k: int, u: Tensor) -> None:
-        """Let `Y_k = u`."""
-        out = self.denoiser(u.reshape(-1, *self.shape).to(self.dtype), self.sigmas[k, : len(u)])
-        self.Y[:, k] = u
-        self.D[:, self.rows(k)] = torch.stack([part.flatten(1) for part in self._outputs(out)], 1).to(u.dtype)
+    def evaluate(self, k: int, rows: Tensor, u: Tensor) -> None:
+        """Let `Y_k = u` for some rows."""
+        every = len(rows) == len(self.samples)
+        denoiser = self.denoiser if every else self.select(self.samples[rows])
+        out = denoiser(u.reshape(-1, *self.shape).to(self.dtype), self.sigmas[k, : len(u)])
+        self.Y[rows, k] = u
+        for part, value in enumerate(self._outputs(out)):
+            self.D[rows, k * self.outputs + part] = value.flatten(1).to(u.dtype)
 
     def _outputs(self, out: Tensor | Guided) -> tuple[Tensor, ...]:
         if isinstance(out, Guided):
@@ -233,28 +242,33 @@ class _Run:
 
     def start(self) -> None:
         """The first sweep. The noisier evaluations are taken to give what the last one gave, the first the image."""
+        everyone = torch.arange(len(self.x), device=self.x.device)
         self.D[:] = self.x[:, None]
         for k in reversed(range(len(self.a))):
-            self.evaluate(k, self.a[k] * self.x + self.C[k] @ self.D)
+            self.evaluate(k, everyone, self.a[k] * self.x + self.C[k] @ self.D)
             self.D[:, : k * self.outputs] = self.D[:, self.rows(k)].repeat(1, k, 1)
 
-    def sweep(self, residual: Tensor) -> None:
-        """One evaluation at every level, from the cleanest to the noisiest."""
+    def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
+        """From the cleanest level to the noisiest, one evaluation where `todo[row][k]` says so."""
         known = min(self.sweeps, self.window)
         dY, dD = self.dY[:, :, :known], self.dD[:, :, :known]
         Y, D = self.Y.clone(), self.D.clone()
         if known:
             self.D += self._change(dY, dD, residual)
-        for k in reversed(range(len(self.a))):
+        places = [[row for row, levels in enumerate(todo) if levels[k]] for k in range(len(self.a))]
+        uploaded = torch.tensor([row for rows in places for row in rows], device=self.x.device)
+        for k, rows in reversed(list(enumerate(uploaded.split([len(rows) for rows in places])))):
             own, couple = self.rows(k), self.C[k, self.rows(k)]
             self.D[:, own] = D[:, own]
-            f = self.a[k] * self.x + self.C[k] @ self.D - Y[:, k]
-            u = Y[:, k] + f
+            if not len(rows):
+                continue
+            f = self.a[k] * self.x[rows] + self.C[k] @ self.D[rows] - Y[rows, k]
+            u = Y[rows, k] + f
             if known:
-                image = torch.tensordot(dD[:, own], couple, ([1], [0]))
-                weights = _solve(dY[:, k] @ (dY[:, k] - image).mT, dY[:, k] @ f[:, :, None])
+                left, image = dY[rows, k], torch.tensordot(dD[rows, own], couple, ([1], [0]))
+                weights = _solve(left @ (left - image).mT, left @ f[:, :, None])
                 u = u + (image.mT @ weights)[:, :, 0]
-            self.evaluate(k, u)
+            self.evaluate(k, rows, u)
         moved = self.Y - Y
         size = moved.norm(dim=2, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
         slot = self.sweeps % self.window
