@@ -200,20 +200,25 @@ def _check_latent(latent: Any, x: Tensor) -> None:
 
 def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
     """The denoiser in parts of a batch, or as a graph, or both."""
-    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int)):
-        raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
     whole: Denoiser = denoiser
-    if max_batch is not None and max_batch < len(x):
-        parts = torch.arange(len(x), device=x.device).split(max_batch)
-        whole = _InParts(max_batch, [denoiser.select(index, len(x)) for index in parts])
+    parts = batch_parts(x, max_batch)
+    if len(parts) > 1:
+        whole = _InParts(len(parts[0]), [denoiser.select(index, len(x)) for index in parts])
     if graph:
         captured = captured_denoiser(whole, x)
         if captured.reason is not None:
             warnings.warn(f"running without a graph: {captured.reason}", RuntimeWarning, stacklevel=4)
         return captured
     return whole
+
+
+def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
+    """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
+    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int)):
+        raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
+    return torch.arange(len(x), device=x.device).split(max_batch or len(x))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kinvert.engine import run_state
 from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard
 from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation
-from kinvert.inversion.stepwise import step_map
+from kinvert.inversion.stepwise import levels_of, step_map
 
 # The first forward-mode derivative of a process makes torch use a function of its own that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -102,7 +102,7 @@ def test_float32() -> None:
 # -- the theorem: for an exact denoiser the Euler step is the gradient of a strongly convex function --------------------
 def euler_step(sigma: float, sigma_next: float) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
     plan = ki.compile_plan("euler", [sigma, sigma_next])
-    return step_map(plan.steps[0], lambda index: MIXTURE, images(2)), sigma_next / sigma
+    return step_map(plan.steps[0], lambda index: MIXTURE, levels_of(plan, images(2))[0]), sigma_next / sigma
 
 
 def equation(function: Callable[[Tensor, Tensor], Tensor], y: Tensor, tolerance: float = 1e-12) -> Equation:
@@ -327,6 +327,36 @@ def test_least_change_is_the_nearest_of_many() -> None:
     with pytest.warns(RuntimeWarning, match="not inverted"):
         outside = ki.invert(project, images(), [0.5, 0.0], last_step="least_change")
     torch.testing.assert_close(outside.restored, images() @ projection, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "o_belm"])
+def test_max_batch_is_the_same_in_parts(name: str) -> None:
+    """Every call sees at most so many samples, each with its own conditioning; the certificate is whole."""
+    rows: list[int] = []
+
+    def labelled(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        rows.append(len(x))
+        return MIXTURE(x - label[:, None], sigma) + label[:, None]
+
+    given: dict[str, Any] = {"positive": {"label": torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)}, "sampler": name}
+    parts = ki.invert(labelled, images(5), schedule(10), max_batch=2, **given)
+    assert max(rows) == 2
+    whole = ki.invert(labelled, images(5), schedule(10), **given)
+    for part, of_all in ((parts.latent, whole.latent), (parts.restored, whole.restored)):
+        torch.testing.assert_close(part, of_all, rtol=1e-8, atol=1e-8)
+    assert parts.converged.all() and torch.equal(parts.evaluations, whole.evaluations)
+    assert parts.residuals.shape == whole.residuals.shape and set(parts.memory) == set(whole.memory)
+    assert (parts.contraction is None) == (whole.contraction is None)
+
+
+def test_a_warning_names_the_sample_of_the_whole_batch() -> None:
+    def broken(x: Tensor, sigma: Tensor, bad: Tensor) -> Tensor:
+        return torch.where(bad[:, None], torch.nan, MIXTURE(x, sigma))
+
+    bad = torch.tensor([False, False, True])
+    with pytest.warns(RuntimeWarning, match="sample 2 not inverted"):
+        found = ki.invert(broken, images(3), schedule(8), positive={"bad": bad}, max_batch=1)
+    assert found.converged.tolist() == [True, True, False]
 
 
 def test_max_evals_bounds_the_cost() -> None:

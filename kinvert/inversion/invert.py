@@ -40,7 +40,7 @@ from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
 from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import one_of
-from kinvert.sampling import with_bar
+from kinvert.sampling import batch_parts, with_bar
 
 METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
     "auto": Auto,
@@ -75,6 +75,7 @@ def invert(
     mask: Tensor | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    max_batch: int | None = None,
 ) -> Inversion:
     """Find the latent that a deterministic sampler maps to an image, to a tolerance, and check it.
 
@@ -96,6 +97,10 @@ def invert(
         mask: 1 = invert, 0 = keep x, as in `unsample`.
         callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
         progress: show a progress bar of that run.
+        max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
+            check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
+            run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
+            evaluation of the run for sweeps.
 
     Returns:
         An `Inversion`. Where a sample could not be inverted, its `converged` is false, its latent the best one found
@@ -120,17 +125,24 @@ def invert(
     bound = bound if mask is None else Masked(bound, mask, x)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
-    job = _Job(plan, bound, x, goal, limit, callback)
-    if plan.auxiliary:
+    parts = []
+    for index in batch_parts(x, max_batch):
+        job = _Job(plan, bound.select(index, len(x)), x[index], goal, limit, callback, index)
+        parts.append(_invert(job, solver))
+    return Inversion.join(parts)
+
+
+def _invert(job: _Job, solver: Solver | Sweeps) -> Inversion:
+    if job.plan.auxiliary:
         return _undo(job)
-    if plan.is_multistep or isinstance(solver, Sweeps):
+    if job.plan.is_multistep or isinstance(solver, Sweeps):
         return _whole_run(job, solver if isinstance(solver, Sweeps) else Sweeps())
     return _step_by_step(job, solver)
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What is to be inverted, to which accuracy, by which means."""
+    """What is to be inverted, to which accuracy; the samples of x are `samples` of the batch that was given."""
 
     plan: Plan
     denoiser: Any
@@ -138,6 +150,7 @@ class _Job:
     goal: float
     limit: int
     callback: Callback | None
+    samples: Tensor
 
     @property
     def budget(self) -> Tensor:
@@ -161,7 +174,7 @@ class _Job:
     def result(self, found: Trajectory, restored: Tensor, notes: list[str], **more: Any) -> Inversion:
         """The inversion, and a warning where it did not come out."""
         if notes:
-            warnings.warn(f"invert({self.plan.rule.name}): {'; '.join(notes)}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"invert({self.plan.rule.name}): {'; '.join(notes)}", RuntimeWarning, stacklevel=6)
         error = self.error(restored)
         return Inversion(
             latent=found.states[0],
@@ -191,12 +204,12 @@ def _undo(job: _Job) -> Inversion:
             f"{rounding:.2g} in {x.dtype}, more than the tolerance {job.goal:.2g}; use a higher precision or fewer "
             "steps"
         )
-        warnings.warn(notes[0], RuntimeWarning, stacklevel=4)
+        warnings.warn(notes[0], RuntimeWarning, stacklevel=5)
     undone = invert_reversible(plan, job.denoiser, x)
     restored = job.again(undone.latent, undone.memory)
     error = job.error(restored)
     lost = (error > job.goal).nonzero()[:, 0].tolist()
-    notes += [f"sample {i} not inverted: round-trip error {error[i]:.2g}" for i in lost]
+    notes += [f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost]
     spent = torch.full_like(job.budget, undone.evaluations + plan.evaluations)
     none = x.new_zeros(1, len(x))  # nothing was solved, so nothing is left over
     found = Trajectory([undone.latent], none, spent)
@@ -252,12 +265,12 @@ def _verdicts(job: _Job, found: Trajectory, restored: Tensor) -> list[str]:
         step = job.plan.steps[int((found.residuals[:, i] / allowed[:, 0]).argmax())]
         y, u = found.states[step.index + 1][index], found.states[step.index][index]
         note = (
-            f"sample {i} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} (sigma "
+            f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} (sigma "
             f"{step.sigma:.4g} -> {step.sigma_next:.4g}), residual {found.residuals[step.index, i]:.2g}"
         )
         products = min(60, int(job.limit - found.evaluations[i]) // len(step.stages) - 1)
         if products > 5:  # else the evaluations are used up
-            value, spent = smallest_singular_value(step, _restrict(job.select, index), u, y, products)
+            value, spent = smallest_singular_value(job.plan, step, _restrict(job.select, index), u, y, products)
             found.evaluations[i] += spent
             note += f", where the smallest singular value of the step's derivative is {value:.2g}"
         notes.append(note)
@@ -305,7 +318,9 @@ def _whole_run(job: _Job, sweeps: Sweeps) -> Inversion:
         restored = job.again(latent)
         spent += plan.evaluations
     lost = (error > job.goal).nonzero()[:, 0].tolist()
-    notes = [f"sample {i} not inverted: round-trip error {error[i]:.2g}, solved as a whole run" for i in lost]
+    notes = [
+        f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run" for i in lost
+    ]
     return job.result(Trajectory([latent], error[None], spent), restored, notes)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,26 @@ class Inversion:
     contraction: Tensor | None = None
     amplification: float | None = None
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[Inversion]) -> Inversion:
+        """One inversion of the batch that the parts, inverted alike, make up."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def cat(name: str, dim: int = 0) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values, dim)
+
+        names = ("latent", "converged", "evaluations", "round_trip_error", "restored")
+        return replace(
+            parts[0],
+            **{name: cat(name) for name in names},
+            residuals=cat("residuals", 1),
+            contraction=cat("contraction", 1),
+            memory={name: torch.cat([part.memory[name] for part in parts]) for name in parts[0].memory},
+            warnings=tuple(dict.fromkeys(note for part in parts for note in part.warnings)),
+        )
 
     def __str__(self) -> str:
         n, steps = len(self.latent), len(self.sigmas) - 1

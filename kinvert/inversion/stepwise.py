@@ -61,12 +61,13 @@ def invert_steps(
         starts: states to start from at every level but the last (those of an earlier, similar trajectory).
     """
     states: list[Tensor] = [x]
+    levels = levels_of(plan, x)
     residuals: list[Tensor] = []
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for step in reversed(plan.steps):
         cost = len(step.stages)
         left = budget - evaluations - step.index * cost  # the steps to come need one residual each
-        equation = Equation(step_map(step, select, x), states[0], tolerance(step), left, cost)
+        equation = Equation(step_map(step, select, levels[step.index]), states[0], tolerance(step), left, cost)
         if starts:
             start = starts[step.index]
         else:
@@ -78,9 +79,14 @@ def invert_steps(
     return Trajectory(states, torch.stack(residuals), evaluations)
 
 
-def step_map(step: Step, select: Select, like: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """`(u, index) -> F(u)` of one deterministic step without memory."""
-    levels = stage_sigmas([stage.sigma for stage in step.stages], like)
+def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:
+    """The noise levels of every step's evaluations, shape (stages, batch) each: one upload for the whole run."""
+    every = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    return every.split([len(step.stages) for step in plan.steps])
+
+
+def step_map(step: Step, select: Select, levels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`(u, index) -> F(u)` of one deterministic step without memory, with its own of `levels_of`."""
 
     def run(u: Tensor, index: Tensor) -> Tensor:
         state, _ = advance(step, select(index), {"x": u}, _no_noise, levels[:, : len(index)])
@@ -125,11 +131,11 @@ def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
     1 it converges. Power iteration: three steps at the cleanest state, one at every other, from the direction found
     at the state before, one evaluation of F each. `F(u + d) - y` stands for `F' d`, as the states solve the steps.
     """
-    everyone = torch.arange(len(states[0]), device=states[0].device)
+    everyone, levels = torch.arange(len(states[0]), device=states[0].device), levels_of(plan, states[0])
     direction = white(0).bind(states[0])(1.0, 0.0)
     factors: list[Tensor] = []
     for step in reversed(plan.steps):
-        u, y, function = states[step.index], states[step.index + 1], step_map(step, select, states[0])
+        u, y, function = states[step.index], states[step.index + 1], step_map(step, select, levels[step.index])
         for _ in range(1 if factors else 3):
             shape = (-1, *(1,) * (u.ndim - 1))
             size = rms(u) * torch.finfo(u.dtype).eps ** (1 / 3) / rms(direction)
@@ -140,13 +146,16 @@ def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
     return torch.stack(factors)
 
 
-def smallest_singular_value(step: Step, select: Select, u: Tensor, y: Tensor, products: int) -> tuple[float, int]:
+def smallest_singular_value(
+    plan: Plan, step: Step, select: Select, u: Tensor, y: Tensor, products: int
+) -> tuple[float, int]:
     """An upper bound of the least singular value of F' at one sample's u, and the evaluations that it cost.
 
     It is the least stretch `|F' v| / |v|` over the Krylov space of the residual, the value itself once that space is
     the whole one. Near 0, the step folds there, and no state nearby comes closer to y.
     """
-    equation = Equation(step_map(step, select, u), y, rms(y), torch.zeros(1, dtype=torch.int64), len(step.stages))
+    function = step_map(step, select, levels_of(plan, u)[step.index])
+    equation = Equation(function, y, rms(y), torch.zeros(1, dtype=torch.int64), len(step.stages))
     f = equation.residual(u, torch.zeros(1, dtype=torch.int64, device=u.device))
 
     def apply(v: Tensor, todo: Tensor) -> Tensor:
