@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from problems import guided_mixture, mixture, noise_like
@@ -133,6 +137,49 @@ def test_a_denoiser_that_fails_is_not_called_solved() -> None:
     with pytest.warns(RuntimeWarning, match="not inverted"):
         found = ki.invert(broken, images(2), schedule(8), sampler="dpmpp_2m")
     assert not found.converged.any() and found.round_trip_error.isinf().all()
+
+
+# Runs in its own process, because the simulated device registers a backend with torch for good.
+COUNT_READS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import simdevice, torch
+import kinvert as ki
+from kinvert.inversion import Anderson
+
+def count(sampler, method, peek=False):
+    calls = 0
+    def denoiser(x, sigma):
+        nonlocal calls
+        calls += 1
+        assert not (peek and float(x.sum()) == 0.123)
+        return x / (1 + sigma[:, None] ** 2) + 0.2 * torch.tanh(x) / (1 + sigma[:, None])
+    x = simdevice.to_sim(torch.linspace(-1, 1, 6).reshape(2, 3))
+    simdevice.SYNC.clear()
+    with simdevice.sim():
+        ki.invert(denoiser, x, ki.schedules.karras(9, 0.1, 10.0)[:-1], sampler=sampler, method=method)
+    return calls, sum(simdevice.SYNC.values())
+
+certificate = 8 + 8 + 2  # calls of the check and of the contraction, which nothing reads
+calls, reads = count("euler", "anderson")
+assert reads <= calls - certificate + 5, ("one read an iteration", calls, reads)
+assert count("euler", "anderson", peek=True)[1] >= reads + calls, "the count must see the denoiser's own reads"
+seldom_calls, seldom = count("euler", Anderson(check_every=3))
+assert seldom < reads and seldom_calls >= calls, ("every third iteration", reads, seldom)
+calls, reads = count("dpmpp_2m", "auto")
+assert reads <= calls / 8 + 8, ("one read a sweep", calls, reads)
+calls, reads = count("heun", "newton")
+assert reads <= calls, ("one read a product or trial step", calls, reads)
+print("counted")
+"""
+
+
+def test_the_host_reads_the_device_once_a_check() -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COUNT_READS, str(Path(__file__).parent)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.stdout == "counted\n", result.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def _allowed(job: _Job, share: float, growth: Callable[[float], float] = lambda 
     """The rms of the residual that is good enough, per step, shape (steps, 1): a share of the goal, above rounding."""
     eps = torch.finfo(job.x.dtype).eps
     allowed = [max(share * job.goal * growth(step.sigma_next), eps * step.sigma) for step in job.plan.steps]
-    return job.x.new_tensor(allowed)[:, None]
+    return torch.tensor(allowed, dtype=job.x.dtype, device=job.x.device)[:, None]
 
 
 def _tolerance_of(allowed: Tensor, index: Tensor) -> Callable[[Step], Tensor]:
@@ -298,7 +298,7 @@ def _whole_run(job: _Job, sweeps: Sweeps) -> Inversion:
     error = x.new_full((len(x),), torch.finfo(x.dtype).max)
     if plan.sigmas[-1] > 0:  # a step to 0 forgets x
         solved = sweeps.solve(plan, job.select, x, job.goal, int(job.budget[0]))
-        latent, restored, error = solved.latent, solved.restored, x.new_tensor(solved.errors)
+        latent, restored, error = solved.latent, solved.restored, torch.tensor(solved.errors).to(x)
         spent = torch.tensor(solved.evaluations, device=x.device)
     for base in BASES:
         index = ((error > job.goal) & error.isfinite() & (spent < job.budget)).nonzero()[:, 0]

@@ -63,8 +63,11 @@ class Equation:
 
     def open_rows(self, index: Tensor, residual: Tensor) -> Tensor:
         """Their places in `index`, whose residuals are given: the one thing that the host must read to go on."""
-        going = (residual > self.tolerance[index]) & (self.evaluations[index] < self.budget[index])
-        return going.nonzero()[:, 0]
+        return self.is_open(index, residual).nonzero()[:, 0]
+
+    def is_open(self, index: Tensor, residual: Tensor) -> Tensor:
+        """Which of `index`, whose residuals are given."""
+        return (residual > self.tolerance[index]) & (self.evaluations[index] < self.budget[index])
 
     def residual(self, u: Tensor, index: Tensor) -> Tensor:
         """`f(u) = y - F(u)` of the samples `index`."""
@@ -252,9 +255,8 @@ class NewtonKrylov(Solver):
         f = equation.residual(start, index)
         root = Root(start.clone(), rms(f).nan_to_num(math.inf, math.inf))
         residual = f.clone()
-        active = index
+        active = equation.open(index, root.residual)
         for _ in range(self.max_iterations):
-            active = equation.open(active, root.residual)
             if not len(active):
                 break
             here = active
@@ -269,7 +271,8 @@ class NewtonKrylov(Solver):
                 right = right + apply(moved, torch.arange(len(active), device=right.device))
             direction, _ = gmres(apply, right, self.krylov, self.forcing)
             direction = (direction - moved if anchored else direction).reshape(-1, *shape)
-            active = line_search(equation, root, residual, active, direction, self.halvings)
+            moved = line_search(equation, root, residual, active, direction, self.halvings)
+            active = active[(moved & equation.is_open(active, root.residual[active])).nonzero()[:, 0]]
         return root
 
 
@@ -317,7 +320,7 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
 def line_search(
     equation: Equation, root: Root, residual: Tensor, active: Tensor, direction: Tensor, halvings: int
 ) -> Tensor:
-    """Move every sample along its direction as far as the residual falls; returns those that moved."""
+    """Move every sample along its direction as far as the residual falls; returns which of `active` moved."""
     origin, waiting = root.u[active], torch.arange(len(active), device=active.device)
     moved = torch.zeros(len(active), dtype=torch.bool, device=active.device)
     for halving in range(halvings + 1):
@@ -329,7 +332,7 @@ def line_search(
         waiting = waiting[(~better).nonzero()[:, 0]]
         if not len(waiting):
             break
-    return active[moved]
+    return moved
 
 
 def small_solve(system: Tensor, right: Tensor) -> Tensor:

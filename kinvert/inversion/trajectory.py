@@ -68,7 +68,7 @@ class Sweeps:
         found.evaluations = [plan.evaluations] * len(x)
         asked, mark, since = [0.3 * goal] * len(x), [math.inf] * len(x), [0] * len(x)
         for sweep in range(1, self.max_sweeps + 1):
-            residual, samples = run.residual(), run.samples.tolist()
+            residual, samples = run.residual(), run.samples
             sizes = run.sizes(residual).tolist()
             worst = [max(levels) for levels in sizes]
             found.improve(run, worst)
@@ -90,7 +90,7 @@ class Sweeps:
             todo = [[size > max(asked[i], self.focus * worst[place]) for size in sizes[place]]
                     for place, i in enumerate(samples)]  # fmt: skip
             if len(going) < len(samples):
-                run.keep(torch.tensor(going, device=x.device))
+                run.keep(going)
                 residual, todo = run.residual(), [todo[place] for place in going]
             for place, levels in zip(going, todo, strict=True):
                 found.evaluations[samples[place]] += sum(levels)
@@ -125,10 +125,11 @@ class Solution:
 
     def improve(self, run: _Run, sizes: list[float]) -> None:
         """Take over the latents with a smaller residual, which are not checked yet."""
-        samples = run.samples.tolist()
+        samples = run.samples
         better = [place for place, size in enumerate(sizes) if size < self.residuals[samples[place]]]
         where = [samples[place] for place in better]
-        self.latent[where] = run.latent[better]
+        if better:
+            self.latent[_index(where, self.x)] = run.latent[_index(better, self.x)]
         for place, i in zip(better, where, strict=True):
             self.residuals[i], self.errors[i] = sizes[place], math.inf
 
@@ -136,7 +137,7 @@ class Solution:
         """Run the sampler on some latents."""
         if not samples:
             return
-        index = torch.tensor(samples, device=self.x.device)
+        index = _index(samples, self.x)
         self.restored[index] = engine.run(plan, select(index), self.latent[index])
         errors = rms(self.restored[index] - self.x[index]).nan_to_num(math.inf).tolist()
         for i, error in zip(samples, errors, strict=True):
@@ -199,8 +200,9 @@ class _Run:
         n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
         self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
         self.dY, self.dD = self.x.new_zeros(n, k, window, m), self.x.new_zeros(n, rows, window, m)
-        self.samples = torch.arange(n, device=x.device)
-        self.denoiser = select(self.samples)
+        self.samples = list(range(n))
+        self.index = _index(self.samples, x)
+        self.denoiser = select(self.index)
         self.sweeps = 0
 
     @property
@@ -216,11 +218,14 @@ class _Run:
         """The rms of every evaluation's residual, in units of max(1, sigma); shape (n, k)."""
         return residual.square().mean(2).sqrt() / self.scale
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some samples only."""
-        for name in ("samples", "x", "Y", "D", "dY", "dD"):
+    def keep(self, places: list[int]) -> None:
+        """Go on with some rows only."""
+        index = _index(places, self.x)
+        for name in ("x", "Y", "D", "dY", "dD"):
             setattr(self, name, getattr(self, name)[index])
-        self.denoiser = self.select(self.samples)
+        self.samples = [self.samples[place] for place in places]
+        self.index = self.index[index]
+        self.denoiser = self.select(self.index)
 
     def rows(self, k: int) -> slice:
         """The rows of D that belong to evaluation k."""
@@ -229,7 +234,7 @@ class _Run:
     def evaluate(self, k: int, rows: Tensor, u: Tensor) -> None:
         """Let `Y_k = u` for some rows."""
         every = len(rows) == len(self.samples)
-        denoiser = self.denoiser if every else self.select(self.samples[rows])
+        denoiser = self.denoiser if every else self.select(self.index[rows])
         out = denoiser(u.reshape(-1, *self.shape).to(self.dtype), self.sigmas[k, : len(u)])
         self.Y[rows, k] = u
         for part, value in enumerate(self._outputs(out)):
@@ -256,7 +261,7 @@ class _Run:
         if known:
             self.D += self._change(dY, dD, residual)
         places = [[row for row, levels in enumerate(todo) if levels[k]] for k in range(len(self.a))]
-        uploaded = torch.tensor([row for rows in places for row in rows], device=self.x.device)
+        uploaded = _index([row for rows in places for row in rows], self.x)
         for k, rows in reversed(list(enumerate(uploaded.split([len(rows) for rows in places])))):
             own, couple = self.rows(k), self.C[k, self.rows(k)]
             self.D[:, own] = D[:, own]
@@ -288,6 +293,10 @@ class _Run:
         right = torch.einsum("nkpm,nkm->nkp", dY, residual)
         weights = _solve(system.reshape(n, k * known, k * known), right.reshape(n, k * known, 1))
         return torch.einsum("nlgqm,nlq->nlgm", dD, weights.reshape(n, k, known)).flatten(1, 2)
+
+
+def _index(places: list[int], x: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.int64, device=x.device)
 
 
 def _solve(system: Tensor, right: Tensor) -> Tensor:
