@@ -70,6 +70,7 @@ def cell(
             found = ki.invert(denoiser, x, sigmas, sampler=rule, method=method, tol=tol, cfg=cfg, **conditioning)
         error, evaluations = found.round_trip_error, found.evaluations
         row |= {"tolerance": found.tolerance, "converged": int(found.converged.sum())}
+        row |= {"checking_per_step": found.checking / steps}
     return row | {
         "exact_to_1e-6": int((error <= 1e-6).sum()),
         "exact_to_1e-8": int((error <= 1e-8).sum()),

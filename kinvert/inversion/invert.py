@@ -26,10 +26,9 @@ from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.inversion.continuation import Continuation
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.reversible import invert_reversible
-from kinvert.inversion.solvers import Anderson, Damped, Equation, NewtonKrylov, Picard, Solver
+from kinvert.inversion.solvers import Anderson, Damped, Equation, NewtonKrylov, Picard, Select, Solver
 from kinvert.inversion.stepwise import (
     Auto,
-    Select,
     Trajectory,
     contraction,
     invert_steps,
@@ -213,14 +212,15 @@ def _undo(job: _Job) -> Inversion:
     spent = torch.full_like(job.budget, undone.evaluations + plan.evaluations)
     none = x.new_zeros(1, len(x))  # nothing was solved, so nothing is left over
     found = Trajectory([undone.latent], none, spent)
-    return job.result(found, restored, notes, memory=undone.memory, amplification=growth)
+    return job.result(found, restored, notes, checking=plan.evaluations, memory=undone.memory, amplification=growth)
 
 
 def _step_by_step(job: _Job, solver: Solver) -> Inversion:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
     plan, x = job.plan, job.x
     index = torch.arange(len(x), device=x.device)
-    allowed = _allowed(job, 0.3, lambda sigma: max(1.0, sigma))  # an error mostly shrinks as sigma does
+    share = min(0.3, len(plan.steps) ** -0.5)  # the errors of the steps add up like random ones
+    allowed = _allowed(job, share, lambda sigma: max(1.0, sigma))  # and mostly shrink as sigma does
     found = invert_steps(plan, job.select, x, _tolerance_of(allowed, index), solver, job.budget)
     restored = job.again(found.states[0])
     found.evaluations += plan.evaluations
@@ -242,8 +242,10 @@ def _step_by_step(job: _Job, solver: Solver) -> Inversion:
         restored = restored.index_put((index[better],), better_one[better])
         _merge(found, again, index, better)
     factors = contraction(plan, job.select, found.states)
-    found.evaluations += plan.evaluations + 2 * len(plan.steps[-1].stages)
-    return job.result(found, restored, _verdicts(job, found, restored), contraction=factors)
+    cost = plan.evaluations + 2 * len(plan.steps[-1].stages)
+    found.evaluations += cost
+    checking = plan.evaluations + cost
+    return job.result(found, restored, _verdicts(job, found, restored), checking=checking, contraction=factors)
 
 
 def _allowed(job: _Job, share: float, growth: Callable[[float], float] = lambda sigma: 1.0) -> Tensor:
@@ -321,7 +323,8 @@ def _whole_run(job: _Job, sweeps: Sweeps) -> Inversion:
     notes = [
         f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run" for i in lost
     ]
-    return job.result(Trajectory([latent], error[None], spent), restored, notes)
+    checking = plan.evaluations * (2 if job.callback else 1)
+    return job.result(Trajectory([latent], error[None], spent), restored, notes, checking=checking)
 
 
 class _Through:

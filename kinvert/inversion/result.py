@@ -23,6 +23,8 @@ class Inversion:
         converged: whether sample i is reproduced to its tolerance, shape (batch,), bool. Judged by sampling the latent
             again, never by the solver's own residual alone.
         evaluations: denoiser evaluations spent on sample i, shape (batch,), int64; a guided pair counts as one.
+        checking: those of `evaluations` that went into the certificate, per sample: the run that checks the latent, and
+            the contraction.
         round_trip_error: root mean square of `sample(latent) - image`, shape (batch,).
         tolerance: what `converged` was judged by.
         sigmas: noise levels of the run, decreasing; the latent is at the first.
@@ -45,6 +47,7 @@ class Inversion:
     round_trip_error: Tensor
     tolerance: float
     sigmas: tuple[float, ...]
+    checking: int = 0
     noises: tuple[Tensor, ...] = ()
     memory: dict[str, Tensor] = field(default_factory=dict)
     restored: Tensor | None = None
@@ -74,14 +77,14 @@ class Inversion:
 
     def __str__(self) -> str:
         n, steps = len(self.latent), len(self.sigmas) - 1
-        per_step = self.evaluations.double().median() / steps
+        per_step, checking = self.evaluations.double().median() / steps, self.checking / steps
         worst = int(self.round_trip_error.argmax())
         lines = [
             f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}",
             f"  converged        {int(self.converged.sum())} of {n} (tolerance {self.tolerance:.3g}, sampled again)",
             f"  round-trip error median {self.round_trip_error.median():.3g}, worst {self.round_trip_error[worst]:.3g} "
             f"(sample {worst})",
-            f"  evaluations      {per_step:.1f} a step and sample (median)",
+            f"  evaluations      {per_step:.1f} a step and sample (median), {checking:.1f} for this certificate",
         ]
         if len(self.residuals) == steps:
             step = int(self.residuals.amax(1).argmax())

@@ -22,7 +22,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kinvert.denoisers import Denoiser
 from kinvert.inversion.result import rms
+from kinvert.plan import Plan
+
+Select = Callable[[Tensor], Denoiser]
+"""The denoiser of some samples of the batch: `select(index)` with index of shape (n,)."""
 
 
 class Equation:
@@ -98,6 +103,27 @@ class Root:
     def put(self, index: Tensor, u: Tensor, residual: Tensor) -> None:
         """Replace those of `index`."""
         self.u[index], self.residual[index] = u, residual
+
+
+class StepEquation(Equation):
+    """One step of a sampler, whose parts are known.
+
+    Attributes:
+        plan: of that step alone.
+        select: the denoiser of some samples.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        select: Select,
+        function: Callable[[Tensor, Tensor], Tensor],
+        value: Tensor,
+        tolerance: Tensor,
+        budget: Tensor,
+    ) -> None:
+        super().__init__(function, value, tolerance, budget, plan.evaluations)
+        self.plan, self.select = plan, select
 
 
 class Solver(ABC):

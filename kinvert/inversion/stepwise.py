@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kinvert.coefficients import lagrange
-from kinvert.denoisers import Denoiser, Guided
+from kinvert.denoisers import Guided
 from kinvert.engine import advance, stage_sigmas
 from kinvert.inversion.continuation import Continuation
 from kinvert.inversion.result import rms
-from kinvert.inversion.solvers import Anderson, Equation, NewtonKrylov, Root, Solver, gmres
+from kinvert.inversion.solvers import Anderson, Equation, NewtonKrylov, Root, Select, Solver, StepEquation, gmres
+from kinvert.inversion.trajectory import StepSweeps, equations
 from kinvert.noise import white
 from kinvert.plan import Plan, Step
-
-Select = Callable[[Tensor], Denoiser]
-"""The denoiser of some samples of the batch: `select(index)` with index of shape (n,)."""
 
 LEAST_CHANGE = NewtonKrylov(krylov=60, forcing=1e-9, max_iterations=30, halvings=10, least_change=True)
 """For a step to sigma = 0, `x' = D(x)`, which many states may solve: each iteration finds the whole change anew."""
@@ -67,7 +65,9 @@ def invert_steps(
     for step in reversed(plan.steps):
         cost = len(step.stages)
         left = budget - evaluations - step.index * cost  # the steps to come need one residual each
-        equation = Equation(step_map(step, select, levels[step.index]), states[0], tolerance(step), left, cost)
+        alone = replace(plan, steps=(step,), sigmas=(step.sigma, step.sigma_next))
+        function = step_map(step, select, levels[step.index])
+        equation = StepEquation(alone, select, function, states[0], tolerance(step), left)
         if starts:
             start = starts[step.index]
         else:
@@ -167,20 +167,32 @@ def smallest_singular_value(
 
 @dataclass(frozen=True)
 class Auto(Solver):
-    """Anderson first; what it leaves is tried by Newton from the best iterate, then by continuation.
+    """Sweeps first; what they leave is tried by Anderson, by Newton from the best iterate, then by continuation.
+
+    Sweeps are left out for a step whose evaluations depend on each other too much: where the rows of C, which bounds the
+    factor of the fixed-point iteration for an exact denoiser (`trajectory`), add up to more than `coupling`.
 
     Continuation ends in a solution wherever the network is bounded (see `continuation`); the second attempt follows
     another curve, from the given value instead of the start, and more closely.
     """
 
+    coupling: float = 2.0
+    sweeps: StepSweeps = field(default_factory=StepSweeps)
     anderson: Anderson = field(default_factory=lambda: Anderson(window=10, max_iterations=40))
     newton: NewtonKrylov = field(default_factory=NewtonKrylov)
     continuation: Continuation = field(default_factory=Continuation)
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
-        root = self.anderson.solve(equation, start)
-        attempts = ((self.newton, root.u), (self.continuation, start), (self.continuation.finer(), equation.value))
+        root = Root(start.clone(), start.new_full((len(start),), math.inf))
+        if isinstance(equation, StepEquation) and equations(equation.plan).coupling <= self.coupling:
+            root = self.sweeps.solve(equation, start)
+        attempts = (
+            (self.anderson, root.u),
+            (self.newton, root.u),
+            (self.continuation, start),
+            (self.continuation.finer(), equation.value),
+        )
         for solver, origin in attempts:
             index = equation.open(torch.arange(len(start), device=start.device), root.residual)
             if not len(index):

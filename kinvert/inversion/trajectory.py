@@ -34,8 +34,7 @@ from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
 from kinvert.inversion.result import rms
-from kinvert.inversion.solvers import small_solve
-from kinvert.inversion.stepwise import Select
+from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, small_solve
 from kinvert.plan import Plan
 
 
@@ -63,8 +62,10 @@ class Sweeps:
         The round trip is run where the residual is at most 0.3 goal, in units of max(1, sigma) at the worst evaluation;
         a tenth of that for samplers that magnify it. Evaluations beyond `budget` are not begun.
         """
-        run, found = _Run(plan, select, x, self.window), Solution.empty(x)
-        run.start()
+        # The noise is what x_N and D leave, magnified by sigma / sigma_min: no work for single precision.
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        run, found = _Run(plan, select, x, self.window, wide), Solution.empty(x)
+        run.start(run.x)
         found.evaluations = [plan.evaluations] * len(x)
         asked, mark, since = [0.3 * goal] * len(x), [math.inf] * len(x), [0] * len(x)
         for sweep in range(1, self.max_sweeps + 1):
@@ -97,6 +98,51 @@ class Sweeps:
             run.sweep(residual, todo)
         found.check(plan, select, [i for i, error in enumerate(found.errors) if math.isinf(error)])
         return found
+
+
+@dataclass(frozen=True)
+class StepSweeps(Solver):
+    """The same for the evaluations of one step, as a solver of its equation; `Sweeps` describes the attributes.
+
+    The equation must be a `StepEquation`. The residual of a `Root` is that of the worst evaluation.
+    """
+
+    window: int = 12
+    max_sweeps: int = 40
+    focus: float = 0.5
+    patience: int = 6
+
+    def solve(self, equation: Equation, start: Tensor) -> Root:
+        """See `Solver`."""
+        assert isinstance(equation, StepEquation)
+        step, y = equation.plan.steps[0], equation.value
+        run = _Run(equation.plan, equation.select, y, self.window, torch.promote_types(y.dtype, torch.float32))
+        r = step.sigma_next / step.sigma
+        run.start(((y - r * start) / (1.0 - r)).flatten(1).to(run.x.dtype))
+        run.scale.fill_(1.0 / float(np.abs(equations(equation.plan).B).sum()))
+        equation.evaluations += equation.cost
+        root = Root(start.clone(), torch.full_like(equation.tolerance, math.inf))
+        mark, since = root.residual.clone(), torch.zeros_like(equation.evaluations)
+        for sweep in range(self.max_sweeps):
+            residual = run.residual()
+            sizes = run.sizes(residual).nan_to_num(math.inf).to(y.dtype)
+            worst = sizes.amax(1)
+            root.keep(run.index, run.latent, worst)
+            halved = worst < mark[run.index] / 2
+            mark[run.index] = torch.where(halved, worst, mark[run.index])
+            since[run.index] = torch.where(halved, sweep, since[run.index])
+            going = equation.is_open(run.index, worst) & (sweep - since[run.index] < self.patience)
+            wanted = sizes > equation.tolerance[run.index, None].maximum(self.focus * worst[:, None])
+            todo = (wanted & going[:, None]).tolist()  # the one read of a sweep
+            places = [place for place, levels in enumerate(todo) if any(levels)]
+            if not places:
+                break
+            if len(places) < len(todo):
+                run.keep(places)
+                residual, todo = run.residual(), [todo[place] for place in places]
+            equation.evaluations[run.index] += _index([sum(levels) for levels in todo], y)
+            run.sweep(residual, todo)
+        return root
 
 
 @dataclass(eq=False)
@@ -159,6 +205,11 @@ class Equations:
     levels: tuple[float, ...]
     guided: bool
 
+    @property
+    def coupling(self) -> float:
+        """The largest sum of a row of |C|: by how much `Y <- a x_N + C D(Y)` stretches at most, if D does not."""
+        return float(np.abs(self.C).sum(1).max())
+
 
 def equations(plan: Plan) -> Equations:
     """The equations of a deterministic Plan that starts from x alone and does not forget it."""
@@ -187,15 +238,13 @@ class _Run:
     Y has shape (n, k, m), D (n, rows, m), and their differences dY (n, k, window, m), dD (n, rows, window, m).
     """
 
-    def __init__(self, plan: Plan, select: Select, x: Tensor, window: int) -> None:
+    def __init__(self, plan: Plan, select: Select, x: Tensor, window: int, wide: torch.dtype) -> None:
         system = equations(plan)
         self.shape, self.dtype, self.select, self.window = x.shape[1:], x.dtype, select, window
-        # The noise is what x_N and D leave, magnified by sigma / sigma_min: no work for single precision.
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
         self.a, self.C, self.B = (torch.from_numpy(part).to(x.device, wide) for part in (system.a, system.C, system.B))
         self.alpha, self.outputs = system.alpha, 1 + system.guided
         self.sigmas = stage_sigmas(list(system.levels), x)
-        self.scale = torch.tensor(system.levels, device=x.device, dtype=wide).clamp(min=1.0)
+        self.scale = self.sigmas[:, 0].to(wide).clamp(min=1.0)
         self.x = x.flatten(1).to(wide)
         n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
         self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
@@ -245,12 +294,11 @@ class _Run:
             return tuple(out)[: self.outputs]
         return (out,) * self.outputs
 
-    def start(self) -> None:
-        """The first sweep. The noisier evaluations are taken to give what the last one gave, the first the image."""
-        everyone = torch.arange(len(self.x), device=self.x.device)
-        self.D[:] = self.x[:, None]
+    def start(self, denoised: Tensor) -> None:
+        """The first sweep: the first evaluation is expected to give `denoised`, each noisier one what the last gave."""
+        self.D[:] = denoised[:, None]
         for k in reversed(range(len(self.a))):
-            self.evaluate(k, everyone, self.a[k] * self.x + self.C[k] @ self.D)
+            self.evaluate(k, self.index, self.a[k] * self.x + self.C[k] @ self.D)
             self.D[:, : k * self.outputs] = self.D[:, self.rows(k)].repeat(1, k, 1)
 
     def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
