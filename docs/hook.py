@@ -119,13 +119,25 @@ def inversion() -> str:
             tuple(r[key] for key in ("sampler", "steps", "cfg", "samples", "method")): r for r in report["rows"]
         }
         cells = [key[:4] for key in measured if key[4] == "auto"]
-        head = ["sampler", "steps", "cfg", "inverted", "error", "fixed point", "unsampled", "evaluations a step"]
+        head = [
+            "sampler",
+            "steps",
+            "cfg",
+            "inverted",
+            "error",
+            "fixed point",
+            "unsampled",
+            "evaluations a step",
+            "to check",
+        ]
         counts = ", ".join(str(n) for n in sorted({r["samples"] for r in report["rows"]}))
         versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         _, model, dtype = path.stem.split("-")
+        goals = ", ".join(f"{t:g}" for t in sorted({r["tolerance"] for r in report["rows"] if "tolerance" in r}))
         parts += [f"### `{model}`, {dtype}", table(head, [inverted(cell, measured) for cell in cells])]
         parts += [
-            f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; {versions}, on a CPU."
+            f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; rms at most "
+            f"{goals}; {versions}, on a CPU."
         ]
     return "\n\n".join(parts)
 
@@ -165,6 +177,7 @@ def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, An
         f"{fixed['converged']} of {samples}" if fixed else "-",
         f"{unsampled['median_error']:.1e}" if unsampled else "-",
         f"{auto['median_evaluations_per_step']:.1f}",
+        f"{auto['checking_per_step']:.1f}" if "checking_per_step" in auto else "-",
     ]
 
 

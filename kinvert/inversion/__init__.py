@@ -11,4 +11,5 @@ from kinvert.inversion.solvers import NewtonKrylov as NewtonKrylov
 from kinvert.inversion.solvers import Picard as Picard
 from kinvert.inversion.solvers import Solver as Solver
 from kinvert.inversion.stepwise import Auto as Auto
+from kinvert.inversion.trajectory import StepSweeps as StepSweeps
 from kinvert.inversion.trajectory import Sweeps as Sweeps

@@ -169,8 +169,8 @@ def smallest_singular_value(
 class Auto(Solver):
     """Sweeps first; what they leave is tried by Anderson, by Newton from the best iterate, then by continuation.
 
-    Sweeps are left out for a step whose evaluations depend on each other too much: where the rows of C, which bounds the
-    factor of the fixed-point iteration for an exact denoiser (`trajectory`), add up to more than `coupling`.
+    Sweeps are left out for a step whose evaluations depend on each other too much: where the rows of |C|, which bounds
+    the factor of the fixed-point iteration for an exact denoiser (`trajectory`), add up to more than `coupling`.
 
     Continuation ends in a solution wherever the network is bounded (see `continuation`); the second attempt follows
     another curve, from the given value instead of the start, and more closely.
