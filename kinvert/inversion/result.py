@@ -19,7 +19,8 @@ class Inversion:
     Attributes:
         latent: the state at the noisiest level, shape (batch, *event), that the sampler maps to the given image.
         residuals: root mean square of `step(state) - known next state` per step and sample, shape (steps, batch), the
-            first row at the noisiest step; one row for the whole run where it was solved as one.
+            first row at the noisiest step; an estimate of it where the step was solved by sweeps over its evaluations
+            (`StepSweeps`); one row, the round-trip error, for the whole run where it was solved as one.
         converged: whether sample i is reproduced to its tolerance, shape (batch,), bool. Judged by sampling the latent
             again, never by the solver's own residual alone.
         evaluations: denoiser evaluations spent on sample i, shape (batch,), int64; a guided pair counts as one.

@@ -104,7 +104,8 @@ class Sweeps:
 class StepSweeps(Solver):
     """The same for the evaluations of one step, as a solver of its equation; `Sweeps` describes the attributes.
 
-    The equation must be a `StepEquation`. The residual of a `Root` is that of the worst evaluation.
+    The equation must be a `StepEquation`. The residual of a `Root` is the rms of the worst evaluation's, times the sum
+    of |B|: to first order what the step misses y by at most, if D does not stretch.
     """
 
     window: int = 12
