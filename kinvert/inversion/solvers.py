@@ -82,7 +82,7 @@ class Equation:
     def derivative(self, u: Tensor, f: Tensor, v: Tensor, index: Tensor) -> Tensor:
         """`F'(u) v` by a finite difference, given `f = f(u)`: one evaluation, and the denoiser stays a black box."""
         size = rms(u).clamp(min=1e-3) * torch.finfo(u.dtype).eps ** 0.5 / rms(v).clamp(min=torch.finfo(u.dtype).tiny)
-        size = _like(size, u)
+        size = like(size, u)
         return (f - self.residual(u + size * v, index)) / size
 
 
@@ -97,7 +97,7 @@ class Root:
         """Take over what is better; returns which of `index` improved."""
         best = self.residual[index]
         better = residual < best
-        self.put(index, torch.where(_like(better, u), u, self.u[index]), torch.where(better, residual, best))
+        self.put(index, torch.where(like(better, u), u, self.u[index]), torch.where(better, residual, best))
         return better
 
     def put(self, index: Tensor, u: Tensor, residual: Tensor) -> None:
@@ -106,11 +106,14 @@ class Root:
 
 
 class StepEquation(Equation):
-    """One step of a sampler, whose parts are known.
+    """One step of a sampler, from sigma to r sigma: `r u + (1 - r) mean(D) = y`, whose parts are known.
 
     Attributes:
         plan: of that step alone.
         select: the denoiser of some samples.
+        forecast: what its evaluations are expected to return, shape (batch, evaluations, *event); without one they
+            start where the step from `start` has them.
+        said: what the first of them, which is that of u, returned at the best iterate; None if the solver cannot tell.
     """
 
     def __init__(
@@ -123,7 +126,13 @@ class StepEquation(Equation):
         budget: Tensor,
     ) -> None:
         super().__init__(function, value, tolerance, budget, plan.evaluations)
-        self.plan, self.select = plan, select
+        self.plan, self.select, self.r = plan, select, plan.sigmas[1] / plan.sigmas[0]
+        self.forecast: Tensor | None = None
+        self.said: Tensor | None = None
+
+    def mean(self, u: Tensor) -> Tensor:
+        """The mean of what the evaluations return, if u is the solution."""
+        return (self.value - self.r * u) / (1.0 - self.r)
 
 
 class Solver(ABC):
@@ -353,7 +362,7 @@ def line_search(
         trial = origin[waiting] + direction[waiting] * 0.5**halving
         f = equation.residual(trial, active[waiting])
         better = root.keep(active[waiting], trial, rms(f).nan_to_num(math.inf, math.inf))
-        residual[active[waiting]] = torch.where(_like(better, f), f, residual[active[waiting]])
+        residual[active[waiting]] = torch.where(like(better, f), f, residual[active[waiting]])
         moved[waiting] |= better
         waiting = waiting[(~better).nonzero()[:, 0]]
         if not len(waiting):
@@ -366,6 +375,6 @@ def small_solve(system: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_ex(system, right, check_errors=False)[0]
 
 
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    """A value a sample, to go with x of shape (n, *event)."""
+def like(value: Tensor, x: Tensor) -> Tensor:
+    """A value a sample, shaped to go with x of shape (n, *event)."""
     return value.reshape(-1, *(1,) * (x.ndim - 1))

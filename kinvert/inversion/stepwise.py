@@ -9,7 +9,7 @@ strongly convex function, and the solution exists and is unique. A learned denoi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -59,6 +59,7 @@ def invert_steps(
         starts: states to start from at every level but the last (those of an earlier, similar trajectory).
     """
     states: list[Tensor] = [x]
+    said: list[tuple[float, Tensor]] = []  # ln(sigma) of the states that were solved last, and D there
     levels = levels_of(plan, x)
     residuals: list[Tensor] = []
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -68,11 +69,15 @@ def invert_steps(
         alone = replace(plan, steps=(step,), sigmas=(step.sigma, step.sigma_next))
         function = step_map(step, select, levels[step.index])
         equation = StepEquation(alone, select, function, states[0], tolerance(step), left)
-        if starts:
+        if step.sigma_next == 0:
+            start = states[0]
+        elif starts:
             start = starts[step.index]
         else:
-            start = extrapolated(plan, step, states) if len(states) > 1 else first_guess(step, select, equation)
-        root = (solver if step.sigma_next else LEAST_CHANGE).solve(equation, start if step.sigma_next else states[0])
+            start = forecast(equation, said) if said else first_guess(equation)
+        root = (solver if step.sigma_next else LEAST_CHANGE).solve(equation, start)
+        denoised = equation.mean(root.u) if equation.said is None else equation.said
+        said = [(math.log(step.sigma), denoised), *said[:2]]
         states.insert(0, root.u)
         residuals.insert(0, root.residual)
         evaluations += equation.evaluations
@@ -95,33 +100,41 @@ def step_map(step: Step, select: Select, levels: Tensor) -> Callable[[Tensor, Te
     return run
 
 
-def first_guess(step: Step, select: Select, equation: Equation) -> Tensor:
-    """An Euler step up with D at the noisy level: `y + (1 - r) / r (y - D(y, sigma))`, r = sigma_next / sigma.
+def first_guess(equation: StepEquation) -> Tensor:
+    """Where to start from without a forecast: an Euler step up, `u = y + (1 - r) / r (y - D(y, sigma))`.
 
-    It is DDIM inversion as published. Where r is small it would overshoot, so r is taken at least 1/4.
+    It is DDIM inversion as published, D at the noisy level. Where r is small it would overshoot, so r is taken at least
+    1/4.
     """
-    y, r = equation.value, max(step.sigma_next / step.sigma, 0.25)
+    y, r = equation.value, max(equation.r, 0.25)
     equation.evaluations += 1
-    out = select(torch.arange(len(y), device=y.device))(y, stage_sigmas([step.sigma], y)[0])
+    sigma = stage_sigmas([equation.plan.sigmas[0]], y)[0]
+    out = equation.select(torch.arange(len(y), device=y.device))(y, sigma)
     denoised = out.denoised if isinstance(out, Guided) else out
-    return y + (1.0 - r) / r * (y - denoised)
+    start = y + (1.0 - r) / r * (y - denoised)
+    equation.forecast = equation.mean(start)[:, None].repeat_interleave(equation.cost, 1)
+    return start
 
 
-def extrapolated(plan: Plan, step: Step, states: list[Tensor]) -> Tensor:
+def forecast(equation: StepEquation, said: list[tuple[float, Tensor]]) -> Tensor:
     """Where the steps solved so far lead to, without an evaluation.
 
-    A step from sigma to r sigma is `x' = r x + (1 - r) d`, where d is a mean of what the denoiser says on the way. It
-    changes slowly, so that the polynomial in ln(sigma) through d of the last three steps gives d of this one.
+    What the denoiser says changes slowly from state to state: the polynomial in ln(sigma) through D at the last states
+    that were solved tells what the evaluations of this step are expected to return, and that leads to a u.
     """
-    means, places = [], []
-    solved = plan.steps[step.index + 1 :][:3]
-    for one, before, after in zip(solved, states, states[1:], strict=False):
-        r = one.sigma_next / one.sigma
-        means.append((after - r * before) / (1.0 - r))
-        places.append(math.log(one.sigma))
-    mean = sum(lagrange(places, j, math.log(step.sigma)) * d for j, d in enumerate(means))
-    r = step.sigma_next / step.sigma
-    return (states[0] - (1.0 - r) * mean) / r
+    places, values = zip(*said, strict=True)
+    levels = [math.log(stage.sigma) for stage in equation.plan.steps[0].stages]
+    expected = [_sum([lagrange(places, j, level) for j in range(len(said))], values) for level in levels]
+    equation.forecast = torch.stack(expected, 1)
+    mean = _sum(equations(equation.plan).weights.tolist(), expected)
+    return (equation.value - (1.0 - equation.r) * mean) / equation.r
+
+
+def _sum(weights: list[float], values: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for weight, value in zip(weights, values, strict=True):
+        total.add_(value, alpha=weight)
+    return total
 
 
 def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
@@ -200,7 +213,9 @@ class Auto(Solver):
             part = equation.part(index)
             found = solver.solve(part, origin[index])
             equation.evaluations[index] += part.evaluations
-            root.keep(index, found.u, found.residual)
+            better = index[root.keep(index, found.u, found.residual)]
+            if isinstance(equation, StepEquation) and equation.said is not None:
+                equation.said[better] = equation.mean(root.u)[better]
         return root
 
 

@@ -34,7 +34,7 @@ from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
 from kinvert.inversion.result import rms
-from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, small_solve
+from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like, small_solve
 from kinvert.plan import Plan
 
 
@@ -65,7 +65,7 @@ class Sweeps:
         # The noise is what x_N and D leave, magnified by sigma / sigma_min: no work for single precision.
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         run, found = _Run(plan, select, x, self.window, wide), Solution.empty(x)
-        run.start(run.x)
+        run.start(run.x[:, None].expand_as(run.D))
         found.evaluations = [plan.evaluations] * len(x)
         asked, mark, since = [0.3 * goal] * len(x), [math.inf] * len(x), [0] * len(x)
         for sweep in range(1, self.max_sweeps + 1):
@@ -116,11 +116,14 @@ class StepSweeps(Solver):
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
         assert isinstance(equation, StepEquation)
-        step, y = equation.plan.steps[0], equation.value
-        run = _Run(equation.plan, equation.select, y, self.window, torch.promote_types(y.dtype, torch.float32))
-        r = step.sigma_next / step.sigma
-        run.start(((y - r * start) / (1.0 - r)).flatten(1).to(run.x.dtype))
-        run.scale.fill_(1.0 / float(np.abs(equations(equation.plan).B).sum()))
+        y, wide = equation.value, torch.promote_types(equation.value.dtype, torch.float32)
+        run = _Run(equation.plan, equation.select, y, self.window, wide)
+        if equation.forecast is None:
+            run.start_at(start.flatten(1).to(wide))
+        else:
+            run.start(equation.forecast.flatten(2).to(wide).repeat_interleave(run.outputs, 1))
+        run.scale.fill_(1.0 / float(run.B.abs().sum()))
+        equation.said = torch.empty_like(y)
         equation.evaluations += equation.cost
         root = Root(start.clone(), torch.full_like(equation.tolerance, math.inf))
         mark, since = root.residual.clone(), torch.zeros_like(equation.evaluations)
@@ -128,7 +131,9 @@ class StepSweeps(Solver):
             residual = run.residual()
             sizes = run.sizes(residual).nan_to_num(math.inf).to(y.dtype)
             worst = sizes.amax(1)
-            root.keep(run.index, run.latent, worst)
+            better = root.keep(run.index, run.latent, worst)
+            said = run.D[:, 0].reshape(-1, *run.shape).to(y.dtype)
+            equation.said[run.index] = torch.where(like(better, said), said, equation.said[run.index])
             halved = worst < mark[run.index] / 2
             mark[run.index] = torch.where(halved, worst, mark[run.index])
             since[run.index] = torch.where(halved, sweep, since[run.index])
@@ -205,6 +210,12 @@ class Equations:
     alpha: float
     levels: tuple[float, ...]
     guided: bool
+
+    @property
+    def weights(self) -> np.ndarray:
+        """What each evaluation weighs in x_N, in parts of their sum."""
+        weights: np.ndarray = self.B.reshape(len(self.a), -1).sum(1)
+        return weights / weights.sum()
 
     @property
     def coupling(self) -> float:
@@ -295,12 +306,19 @@ class _Run:
             return tuple(out)[: self.outputs]
         return (out,) * self.outputs
 
-    def start(self, denoised: Tensor) -> None:
-        """The first sweep: the first evaluation is expected to give `denoised`, each noisier one what the last gave."""
-        self.D[:] = denoised[:, None]
+    def start(self, expected: Tensor) -> None:
+        """The first sweep, with D as expected; by what an evaluation gives more, noisier ones will give more too."""
+        self.D[:] = expected
         for k in reversed(range(len(self.a))):
             self.evaluate(k, self.index, self.a[k] * self.x + self.C[k] @ self.D)
-            self.D[:, : k * self.outputs] = self.D[:, self.rows(k)].repeat(1, k, 1)
+            more, noisier = self.D[:, self.rows(k)] - expected[:, self.rows(k)], slice(k * self.outputs)
+            self.D[:, noisier] = expected[:, noisier] + more.repeat(1, k, 1)
+
+    def start_at(self, latent: Tensor) -> None:
+        """The first evaluations, those of a run from `latent`, shape (n, m)."""
+        for k in range(len(self.a)):
+            end = self.alpha * latent + self.B @ self.D
+            self.evaluate(k, self.index, self.a[k] * end + self.C[k] @ self.D)
 
     def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
         """From the cleanest level to the noisiest, one evaluation where `todo[row][k]` says so."""
