@@ -110,7 +110,7 @@ def main() -> None:
         multistep = ki.analysis.properties(
             sampler.partition(":")[0]
         ).multistep  # solved as a whole run, whatever the method
-        if (sampler, method, steps, cfg, args.count) in done or (method == "picard" and multistep):
+        if (sampler, method, steps, cfg, args.count) in done or (method in ("picard", "anderson") and multistep):
             continue
         row = cell(args.model, sampler, method, steps, cfg, getattr(torch, args.dtype), args.count, args.tol)
         print(json.dumps(row), flush=True)

@@ -118,7 +118,9 @@ def inversion() -> str:
         measured = {
             tuple(r[key] for key in ("sampler", "steps", "cfg", "samples", "method")): r for r in report["rows"]
         }
+        order = list(ki.SAMPLERS)
         cells = [key[:4] for key in measured if key[4] == "auto"]
+        cells.sort(key=lambda cell: (order.index(cell[0].partition(":")[0]), *cell[2:], cell[1]))
         head = [
             "sampler",
             "steps",
@@ -126,6 +128,7 @@ def inversion() -> str:
             "inverted",
             "error",
             "fixed point",
+            "Anderson",
             "unsampled",
             "evaluations a step",
             "to check",
@@ -162,19 +165,19 @@ def reversible() -> str:
 
 
 def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, Any]]) -> Sequence[str]:
-    """One line: what `invert` found, then the fixed point and plain unsampling where they were measured."""
+    """One line: what `invert` found, then other methods and plain unsampling where they were measured."""
     name, steps, cfg, samples = cell
     base, _, options = name.partition(":")
     auto = measured[*cell, "auto"]
-    fixed, unsampled = (measured.get((*cell, method)) for method in ("picard", "unsample"))
-    fixed = None if properties(ki.sampler(base)).memory else fixed  # a whole run is solved in one way only
+    unsampled = measured.get((*cell, "unsample"))
+    others = [measured.get((*cell, method)) for method in ("picard", "anderson")]
     return [
         f"`{base}({options})`" if options else f"`{base}`",
         str(steps),
         f"{cfg:g}",
         f"{auto['converged']} of {samples}",
         f"{auto['median_error']:.1e}",
-        f"{fixed['converged']} of {samples}" if fixed else "-",
+        *(f"{other['converged']} of {samples}" if other else "-" for other in others),
         f"{unsampled['median_error']:.1e}" if unsampled else "-",
         f"{auto['median_evaluations_per_step']:.1f}",
         f"{auto['checking_per_step']:.1f}" if "checking_per_step" in auto else "-",
