@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import kinvert as ki
 from kinvert import models
 from kinvert.inversion import Sweeps
 from kinvert.inversion.result import rms
+from kinvert.inversion.stepwise import Auto, invert_steps
 from kinvert.inversion.trajectory import equations
 
 MIXTURE = mixture()
@@ -65,6 +67,18 @@ def test_the_equations_hold_on_every_run(name: str) -> None:
     assert system.levels == tuple(stage.sigma for step in plan.steps for stage in step.stages)
 
 
+@pytest.mark.parametrize("name", [n for n in deterministic() if not ki.analysis.properties(n).memory])
+def test_a_step_is_a_mean(name: str) -> None:
+    """A step without memory from sigma to r sigma is `r x + (1 - r) mean(D)`."""
+    plan = ki.compile_plan(name, schedule(7))
+    for step in plan.steps:
+        system = equations(replace(plan, steps=(step,), sigmas=(step.sigma, step.sigma_next)))
+        r = step.sigma_next / step.sigma
+        assert system.alpha == pytest.approx(r, rel=1e-12)
+        assert system.B.sum() == pytest.approx(1 - r, rel=1e-12)
+        assert system.weights.sum() == pytest.approx(1, rel=1e-12)
+
+
 @pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("name", ["lms", "dpmpp_2m", "deis", "res_multistep", "uni_pc", "res_2m"])
 def test_sweeps_cost_few_evaluations(name: str, steps: int) -> None:
@@ -95,6 +109,31 @@ def test_one_step_samplers_as_a_whole(name: str) -> None:
     whole = ki.invert(MIXTURE, images(), schedule(12), sampler=name, method=Sweeps(window=12), tol=1e-10)
     assert whole.converged.all()
     torch.testing.assert_close(whole.latent, steps.latent, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "rk4", "res_3s"])
+def test_what_the_last_states_tell_is_expected_of_the_next(name: str) -> None:
+    """A denoiser that is a polynomial of degree 2 in ln(sigma) is foreseen: each evaluation is made once."""
+    coefficients = noise_like((3, 6), seed=3)
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return sum((c * sigma.log()[:, None] ** k for k, c in enumerate(coefficients)), torch.zeros_like(x))
+
+    plan, found = ki.compile_plan(name, schedule(8)), None
+    for foreseen in (5, 8):  # steps; all of them where an earlier solution is given
+        found = invert_steps(
+            plan,
+            lambda index: denoiser,
+            images(),
+            lambda step: torch.full((4,), 1e-9, dtype=torch.float64),
+            Auto(),
+            torch.full((4,), 10**6),
+            found and found.states,
+        )
+        torch.testing.assert_close(ki.run(plan, denoiser, found.states[0]), images(), rtol=0, atol=1e-8)
+        stages = len(plan.steps[0].stages)
+        assert (found.evaluations <= plan.evaluations + (8 - foreseen) * 2 * stages).all()
+        assert (found.evaluations >= plan.evaluations).all()
 
 
 def test_only_open_samples_are_evaluated() -> None:
