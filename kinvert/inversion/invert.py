@@ -99,7 +99,7 @@ def invert(
         max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
             check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
             run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
-            evaluation of the run for sweeps.
+            evaluation that sweeps solve for, of a step or of the run.
 
     Returns:
         An `Inversion`. Where a sample could not be inverted, its `converged` is false, its latent the best one found
