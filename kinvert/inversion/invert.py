@@ -219,8 +219,8 @@ def _step_by_step(job: _Job, solver: Solver) -> Inversion:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
     plan, x = job.plan, job.x
     index = torch.arange(len(x), device=x.device)
-    # The errors of the steps add up like random ones, and most are half of what is allowed.
-    share = min(0.6, 2.0 * len(plan.steps) ** -0.5)
+    # The errors of the steps add up like random ones, and most are below what is allowed.
+    share = min(0.45, 1.5 * len(plan.steps) ** -0.5)
     allowed = _allowed(job, share, lambda sigma: max(1.0, sigma))  # and mostly shrink as sigma does
     found = invert_steps(plan, job.select, x, _tolerance_of(allowed, index), solver, job.budget)
     restored = job.again(found.states[0])
