@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kinvert import engine
 from kinvert.denoisers import Guided
@@ -37,21 +38,23 @@ from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like, small_solve
 from kinvert.plan import Plan
 
+ROOM = 10  # differences for which memory is taken at once
+
 
 @dataclass(frozen=True)
 class Sweeps:
     """The method for whole runs, of any deterministic sampler without auxiliary state.
 
     Attributes:
-        window: differences kept. `2 window + 4` float64 tensors of x's size per evaluation of the run are the memory
-            that a sample takes.
+        window: differences kept. Up to `2 window + 4` float64 tensors of x's size per evaluation of the run are the
+            memory that a sample takes: as many as there were sweeps, in tens.
         max_sweeps: of one evaluation a level each, or fewer.
         focus: a sweep evaluates where the residual is above this share of the sample's largest. At high noise it mostly
             is not, for many sweeps.
         patience: sweeps in which the residual must halve; a sample that does not manage is given up.
     """
 
-    window: int = 20
+    window: int = 40
     max_sweeps: int = 100
     focus: float = 0.01
     patience: int = 12
@@ -247,7 +250,8 @@ def equations(plan: Plan) -> Equations:
 class _Run:
     """The evaluations of some samples, their last differences, and the steps of the method.
 
-    Y has shape (n, k, m), D (n, rows, m), and their differences dY (n, k, window, m), dD (n, rows, window, m).
+    Y has shape (n, k, m), D (n, rows, m), and their differences dY (n, k, room, m), dD (n, rows, room, m), where room
+    grows up to the window.
     """
 
     def __init__(self, plan: Plan, select: Select, x: Tensor, window: int, wide: torch.dtype) -> None:
@@ -260,7 +264,7 @@ class _Run:
         self.x = x.flatten(1).to(wide)
         n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
         self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
-        self.dY, self.dD = self.x.new_zeros(n, k, window, m), self.x.new_zeros(n, rows, window, m)
+        self.dY, self.dD = self.x.new_zeros(n, k, 0, m), self.x.new_zeros(n, rows, 0, m)
         self.samples = list(range(n))
         self.index = _index(self.samples, x)
         self.denoiser = select(self.index)
@@ -344,6 +348,9 @@ class _Run:
         moved = self.Y - Y
         size = moved.norm(dim=2, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
         slot = self.sweeps % self.window
+        if slot == self.dY.shape[2]:
+            room = (0, 0, 0, min(ROOM, self.window - slot))
+            self.dY, self.dD = pad(self.dY, room), pad(self.dD, room)
         self.dY[:, :, slot] = moved / size
         self.dD[:, :, slot] = (self.D - D) / size.repeat_interleave(self.outputs, 1)
         self.sweeps += 1
