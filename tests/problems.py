@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import backend_registration
 
 import kinvert as ki
 
@@ -48,3 +53,16 @@ def order_slope(errors: list[float], steps: list[int]) -> float:
     v = [-math.log(e) for e in errors]
     mu, mv = sum(u) / len(u), sum(v) / len(v)
     return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum((a - mu) ** 2 for a in u)
+
+
+def count_on_simulated_device(script: str) -> None:
+    """Run a script that ends with print("counted"), in a process of its own: the device is registered for good."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} takes no backend that is written in Python")
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "counted\n", result.stderr[-2000:]

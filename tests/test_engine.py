@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from problems import mixture, noise_like
+from problems import count_on_simulated_device, mixture, noise_like
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,7 +26,6 @@ from kinvert.rules import Rule
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 
-# Runs in its own process, because the simulated device registers a backend with torch for good.
 COUNT_SYNCS = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -61,13 +58,7 @@ print("counted")
 
 def test_no_synchronisation_and_no_upload_in_the_loop() -> None:
     """Of every registered sampler, by equality of two run lengths; a callback that reads is seen."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COUNT_SYNCS, str(Path(__file__).parent)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.stdout == "counted\n", result.stderr[-2000:]
+    count_on_simulated_device(COUNT_SYNCS)
 
 
 def test_advance_is_one_step_of_run() -> None:

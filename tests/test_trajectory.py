@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from problems import guided_mixture, mixture, noise_like
+from problems import count_on_simulated_device, guided_mixture, mixture, noise_like
 from torch import Tensor
 
 import kinvert as ki
@@ -178,7 +175,6 @@ def test_a_denoiser_that_fails_is_not_called_solved() -> None:
     assert not found.converged.any() and found.round_trip_error.isinf().all()
 
 
-# Runs in its own process, because the simulated device registers a backend with torch for good.
 COUNT_READS = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -214,11 +210,7 @@ print("counted")
 
 
 def test_the_host_reads_the_device_once_a_check() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COUNT_READS, str(Path(__file__).parent)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.stdout == "counted\n", result.stderr[-2000:]
+    count_on_simulated_device(COUNT_READS)
 
 
 @pytest.mark.slow
