@@ -55,9 +55,7 @@ class Form:
     The dict that it is made of is its own from then on.
     """
 
-    __slots__ = ("_hash", "terms")
-
-    terms: dict[Symbol, float]
+    terms: dict[Symbol, float]  # no __slots__: torch 2.4 cannot compile what reads them
 
     def __init__(self, terms: dict[Symbol, float]) -> None:
         values = terms.values()
