@@ -180,7 +180,7 @@ def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, An
         *(f"{other['converged']} of {samples}" if other else "-" for other in others),
         f"{unsampled['median_error']:.1e}" if unsampled else "-",
         f"{auto['median_evaluations_per_step']:.1f}",
-        f"{auto['checking_per_step']:.1f}" if "checking_per_step" in auto else "-",
+        f"{auto['checking_per_step']:.1f}",
     ]
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import models
-from kinvert.inversion import Sweeps
+from kinvert.inversion import StepSweeps, Sweeps
 from kinvert.inversion.result import rms
+from kinvert.inversion.solvers import StepEquation
 from kinvert.inversion.stepwise import Auto, invert_steps
 from kinvert.inversion.trajectory import equations
 
@@ -131,6 +132,22 @@ def test_what_the_last_states_tell_is_expected_of_the_next(name: str) -> None:
         stages = len(plan.steps[0].stages)
         assert (found.evaluations <= plan.evaluations + (8 - foreseen) * 2 * stages).all()
         assert (found.evaluations >= plan.evaluations).all()
+
+
+def test_where_the_denoiser_fails_the_start_is_what_is_known() -> None:
+    """Not memory that nobody wrote: what a failing step leaves to the next one's forecast is the mean at its start."""
+    plan, y = ki.compile_plan("heun", [10.0, 5.0]), images()
+    equation = StepEquation(
+        plan,
+        lambda index: lambda x, sigma: torch.full_like(x, torch.nan),
+        lambda u, index: u,
+        y,
+        rms(y),
+        10**6 * torch.ones(4),
+    )
+    root = StepSweeps().solve(equation, 2 * y)
+    assert root.residual.isinf().all() and torch.equal(root.u, 2 * y)
+    assert equation.said is not None and torch.equal(equation.said, equation.mean(2 * y))
 
 
 def test_only_open_samples_are_evaluated() -> None:

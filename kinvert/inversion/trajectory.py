@@ -126,7 +126,7 @@ class StepSweeps(Solver):
         else:
             run.start(equation.forecast.flatten(2).to(wide).repeat_interleave(run.outputs, 1))
         run.scale.fill_(1.0 / float(run.B.abs().sum()))
-        equation.said = torch.empty_like(y)
+        equation.said = equation.mean(start)  # where the denoiser fails, nothing better is known
         equation.evaluations += equation.cost
         root = Root(start.clone(), torch.full_like(equation.tolerance, math.inf))
         mark, since = root.residual.clone(), torch.zeros_like(equation.evaluations)
