@@ -164,9 +164,10 @@ class DiscreteLevels(Levels):
         if quantize:
             nearest = torch.bucketize(value, edges).to(wide.dtype)
             return torch.where(value.isnan(), value, nearest).to(dtype)
+        value = value[..., None]  # under vmap a single number cannot index a table before torch 2.5
         low = (torch.bucketize(value, log, right=True) - 1).clamp(0, len(log) - 2)
         weight = ((value - log[low]) / (log[low + 1] - log[low])).clamp(0, 1)
-        return (low + weight).to(dtype)
+        return (low + weight)[..., 0].to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """exp of ln sigma interpolated linearly at index t, which is clamped to [0, M - 1].
@@ -175,10 +176,10 @@ class DiscreteLevels(Levels):
         """
         wide, dtype = _widen("t", t)
         table, log, _ = self._on(wide)
-        index = wide.clamp(0, len(table) - 1)
+        index = wide.clamp(0, len(table) - 1)[..., None]  # as in `timestep`
         low = index.nan_to_num().long()
         high = (low + 1).clamp(max=len(table) - 1)
-        return (table[low] * ((index - low) * (log[high] - log[low])).exp()).to(dtype)
+        return (table[low] * ((index - low) * (log[high] - log[low])).exp())[..., 0].to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
         """sigma((1 - p) (M - 1)) for 0 < p < 1."""

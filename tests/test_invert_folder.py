@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def images(*indices: int) -> torch.Tensor:
-    return torch.from_numpy(PIXELS[list(indices), None].astype(np.float64)).div(127.5).sub(1).float()
+def images(*indices: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.from_numpy(PIXELS[list(indices), None].astype(np.float64)).div(127.5).sub(1).to(dtype)
 
 
 def manifest(out: Path) -> list[dict[str, Any]]:
@@ -109,13 +110,13 @@ def test_noises_and_memory_are_kept_with_the_latents(tmp_path: Path) -> None:
 def test_every_format_gives_the_same_latent(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    x = images(0)
+    x = images(0, dtype=torch.float64)
     Image.fromarray(PIXELS[0]).convert("RGB").save(folder / "rgb.png")
     Image.fromarray(PIXELS[0]).save(folder / "grey.jpg", quality=100, subsampling=0)
     np.save(folder / "one.npy", x[0].numpy())
     torch.save(x, folder / "one.pt")
-    save_file({"anything": x.double()}, folder / "one.safetensors")
-    rows = bench.invert_folder(folder, tmp_path / "out", CELL)
+    save_file({"anything": x}, folder / "one.safetensors")
+    rows = bench.invert_folder(folder, tmp_path / "out", replace(CELL, dtype="float64"))
     found = dict(zip([row["file"] for row in rows], latents(tmp_path / "out", rows), strict=True))
     for name in ("rgb.png", "one.npy", "one.pt"):
         torch.testing.assert_close(found[name], found["one.safetensors"])

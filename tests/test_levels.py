@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -305,7 +306,7 @@ def test_first_use_in_inference_mode_does_not_break_autograd():
 
 def test_vmap():
     sigma = torch.linspace(0.1, 10, 8, dtype=F64)
-    for function in (SD.timestep, SD.sigma):
+    for function in (SD.timestep, SD.sigma, partial(SD.timestep, quantize=False)):
         assert torch.func.vmap(function)(sigma).equal(function(sigma))
 
 
