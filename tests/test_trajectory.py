@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -190,6 +192,20 @@ def test_a_denoiser_that_fails_is_not_called_solved() -> None:
     with pytest.warns(RuntimeWarning, match="not inverted"):
         found = ki.invert(broken, images(2), schedule(8), sampler="dpmpp_2m")
     assert not found.converged.any() and found.round_trip_error.isinf().all()
+
+
+def test_a_lost_run_is_told_apart_from_a_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the warning calls the smallest singular value of the run's derivative is that; the space is the whole one."""
+    monkeypatch.setattr(sys.modules["kinvert.inversion.invert"], "BASES", ())
+    plan, x = ki.compile_plan("ipndm", schedule(10)), images(1)
+    with pytest.warns(RuntimeWarning, match="solved as a whole run") as caught:
+        found = ki.invert(MIXTURE, x, schedule(10), sampler="ipndm")
+    value, without = re.findall(r"derivative is (\S+), without a denoiser it would be (\S+)", str(caught[0].message))[0]
+    derivative = torch.func.jacrev(lambda z: ki.run(plan, MIXTURE, z[None])[0])(found.latent[0])
+    assert float(value) == pytest.approx(float(torch.linalg.svdvals(derivative)[-1]), rel=0.05)
+    assert float(without) == pytest.approx(0.1 / 10.0, rel=0.05)
+    solved = Sweeps().solve(plan, lambda index: MIXTURE, x, found.tolerance, budget=2**62)
+    assert int(found.evaluations) == solved.evaluations[0] + (x.shape[1] + 1) * plan.evaluations
 
 
 COUNT_READS = """

@@ -12,6 +12,7 @@ Every result is judged by sampling it again.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ from kinvert.inversion.stepwise import (
     Trajectory,
     contraction,
     invert_steps,
+    levels_of,
     smallest_singular_value,
+    step_map,
 )
 from kinvert.inversion.trajectory import Sweeps
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
@@ -271,13 +274,26 @@ def _verdicts(job: _Job, found: Trajectory, restored: Tensor) -> list[str]:
             f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} (sigma "
             f"{step.sigma:.4g} -> {step.sigma_next:.4g}), residual {found.residuals[step.index, i]:.2g}"
         )
-        products = min(60, int(job.limit - found.evaluations[i]) // len(step.stages) - 1)
-        if products > 5:  # else the evaluations are used up
-            value, spent = smallest_singular_value(job.plan, step, _restrict(job.select, index), u, y, products)
-            found.evaluations[i] += spent
+        levels = levels_of(job.plan, y)[step.index]
+        function = step_map(step, _restrict(job.select, index), levels)
+        value = _least_stretch(job, function, u, y, len(step.stages), found.evaluations[i : i + 1])
+        if value is not None:
             note += f", where the smallest singular value of the step's derivative is {value:.2g}"
         notes.append(note)
     return notes
+
+
+def _least_stretch(
+    job: _Job, function: Callable[[Tensor, Tensor], Tensor], u: Tensor, y: Tensor, cost: int, spent: Tensor
+) -> float | None:
+    """The smallest singular value of a function's derivative at one sample's u; None where that cannot be had."""
+    products = min(60, (job.limit - int(spent)) // cost - 1)
+    if products <= 5:
+        return None
+    equation = Equation(function, y, rms(y), torch.zeros_like(spent), cost)
+    value = smallest_singular_value(equation, u, products)
+    spent += equation.evaluations
+    return None if math.isnan(value) else value
 
 
 def _merge(whole: Trajectory, part: Trajectory, index: Tensor, better: Tensor) -> Trajectory:
@@ -320,12 +336,25 @@ def _whole_run(job: _Job, sweeps: Sweeps) -> Inversion:
     if job.callback is not None:
         restored = job.again(latent)
         spent += plan.evaluations
-    lost = (error > job.goal).nonzero()[:, 0].tolist()
-    notes = [
-        f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run" for i in lost
-    ]
+    notes = []
+    for i in (error > job.goal).nonzero()[:, 0].tolist():
+        index = torch.tensor([i], device=x.device)
+        note = f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run"
+        again = _run_map(plan, _restrict(job.select, index))
+        value = _least_stretch(job, again, latent[index], x[index], plan.evaluations, spent[i : i + 1])
+        if value is not None:
+            note += (
+                f"; the smallest singular value of its derivative is {value:.2g}, without a denoiser it would be "
+                f"{plan.sigmas[-1] / plan.sigmas[0]:.2g}"
+            )
+        notes.append(note)
     checking = plan.evaluations * (2 if job.callback else 1)
     return job.result(Trajectory([latent], error[None], spent), restored, notes, checking=checking)
+
+
+def _run_map(plan: Plan, select: Select) -> Callable[[Tensor, Tensor], Tensor]:
+    """`(u, index) -> S(u)`."""
+    return lambda u, index: run(plan, select(index), u)
 
 
 class _Through:

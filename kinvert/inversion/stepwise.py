@@ -159,23 +159,20 @@ def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
     return torch.stack(factors)
 
 
-def smallest_singular_value(
-    plan: Plan, step: Step, select: Select, u: Tensor, y: Tensor, products: int
-) -> tuple[float, int]:
-    """An upper bound of the least singular value of F' at one sample's u, and the evaluations that it cost.
+def smallest_singular_value(equation: Equation, u: Tensor, products: int) -> float:
+    """An upper bound of the least singular value of F' at u, where the equation is that of one sample.
 
     It is the least stretch `|F' v| / |v|` over the Krylov space of the residual, the value itself once that space is
-    the whole one. Near 0, the step folds there, and no state nearby comes closer to y.
+    the whole one. Near 0, F folds there, and no state nearby comes closer to y. NaN where F is not finite.
     """
-    function = step_map(step, select, levels_of(plan, u)[step.index])
-    equation = Equation(function, y, rms(y), torch.zeros(1, dtype=torch.int64), len(step.stages))
-    f = equation.residual(u, torch.zeros(1, dtype=torch.int64, device=u.device))
+    index = torch.zeros(1, dtype=torch.int64, device=u.device)
+    f = equation.residual(u, index)
 
     def apply(v: Tensor, todo: Tensor) -> Tensor:
         return equation.derivative(u, f, v.reshape(u.shape), todo).flatten(1)
 
     images = gmres(apply, f.flatten(1), products, 0.0)[1]
-    return float(torch.linalg.svdvals(images[0].nan_to_num())[-1]), int(equation.evaluations[0])
+    return float(torch.linalg.svdvals(images[0])[-1]) if images.isfinite().all() else math.nan
 
 
 @dataclass(frozen=True)
