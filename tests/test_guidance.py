@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ from kinvert.denoisers import Guided, guide
 
 X = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 SIGMA = torch.tensor([0.5, 2.0], dtype=torch.float64)
+
+
+class Record(NamedTuple):
+    embeds: Tensor
+    kind: object
 
 
 class Spy:
@@ -96,7 +102,11 @@ APART = {
     "nested keys": ({"added": {"a": context(2, 5)}}, {"added": {"b": context(2, 5)}}),
     "nested lengths": ({"added": [context(2, 5)]}, {"added": [context(2, 5), context(2, 5)]}),
     "a list with one value per item": ({"names": ["a", "b"]}, {"names": ["a", "b"]}),
-    "the same unknown mapping": (hidden := {"added": OrderedDict(a=context(2, 5))}, hidden),
+    "the same unknown mapping": (hidden := {"added": UserDict(a=context(2, 5))}, hidden),
+    "a list with a tuple for each item": (crops := {"crops": [(1.0, 0), (2.0, 0)]}, crops),
+    "the same list of lists for each item": (boxes := {"boxes": [[1.0], [2.0]]}, boxes),
+    "the same array for each item": (array := {"array": np.arange(2.0)}, array),
+    "a tensor that all share": (table := {"table": context(3, 5)}, table),
 }
 
 
@@ -121,6 +131,9 @@ def test_what_stacks_in_containers_is_concatenated_there() -> None:
         return {
             "added": {"text_embeds": embeds, "nested": [embeds + 1, (embeds + 2,)]},
             "size": (64, 64, 0),
+            "as many numbers as items": (64, 64),
+            "ordered": OrderedDict(pooled=embeds + 3),
+            "record": Record(embeds + 4, 7),
             "scale": 2.5,
             "name": "sd",
             "flag": True,
@@ -141,10 +154,44 @@ def test_what_stacks_in_containers_is_concatenated_there() -> None:
     assert torch.equal(seen["added"]["nested"][1][0], both + 2)
     assert type(seen["added"]["nested"]) is list
     assert type(seen["added"]["nested"][1]) is tuple
-    for key in ("size", "scale", "name", "flag", "none"):
+    assert type(seen["ordered"]) is OrderedDict and torch.equal(seen["ordered"]["pooled"], both + 3)
+    assert type(seen["record"]) is Record and torch.equal(seen["record"].embeds, both + 4)
+    for key in ("size", "as many numbers as items", "scale", "name", "flag", "none"):
         assert seen[key] == positive[key]
     assert seen["model"] is marker
     assert seen["strength"] is strength
+
+
+def test_a_part_of_the_batch_gets_its_own_conditioning() -> None:
+    """Tensors, arrays, prompts and crops by item; what is as long as the part, but not as the batch, is shared."""
+    x, sigma = torch.randn(6, 1, 4, generator=torch.Generator().manual_seed(0)), torch.ones(6)
+
+    def conditioning(seed: int) -> dict[str, Any]:
+        return {
+            "emb": context(6, 5, seed=seed),
+            "one": context(1, 5, seed=seed),
+            "nested": [{"pooled": context(6, 2)}, Record(context(6, 3), "all")],
+            "array": np.arange(6.0),
+            "prompts": list("abcdef"),
+            "crops": [(float(i), 0) for i in range(6)],
+            "table": context(2, 5),
+            "shared": (1, 2, 3, 4, 5, 6),
+        }
+
+    spy, index = Spy(), torch.tensor([4, 1])
+    whole = guide(spy, 3.0, conditioning(1), conditioning(2))
+    part = whole.select(torch.tensor([0, 4, 1]), 6).select(torch.tensor([1, 2]), 3)(x[index], sigma[index])
+    assert spy.batches == [2, 2]
+    for call, values in zip(spy.calls, (conditioning(2), conditioning(1)), strict=True):
+        seen = call.conditioning
+        assert torch.equal(seen["emb"], values["emb"][index])
+        assert torch.equal(seen["one"], values["one"].expand(2, -1))
+        assert torch.equal(seen["nested"][0]["pooled"], values["nested"][0]["pooled"][index])
+        assert torch.equal(seen["nested"][1].embeds, values["nested"][1].embeds[index])
+        assert seen["array"].tolist() == [4.0, 1.0] and seen["prompts"] == ["e", "b"]
+        assert seen["crops"] == [(4.0, 0), (1.0, 0)] and seen["shared"] == (1, 2, 3, 4, 5, 6)
+        assert torch.equal(seen["table"], values["table"])
+    torch.testing.assert_close(part, whole(x, sigma)[index])
 
 
 def test_the_same_tensor_in_both_is_doubled_not_passed_through() -> None:

@@ -8,31 +8,37 @@ so ``cfg = 1`` is the positive prediction alone and the negative one is not comp
 computed as one call on a batch ``[uncond, cond]`` of twice the size whenever their conditionings
 stack, in two calls when they do not.
 
-Which conditionings stack. The first dimension of every tensor of at least one dimension is the
-batch; of size 1 it is expanded to x's batch, in whichever way the denoiser is called. Two values
-stack when they are
+What belongs to one item. A tensor (or NumPy array) whose first dimension is x's batch has a row for
+each item; a tensor of size 1 is expanded. So has a list as long as the batch an entry for each item,
+such as a prompt or a tuple of crops, unless it holds such tensors itself. Everything else belongs to
+all: give a sequence that all items share as a tuple. This is settled once, for the batch that is
+sampled or inverted; where a part of it is evaluated, the denoiser gets the entries of that part.
 
-* tensors of equal shape, dtype and device whose first dimension is the batch: concatenated;
+Which conditionings stack. Two values stack when they are
+
+* tensors of equal shape, dtype and device with a row for each item: concatenated;
 * dicts with the same keys, or lists or tuples of the same length, whose members stack: member by
-  member (not a list of plain values as long as the batch, which may hold one for each item);
-* equal strings, numbers, booleans or None, or the same object (no tensor with dimensions): passed
-  through.
+  member (not a list with an entry for each item);
+* equal strings, numbers, booleans or None, or the same object (no array or tensor with dimensions):
+  passed through.
 
-Anything else, such as different keys or token lengths, or tensors whose first dimension is not the
-batch, takes two calls, so the denoiser never sees a batch its conditioning does not match. No
-tensor's values are looked at.
+Anything else, such as different keys or token lengths, or tensors that all items share, takes two
+calls, so the denoiser never sees a batch its conditioning does not match. No tensor's values are
+looked at. What it returns in the first of two calls must be its own: a new tensor each time.
 
 Source: "Classifier-Free Diffusion Guidance", Ho & Salimans 2022, arXiv 2207.12598.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +56,20 @@ class _ApartError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
+class _Rows:
+    """A value with a row or an entry for each item of the batch."""
+
+    value: Tensor | np.ndarray | list[Any]
+
+    def take(self, index: Tensor) -> _Rows:
+        if isinstance(self.value, Tensor):
+            return _Rows(self.value[index.to(self.value.device)])
+        if isinstance(self.value, np.ndarray):
+            return _Rows(self.value[index.cpu().numpy()])
+        return _Rows([self.value[i] for i in index.tolist()])
+
+
+@dataclass(frozen=True, eq=False)
 class Guidance:
     """What `guide` returns: ``(x, sigma) -> Tensor``, or `Guided` where ``pair`` is set."""
 
@@ -58,34 +78,45 @@ class Guidance:
     positive: dict[str, Any] = field(repr=False)
     negative: dict[str, Any] | None = field(repr=False)
     pair: bool
+    bound: bool = False  # whether it is settled what belongs to one item
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""
-        positive = _expand_batch(self.positive, len(x))
-        if self.negative is None or (_is_one(self.cfg) and not self.pair):
-            result = self.denoiser(x, sigma, **positive)
+        bound = self.bind(len(x))
+        if bound.negative is None or (_is_one(self.cfg) and not self.pair):
+            result = self.denoiser(x, sigma, **_open(bound.positive))
             if isinstance(result, Guided):
                 return result
             if self.pair:
                 raise ValueError(_NEGATIVE_MISSING.format(why="a CFG++ sampler"))
             return check_output(result, x, "denoiser", "x, sigma, **c")
-        uncond, cond = self._branches(x, sigma, positive, _expand_batch(self.negative, len(x)))
+        uncond, cond = self._branches(x, sigma, bound.positive, bound.negative)
         denoised = torch.lerp(uncond, cond, self.cfg)
         return Guided(denoised, uncond) if self.pair else denoised
 
     def select(self, index: Tensor, batch: int) -> Guidance:
         """The same guidance for the samples `index`, shape (n,), of a batch of that size."""
-        negative = None if self.negative is None else _select(self.negative, index, batch)
-        return replace(self, positive=_select(self.positive, index, batch), negative=negative)
+        return self.bind(batch)._each(lambda rows: rows.take(index))
+
+    def bind(self, batch: int) -> Guidance:
+        """The same guidance, with what belongs to one item of a batch of that size marked as such."""
+        if self.bound:
+            return self
+        negative = None if self.negative is None else _bind(self.negative, batch)
+        return replace(self, positive=_bind(self.positive, batch), negative=negative, bound=True)
+
+    def _each(self, function: Callable[[_Rows], Any]) -> Guidance:
+        negative = None if self.negative is None else _each(function, self.negative)
+        return replace(self, positive=_each(function, self.positive), negative=negative)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(U, C), from one call if the conditionings stack."""
         try:
-            both = _stack(negative, positive, len(x))
+            both = _stack(negative, positive)
         except _ApartError:
-            return self._predict(x, sigma, negative), self._predict(x, sigma, positive)
+            return self._predict(x, sigma, _open(negative)), self._predict(x, sigma, _open(positive))
         uncond, cond = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return uncond, cond
 
@@ -160,45 +191,69 @@ def _keywords(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(value)
 
 
-def _expand_batch(value: Any, batch: int) -> Any:
-    """Expand every tensor whose first dimension is 1, in dicts, lists and tuples too."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == 1:
-        return value.expand(batch, *value.shape[1:])
-    if type(value) is dict:
-        return {key: _expand_batch(member, batch) for key, member in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_expand_batch(member, batch) for member in value)
-    return value
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same dict, list or tuple with another value for every member."""
+    if isinstance(value, dict):
+        mapped = copy.copy(value)
+        for key, member in value.items():
+            mapped[key] = function(member)
+        return mapped
+    members = [function(member) for member in value]
+    return value._make(members) if hasattr(value, "_make") else type(value)(members)
 
 
-def _select(value: Any, index: Tensor, batch: int) -> Any:
-    """Rows `index` of every tensor whose first dimension is the batch; any other belongs to every sample."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-        return value[index.to(value.device)]
-    if type(value) is dict:
-        return {key: _select(member, index, batch) for key, member in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_select(member, index, batch) for member in value)
-    return value
+def _bind(value: Any, batch: int) -> Any:
+    """Mark what belongs to one item, in dicts, lists and tuples too; a tensor of size 1 is expanded."""
+    if isinstance(value, Tensor) and value.ndim and len(value) in (1, batch):
+        return _Rows(value if len(value) == batch else value.expand(batch, *value.shape[1:]))
+    if isinstance(value, np.ndarray) and value.ndim and len(value) == batch:
+        return _Rows(value)
+    if not isinstance(value, (dict, list, tuple)):
+        return value
+    members = _map(lambda member: _bind(member, batch), value)
+    if type(value) is list and len(value) == batch and not _has_rows(members):
+        return _Rows(value)
+    return members
 
 
-def _stack(uncond: Any, cond: Any, batch: int) -> Any:
-    """The conditioning of the batch [uncond, cond]; raises _ApartError if there is none."""
-    if isinstance(uncond, Tensor) and isinstance(cond, Tensor) and cond.ndim:
-        same = (uncond.shape, uncond.dtype, uncond.device) == (cond.shape, cond.dtype, cond.device)
-        if same and len(cond) == batch:
-            return torch.cat([uncond, cond])
-        raise _ApartError
-    if type(uncond) is dict and type(cond) is dict and uncond.keys() == cond.keys():
-        return {key: _stack(uncond[key], cond[key], batch) for key in cond}
-    if type(uncond) is type(cond) and type(cond) in (list, tuple) and len(uncond) == len(cond):
-        members = [_stack(u, c, batch) for u, c in zip(uncond, cond, strict=True)]
-        # As long as the batch, a list of plain values may hold one for each item.
-        if len(members) == batch and any(new is old for new, old in zip(members, cond, strict=True)):
+def _has_rows(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_rows(member) for member in value.values())
+    return isinstance(value, _Rows) or (isinstance(value, (list, tuple)) and any(_has_rows(m) for m in value))
+
+
+def _each(function: Callable[[_Rows], Any], value: Any) -> Any:
+    """Another value for everything that belongs to one item."""
+    if isinstance(value, _Rows):
+        return function(value)
+    return _map(lambda member: _each(function, member), value) if isinstance(value, (dict, list, tuple)) else value
+
+
+def _open(conditioning: dict[str, Any]) -> dict[str, Any]:
+    """The conditioning as the denoiser gets it."""
+    opened: dict[str, Any] = _each(lambda rows: rows.value, conditioning)
+    return opened
+
+
+def _stack(uncond: Any, cond: Any) -> Any:
+    """The conditioning of the batch [uncond, cond], as the denoiser gets it; raises _ApartError if there is none."""
+    if isinstance(uncond, _Rows) and isinstance(cond, _Rows):
+        u, c = uncond.value, cond.value
+        if not (isinstance(u, Tensor) and isinstance(c, Tensor)):
             raise _ApartError
-        return type(cond)(members)
-    # The same list or mapping would hide tensors of the wrong batch.
-    if uncond is cond and not isinstance(cond, (Mapping, list, tuple)):
+        if (u.shape, u.dtype, u.device) != (c.shape, c.dtype, c.device):
+            raise _ApartError
+        return torch.cat([u, c])
+    if type(uncond) is type(cond) and isinstance(cond, dict) and uncond.keys() == cond.keys():
+        pairs = {key: _stack(uncond[key], cond[key]) for key in cond}
+        mapped = copy.copy(cond)
+        mapped.update(pairs)
+        return mapped
+    if type(uncond) is type(cond) and isinstance(cond, (list, tuple)) and len(uncond) == len(cond):
+        others = iter(uncond)
+        return _map(lambda member: _stack(next(others), member), cond)
+    shared = isinstance(cond, (_Rows, np.ndarray, Mapping, list, tuple)) or (isinstance(cond, Tensor) and cond.ndim)
+    if uncond is cond and not shared:
         return cond
     if type(uncond) is type(cond) and isinstance(cond, (str, int, float, bool)) and uncond == cond:
         return cond
