@@ -5,6 +5,7 @@ Types, shapes and dtypes are looked at, no value is read: nothing here waits for
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,3 +84,21 @@ def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"the auxiliary state {name!r} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}"
             )
+
+
+def count(name: str, value: Any, low: int = 1) -> None:
+    """Raise ValueError where `value` is no count."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+
+
+def positive_number(name: str, value: Any) -> None:
+    """Raise ValueError where `value` is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def check_callback(callback: Any) -> None:
+    """Raise TypeError where a callback cannot be called, before the run instead of after its first step."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable as callback(progress) once a step, got {type(callback).__name__}")

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kinvert.checks import (
+    check_callback,
     check_memory,
     check_outputs,
     check_state,  # noqa: F401 - offered here too
@@ -112,6 +113,7 @@ def run_state(
         ValueError: as `run`; auxiliary state that the Plan does not start from, or that is missing or of another shape.
     """
     check_memory(plan, state)
+    check_callback(callback)
     x = state["x"]
     draw = noise_for(plan, noise, x)
     loop = _loop if _is_traced(x) else fused_loop

@@ -51,9 +51,13 @@ def nmse(reconstruction: Tensor, original: Tensor) -> Tensor:
 
     It is -inf where the two are equal, even if both are 0, and inf where only the original is 0.
     """
-    error = _bounded(_flat_error(reconstruction, original).square()).sum(1)
-    decibels = 10.0 * torch.log10(error / original.flatten(1).to(error.dtype).square().sum(1))
-    return torch.where(error == 0, -math.inf, decibels)
+    difference = _flat_error(reconstruction, original)
+    flat = original.reshape(len(original), -1).to(difference.dtype)
+    size = flat.abs().amax(1, keepdim=True)  # squares of values in its units stay in the range of the dtype
+    size = torch.where(size > 0, size, 1.0)
+    error = _bounded((difference / size).square()).sum(1)
+    decibels = 10.0 * torch.log10(error / (flat / size).square().sum(1))
+    return torch.where(difference.eq(0).all(1), -math.inf, decibels)
 
 
 def max_error(reconstruction: Tensor, original: Tensor) -> Tensor:
@@ -240,8 +244,10 @@ def patch_correlation(z: Tensor, patch: int | None = None, pairs: int = 20) -> T
     _check_images("z", z, 4)
     side = min(z.shape[2:])
     patch = min(8, side // 2) if patch is None else patch
-    if not 2 <= patch <= side:
-        raise ValueError(f"patch must be from 2 to {side}, the shorter side of z, got {patch}")
+    if not isinstance(pairs, int) or pairs < 1:
+        raise ValueError(f"pairs must be an int of at least 1, got {pairs!r}")
+    if not isinstance(patch, int) or not 2 <= patch <= side:
+        raise ValueError(f"patch must be an int from 2 to {side}, the shorter side of z, got {patch!r}")
     values = torch.where(_flat(z)[:, None, None, None], math.nan, _values(z, "sample").reshape(z.shape))
     upper = torch.triu_indices(patch**2, patch**2, offset=1)
     strongest = []
@@ -409,7 +415,8 @@ def _central_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The second to the fourth, nan where the values are equal up to round-off."""
     centre = values.mean(-1, keepdim=True)
     m2, m3, m4 = ((values - centre).pow(k).mean(-1) for k in (2, 3, 4))
-    flat = m2 <= (torch.finfo(torch.float64).eps * centre.squeeze(-1)).square()
+    # The mean itself is rounded, at each of the stages in which values are added up.
+    flat = m2 <= (32 * torch.finfo(torch.float64).eps * centre.squeeze(-1)).square()
     return torch.where(flat, math.nan, m2), m3, m4
 
 

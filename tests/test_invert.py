@@ -359,12 +359,74 @@ def test_a_warning_names_the_sample_of_the_whole_batch() -> None:
     assert found.converged.tolist() == [True, True, False]
 
 
-def test_max_evals_bounds_the_cost() -> None:
+@pytest.mark.parametrize("sampler", ["edict", "bdia", "o_belm", "leapfrog", "reversible_heun", "mccallum_foster"])
+def test_what_a_reversible_sampler_costs_is_counted(sampler: str) -> None:
+    calls = 0
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return MIXTURE(x, sigma)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = ki.invert(MIXTURE, images(), schedule(10), tol=1e-12, max_evals=60)
-    assert int(found.evaluations.max()) <= 60
-    assert not found.converged.all()
+        found = ki.invert(denoiser, images(2), schedule(6), sampler=sampler)
+    assert found.evaluations.tolist() == [calls, calls]
+    assert found.checking == ki.compile_plan(sampler, schedule(6)).closed.evaluations
+
+
+def test_parts_of_a_batch_have_the_certificate_of_the_whole() -> None:
+    """The contraction of a sample does not depend on its place, the amplification not on the part that comes first."""
+    weights = 0.5 * noise_like((16, 16), seed=0)
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(x / (1 + sigma[:, None] ** 2).sqrt() @ weights)
+
+    whole, parts = (ki.invert(denoiser, noise_like((4, 16), seed=3), schedule(6), max_batch=b) for b in (None, 1))
+    assert whole.contraction is not None and parts.contraction is not None
+    torch.testing.assert_close(whole.contraction, parts.contraction, rtol=1e-6, atol=0)
+    x = torch.cat([torch.full((1, 16), size, dtype=torch.float64) for size in (1e-3, 1e3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = [
+            ki.invert(MIXTURE, y, schedule(6), sampler="bdia", max_batch=b)
+            for y in (x[:, :6], x.flip(0)[:, :6])
+            for b in (None, 1)
+        ]
+    assert [f.amplification for f in found] == pytest.approx([found[0].amplification] * 4) and found[
+        0
+    ].amplification > 9
+
+
+def test_small_errors_in_half_precision_are_not_zero() -> None:
+    """Their squares are below what float16 holds, and those of states at high noise above."""
+    small = torch.full((1, 4), 1e-4, dtype=torch.float16)
+    assert float(rms(small)) == pytest.approx(1e-4, rel=1e-3)
+    assert float(rms(torch.full((1, 4), 300.0, dtype=torch.float16))) == 300.0
+
+
+@pytest.mark.parametrize("method", ["auto", "anderson", "picard", "newton", "continuation", "sweeps"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "rk4", "dpmpp_2m", "uni_pc"])
+def test_max_evals_bounds_what_a_sample_costs(method: str, sampler: str) -> None:
+    """The denoiser's own count, for a learned-like denoiser that few evaluations do not invert."""
+    weights, calls = 0.4 * noise_like((16, 16), seed=0), 0
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tanh(x / (1 + sigma[:, None] ** 2).sqrt() @ weights)
+
+    least = 5 * ki.compile_plan(sampler, schedule(5)).evaluations
+    for most in (least, least + 7, 2 * least, 6 * least):
+        calls = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = ki.invert(
+                denoiser, noise_like((1, 16), seed=1), schedule(5), sampler=sampler, method=method, tol=1e-13,
+                max_evals=most,
+            )  # fmt: skip
+        assert calls == int(found.evaluations) <= most
+        assert found.residuals.isfinite().all()
 
 
 def test_round_trip_with_invert() -> None:
@@ -384,6 +446,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tol": (lambda: ki.invert(MIXTURE, X, schedule(5), tol=0.0), ValueError, "tol must be a positive number"),
     "max_evals": (lambda: ki.invert(MIXTURE, X, schedule(5), max_evals=3), ValueError, "max_evals must be an int of at least 25"),
     "x": (lambda: ki.invert(MIXTURE, X.int(), schedule(5)), TypeError, "floating point"),
+    "event": (lambda: ki.invert(MIXTURE, X[:, 0], schedule(5)), ValueError, r"x must have shape \(batch, \*event\) with values"),
+    "callback": (lambda: ki.invert(MIXTURE, X, schedule(5), callback=3), TypeError, "callback must be callable"),
+    "soft mask": (lambda: ki.invert(MIXTURE, X, schedule(5), mask=torch.full(X.shape[1:], 0.5)), ValueError, "mask must be 0 or 1 everywhere.*such as 0.5"),
+    "dropped step": (lambda: ki.invert(MIXTURE, X, schedule(5), sampler=ki.sampler("sa_solver", eta=0)), ValueError, "discards its last step.*keep_last=True"),
+    "window": (lambda: ki.inversion.Sweeps(window=0), ValueError, "window must be an int of at least 1"),
+    "krylov": (lambda: ki.inversion.NewtonKrylov(krylov=0), ValueError, "krylov must be an int of at least 1"),
 }  # fmt: skip
 
 

@@ -81,6 +81,21 @@ def test_a_reconstruction_that_is_not_finite_is_infinitely_far_away(dtype: torch
     assert found["ssim"][3] == pytest.approx(0, abs=1e-3) and not any(value.isnan().any() for value in found.values())
 
 
+def test_nmse_of_values_whose_squares_leave_float32() -> None:
+    one = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    for scale in (1e-25, 1.0, 1e25):
+        torch.testing.assert_close(metrics.nmse(2 * scale * one, scale * one), torch.zeros(2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [5, 16, 28, 32, 33, 64])
+def test_a_constant_has_no_shape_whatever_it_is(side: int) -> None:
+    """The mean of n equal numbers is one of them up to rounding, which is not to be taken for a distribution."""
+    for constant in (0.1, 0.3, 0.7, 1 / 3, 123.456, -1e-8):
+        z = torch.full((1, 3, side, side), constant, dtype=torch.float64)
+        for metric in (metrics.skew, metrics.kurtosis, metrics.patch_correlation):
+            assert metric(z).isnan().all()
+
+
 def test_ssim_of_constant_images_is_the_luminance_term() -> None:
     a, b = torch.full((1, 1, 16, 16), 0.5), torch.full((1, 1, 16, 16), -0.25)
     c1 = (0.01 * 2) ** 2
@@ -140,7 +155,9 @@ def test_errors() -> None:
         r"at least 3, got \(2, 1, 2, 8\)": lambda: metrics.ssim(images[:, :, :2], images[:, :, :2]),
         r"z must be images .* at least 4, got \(2, 2, 2\)": lambda: metrics.spectrum_slope(A),
         r"z must be images .* at least 4, got \(2, 4\)": lambda: metrics.autocorrelation(A.flatten(1)),
-        "patch must be from 2 to 8, the shorter side of z, got 9": lambda: metrics.patch_correlation(images, patch=9),
+        "patch must be an int from 2 to 8, the shorter side of z, got 9": lambda: metrics.patch_correlation(
+            images, patch=9
+        ),
         "per must be 'sample' or 'channel', got 'pixel'": lambda: metrics.mean(A, per="pixel"),
         r"z must be floating point of shape \(batch, \*event\) and not empty, got torch.int64": lambda: metrics.ks(
             A.long()

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kinvert.checks import count
 from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation, NewtonKrylov, Operator, Root, Solver, gmres
 
@@ -46,6 +47,10 @@ class Continuation(Solver):
     max_points: int = 300
     newton: NewtonKrylov = field(default_factory=lambda: NewtonKrylov(krylov=60, max_iterations=20))
 
+    def __post_init__(self) -> None:
+        count("krylov", self.krylov)
+        count("max_points", self.max_points)
+
     def finer(self) -> Continuation:
         """The same, closer to the curve."""
         return replace(self, accuracy=self.accuracy / 10)
@@ -53,15 +58,17 @@ class Continuation(Solver):
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
         curve = _Curve(self, equation, start)
-        active = torch.arange(len(start), device=start.device)
+        everyone = torch.arange(len(start), device=start.device)
         here = torch.cat([curve.start / curve.scale, torch.zeros_like(curve.scale)], 1)
-        tangent = curve.tangent(
-            here, torch.zeros_like(here).index_fill(1, torch.tensor([here.shape[1] - 1]), 1), active
-        )
+        curve.value(here, everyone)  # the start is the best iterate so far
+        active = everyone[equation.affords(everyone) >= 3]  # what a tangent costs at least
+        tangent = torch.zeros_like(here)
+        tangent[:, -1] = 1.0
+        tangent[active] = curve.tangent(here[active], tangent[active], active)
         length = torch.full_like(curve.scale, self.length)
         for _ in range(self.max_points):
             active = equation.open(active, curve.root.residual)
-            active = active[length[active, 0] > 1e-6 * self.length]
+            active = active[(length[active, 0] > 1e-6 * self.length) & (equation.affords(active) >= 2)]
             if not len(active):
                 break
             last, border = here[active], tangent[active]
@@ -74,10 +81,10 @@ class Continuation(Solver):
             length[easy] = (1.5 * length[easy]).clamp(max=self.longest)
             arrived = good & (ahead[:, -1] >= 1)
             curve.finish(last[arrived], ahead[arrived], active[arrived])
-            going = good & ~arrived
+            going = good & ~arrived & (equation.affords(active) >= 3)
             here[active[going]] = ahead[going]
             tangent[active[going]] = curve.tangent(ahead[going], chord[going], active[going])
-            active = active[~arrived]
+            active = active[going | ~good]
         return curve.root
 
 
@@ -123,7 +130,8 @@ class _Curve:
         apply = self.bordered(z, slope, f, border, index)
         left = -apply(border, torch.arange(len(index), device=index.device))
         left[:, -1] += 1
-        tangent = border + gmres(apply, left, self.settings.krylov, 2 * self.settings.forcing)[0]
+        affords = self.equation.affords(index)
+        tangent = border + gmres(apply, left, self.settings.krylov, 2 * self.settings.forcing, affords)[0]
         return tangent / tangent.norm(dim=1, keepdim=True)
 
     def correct(self, z: Tensor, border: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +141,9 @@ class _Curve:
         before = torch.full_like(z[:, 0], math.inf)
         todo = torch.arange(len(index), device=index.device)
         for iteration in range(6):
+            todo = todo[self.equation.affords(index[todo]) >= 2]
+            if not len(todo):
+                break
             h, slope, f = self.value(z[todo], index[todo])
             size = h.norm(dim=1)
             there = size <= self.settings.accuracy
@@ -144,11 +155,14 @@ class _Curve:
                 break
             apply = self.bordered(z[todo], slope, f, border[todo], index[todo])
             left = torch.cat([-h, torch.zeros_like(h[:, :1])], 1)
-            z[todo] += gmres(apply, left, self.settings.krylov, self.settings.forcing)[0]
+            affords = self.equation.affords(index[todo])
+            z[todo] += gmres(apply, left, self.settings.krylov, self.settings.forcing, affords)[0]
         return z, count
 
     def finish(self, before: Tensor, after: Tensor, index: Tensor) -> None:
         """Newton's method on F itself, from where the chord between two points of the curve meets t = 1."""
+        able = self.equation.affords(index) >= 1
+        before, after, index = before[able], after[able], index[able]
         if not len(index):
             return
         crossing = torch.lerp(before, after, (1 - before[:, -1:]) / (after[:, -1:] - before[:, -1:]))

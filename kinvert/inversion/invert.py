@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import amplification
+from kinvert.checks import check_callback
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.inversion.continuation import Continuation
@@ -96,7 +97,7 @@ def invert(
             is not in the range of D has none; the nearest result is returned and not called converged.
         tol: rms of `sample(latent) - x` to reach, absolute; by default 1e-9 in float64 and 1e-5 in float32.
         max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit.
-        mask: 1 = invert, 0 = keep x, as in `unsample`.
+        mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.
         callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
         progress: show a progress bar of that run.
         max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
@@ -115,7 +116,8 @@ def invert(
             other input that cannot work.
         TypeError: as in `sample`.
     """
-    check_state(x)
+    check_image(x)
+    check_callback(callback)
     solver = method if isinstance(method, (Solver, Sweeps)) else _method(method)
     if last_step not in LAST_STEPS:
         raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
@@ -124,7 +126,9 @@ def invert(
     goal = tolerance(tol, x)
     limit = _limit(max_evals, plan)
     bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
-    bound = bound if mask is None else Masked(bound, mask, x)
+    if mask is not None:
+        bound = Masked(bound, mask, x)
+        _check_hard(bound.mask)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     parts = []
@@ -195,10 +199,12 @@ class _Job:
 def _undo(job: _Job) -> Inversion:
     """Undo an algebraically reversible sampler in closed form."""
     plan, x = job.plan, job.x
-    size = float(rms(x).max())
+    # Two digits of each sample's size will do; where one is broken, that is no matter of rounding.
+    sizes = {float(f"{size:.1e}") for size in rms(x).nan_to_num(0.0, 0.0).tolist()}
     # Around one image the data are narrower than as a whole: a tenth predicts what was measured of trained networks.
-    growth = max(amplification(plan, std=0.1 * size))
-    rounding = growth * torch.finfo(x.dtype).eps * size
+    growths = {size: max(amplification(plan, std=0.1 * size)) for size in sizes}
+    growth = max(growths.values())
+    rounding = max(each * torch.finfo(x.dtype).eps * size for size, each in growths.items())
     notes = []
     if rounding > job.goal:
         notes.append(
@@ -212,10 +218,11 @@ def _undo(job: _Job) -> Inversion:
     error = job.error(restored)
     lost = (error > job.goal).nonzero()[:, 0].tolist()
     notes += [f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost]
-    spent = torch.full_like(job.budget, undone.evaluations + plan.evaluations)
+    spent = torch.full_like(job.budget, undone.evaluations + plan.closed.evaluations)
     none = x.new_zeros(1, len(x))  # nothing was solved, so nothing is left over
     found = Trajectory([undone.latent], none, spent)
-    return job.result(found, restored, notes, checking=plan.evaluations, memory=undone.memory, amplification=growth)
+    checking = plan.closed.evaluations
+    return job.result(found, restored, notes, checking=checking, memory=undone.memory, amplification=growth)
 
 
 def _step_by_step(job: _Job, solver: Solver) -> Inversion:
@@ -319,15 +326,14 @@ def _whole_run(job: _Job, sweeps: Sweeps) -> Inversion:
         solved = sweeps.solve(plan, job.select, x, job.goal, int(job.budget[0]))
         latent, restored, error = solved.latent, solved.restored, torch.tensor(solved.errors).to(x)
         spent = torch.tensor(solved.evaluations, device=x.device)
-    for base in BASES:
-        index = ((error > job.goal) & error.isfinite() & (spent < job.budget)).nonzero()[:, 0]
+    for base in [compile_plan(rule, plan.sigmas) for rule in BASES]:
+        able = job.budget - spent >= _Through.least(plan, base)
+        index = ((error > job.goal) & error.isfinite() & able).nonzero()[:, 0]
         if not len(index):  # an error is infinite only where the denoiser fails
-            break
-        left = (job.budget - spent)[index]
-        through = _Through(plan, compile_plan(base, plan.sigmas), _restrict(job.select, index), x[index], left)
-        equation = Equation(through, x[index], x.new_full((len(index),), job.goal), left, cost=0)
-        Anderson(window=12, max_iterations=40).solve(equation, x[index])
-        spent[index] += through.spent
+            continue
+        through = _Through(job, base, index, spent[index])
+        Anderson(window=12, max_iterations=40).solve(through, x[index])
+        spent[index] = through.evaluations
         better = through.best < error[index]
         where = index[better]
         latent[where], restored[where], error[where] = (
@@ -357,37 +363,67 @@ def _run_map(plan: Plan, select: Select) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda u, index: run(plan, select(index), u)
 
 
-class _Through:
-    """`(z, index) -> S(E^{-1}(z))`. Each inverse starts from the last one and is as exact as it needs to be."""
+class _Through(Equation):
+    """`S(E^{-1}(z)) = image`. Each inverse starts from the last one and is as exact as it needs to be."""
 
-    def __init__(self, plan: Plan, base: Plan, select: Select, x: Tensor, budget: Tensor) -> None:
-        self.plan, self.base, self.select, self.x, self.budget = plan, base, select, x, budget
+    def __init__(self, job: _Job, base: Plan, index: Tensor, spent: Tensor) -> None:
+        self.plan, self.base, self.select = job.plan, base, _restrict(job.select, index)
+        x = job.x[index]
+        goal = x.new_full((len(x),), job.goal)
+        super().__init__(self.down_again, x, goal, job.budget[index], self.least(job.plan, base))
+        self.evaluations = spent.clone()
         self.latent, self.restored, self.best = x.clone(), x.clone(), x.new_full((len(x),), torch.inf)
-        self.spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.accuracy = x.new_full((len(x),), 1e-3)
         self.warm: list[Tensor] | None = None
 
-    def __call__(self, z: Tensor, index: Tensor) -> Tensor:
+    @staticmethod
+    def least(plan: Plan, base: Plan) -> int:
+        """What a call costs at least: a run up, from a first guess, and one down."""
+        return base.evaluations + 1 + plan.evaluations
+
+    def residual(self, u: Tensor, index: Tensor) -> Tensor:
+        """`image - S(E^{-1}(u))`, which counts what it costs itself."""
+        return self.value[index] - self.function(u, index)
+
+    def down_again(self, z: Tensor, index: Tensor) -> Tensor:
+        """`S(E^{-1}(z))`."""
         part = _restrict(self.select, index)
 
         def tolerance(step: Step) -> Tensor:
             return self.accuracy[index] * max(1.0, step.sigma_next)
 
         starts = self.warm and [state[index] for state in self.warm]
-        left = self.budget[index] - self.spent[index]
+        left = self.budget[index] - self.evaluations[index] - self.plan.evaluations
         path = invert_steps(self.base, part, z, tolerance, Anderson(max_iterations=25), left, starts)
         if self.warm is None:  # the first call is for all samples
             self.warm = [state.clone() for state in path.states]
         for kept, state in zip(self.warm, path.states, strict=True):
             kept[index] = state
         out = run(self.plan, part(torch.arange(len(index), device=z.device)), path.states[0])
-        self.spent[index] += path.evaluations + self.plan.evaluations
-        size = rms(out - self.x[index]).nan_to_num(torch.inf)
+        self.evaluations[index] += path.evaluations + self.plan.evaluations
+        size = rms(out - self.value[index]).nan_to_num(torch.inf)
         better = size < self.best[index]
         self.best[index[better]] = size[better]
         self.latent[index[better]], self.restored[index[better]] = path.states[0][better], out[better]
         self.accuracy[index] = (0.004 * size).clamp(max=1e-3)
         return out
+
+
+def _check_hard(mask: Tensor) -> None:
+    """Raise ValueError for a soft mask: between 0 and 1 `sample` mixes in noise that depends on the latent."""
+    soft = mask[(mask != 0) & (mask != 1)]
+    if soft.numel():
+        raise ValueError(
+            f"mask must be 0 or 1 everywhere to invert a run with it, got {soft.numel()} values between, such as "
+            f"{float(soft[0]):.3g}, as x sees it; give a hard mask of x's own resolution, e.g. (mask > 0.5)"
+        )
+
+
+def check_image(x: Any) -> None:
+    """Raise TypeError or ValueError where `x` is not of shape (batch, *event) with an event to solve for."""
+    check_state(x)
+    if x.ndim < 2 or not x.numel():
+        raise ValueError(f"x must have shape (batch, *event) with values in each event, got {tuple(x.shape)}")
 
 
 def falling(sigmas: Any) -> tuple[float, ...]:
@@ -398,7 +434,7 @@ def falling(sigmas: Any) -> tuple[float, ...]:
     return schedule
 
 
-def check_invertible(plan: Plan, last_step: str = "error") -> None:
+def check_invertible(plan: Plan, last_step: str | None = None) -> None:
     """Raise ValueError where the run of a Plan cannot be inverted."""
     name = plan.rule.name
     fix = f"ki.sampler({name!r}, eta=0)" if getattr(plan.rule, "eta", 0.0) else "a deterministic sampler such as 'heun'"
@@ -407,11 +443,17 @@ def check_invertible(plan: Plan, last_step: str = "error") -> None:
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "
             f"noises; use extract_noise, or {fix}"
         )
+    if plan.sigmas[-1] > 0 and not getattr(plan.rule, "keep_last", True):
+        raise ValueError(
+            f"cannot invert {name}: it discards its last step on a schedule that does not end in 0, so its image would "
+            f"belong to sigma {plan.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0, keep_last=True)"
+        )
     for step in plan.steps:
         if step.forgets_x and not (step.sigma_next == 0 and last_step == "least_change"):
             hint = f"use {fix}"
             if step.sigma_next == 0:
-                hint = 'stop at sigma_min > 0, e.g. sigmas[:-1], or ask for last_step="least_change"'
+                hint = "stop at sigma_min > 0, e.g. sigmas[:-1]"
+                hint += ', or ask for last_step="least_change"' if last_step else ""
             raise ValueError(
                 f"cannot invert the step of {name} from sigma {step.sigma:g} to {step.sigma_next:g}: x has "
                 f"coefficient 0 there; {hint}"
@@ -419,9 +461,9 @@ def check_invertible(plan: Plan, last_step: str = "error") -> None:
 
 
 def _method(name: object) -> Solver | Sweeps:
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method must be a Solver or {one_of(name, METHODS)}")
-    return METHODS[str(name)]()
+    return METHODS[name]()
 
 
 def tolerance(tol: float | None, x: Tensor) -> float:

@@ -72,6 +72,7 @@ class Inversion:
             **{name: cat(name) for name in names},
             residuals=cat("residuals", 1),
             contraction=cat("contraction", 1),
+            amplification=max((part.amplification for part in parts if part.amplification is not None), default=None),
             memory={name: torch.cat([part.memory[name] for part in parts]) for name in parts[0].memory},
             warnings=tuple(dict.fromkeys(note for part in parts for note in part.warnings)),
         )
@@ -116,7 +117,8 @@ class Inversion:
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square per sample, shape (batch,)."""
-    return x.reshape(len(x), -1).square().mean(1).sqrt()
+    wide = x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of halves
+    return wide.square().mean(1).sqrt().to(x.dtype)
 
 
 def _rms_of(noises: tuple[Tensor, ...]) -> float:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kinvert.checks import count
 from kinvert.denoisers import Denoiser
 from kinvert.inversion.result import rms
 from kinvert.plan import Plan
@@ -72,7 +73,11 @@ class Equation:
 
     def is_open(self, index: Tensor, residual: Tensor) -> Tensor:
         """Which of `index`, whose residuals are given."""
-        return (residual > self.tolerance[index]) & (self.evaluations[index] < self.budget[index])
+        return (residual > self.tolerance[index]) & (self.affords(index) >= 1)
+
+    def affords(self, index: Tensor) -> Tensor:
+        """How often the function may still be called for the samples `index`."""
+        return (self.budget[index] - self.evaluations[index]).div(self.cost, rounding_mode="floor")
 
     def residual(self, u: Tensor, index: Tensor) -> Tensor:
         """`f(u) = y - F(u)` of the samples `index`."""
@@ -162,6 +167,11 @@ class Anderson(Solver):
     max_iterations: int = 60
     growth: float = 4.0
     check_every: int = 1
+
+    def __post_init__(self) -> None:
+        count("window", self.window, 0)
+        count("max_iterations", self.max_iterations)
+        count("check_every", self.check_every)
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
@@ -283,6 +293,10 @@ class NewtonKrylov(Solver):
     halvings: int = 6
     least_change: bool = False
 
+    def __post_init__(self) -> None:
+        count("krylov", self.krylov)
+        count("max_iterations", self.max_iterations)
+
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
         batch, shape = len(start), start.shape[1:]
@@ -290,7 +304,14 @@ class NewtonKrylov(Solver):
         f = equation.residual(start, index)
         root = Root(start.clone(), rms(f).nan_to_num(math.inf, math.inf))
         residual = f.clone()
-        active = equation.open(index, root.residual)
+
+        def able(index: Tensor) -> Tensor:  # a product and the line search take a call each, the anchor one more
+            least = 2 + self.least_change
+            return index[
+                (equation.is_open(index, root.residual[index]) & (equation.affords(index) >= least)).nonzero()[:, 0]
+            ]
+
+        active = able(index)
         for _ in range(self.max_iterations):
             if not len(active):
                 break
@@ -304,10 +325,11 @@ class NewtonKrylov(Solver):
             anchored = self.least_change and bool(moved.any())
             if anchored:
                 right = right + apply(moved, torch.arange(len(active), device=right.device))
-            direction, _ = gmres(apply, right, self.krylov, self.forcing)
+            # One call is left for the line search.
+            direction, _ = gmres(apply, right, self.krylov, self.forcing, equation.affords(active) - 1)
             direction = (direction - moved if anchored else direction).reshape(-1, *shape)
             moved = line_search(equation, root, residual, active, direction, self.halvings)
-            active = active[(moved & equation.is_open(active, root.residual[active])).nonzero()[:, 0]]
+            active = able(active[moved])
         return root
 
 
@@ -315,8 +337,12 @@ Operator = Callable[[Tensor, Tensor], Tensor]
 """`(v, todo) -> A v` for the rows `todo` of a batch of linear equations, v of shape (len(todo), m)."""
 
 
-def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tensor, Tensor]:
+def gmres(
+    apply: Operator, b: Tensor, krylov: int, forcing: float, affords: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`x` with `A x = b` per row to the relative accuracy `forcing`, from 0, with at most `krylov` products a row.
+
+    affords: as many products may be made for each row, shape (rows,); x is 0 where there are none.
 
     Returns:
         x, shape (rows, m), and the images under A of the orthonormal basis that was built, shape (rows, products, m). A
@@ -331,8 +357,10 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
     most = min(krylov, m)
     basis, images = b.new_zeros(n, most + 1, m), b.new_zeros(n, most, m)
     basis[:, 0] = b / size[:, None].clamp(min=finfo.tiny)
-    todo = torch.arange(n, device=b.device)  # a row that is good enough costs no further products
-    for j in range(most):
+    affords = torch.full((n,), most, device=b.device) if affords is None else affords
+    todo = (affords > 0).nonzero()[:, 0]  # a row that is good enough costs no further products
+    image = images[:, :0]
+    for j in range(most if len(todo) else 0):
         images[todo, j] = apply(basis[todo, j].to(dtype), todo).to(b.dtype)
         spanned, image = basis[:, : j + 1], images[:, : j + 1]
         # The projected problem is small: least squares on the images of the orthonormal basis.
@@ -342,14 +370,15 @@ def gmres(apply: Operator, b: Tensor, krylov: int, forcing: float) -> tuple[Tens
         weights = small_solve(gram + ridge * eye, image @ b[:, :, None])
         x[todo] = (spanned.mT @ weights)[todo, :, 0]
         left = (b - (image.mT @ weights)[:, :, 0]).norm(dim=1)
-        todo = todo[(left[todo] > forcing * size[todo]).nonzero()[:, 0]]  # the one read of a product
+        going = (left[todo] > forcing * size[todo]) & (affords[todo] > j + 1)
+        todo = todo[going.nonzero()[:, 0]]  # the one read of a product
         if not len(todo):
             break
         new = images[:, j, :, None]
         for _ in range(2):  # twice is enough to be orthogonal to rounding
             new = new - spanned.mT @ (spanned @ new)
         basis[:, j + 1] = new[:, :, 0] / new.norm(dim=1).clamp(min=finfo.tiny)
-    return x.to(dtype), images[:, : j + 1]
+    return x.to(dtype), image
 
 
 def line_search(
@@ -364,7 +393,7 @@ def line_search(
         better = root.keep(active[waiting], trial, rms(f).nan_to_num(math.inf, math.inf))
         residual[active[waiting]] = torch.where(like(better, f), f, residual[active[waiting]])
         moved[waiting] |= better
-        waiting = waiting[(~better).nonzero()[:, 0]]
+        waiting = waiting[(~better & (equation.affords(active[waiting]) >= 1)).nonzero()[:, 0]]
         if not len(waiting):
             break
     return moved

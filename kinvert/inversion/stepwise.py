@@ -145,7 +145,7 @@ def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
     at the state before, one evaluation of F each. `F(u + d) - y` stands for `F' d`, as the states solve the steps.
     """
     everyone, levels = torch.arange(len(states[0]), device=states[0].device), levels_of(plan, states[0])
-    direction = white(0).bind(states[0])(1.0, 0.0)
+    direction = white(0).bind(states[0][:1])(1.0, 0.0).expand_as(states[0])  # whatever the others in the batch are
     factors: list[Tensor] = []
     for step in reversed(plan.steps):
         u, y, function = states[step.index], states[step.index + 1], step_map(step, select, levels[step.index])

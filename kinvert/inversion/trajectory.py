@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kinvert import engine
+from kinvert.checks import count
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
@@ -58,6 +59,10 @@ class Sweeps:
     max_sweeps: int = 100
     focus: float = 0.01
     patience: int = 12
+
+    def __post_init__(self) -> None:
+        count("window", self.window)
+        count("max_sweeps", self.max_sweeps)
 
     def solve(self, plan: Plan, select: Select, x: Tensor, goal: float, budget: int) -> Solution:
         """Solve for every sample of x, shape (batch, *event), until its round trip has an rms of at most `goal`.
@@ -115,6 +120,10 @@ class StepSweeps(Solver):
     max_sweeps: int = 40
     focus: float = 0.5
     patience: int = 6
+
+    def __post_init__(self) -> None:
+        count("window", self.window)
+        count("max_sweeps", self.max_sweeps)
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers import Denoiser, guide
-from kinvert.engine import check_state, run
-from kinvert.inversion.invert import check_invertible, falling
+from kinvert.engine import run
+from kinvert.inversion.invert import check_image, check_invertible, falling
 from kinvert.inversion.invert import tolerance as invert_tolerance
 from kinvert.inversion.result import Inversion, rms
 from kinvert.plan import Plan, compile_plan
@@ -23,7 +22,7 @@ Conditioning = Mapping[str, Any] | None
 
 def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
     """The Plan of the sampler that a method belongs to, checked: it must be one that can be inverted."""
-    check_state(x)
+    check_image(x)
     if x.dtype.itemsize < 4:
         raise TypeError(f"x must be float32 or float64, got {x.dtype}; use x.float() and a network in float32")
     plan = compile_plan(rule, falling(sigmas))
@@ -75,15 +74,3 @@ def certified(
 def tolerance(x: Tensor) -> float:
     """The root mean square of a round trip up to which `invert` calls it exact."""
     return invert_tolerance(None, x)
-
-
-def count(name: str, value: Any, low: int = 1) -> None:
-    """Raise ValueError where `value` is no count."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
-
-
-def positive_number(name: str, value: Any) -> None:
-    """Raise ValueError where `value` is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")

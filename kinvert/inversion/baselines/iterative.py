@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.checks import count, positive_number
 from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.engine import stage_sigmas
 from kinvert.forms import State
@@ -18,9 +19,7 @@ from kinvert.inversion.baselines.common import (
     Conditioning,
     certified,
     checked_plan,
-    count,
     ddim_up,
-    positive_number,
     tolerance,
 )
 from kinvert.inversion.result import Inversion, rms

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.checks import count, positive_number
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import advance, stage_sigmas
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, count, ddim_path, positive_number
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, ddim_path
 from kinvert.inversion.result import Inversion
 from kinvert.noise import replay
 from kinvert.plan import Step, compile_plan
