@@ -56,6 +56,10 @@ class Commands(click.Group):
             raise click.UsageError(str(error)) from error
         except bench.UnfinishedError as error:
             raise click.ClickException(str(error)) from error
+        except BrokenPipeError:  # whoever reads the output has enough
+            raise
+        except OSError as error:
+            raise click.UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
 
 class WithDefault(click.Group):

@@ -694,6 +694,23 @@ def test_images_are_kept(tmp_path: Path) -> None:
     assert record["metrics"]["mse"] == pytest.approx(error.tolist(), rel=1e-5)
 
 
+def test_a_certificate_is_not_part_of_the_way_up() -> None:
+    """What a method spends on its check and its diagnostics is left out: the same count as the library's own."""
+    for sampler in ("heun", "dpmpp_2m", "reversible_heun", "edict"):
+        cell = Cell("gaussian", method="invert", sampler=sampler, steps=8, count=2)
+        problem = make_problem(cell.model, cell.count, cell.seed, torch.float64)
+        job = job_of(cell, problem)
+        found = ki.invert(job.denoiser, problem.images, job.sigmas, sampler=job.sampler)
+        record, _ = bench.measure(cell)
+        assert record["inversion_evaluations"] == (found.evaluations - found.checking).tolist()
+
+
+def test_what_a_baseline_claims_is_for_its_own_sampler() -> None:
+    for sampler, claim in (("euler", [True, True]), ("heun", None)):
+        record, _ = bench.measure(Cell("mixture", method="aidi_anderson", sampler=sampler, steps=40, count=2))
+        assert record["converged"] == claim, sampler
+
+
 # -- the committed effects ---------------------------------------------------------------------------------------------
 def effect(name: str) -> list[dict[str, Any]]:
     path = Path(__file__).parent.parent / "benchmarks" / "results" / f"effects-{name}.json"

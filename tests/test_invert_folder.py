@@ -184,6 +184,37 @@ def test_files_that_come_later_are_added(source: Path, tmp_path: Path) -> None:
     assert second[:4] == first[:4] and [row["file"] for row in second[4:]] == ["more/d.png", "z.png"]
 
 
+def test_another_content_is_another_result(source: Path, tmp_path: Path) -> None:
+    """Files of the same names and sizes: latents of an earlier content are not those of this one."""
+    x = np.random.default_rng(0).normal(size=(2, 1, 8, 8))
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", x[0 if name == "one" else 1])
+    found = [
+        latents(tmp_path / "out", bench.invert_folder(tmp_path / name, tmp_path / "out", CELL))
+        for name in ("one", "other", "one")
+    ]
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1])
+    np.save(tmp_path / "one" / "0.npy", x[1])
+    assert torch.equal(
+        latents(tmp_path / "out", bench.invert_folder(tmp_path / "one", tmp_path / "out", CELL)), found[1]
+    )
+
+
+def test_a_bad_file_does_not_take_its_shard_along(source: Path, tmp_path: Path) -> None:
+    (source / "c.png").write_bytes(b"nonsense")
+    (source / "more" / "a.png").write_bytes(b"nonsense")
+    with pytest.raises(bench.UnfinishedError, match=r"(?s)2 of 5 are not done; the others are.*c\.png.*a\.png"):
+        bench.invert_folder(source, tmp_path / "out", CELL)
+    assert [row["file"] for row in manifest(tmp_path / "out")] == ["a.png", "b.PNG", "more/d.png"]
+
+
+def test_a_first_run_that_fails_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(bench.UnfinishedError, match="lable"):
+        bench.invert_folder(source, tmp_path / "out", CELL, positive={"lable": 3})
+    assert len(bench.invert_folder(source, tmp_path / "out", CELL, positive={"label": 3})) == 5
+
+
 def test_out_may_lie_in_source(source: Path) -> None:
     rows = bench.invert_folder(source, source / "out", CELL)
     assert bench.invert_folder(source, source / "out", CELL) == rows and len(rows) == 5
@@ -263,9 +294,21 @@ def test_command(source: Path, tmp_path: Path) -> None:
         (["--positive", "label"], "--positive must be KEY=VALUE"),
         (["--sampler", "heun", "--option", "s_chrun=1"], "did you mean 's_churn'?"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--cfg", "nan"], "cfg must be finite, got nan"),
+        (["--positive", "label=null"], "positive must have a finite number or a string for 'label', got None"),
+        (
+            ["--method", "aidi", "--max-evals", "30"],
+            "max_evals is for picard and invert, which iterate, got method 'aidi'",
+        ),
     ],
 )
 def test_command_refuses(args: list[str], message: str, source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "out"), *args])
     assert result.exit_code == 2 and message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_command_says_where_it_cannot_write(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "file"), "--model", "digits"])
+    assert result.exit_code == 2 and "cannot write to" in result.stderr and "choose another folder" in result.stderr

@@ -512,3 +512,17 @@ def test_the_page_works_by_keyboard_and_on_a_phone(opened: Any) -> None:
 
 def test_records_of_the_tests_are_valid_json(tmp_path: Path) -> None:
     assert json.loads(store.dumps(everything(tmp_path)))
+
+
+def test_a_report_has_nothing_of_the_one_before(tmp_path: Path) -> None:
+    report.write([record(sampler=name, steps=n) for name in ("euler", "heun") for n in (10, 20)], tmp_path)
+    before = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    report.write([record(error="refused")], tmp_path)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"report.html"} < before
+
+
+def test_two_results_for_one_cell_are_refused() -> None:
+    one, other = record(relative=0.1), record(relative=0.2)
+    assert len(report.read([one, one])) == 1
+    with pytest.raises(ValueError, match=r"different results for one cell, digits reconstruction unsample euler"):
+        report.read([one, other])

@@ -2,15 +2,17 @@
 
 Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
 ("latents", and "memory/<name>" or "noises/<i>" where they belong to the latents), then its rows to `<key>.json`, which
-says that it is done; the key is a hash of the settings and of the names and sizes of its files. When all shards are
+says that it is done; the key is a hash of the settings and of the names and contents of its files. When all shards are
 done, their rows make `manifest.jsonl`: file, index in it, shard, row, converged, round_trip_error, evaluations.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from torch import Tensor
 
 from kinvert.bench import store
 from kinvert.bench.grid import Cell, content_key
-from kinvert.bench.methods import Found, find, restore
+from kinvert.bench.methods import ITERATING, Found, find, restore
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import alone, job_of, problem_of
-from kinvert.bench.tasks import run_tasks
+from kinvert.bench.tasks import UnfinishedError, run_tasks
 from kinvert.inversion.result import rms
 
 IMAGES = (".png", ".jpg", ".jpeg")
@@ -39,14 +41,14 @@ class Shard:
     Attributes:
         cell: model, method, sampler, schedule, steps, cfg, dtype and seed; its other settings have no meaning here.
         source: the folder.
-        files: names in it, and their sizes in bytes.
+        files: names in it, and hashes of their contents.
         positive, negative: conditioning: a value for each keyword of the denoiser.
         max_evals: denoiser evaluations that one sample may cost; None sets no limit.
     """
 
     cell: Cell
     source: Path
-    files: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, str], ...]
     positive: tuple[tuple[str, Any], ...] = ()
     negative: tuple[tuple[str, Any], ...] = ()
     max_evals: int | None = None
@@ -133,14 +135,27 @@ def invert_folder(
 
     Raises:
         ValueError: a source without images or latents; a folder with results of other settings; as `run`.
-        UnfinishedError: a file that cannot be read or inverted, or a worker that ended early; the rest is done.
+        UnfinishedError: files that cannot be read, named when the others are done and in the manifest; a shard that
+            cannot be inverted, or a worker that ended early: the other shards are done.
     """
     source, folder = Path(source), Path(folder)
     if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
-    files = [(path.relative_to(source).as_posix(), path.stat().st_size) for path in _files(source, folder)]
-    conditioning = tuple(sorted((positive or {}).items())), tuple(sorted((negative or {}).items()))
+    if max_evals is not None and cell.method not in ITERATING:
+        raise ValueError(f"max_evals is for {' and '.join(ITERATING)}, which iterate, got method {cell.method!r}")
+    conditioning = _checked("positive", positive or {}), _checked("negative", negative or {})
     cell = replace(cell, question="reconstruction", count=1)
+    problem = problem_of(cell.model, 1, 0, cell.dtype)
+    paths, files, unread = _files(source, folder), [], []
+    for path in paths:
+        try:
+            _read(path, problem)
+            files.append((path.relative_to(source).as_posix(), sha256(path.read_bytes()).hexdigest()[:16]))
+        except ValueError as error:
+            unread.append(f"  {error}")
+    complaint = f"{len(unread)} of {len(paths)} are not done; the others are, and in {MANIFEST}:\n" + "\n".join(unread)
+    if not files:
+        raise UnfinishedError(complaint)
     shards = [
         Shard(cell, source, tuple(files[i : i + shard_size]), *conditioning, max_evals)
         for i in range(0, len(files), shard_size)
@@ -151,6 +166,8 @@ def invert_folder(
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
     store.write(folder / MANIFEST, "".join(store.dumps(row) + "\n" for row in rows).encode())
+    if unread:
+        raise UnfinishedError(complaint)
     return rows
 
 
@@ -171,11 +188,14 @@ def _files(source: Path, folder: Path) -> list[Path]:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """One folder, one manifest: the settings of the run that began in it are kept."""
+    """One folder, one manifest: the settings of its latents are kept."""
     path = folder / SETTINGS
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        store.write(path, (store.dumps(settings) + "\n").encode())
+    if not path.exists() or not any(folder.glob("*.safetensors")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            store.write(path, (store.dumps(settings) + "\n").encode())
+        except OSError as error:
+            raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     before = json.loads(path.read_text())
     for key, value in json.loads(store.dumps(settings)).items():
         if before.get(key) != value:
@@ -183,6 +203,14 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
                 f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {value!r}; choose "
                 "another folder"
             )
+
+
+def _checked(name: str, values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    for key, value in values.items():
+        number = isinstance(value, (bool, int, float)) and math.isfinite(value)
+        if not number and not isinstance(value, str):
+            raise ValueError(f"{name} must have a finite number or a string for {key!r}, got {value!r}")
+    return tuple(sorted(values.items()))
 
 
 def _tensors(values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +80,8 @@ class Cell:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if isinstance(self.cfg, bool) or not isinstance(self.cfg, (int, float)):
             raise TypeError(f"cfg must be a number, got {self.cfg!r}")
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"cfg must be finite, got {self.cfg}; 1 turns guidance off")
         object.__setattr__(self, "cfg", float(self.cfg))
         object.__setattr__(self, "options", self._canonical_options())
 

@@ -152,8 +152,9 @@ def _baseline(name: str, own: str = "euler") -> Method:
     """A published inversion; `own` is the sampler that it checks itself with."""
 
     def apply(job: Job, x: Tensor) -> Found:
-        result = BASELINES[name](job.denoiser, x, job.sigmas, **job.guidance)
-        return _found(result, ki.sampler(own), job)
+        result, rule = BASELINES[name](job.denoiser, x, job.sigmas, **job.guidance), ki.sampler(own)
+        found = _found(result, rule, job)
+        return found if job.sampler == rule else replace(found, converged=None)  # what it claims is for its own
 
     return apply
 
@@ -186,6 +187,7 @@ METHODS: dict[str, Method] = {
     "direct_inversion": _direct_inversion,
 }
 """Name -> method. Each published baseline of `kinvert.inversion.baselines` is one line."""
+ITERATING = ("picard", "invert")  # those that `max_evals` is for
 
 
 def find(method: str, job: Job, x: Tensor) -> Found:
@@ -202,10 +204,12 @@ def find(method: str, job: Job, x: Tensor) -> Found:
 
 
 def _found(result: ki.Inversion | Found, sampler: Rule, job: Job) -> Found:
-    """An inversion counts the run of `sampler` that checks it; the benchmark makes that run itself: it is left out."""
+    """The way to the latent, without what an inversion spent on its certificate or, where it does not say how much
+    that was, on the run of `sampler` that checks it.
+    """
     if isinstance(result, Found):
         return result
-    check = compile_plan(sampler, job.sigmas).closed.evaluations
+    check = result.checking or compile_plan(sampler, job.sigmas).closed.evaluations
     stepwise = len(result.residuals) == len(job.sigmas) - 1 and not result.memory and not result.noises
     return Found(
         result.latent,

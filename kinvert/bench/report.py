@@ -17,6 +17,7 @@ from string import Template
 from typing import Any
 
 from kinvert.bench import figures, store, tables
+from kinvert.bench.grid import describe
 from kinvert.bench.tables import COLUMNS, SETTINGS, Record, Row
 
 TITLE = "How reversible are samplers?"
@@ -43,6 +44,9 @@ def write(source: Iterable[Record | Path | str], out: Path | str) -> Path:
         raise ValueError("there are no records to report; run `kinvert bench` first, and give its folder")
     out = Path(out)
     (out / "figures").mkdir(parents=True, exist_ok=True)
+    written = [out / "figures" / f"{name}.{kind}" for name in figures.FIGURES for kind in ("svg", "png")]
+    for path in (*written, out / "leaderboard.md", out / "leaderboard.tex"):
+        path.unlink(missing_ok=True)  # of other records
     images = {}
     for name in figures.FIGURES:
         try:
@@ -70,7 +74,20 @@ def read(source: Iterable[Record | Path | str]) -> list[Record]:
         for record in store.load(place):
             path = (place if place.is_dir() else place.parent) / f"{record['key']}.safetensors"
             records.append(record | {"arrays": str(path)} if path.exists() else record)
-    return list({json.dumps(record["cell"], sort_keys=True): record for record in records}.values())
+    found: dict[str, Record] = {}
+    for record in records:
+        cell = json.dumps(record["cell"], sort_keys=True)
+        if cell in found and _bare(found[cell]) != _bare(record):
+            raise ValueError(
+                f"there are different results for one cell, {describe(record['cell'])}; report one of them, or "
+                "see `kinvert bench compare`"
+            )
+        found[cell] = record
+    return list(found.values())
+
+
+def _bare(record: Record) -> str:
+    return store.dumps({key: value for key, value in record.items() if key != "arrays"})
 
 
 def page(records: Sequence[Record], images: dict[str, bytes]) -> str:
