@@ -102,3 +102,9 @@ def check_callback(callback: Any) -> None:
     """Raise TypeError where a callback cannot be called, before the run instead of after its first step."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(progress) once a step, got {type(callback).__name__}")
+
+
+def check_plan(plan: Any) -> None:
+    """Raise TypeError where `plan` is a sampler that is not compiled yet, or something else."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}; use ki.compile_plan(sampler, sigmas)")

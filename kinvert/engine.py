@@ -27,6 +27,7 @@ from kinvert.checks import (
     check_callback,
     check_memory,
     check_outputs,
+    check_plan,
     check_state,  # noqa: F401 - offered here too
     checked_noise,
 )
@@ -112,8 +113,11 @@ def run_state(
         TypeError: as `run`; auxiliary state of another dtype than x's.
         ValueError: as `run`; auxiliary state that the Plan does not start from, or that is missing or of another shape.
     """
+    check_plan(plan)
     check_memory(plan, state)
     check_callback(callback)
+    if not callable(denoiser):
+        raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}")
     x = state["x"]
     draw = noise_for(plan, noise, x)
     loop = _loop if _is_traced(x) else fused_loop
@@ -371,7 +375,7 @@ def advance(
     known: dict[Symbol, Tensor] = {State(name): value for name, value in state.items()}
     seen = None
     for r, interval in enumerate(step.noises):
-        known[Noise(r)] = checked_noise(draw, interval, x)
+        known[Noise(r)] = checked_noise(draw, interval, x).clone()  # a source may use its memory again
     for k, stage in enumerate(step.stages):
         stage_x = combine(stage.input, known, x)
         denoised, uncond = evaluate(denoiser, stage_x, sigmas[k], stage, step)

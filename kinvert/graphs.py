@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_state, checked_noise
+from kinvert.checks import check_plan, check_state, checked_noise
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.engine import Callback, Constants, FusedRun, Progress, can_fuse, noise_for, run
 from kinvert.noise import Noise
@@ -58,6 +58,7 @@ def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> 
         TypeError, ValueError: as `ki.run`, whose checks are made while recording.
         ValueError: steps that is neither "all" nor "each".
     """
+    check_plan(plan)
     check_state(x)
     if steps not in get_args(Steps):
         raise ValueError(f"steps must be {one_of(steps, get_args(Steps))}")

@@ -73,7 +73,7 @@ def real(name: str, value: object, *, above: float = -math.inf, below: float = m
 def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
     """The argument in the dtype to compute in, and the dtype to return."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(real(name, value), dtype=torch.float64)
+        value = torch.tensor(real(name, value), dtype=torch.float64, device="cpu")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got {value.dtype}; convert it to float64")
     wide = torch.float32 if value.device.type == "mps" else torch.float64  # mps has no float64
@@ -319,7 +319,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
     """
     low = real("sigma_min", sigma_min, above=0)
     high = real("sigma_max", sigma_max, above=low)
-    table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64).exp()
+    table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64, device="cpu").exp()
     table[0], table[-1] = low, high
     return EDMLevels(table, real("sigma_data", sigma_data, above=0))
 
@@ -349,7 +349,7 @@ def flux(mu: float = 1.15) -> FlowLevels:
 
 
 def _flow_levels(shift: float, multiplier: float, count: int) -> FlowLevels:
-    u = torch.arange(1, count + 1, dtype=torch.float64) / count
+    u = torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / count
     return FlowLevels(_shifted(u, shift), shift=shift, multiplier=multiplier)
 
 

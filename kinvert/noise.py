@@ -296,6 +296,8 @@ def _as_seed(seed: Any) -> int | tuple[int, ...]:
     seeds = tuple(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else (seed,)
     if not seeds or any(isinstance(one, bool) or not isinstance(one, int) for one in seeds):
         raise TypeError(f"seed must be an int, a sequence of ints (one per sample) or None, got {seed!r}")
+    if not all(-(2**63) <= one < 2**64 for one in seeds):
+        raise ValueError(f"seed must have 64 bits, as torch's generators take it, got {seed!r}")
     return seed if isinstance(seed, int) else seeds
 
 
@@ -317,6 +319,10 @@ def bind(noise: Noise, x: Tensor, levels: tuple[float, ...] = ()) -> NoiseFuncti
         return noise.bind(x, levels)
     if isinstance(noise, NoiseSource):
         return noise.bind(x)
+    if noise is white or noise is brownian:
+        raise TypeError(
+            f"noise must be a noise source, got the function that makes one; call it: {noise.__name__}(seed)"
+        )
     if callable(noise):
         return noise
     raise TypeError(

@@ -167,11 +167,13 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
         ValueError: a schedule that is not strictly monotone, not finite or too short; a step that the rule cannot make.
         TypeError: sigmas that are not numbers, or a rule that is not linear.
     """
-    return _compile(resolve_sampler(rule), as_schedule(sigmas))
+    resolved = resolve_sampler(rule)
+    return _compile(resolved, resolved.name, as_schedule(sigmas))
 
 
 @functools.lru_cache(maxsize=128)
-def _compile(rule: Rule, sigmas: tuple[float, ...]) -> Plan:
+def _compile(rule: Rule, name: str, sigmas: tuple[float, ...]) -> Plan:
+    """The name is there for the cache: rules that are equal but for it have Plans that say their own."""
     rule, sigmas = rule.prepare(sigmas)
     auxiliary = tuple(name for name, _ in compile_auxiliary(rule, sigmas[0]).memory)
     steps = []

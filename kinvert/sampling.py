@@ -196,6 +196,10 @@ def _check_latent(latent: Any, x: Tensor) -> None:
     if not isinstance(latent, Tensor) or latent.shape != x.shape:
         got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
         raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
+    if not latent.is_floating_point():
+        raise TypeError(f"latent must be a floating point tensor, got {latent.dtype}; convert it, e.g. latent.to(x)")
+    if not bool(torch.isfinite(latent).all()):
+        raise ValueError(f"latent has {int((~torch.isfinite(latent)).sum())} NaN or infinite values; clean the input")
 
 
 def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
@@ -260,6 +264,11 @@ class _Job:
         if self.plan is not None:
             return run(self.plan, denoiser, x, noise, callback)
         assert isinstance(self.rule, DPMAdaptive)
+        if self.sigmas[0] == self.sigmas[1]:
+            raise ValueError(
+                f"{self.rule.name} runs between the positive levels of sigmas and needs two of them, got "
+                f"{self.sigmas[0]:g} alone; give a longer schedule, or another sampler for a single step to 0"
+            )
         return run_adaptive(self.rule, denoiser, x, self.sigmas, noise, callback)[0]
 
     def with_bar(self, callback: Callback | None, verb: str) -> Callback:

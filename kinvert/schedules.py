@@ -227,14 +227,14 @@ def linear_quadratic(
     else:
         sigma_max = _checked(levels).sigma_max
     if n == 1:
-        return torch.tensor([sigma_max, 0.0], dtype=torch.float64)
+        return torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu")
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
     if k >= n:
         raise ValueError(f"linear_steps must be below n = {n}, got {k}; leave it out for n // 2")
     theta = real("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
     m, delta = n - k, k - theta * n
     a, b = delta / (k * m**2), theta / k - 2 * delta / m**2
-    j = torch.arange(n, dtype=torch.float64)
+    j = torch.arange(n, dtype=torch.float64, device="cpu")
     y = torch.where(j < k, j * theta / k, a * j**2 + b * j + a * k**2)
     return _with_zero(sigma_max * (1 - y))
 
@@ -329,7 +329,12 @@ def schedule(
     arguments = {"levels": (levels,), "bounds": bounds, "nothing": ()}
     discard = _sampler_name(sampler) in DISCARD_PENULTIMATE
     total = steps if denoise > 0.9999 else int(steps / denoise)
-    sigmas = entry.function(total + discard, *arguments[entry.needs], **options)
+    try:
+        sigmas = entry.function(total + discard, *arguments[entry.needs], **options)
+    except OverflowError as error:
+        raise ValueError(
+            f"the options of {name}, {options}, give levels beyond all numbers; they are too extreme"
+        ) from error
     if discard:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     return sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :]
@@ -374,7 +379,7 @@ def _time_range(levels: Levels) -> tuple[float, float]:
 
 
 def _linspace(start: float, end: float, n: int) -> Tensor:
-    return torch.linspace(start, end, n, dtype=torch.float64)
+    return torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
 
 
 def _between(sigmas: Tensor, low: float, high: float) -> Tensor:

@@ -315,3 +315,26 @@ def test_expand_makes_sigma_multiply_x() -> None:
     assert expand(torch.ones(2), x).dtype == torch.float32
     assert expand(torch.ones(2), x.double()).dtype == torch.float64
     assert expand(torch.ones(2), torch.zeros(2)).shape == (2,)
+
+
+def test_parameters_of_another_dtype_follow_changes_and_gradients() -> None:
+    """They are cast once and kept; not so that autograd, or a change in place, would miss it."""
+    x, sigma = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), torch.ones(4)
+    means = torch.nn.Parameter(torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    for make in (lambda m: GaussianMixture(m, 0.4), lambda m: Gaussian(m[0], 0.4)):
+        with torch.inference_mode():
+            frozen = make(means.detach().clone())
+            frozen(x, sigma)
+        y = x.clone().requires_grad_()
+        frozen(y, sigma).sum().backward()
+        assert y.grad is not None
+        moved = means.detach().clone()
+        mixture = make(moved)
+        before = mixture(x, sigma)
+        moved.add_(5.0)
+        assert not torch.equal(before, mixture(x, sigma))
+    learned = GaussianMixture(means, 0.4)
+    with torch.no_grad():
+        learned(x, sigma)
+    learned(x, sigma).sum().backward()
+    assert means.grad is not None

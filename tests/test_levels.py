@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kinvert as ki
 from kinvert import levels
 from kinvert.levels import DiscreteLevels, EDMLevels, FlowLevels, Levels
 
@@ -379,3 +380,12 @@ BF = f64(0.1, 0.2)
 def test_errors_name_the_argument_the_value_and_the_fix(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_levels_and_schedules_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):  # stands for torch.set_default_device("cuda")
+        for make in (levels.edm, levels.flow, levels.flux, levels.stable_diffusion):
+            assert make().sigmas.device.type == "cpu"
+        for name in ki.SCHEDULES:
+            assert ki.schedule(name, 5, levels.stable_diffusion()).device.type == "cpu", name
+        assert levels.flow().timestep(0.5).device.type == "cpu"

@@ -266,3 +266,15 @@ def test_flow_starts_below_one_and_refuses_more() -> None:
         ki.compile_plan(rule, [1e-4, 0.5, 1.0001])
     with pytest.raises(TypeError, match="rule must be a Rule"):
         ki.rules.Flow("euler")  # type: ignore[arg-type]
+
+
+def test_a_flow_schedule_close_to_1_keeps_its_times() -> None:
+    """Only 1 itself is moved, and not past the next time."""
+    model = ki.levels.flux()
+    times = ki.schedule("beta", 200, model)
+    assert float(times[0]) == 1.0 and float(times[1]) > 0.9999
+    plan = ki.compile_plan(ki.rules.Flow(ki.sampler("dpmpp_2m")), times)
+    assert plan.sigmas[0] == pytest.approx((1 + float(times[1])) / 2, abs=1e-12)
+    assert plan.sigmas[1:] == pytest.approx(times[1:].tolist(), abs=1e-12)
+    near = ki.compile_plan(ki.rules.Flow(ki.sampler("euler")), [0.99999, 0.5, 0.1])
+    assert near.sigmas[0] == pytest.approx(0.99999, abs=1e-12)

@@ -294,3 +294,41 @@ def test_the_error_of_a_stochastic_run_is_found_with_the_same_noise() -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"euler_ancestral: the denoiser returned NaN or infinity at sigma .* in step"):
         ki.sample(fragile, x, KARRAS * 10, sampler=ki.sampler("euler_ancestral", s_noise=3.0))
+
+
+def test_a_noise_function_may_use_its_memory_again() -> None:
+    """Two draws in a step: the plain loop and the fused one take the values as they were returned."""
+    plan, buffer = ki.compile_plan("dpmpp_sde", [10.0, 3.0, 1.0, 0.1]), torch.empty(4, 2, dtype=torch.float64)
+    x = 10 * torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for gradients in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        with torch.set_grad_enabled(gradients):
+            results.append(ki.run(plan, GAUSSIAN, x, lambda a, b, g=generator: buffer.normal_(generator=g)))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def test_plans_of_equal_rules_say_their_own_name() -> None:
+    levels = [10.0, 3.0, 1.0]
+    assert ki.compile_plan("ddim", levels).rule.name == "ddim"
+    assert ki.compile_plan(ki.sampler("euler_ancestral", eta=0), levels).rule.name == "euler_ancestral"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: ki.run("euler", GAUSSIAN, x), TypeError, "plan must be a Plan, got str; use ki.compile_plan"),
+        (lambda x: ki.graphs.capture("euler", GAUSSIAN, x), TypeError, "plan must be a Plan, got str"),
+        (lambda x: ki.run(ki.compile_plan("euler", [3.0, 1.0]), None, x), TypeError, "denoiser must be callable"),
+        (lambda x: ki.sample(GAUSSIAN, x, [3.0, 1.0], callback=3), TypeError, "callback must be callable"),
+        (lambda x: ki.sample(GAUSSIAN, x, [3.0, 1.0], sampler="euler_ancestral", noise=ki.noise.white), TypeError, r"call it: white\(seed\)"),
+        (lambda x: ki.sample(GAUSSIAN, x, [3.0, 0.0], sampler="dpm_adaptive"), ValueError, "needs two of them, got 3 alone"),
+        (lambda x: ki.sample(GAUSSIAN, x, [3.0, 1.0], mask=x[0], latent=x * math.nan), ValueError, "latent has .* NaN"),
+        (lambda x: ki.sample(GAUSSIAN, x, [3.0, 1.0], mask=x[0], latent=x.int()), TypeError, "latent must be a floating point"),
+        (lambda x: ki.noise.white(2**64), ValueError, "seed must have 64 bits"),
+        (lambda x: ki.schedule("karras", 5, ki.levels.edm(), rho=0.001), ValueError, "too extreme"),
+    ],
+)  # fmt: skip
+def test_plausible_mistakes_are_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 2, dtype=torch.float64))

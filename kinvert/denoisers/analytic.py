@@ -32,15 +32,24 @@ from torch import Tensor
 
 from kinvert.denoisers.protocol import broadcasts, expand, working_dtype
 
-_Cache = dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]]
+_Cache = dict[tuple[torch.dtype, torch.device], tuple[tuple[int, ...], tuple[Tensor, ...]]]
 
 
 def _cast(parameters: tuple[Tensor, ...], x: Tensor, cache: _Cache) -> tuple[Tensor, ...]:
-    """The parameters in x's working dtype, on its device; cached, as moving them waits for it."""
+    """The parameters in x's working dtype, on its device; cached, as moving them waits for it.
+
+    Not where they are differentiated, and anew where they were changed in place.
+    """
     key = (working_dtype(x), x.device)
-    if key not in cache:
-        cache[key] = tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)
-    return cache[key]
+    if all((p.dtype, p.device) == key for p in parameters):
+        return parameters
+    if any(p.requires_grad for p in parameters):
+        return tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)
+    state = tuple(0 if p.is_inference() else p._version for p in parameters)
+    if key not in cache or cache[key][0] != state:
+        with torch.inference_mode(False):  # what is cached must serve autograd later
+            cache[key] = state, tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)
+    return cache[key][1]
 
 
 def _variance(std: Tensor, sigma: Tensor) -> Tensor:

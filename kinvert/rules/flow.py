@@ -24,8 +24,8 @@ from kinvert.rules.base import Rule, StepBuilder, option
 class Flow(Rule):
     """`rule` in variance-exploding coordinates, on a schedule and a state in flow time t.
 
-    A schedule that starts at `t = 1`, where the noise level is infinite, is started at `t = start` instead; the state
-    is not changed.
+    A schedule that starts at `t = 1`, where the noise level is infinite, is started at `t = start` instead, or half way
+    to its next time where that is above `start`; the state is not changed.
 
     Attributes:
         rule: the rule to run, e.g. `ki.sampler("dpmpp_2m_sde")`.
@@ -56,7 +56,9 @@ class Flow(Rule):
                 f"{self.name}: flow times must lie in [0, 1], got {max(sigmas):g}; use a schedule that ends below 1 "
                 "(unsample adds sigma_offset to it: drop the step to 1 by end_at_step=1)"
             )
-        rule, levels = self.rule.prepare(tuple(_noise_level(min(t, self.start)) for t in sigmas))
+        next_to_1 = max((t for t in sigmas if t < 1), default=0.0)
+        start = self.start if next_to_1 < self.start else (1.0 + next_to_1) / 2
+        rule, levels = self.rule.prepare(tuple(_noise_level(t if t < 1 else start) for t in sigmas))
         return Flow(rule, self.start), tuple(_flow_time(sigma) for sigma in levels)
 
     def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
