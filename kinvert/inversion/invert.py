@@ -228,30 +228,22 @@ def _undo(job: _Job) -> Inversion:
 def _step_by_step(job: _Job, solver: Solver) -> Inversion:
     """Solve each step; for samples whose steps' errors add up to more than the goal, again and more exactly."""
     plan, x = job.plan, job.x
-    index = torch.arange(len(x), device=x.device)
     # The errors of the steps add up like random ones, and most are below what is allowed.
     share = min(0.45, 1.5 * len(plan.steps) ** -0.5)
-    allowed = _allowed(job, share, lambda sigma: max(1.0, sigma))  # and mostly shrink as sigma does
-    found = invert_steps(plan, job.select, x, _tolerance_of(allowed, index), solver, job.budget)
+    allowed = _allowed(job, share, lambda sigma: max(1.0, sigma)).repeat(1, len(x))  # and mostly shrink as sigma does
+    found = invert_steps(plan, job.select, x, lambda step: allowed[step.index], solver, job.budget)
     restored = job.again(found.states[0])
     found.evaluations += plan.evaluations
-    for share in (0.03, 0.003):
-        solved = (found.residuals <= allowed).all(0)
-        allowed = _allowed(job, share)
+    for _ in range(3):
+        solved, error = (found.residuals <= allowed).all(0), job.error(restored)
+        finer = (allowed * (0.3 * job.goal / error).clamp(max=0.3)).maximum(_allowed(job, 0.0))
         affordable = job.budget - found.evaluations > 4 * plan.evaluations
-        index = (solved & (job.error(restored) > job.goal) & affordable).nonzero()[:, 0]
+        again = solved & (error > job.goal) & (finer < allowed).any(0) & affordable
+        index = again.nonzero()[:, 0]
         if not len(index):
             break
-        part = _restrict(job.select, index)
-        left = (job.budget - found.evaluations)[index]
-        starts = [state[index] for state in found.states]
-        again = invert_steps(plan, part, x[index], _tolerance_of(allowed, index), solver, left, starts)
-        again.evaluations += plan.evaluations
-        everyone = torch.arange(len(index), device=x.device)
-        better_one = run(plan, part(everyone), again.states[0])
-        better = rms(better_one - x[index]).nan_to_num(torch.inf) <= job.error(restored)[index]
-        restored = restored.index_put((index[better],), better_one[better])
-        _merge(found, again, index, better)
+        allowed[:, index] = finer[:, index]
+        _solve_again(job, solver, found, restored, allowed, index)
     factors = contraction(plan, job.select, found.states)
     cost = plan.evaluations + 2 * len(plan.steps[-1].stages)
     found.evaluations += cost
@@ -259,15 +251,25 @@ def _step_by_step(job: _Job, solver: Solver) -> Inversion:
     return job.result(found, restored, _verdicts(job, found, restored), checking=checking, contraction=factors)
 
 
+def _solve_again(
+    job: _Job, solver: Solver, found: Trajectory, restored: Tensor, allowed: Tensor, index: Tensor
+) -> None:
+    """Solve the steps of the samples `index` again, from where they are; what is better takes its place."""
+    plan, x, part = job.plan, job.x[index], _restrict(job.select, index)
+    left, starts = (job.budget - found.evaluations)[index], [state[index] for state in found.states]
+    again = invert_steps(plan, part, x, lambda step: allowed[step.index, index], solver, left, starts)
+    again.evaluations += plan.evaluations
+    images = run(plan, part(torch.arange(len(index), device=x.device)), again.states[0])
+    better = rms(images - x).nan_to_num(torch.inf) <= job.error(restored)[index]
+    restored[index[better]] = images[better]
+    _merge(found, again, index, better)
+
+
 def _allowed(job: _Job, share: float, growth: Callable[[float], float] = lambda sigma: 1.0) -> Tensor:
     """The rms of the residual that is good enough, per step, shape (steps, 1): a share of the goal, above rounding."""
     eps = torch.finfo(job.x.dtype).eps
     allowed = [max(share * job.goal * growth(step.sigma_next), eps * step.sigma) for step in job.plan.steps]
     return torch.tensor(allowed, dtype=job.x.dtype, device=job.x.device)[:, None]
-
-
-def _tolerance_of(allowed: Tensor, index: Tensor) -> Callable[[Step], Tensor]:
-    return lambda step: allowed[step.index].expand(len(index))
 
 
 def _verdicts(job: _Job, found: Trajectory, restored: Tensor) -> list[str]:
