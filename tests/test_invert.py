@@ -17,6 +17,7 @@ from torch import Tensor
 import kinvert as ki
 from kinvert import models
 from kinvert.analysis import properties
+from kinvert.bench.problems import make_problem
 from kinvert.engine import run_state
 from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard
 from kinvert.inversion.result import rms
@@ -494,3 +495,12 @@ def test_half_precision_is_judged_as_it_is(sampler: str, dtype: torch.dtype) -> 
     error = rms(again.double() - images().to(dtype).double())
     torch.testing.assert_close(error, found.round_trip_error.double(), rtol=0.02, atol=1e-3)
     assert float(error.median()) < 0.1
+
+
+@pytest.mark.parametrize("cfg", [5.0, 7.5])
+def test_errors_that_the_way_down_magnifies_are_made_smaller(cfg: float) -> None:
+    """At strong guidance a step's residual grows some hundred times on the way down; the second attempt allows for it."""
+    problem = make_problem("mixture", 8, 0, torch.float64)
+    guided: dict[str, Any] = {"cfg": cfg, "positive": problem.positive, "negative": problem.negative}
+    found = ki.invert(problem.denoiser, problem.images, ki.schedules.karras(21, 0.03, 15.0)[:-1], **guided)
+    assert found.converged.all()

@@ -234,16 +234,17 @@ def _step_by_step(job: _Job, solver: Solver) -> Inversion:
     found = invert_steps(plan, job.select, x, lambda step: allowed[step.index], solver, job.budget)
     restored = job.again(found.states[0])
     found.evaluations += plan.evaluations
+    residuals = found.residuals.clone()  # of the last attempt
     for _ in range(3):
-        solved, error = (found.residuals <= allowed).all(0), job.error(restored)
-        finer = (allowed * (0.3 * job.goal / error).clamp(max=0.3)).maximum(_allowed(job, 0.0))
+        solved, error = (residuals <= allowed).all(0), job.error(restored)
+        finer = (allowed * (0.1 * job.goal / error).clamp(max=0.1)).maximum(_allowed(job, 0.0))
         affordable = job.budget - found.evaluations > 4 * plan.evaluations
         again = solved & (error > job.goal) & (finer < allowed).any(0) & affordable
         index = again.nonzero()[:, 0]
         if not len(index):
             break
         allowed[:, index] = finer[:, index]
-        _solve_again(job, solver, found, restored, allowed, index)
+        residuals[:, index] = _solve_again(job, solver, found, restored, allowed, index)
     factors = contraction(plan, job.select, found.states)
     cost = plan.evaluations + 2 * len(plan.steps[-1].stages)
     found.evaluations += cost
@@ -253,8 +254,11 @@ def _step_by_step(job: _Job, solver: Solver) -> Inversion:
 
 def _solve_again(
     job: _Job, solver: Solver, found: Trajectory, restored: Tensor, allowed: Tensor, index: Tensor
-) -> None:
-    """Solve the steps of the samples `index` again, from where they are; what is better takes its place."""
+) -> Tensor:
+    """Solve the steps of the samples `index` again, from where they are; what is better takes its place.
+
+    Returns the residuals of the steps, better or not.
+    """
     plan, x, part = job.plan, job.x[index], _restrict(job.select, index)
     left, starts = (job.budget - found.evaluations)[index], [state[index] for state in found.states]
     again = invert_steps(plan, part, x, lambda step: allowed[step.index, index], solver, left, starts)
@@ -263,6 +267,7 @@ def _solve_again(
     better = rms(images - x).nan_to_num(torch.inf) <= job.error(restored)[index]
     restored[index[better]] = images[better]
     _merge(found, again, index, better)
+    return again.residuals
 
 
 def _allowed(job: _Job, share: float, growth: Callable[[float], float] = lambda sigma: 1.0) -> Tensor:
