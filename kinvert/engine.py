@@ -349,10 +349,17 @@ class FusedRun:
 
 def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
     """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
-    constants = constants_for(plan, state["x"])
-    fused = FusedRun(constants, state["x"])
+    x = state["x"]
+    version = None if x.is_inference() else x._version
+    constants = constants_for(plan, x)
+    fused = FusedRun(constants, x)
     fused.start(state)
     fused.advance(constants.passes, denoiser, draw, callback)
+    if version is not None and x._version != version:
+        raise ValueError(
+            "the denoiser wrote into x, so that the state and your own tensor changed under the run; let it work on a "
+            "copy, e.g. x = x.clone() in front of an operation in place"
+        )
     return fused.end()
 
 

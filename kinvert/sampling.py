@@ -57,7 +57,7 @@ def sample(
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
     Args:
-        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, a new tensor each time; sigma has shape (batch,).
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
         sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
         sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.

@@ -332,3 +332,11 @@ def test_plans_of_equal_rules_say_their_own_name() -> None:
 def test_plausible_mistakes_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.ones(2, 2, dtype=torch.float64))
+
+
+def test_a_denoiser_that_writes_into_x_is_named() -> None:
+    def careless(x: Tensor, sigma: Tensor) -> Tensor:
+        return GAUSSIAN(x.clamp_(-1.0, 1.0), sigma)
+
+    with pytest.raises(ValueError, match="wrote into x.*work on a copy"):
+        ki.sample(careless, 10 * torch.ones(2, 3), [10.0, 3.0, 1.0])

@@ -37,6 +37,10 @@ class Denoiser(Protocol):
     ``x`` has shape (batch, *event) for any event shape, ``sigma`` has shape (batch,), and
     ``denoised`` (or both members of the `Guided` pair returned instead) has x's shape.
     ``conditioning`` is whatever the callable takes.
+
+    What it returns is read again later, by samplers that remember it and by guidance in two calls:
+    it must be a new tensor each time, not a buffer that the next call overwrites. ``x`` is not the
+    denoiser's to write to; where a run starts it is the caller's own.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, *args: Any, **conditioning: Any) -> Tensor | Guided:
