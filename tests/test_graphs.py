@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
 from kinvert import graphs
+from kinvert.denoisers import guide
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 NAMES = ["euler", "heun", "dpmpp_2m", "lms", "uni_pc", "dpmpp_2m_sde", "euler_ancestral", "euler_cfg_pp", "edict"]
@@ -254,6 +255,18 @@ def test_a_run_compiles_without_graph_breaks(name: str, backend: str) -> None:
     compiled = torch.compile(lambda y: ki.run(plan, conditioned, y), fullgraph=True, backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), ki.run(plan, conditioned, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_a_guided_run_compiles_without_graph_breaks(cfg: float) -> None:
+    """With an analytic denoiser of another dtype than x, which casts its parameters."""
+    gaussian = ki.denoisers.Gaussian(0.0, 0.5)
+    branches: list[dict[str, Any]] = [{"shift": {"by": shift}} for shift in (torch.ones(2, 3), torch.zeros(2, 3))]
+    bound = guide(lambda x, sigma, shift: gaussian(x, sigma) + shift["by"], cfg, *branches)
+    plan, x = ki.compile_plan("dpmpp_2m", KARRAS), 10 * noise_like((2, 3)).float()
+    compiled = torch.compile(lambda y: ki.run(plan, bound, y), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), ki.run(plan, bound, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

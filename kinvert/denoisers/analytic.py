@@ -43,7 +43,7 @@ def _cast(parameters: tuple[Tensor, ...], x: Tensor, cache: _Cache) -> tuple[Ten
     key = (working_dtype(x), x.device)
     if all((p.dtype, p.device) == key for p in parameters):
         return parameters
-    if any(p.requires_grad for p in parameters):
+    if torch.compiler.is_compiling() or any(p.requires_grad for p in parameters):
         return tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)
     state = tuple(0 if p.is_inference() else p._version for p in parameters)
     if key not in cache or cache[key][0] != state:

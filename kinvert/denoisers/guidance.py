@@ -178,7 +178,7 @@ def guide(
 
 
 def _is_one(cfg: float) -> bool:
-    return math.isclose(cfg, 1.0, rel_tol=1e-9)
+    return abs(cfg - 1.0) <= 1e-9 * max(abs(cfg), 1.0)  # torch.compile does not follow math.isclose
 
 
 def _keywords(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,6 +193,8 @@ def _keywords(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """The same dict, list or tuple with another value for every member."""
+    if type(value) is dict:  # which torch.compile can follow
+        return {key: function(member) for key, member in value.items()}
     if isinstance(value, dict):
         mapped = copy.copy(value)
         for key, member in value.items():
@@ -245,10 +247,8 @@ def _stack(uncond: Any, cond: Any) -> Any:
             raise _ApartError
         return torch.cat([u, c])
     if type(uncond) is type(cond) and isinstance(cond, dict) and uncond.keys() == cond.keys():
-        pairs = {key: _stack(uncond[key], cond[key]) for key in cond}
-        mapped = copy.copy(cond)
-        mapped.update(pairs)
-        return mapped
+        stacked = iter([_stack(uncond[key], cond[key]) for key in cond])
+        return _map(lambda member: next(stacked), cond)
     if type(uncond) is type(cond) and isinstance(cond, (list, tuple)) and len(uncond) == len(cond):
         others = iter(uncond)
         return _map(lambda member: _stack(next(others), member), cond)
