@@ -25,6 +25,7 @@ from kinvert.analysis import amplification
 from kinvert.checks import check_callback
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
+from kinvert.forms import State
 from kinvert.inversion.continuation import Continuation
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.reversible import invert_reversible
@@ -450,10 +451,10 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "
             f"noises; use extract_noise, or {fix}"
         )
-    if plan.sigmas[-1] > 0 and not getattr(plan.rule, "keep_last", True):
+    if all(step.x.alias() == State("x") for step in plan.steps):  # sa_solver discards its last, here its only, step
         raise ValueError(
-            f"cannot invert {name}: it discards its last step on a schedule that does not end in 0, so its image would "
-            f"belong to sigma {plan.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0, keep_last=True)"
+            f"cannot invert {name} from sigma {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}: its run leaves x as it is; "
+            "give a longer schedule, or keep_last=True to a sampler that discards its last step"
         )
     for step in plan.steps:
         if step.forgets_x and not (step.sigma_next == 0 and last_step == "least_change"):
