@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kinvert import linalg
 from kinvert.checks import count
 from kinvert.denoisers import Denoiser
 from kinvert.inversion.result import rms
@@ -216,7 +217,7 @@ class Anderson(Solver):
         scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
         unit = dF / scale[:, :, None]
         ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(unit.shape[1], dtype=f.dtype, device=f.device)
-        gamma = small_solve(unit @ unit.mT + ridge, unit @ f[:, :, None])[:, :, 0] / scale
+        gamma = linalg.solve(unit @ unit.mT + ridge, unit @ f[:, :, None])[:, :, 0] / scale
         gamma = torch.where(dF.abs().amax(2) > 0, gamma, 0.0)
         return (gamma[:, None] @ (dU + tau[:, :, None] * dF))[:, 0].to(dtype)
 
@@ -367,7 +368,7 @@ def gmres(
         gram = image @ image.mT
         ridge = finfo.eps * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
         eye = torch.eye(j + 1, dtype=b.dtype, device=b.device)
-        weights = small_solve(gram + ridge * eye, image @ b[:, :, None])
+        weights = linalg.solve(gram + ridge * eye, image @ b[:, :, None])
         x[todo] = (spanned.mT @ weights)[todo, :, 0]
         left = (b - (image.mT @ weights)[:, :, 0]).norm(dim=1)
         going = (left[todo] > forcing * size[todo]) & (affords[todo] > j + 1)
@@ -397,11 +398,6 @@ def line_search(
         if not len(waiting):
             break
     return moved
-
-
-def small_solve(system: Tensor, right: Tensor) -> Tensor:
-    """`torch.linalg.solve` of regularised systems, without the host asking the device whether it worked."""
-    return torch.linalg.solve_ex(system, right, check_errors=False)[0]
 
 
 def like(value: Tensor, x: Tensor) -> Tensor:

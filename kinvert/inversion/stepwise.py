@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kinvert import linalg
 from kinvert.coefficients import lagrange
 from kinvert.denoisers import Guided
 from kinvert.engine import advance, stage_sigmas
@@ -172,7 +173,7 @@ def smallest_singular_value(equation: Equation, u: Tensor, products: int) -> flo
         return equation.derivative(u, f, v.reshape(u.shape), todo).flatten(1)
 
     images = gmres(apply, f.flatten(1), products, 0.0)[1]
-    return float(torch.linalg.svdvals(images[0])[-1]) if images.isfinite().all() else math.nan
+    return linalg.singular_values(images[0])[-1] if images.isfinite().all() else math.nan
 
 
 @dataclass(frozen=True)

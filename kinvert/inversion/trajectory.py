@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kinvert import engine
+from kinvert import engine, linalg
 from kinvert.checks import count
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
 from kinvert.inversion.result import rms
-from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like, small_solve
+from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like
 from kinvert.plan import Plan
 
 ROOM = 10  # differences for which memory is taken at once
@@ -385,4 +385,4 @@ def _index(places: list[int], x: Tensor) -> Tensor:
 def _solve(system: Tensor, right: Tensor) -> Tensor:
     """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
     ridge = 100 * torch.finfo(system.dtype).eps * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-    return small_solve(system + ridge, right)
+    return linalg.solve(system + ridge, right)

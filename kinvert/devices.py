@@ -1,0 +1,26 @@
+"""What a device can do: it is asked, once, by trying; its name says nothing about the next model or version."""
+
+from __future__ import annotations
+
+import torch
+
+_FLOAT64: dict[torch.device, bool] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64; Apple GPUs, Intel Arc and some NPUs do not."""
+    if device not in _FLOAT64:
+        try:
+            torch.ones(1, dtype=torch.float64, device=device).add_(1)  # some devices store what they cannot add
+            _FLOAT64[device] = True
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError):
+            _FLOAT64[device] = False
+    return _FLOAT64[device]
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64 where the device has it, else float32."""
+    return torch.float64 if has_float64(device) else torch.float32
