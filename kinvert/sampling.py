@@ -24,6 +24,7 @@ from torch import Tensor
 from kinvert.adaptive import ends, run_adaptive
 from kinvert.checks import check_state
 from kinvert.denoisers import Denoiser, Guided, Masked, guide
+from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
@@ -57,7 +58,7 @@ def sample(
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
     Args:
-        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, a new tensor each time; sigma has shape (batch,).
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
         sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
         sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.
@@ -233,8 +234,9 @@ class _InParts:
     denoisers: list[Guidance]
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        parts = zip(self.denoisers, x.split(self.size), sigma.split(self.size), strict=True)
-        outputs: list[Any] = [denoiser(*part) for denoiser, *part in parts]
+        outputs: list[Any] = []
+        for denoiser, *part in zip(self.denoisers, x.split(self.size), sigma.split(self.size), strict=True):
+            outputs.append(call_to_keep(denoiser, *map(lay_out, part)))
         if isinstance(outputs[0], Guided):
             return Guided(*map(torch.cat, zip(*outputs, strict=True)))
         return torch.cat(outputs)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
 from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
 from kinvert.inversion.result import Inversion, rms
@@ -157,7 +158,7 @@ class _Tape:
         def play(x: Tensor, sigma: Tensor) -> Tensor | Guided:
             k = next(calls)
             if k == len(self.outputs):
-                self.outputs.append(self.denoiser(x, sigma))
+                self.outputs.append(call_to_keep(self.denoiser, x, sigma))
             return self.outputs[k]
 
         return advance(step, play, state, replay(noises).bind(state["x"]), levels)
