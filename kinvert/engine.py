@@ -33,6 +33,7 @@ from kinvert.checks import (
 )
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
+from kinvert.denoisers.dtypes import explain
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
@@ -92,7 +93,7 @@ def run(
 
     Raises:
         TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
-            dtype (float32 is accepted for half-precision states).
+            dtype (float32 is accepted for half-precision states), or that fails on x's dtype.
         ValueError: a denoiser or noise source that returns another shape than x's.
     """
     return run_state(plan, denoiser, {"x": x}, noise, callback)["x"]
@@ -123,8 +124,15 @@ def run_state(
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}")
     x = state["x"]
     draw = noise_for(plan, noise, x)
-    loop = _loop if _is_traced(x) else fused_loop
-    return loop(plan, denoiser, state, draw, callback)
+    if torch.compiler.is_compiling():
+        return _loop(plan, denoiser, state, draw, callback)
+    try:
+        return (_loop if _is_traced(x) else fused_loop)(plan, denoiser, state, draw, callback)
+    except RuntimeError as error:
+        said = explain(error, x)
+        if said is None:
+            raise
+        raise said from error
 
 
 def _is_traced(x: Tensor) -> bool:

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers.buffers import keep
+from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output
 
 _NEGATIVE_MISSING = (
@@ -86,7 +87,7 @@ class Guidance:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""
         bound = self.bind(len(x))
         if bound.negative is None or (_is_one(self.cfg) and not self.pair):
-            result = self.denoiser(x, sigma, **_open(bound.positive))
+            result = call(self.denoiser, x, sigma, **_open(bound.positive))
             if isinstance(result, Guided):
                 return result
             if self.pair:
@@ -125,7 +126,7 @@ class Guidance:
         return uncond, cond
 
     def _predict(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        result = self.denoiser(x, sigma, **conditioning)
+        result = call(self.denoiser, x, sigma, **conditioning)
         if isinstance(result, Guided):
             raise TypeError("denoiser returns Guided, so it is guided already; leave cfg=1 and negative=None")
         return check_output(result, x, "denoiser", "x, sigma, **c")
