@@ -1,6 +1,6 @@
 r"""A Plan as kernel calls: where each value of a run lives, and in how many passes over memory it is computed.
 
-A run keeps its values in *slots*. Slots 0, 1, ... are rows of one buffer, which the engine allocates once and
+A run keeps its values in *slots*. Slots 0, 1, ... are rows, which the engine allocates once and
 overwrites from step to step; slots -1, -2, ... hold tensors that are not the engine's own (the caller's x, what the
 denoiser returned) and are never written to. The linear combinations of a Plan become
 

@@ -121,7 +121,8 @@ def extract_noise(
         miss = state["x"].to(_wide(x)) - target.to(_wide(x))
         residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
         if callback is not None and seen is not None:
-            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
+            copies = (value.clone() for value in seen)
+            callback(Progress(step.index, step.sigma, step.sigma_next, *copies, evaluations=evaluations))
     again = sample(
         denoiser, states[0], schedule, sampler=plan.rule, cfg=cfg, positive=positive, negative=negative,
         noise=replay(noises),
