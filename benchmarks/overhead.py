@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda] [--samplers euler,lms]
 
-The denoiser of this benchmark returns one of eight tensors that were there before, so that what is counted and timed is
-the sampler. Per step, from the difference of a run of 50 steps and one of 25 (set-up drops out):
+The denoiser of this benchmark hands out tensors that were there before, each of them once, so that what is counted and
+timed is the sampler. Per step, from the difference of a run of 50 steps and one of 25 (set-up drops out):
 
 * operations on tensors as large as x, bytes they move in units of x ("passes"; a noise source and the denoiser do not
   count) and of the least possible, one kernel for each input of the denoiser and for each update; new tensors of that
@@ -72,11 +72,15 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str | None, dict[str, Any]]] 
 class Outputs:
     """A denoiser that costs nothing."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.tensors = itertools.cycle([torch.randn_like(x) for _ in range(8)])
+    def __init__(self, x: Tensor, evaluations: int) -> None:
+        self.x, self.evaluations, self.tensors = x, evaluations, list[Tensor]()
+
+    def fill(self) -> None:
+        """Make the tensors of a run, before it."""
+        self.tensors = [torch.randn_like(self.x) for _ in range(self.evaluations)]
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return next(self.tensors)
+        return self.tensors.pop()
 
 
 class Given:
@@ -147,10 +151,11 @@ def runs(
     sigmas = ki.schedules.karras(steps, *SIGMAS)
     noise = torch.randn_like(x)
     for name, (options, function, scheduler, settings) in CASES.items():
-        denoiser = Outputs(x)
         plan = ki.compile_plan(ki.sampler(name, **options), sigmas)
-        yield name, "kinvert", nothing, lambda p=plan, d=denoiser: ki.run(p, d, x, Given(noise))
-        yield name, "by hand", nothing, best_case(plan, denoiser, x, noise)
+        denoiser = Outputs(x, 2 * plan.evaluations)  # a scheduler of diffusers may make a step more
+        fill = denoiser.fill
+        yield name, "kinvert", fill, lambda p=plan, d=denoiser: ki.run(p, d, x, Given(noise))
+        yield name, "by hand", fill, best_case(plan, denoiser, x, noise)
         if k_diffusion is not None and function is not None:
             extra: dict[str, Any] = {"disable": True}
             if "sde" in name:
@@ -159,13 +164,9 @@ def runs(
                 extra |= {"eta": 0.0, "noise_sampler": lambda a, b: noise}
             on_device = sigmas.to(x.dtype).to(x.device)
             f = getattr(k_diffusion, function)
-            yield name, "k-diffusion", nothing, lambda f=f, d=denoiser, e=extra, s=on_device: f(d, x, s, **e)
+            yield name, "k-diffusion", fill, lambda f=f, d=denoiser, e=extra, s=on_device: f(d, x, s, **e)
         if scheduler is not None and importlib.util.find_spec("diffusers"):
             yield (name, "diffusers", *diffusers_run(scheduler, settings, x, steps, denoiser, noise))
-
-
-def nothing() -> None:
-    """No set-up."""
 
 
 def diffusers_run(
@@ -181,6 +182,7 @@ def diffusers_run(
     state: dict[str, Any] = {}
 
     def prepare() -> None:
+        denoiser.fill()
         scheduler.set_timesteps(timesteps)
         state["timesteps"] = list(scheduler.timesteps)
 
@@ -313,11 +315,12 @@ def brownian(shape: tuple[int, ...], device: str, repetitions: int) -> dict[str,
     """Microseconds a step of dpmpp_2m_sde with either kind of noise."""
     x = SIGMAS[1] * torch.randn(shape, device=device)
     plan = ki.compile_plan("dpmpp_2m_sde", ki.schedules.karras(STEPS, *SIGMAS))
-    denoiser, clock = Outputs(x), timer(device)
+    denoiser, clock = Outputs(x, plan.evaluations), timer(device)
     sources = {"white": ki.noise.white(0), "brownian": ki.noise.brownian(0)}
     seconds: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(repetitions):
         for name, source in sources.items():
+            denoiser.fill()
             seconds[name].append(clock(lambda s=source: ki.run(plan, denoiser, x, s)))
     return {name: round(statistics.median(values[1:]) / STEPS * 1e6, 2) for name, values in seconds.items()}
 

@@ -1,5 +1,5 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`, and what
-was measured where it has `<!-- inversion -->`, `<!-- baselines -->` or `<!-- performance -->`.
+was measured where it has `<!-- inversion -->`, `<!-- baselines -->`, `<!-- dtypes -->` or `<!-- performance -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for render in (samplers, schedules, inversion, reversible, baselines, performance):
+    for render in (samplers, schedules, inversion, reversible, baselines, performance, dtypes):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -245,12 +245,42 @@ def performance() -> str:
     return "\n\n".join(parts)
 
 
+def dtypes() -> str:
+    """A line for each dtype of x and of the network, a column for each way of asking it."""
+    report = json.loads((RESULTS / "dtypes.json").read_text())
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in report["rows"]:
+        cells.setdefault((row["x"], row["network"]), {}).setdefault(row["way"], []).append(row)
+    ways = list(dict.fromkeys(row["way"] for row in report["rows"]))
+    verbs = ", ".join(f"`{verb}`" for verb in dict.fromkeys(row["verb"] for row in report["rows"]))
+    lines = [[*(f"`{name}`" for name in key), *(_verdicts(found[way]) for way in ways)] for key, found in cells.items()]
+    head = ["x", "network", "adapter", "function that returns the network's dtype", "... x's dtype", "network as it is"]
+    note = f"Of {verbs}, without and with autocast to bfloat16; `python benchmarks/dtypes.py`, torch {report['torch']}."
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def _verdicts(rows: list[dict[str, Any]]) -> str:
+    """The commonest verdict, and where there is another one."""
+    common = statistics.mode(row["verdict"] for row in rows)
+    others: dict[str, list[str]] = {}
+    for autocast in (False, True):
+        part = [row for row in rows if row["autocast"] is autocast]
+        where = " under autocast" if autocast else ""
+        if part and len({row["verdict"] for row in part}) == 1 and part[0]["verdict"] != common:
+            others.setdefault(part[0]["verdict"], []).append(f"all{where}")
+            continue
+        for row in part:
+            if row["verdict"] != common:
+                others.setdefault(row["verdict"], []).append(f"`{row['verb']}`{where}")
+    return "; ".join([common, *(f"{said}: {', '.join(where)}" for said, where in others.items())])
+
+
 COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they
 read and write in units of x (passes), the same relative to one kernel for each input of the denoiser and each update,
 and tensors of x's size that are created; and reads of the device by the host in a run of 50 steps. *By hand* are loops
 of PyTorch operations for one sampler each, in place wherever it can be done at all, over the denoiser's outputs too
 (`benchmarks/best_case.py`)."""
-TIMES = """Microseconds a step above a denoiser that returns a tensor it has, and relative to the loop by hand: the
+TIMES = """Microseconds a step above a denoiser that hands out tensors it has, and relative to the loop by hand: the
 median of {repetitions} runs of {steps} steps in random order, in float32. The machine was shared; times of the same
 code differ by some 20%."""
 

@@ -92,7 +92,7 @@ def run_adaptive(
         down, up = _split(solver, sigma, target, last)
         step = compile_step(solver, (sigma, down), 0, {"x": X})
         levels = stage_sigmas([stage.sigma for stage in step.stages], x)
-        state, seen = advance(step, denoiser, {"x": x}, draw, levels)
+        state, seen = advance(step, denoiser, {"x": x}, draw, levels, watched=callback is not None)
         error = _error(solver, state, low_before)
         if control.accepts(error, sigma, target, trials):
             low_before, x = state["low"], state["x"]

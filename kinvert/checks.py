@@ -6,6 +6,7 @@ Types, shapes and dtypes are looked at, no value is read: nothing here waits for
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -84,6 +85,32 @@ def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"the auxiliary state {name!r} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}"
             )
+
+
+DROWNED = 0.5
+"""The rounding, in units of the noise level, above which a run is not begun without a word; see `rounding`."""
+
+
+def rounding(x: Tensor, sigma: float) -> float:
+    """What rounding leaves of a slope `(x - D) / sigma`, in units of sigma: `eps rms(x) / sigma`, eps of x's dtype.
+
+    A run that starts at a small level, or divides by one, has this error in its first step, and carries it along: on
+    the embedded digits in bfloat16 (20 steps, levels 0.002 to 80, rms 0.85) latents were off by 1.4 sigma where it is
+    66, by 0.4 where it is 1.3, and by 0.2 where it is 0.7. One read of x.
+    """
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return float(wide.square().mean().sqrt()) * torch.finfo(x.dtype).eps / sigma
+
+
+def warn_if_drowned(x: Tensor, sigma: float, what: str, fix: str, stacklevel: int = 4) -> None:
+    """Say so, with the number, where rounding must drown what is divided by sigma."""
+    if sigma > 0 and (error := rounding(x, sigma)) > DROWNED:
+        warnings.warn(
+            f"{what} at sigma {sigma:g} in {x.dtype} has a rounding error of up to {error:.2g} sigma (eps rms(x) / "
+            f"sigma), which can drown it; use float32, x.float(), {fix}",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def count(name: str, value: Any, low: int = 1) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kinvert.checks import check_state, checked_noise
 from kinvert.denoisers import Denoiser
+from kinvert.denoisers.buffers import keep
 from kinvert.engine import Memory, evaluate, stage_sigmas
 from kinvert.forms import Form
 from kinvert.noise import Noise, NoiseFunction, bind, default_noise
@@ -50,7 +51,10 @@ class _EagerStep(StepBuilder):
         return self._evaluate(x, sigma, guided=True)
 
     def _evaluate(self, x: Any, sigma: float, guided: bool) -> tuple[Any, Any]:
-        return evaluate(self._denoiser, x, stage_sigmas([sigma], x)[0], Stage(sigma, Form({}), guided), self._step)
+        stage = Stage(sigma, Form({}), guided)
+        outputs = list(evaluate(self._denoiser, x, stage_sigmas([sigma], x)[0], stage, self._step))
+        keep(outputs)  # the rule may remember them
+        return outputs[0], outputs[1]
 
     def noise(self, sigma_from: float, sigma_to: float) -> Any:
         return checked_noise(self._draw, Interval(sigma_from, sigma_to), self.x)  # type: ignore[arg-type]

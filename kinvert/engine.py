@@ -32,16 +32,20 @@ from kinvert.checks import (
     checked_noise,
 )
 from kinvert.denoisers import Denoiser
+from kinvert.denoisers.buffers import keep, lay_out
+from kinvert.denoisers.dtypes import explain
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step
-from kinvert.program import Call, Kernel, Pass, Program, program
+from kinvert.program import Call, Kernel, Pass, Program, outlives, program
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a callback receives once a step: the state that the step's first evaluation saw, and its result.
+
+    The tensors are copies: what a callback writes into them changes nothing else.
 
     Attributes:
         index: number of the step, from 0.
@@ -76,8 +80,8 @@ def run(
     Args:
         plan: from `compile_plan`.
         denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,); a Plan with `is_guided`
-            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision. What
-            it returned must stay as it is while the run lasts: multistep samplers read it again.
+            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision. It may
+            return the same memory at every call: what a sampler reads again is copied where it is not the run's alone.
         x: the state, shape (batch, *event), floating point. It is not modified.
         noise: a noise source for stochastic Plans; None draws the rule's own kind (`Rule.default_noise`), seeded by
             torch's global generator.
@@ -89,7 +93,7 @@ def run(
 
     Raises:
         TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
-            dtype (float32 is accepted for half-precision states).
+            dtype (float32 is accepted for half-precision states), or that fails on x's dtype.
         ValueError: a denoiser or noise source that returns another shape than x's.
     """
     return run_state(plan, denoiser, {"x": x}, noise, callback)["x"]
@@ -120,8 +124,15 @@ def run_state(
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}")
     x = state["x"]
     draw = noise_for(plan, noise, x)
-    loop = _loop if _is_traced(x) else fused_loop
-    return loop(plan, denoiser, state, draw, callback)
+    if torch.compiler.is_compiling():
+        return _loop(plan, denoiser, state, draw, callback)
+    try:
+        return (_loop if _is_traced(x) else fused_loop)(plan, denoiser, state, draw, callback)
+    except RuntimeError as error:
+        said = explain(error, x)
+        if said is None:
+            raise
+        raise said from error
 
 
 def _is_traced(x: Tensor) -> bool:
@@ -147,7 +158,8 @@ def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, ca
     sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], state["x"])
     first = 0
     for step in plan.steps:
-        state, seen = advance(step, denoiser, state, draw, sigmas[first : first + len(step.stages)])
+        levels = sigmas[first : first + len(step.stages)]
+        state, seen = advance(step, denoiser, state, draw, levels, watched=callback is not None)
         first += len(step.stages)
         if callback is not None and seen is not None:
             callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=first))
@@ -163,14 +175,12 @@ class Constants:
 
     Attributes:
         program: the kernels.
-        sigmas: noise levels of all evaluations, shape (evaluations, batch).
         passes: the steps of the program, and the evaluations of each with their noise levels, shape (batch,).
         matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
         blocks: pieces that a product is made in; see `BLOCK`.
     """
 
     program: Program
-    sigmas: Tensor
     passes: tuple[tuple[Pass, tuple[tuple[Call, Tensor], ...]], ...]
     matrices: tuple[Tensor, ...]
     blocks: int
@@ -180,15 +190,20 @@ class Constants:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=x.dtype.itemsize < 4)
         sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
-        levels = iter(sigmas.unbind(0))
+        levels = (level.clone() for level in sigmas.unbind(0))  # a compiled network asks where a tensor starts
         passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
         blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0
         if not code.matrices:
-            return cls(code, sigmas, passes, (), 1)
+            return cls(code, passes, (), 1)
         lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
         lines = lines.to(x.dtype).to(x.device)
         matrices = [m.expand(blocks or 1, -1, -1) for m in lines.split([len(matrix) for matrix in code.matrices])]
-        return cls(code, sigmas, passes, tuple(matrices), blocks or 1)
+        return cls(code, passes, tuple(matrices), blocks or 1)
+
+    @property
+    def version(self) -> int:
+        """Another number where somebody wrote into the noise levels."""
+        return sum(level._version for one in self.passes for _, level in one[1])
 
 
 def constants_for(plan: Plan, x: Tensor) -> Constants:
@@ -197,17 +212,18 @@ def constants_for(plan: Plan, x: Tensor) -> Constants:
         return Constants.of(plan, x)
     key = (x.shape, x.dtype, x.device, type(x))
     known = _CONSTANTS.get(plan)
-    if known is None or known[0] != key or known[1].sigmas._version != known[2]:
+    if known is None or known[0] != key or known[1].version != known[2]:
         constants = Constants.of(plan, x)
-        known = _CONSTANTS[plan] = (key, constants, constants.sigmas._version)
+        known = _CONSTANTS[plan] = (key, constants, constants.version)
     return known[1]
 
 
 class FusedRun:
     """A run as `program` lays it out: `start`, `advance` through the steps, `end`; again and again if need be.
 
-    The values of the run are rows of one buffer, which are used again from step to step, and tensors that are not the
-    engine's (x, what the denoiser returned), which are never written to.
+    The values of the run are rows, which are used again from step to step, and tensors that are not the engine's (x,
+    what the denoiser returned), which are never written to. Products need the rows side by side in one buffer. Each row
+    is a tensor that starts its storage all the same, so that all inputs of a compiled network look alike.
     """
 
     def __init__(self, constants: Constants, x: Tensor) -> None:
@@ -215,21 +231,36 @@ class FusedRun:
         self.constants, self.code, self.x = constants, code, x
         self.values: list[Any] = [None] * (code.rows + code.foreign)
         self.contiguous = x.is_contiguous()
-        strides = x.stride() if self.contiguous else torch.empty_like(x).stride()
-        shape, strides = (code.rows, *x.shape), (x.numel(), *strides)
         # Products of matrices, unlike those with vectors, may be taken in TensorFloat-32 or less if the user allows it.
         self.exact = code.side and x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-        self.bind(torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device))
+        self.storages, self.users = [0] * code.rows, [0] * code.rows
+        if code.side:
+            strides = x.stride() if self.contiguous else torch.empty_like(x).stride()
+            shape, strides = (code.rows, *x.shape), (x.numel(), *strides)
+            self.bind(torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device))
+        else:
+            for slot in range(code.rows):
+                self.place(slot, torch.empty_like(x))
 
     def bind(self, buffer: Tensor) -> None:
         """Take the rows of `buffer`, shape (rows, batch, *event), for the values."""
         n, numel = self.code.rows, self.x.numel()
-        self.buffer, rows = buffer, buffer.unbind(0)
-        self.values[:n] = [rows[self.code.place(slot)] for slot in range(n)]
+        self.buffer, rows = buffer, separate(buffer)
+        self.sides, self.results = self.products(buffer.as_strided((n, numel), (numel, 1)))
+        for slot in range(n):
+            self.place(slot, rows[self.code.place(slot)])
+
+    def place(self, slot: int, row: Tensor) -> None:
+        """Take a tensor for a row, and note how many know its memory."""
+        self.values[slot], self.storages[slot] = row, row.untyped_storage()._cdata
+        self.users[slot] = torch._C._storage_Use_Count(self.storages[slot])
+
+    def replace(self, slot: int) -> None:
+        """Leave a row to the denoiser, which keeps it, and go on with a copy."""
         if self.code.side:
-            self.sides, self.results = self.products(buffer.as_strided((n, numel), (numel, 1)))
-        self.storage = buffer.untyped_storage()._cdata
-        self.users = torch._C._storage_Use_Count(self.storage)
+            self.bind(self.buffer.clone())
+        else:
+            self.place(slot, self.values[slot].clone())
 
     def products(self, buffer: Tensor) -> tuple[Any, Any]:
         """What a product reads and what it writes, for either side: rows in pieces, or one by one."""
@@ -262,7 +293,7 @@ class FusedRun:
             seen = None
             for slot, interval in draws:
                 self.draw(slot, draw, interval)
-            for (stage, before, slot, out, out_uncond), sigma in calls:
+            for (stage, before, slot, out, out_uncond, lives_on), sigma in calls:
                 if before:
                     compute(before)
                 x = values[slot]
@@ -272,15 +303,21 @@ class FusedRun:
                 plain = type(denoised) is Tensor and denoised.dtype is dtype and denoised.shape == shape
                 if not plain or out_uncond is not None:
                     denoised, uncond = check_outputs(denoised, x, stage, step)
-                if getrefcount(x) != references or users(self.storage) != self.users:
-                    denoised, uncond = self.owned(denoised), self.owned(uncond)
-                    if getrefcount(x) != references or users(self.storage) != self.users:
-                        self.bind(self.buffer.clone())
+                if slot >= 0 and (getrefcount(x) != references or users(self.storages[slot]) != self.users[slot]):
+                    denoised, uncond = self.owned(denoised, slot), self.owned(uncond, slot)
+                    if getrefcount(x) != references or users(self.storages[slot]) != self.users[slot]:
+                        self.replace(slot)
+                if lives_on and out < 0:
+                    outputs = [denoised, uncond]
+                    del denoised, uncond  # the list has to be all there is of them
+                    keep(outputs)
+                    denoised, uncond = outputs
+                    del outputs
                 self.put(out, denoised)
                 if out_uncond is not None:
                     self.put(out_uncond, uncond)
                 if callback is not None and seen is None:
-                    seen = values[slot].clone(), denoised
+                    seen = values[slot].clone(), denoised.clone()
                 del denoised, uncond  # what is in a row need not live on
             compute(kernels)
             for slot in dead:
@@ -312,9 +349,9 @@ class FusedRun:
         else:
             self.values[slot].copy_(checked_noise(draw, interval, self.x))
 
-    def owned(self, out: Any) -> Any:
+    def owned(self, out: Any, slot: int) -> Any:
         """What the denoiser returned; a copy where that is its input, or a part of it."""
-        return out.clone() if out is not None and out.untyped_storage()._cdata == self.storage else out
+        return out.clone() if out is not None and out.untyped_storage()._cdata == self.storages[slot] else out
 
     def compute(self, kernels: tuple[Kernel, ...]) -> None:
         """Run kernels; see `program.Kernel`."""
@@ -347,8 +384,19 @@ class FusedRun:
                 torch.mv(rows, line, out=row)
 
 
+def separate(buffer: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a buffer, each as a tensor that starts its own storage where torch can do that."""
+    rows = buffer.unbind(0)
+    if type(buffer) is not Tensor or buffer.device.type == "meta":
+        return rows
+    storage, size = buffer.untyped_storage(), rows[0].nbytes
+    pieces = [storage[i * size : (i + 1) * size] for i in range(len(rows))]
+    return tuple([buffer.new_empty(0).set_(p, 0, r.shape, r.stride()) for p, r in zip(pieces, rows, strict=True)])
+
+
 def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
     """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
+    state = {name: lay_out(value) for name, value in state.items()}
     x = state["x"]
     version = None if x.is_inference() else x._version
     constants = constants_for(plan, x)
@@ -364,7 +412,7 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
 
 
 def advance(
-    step: Step, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor
+    step: Step, denoiser: Denoiser, state: Memory, draw: NoiseFunction, sigmas: Tensor, watched: bool = False
 ) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
     """Make one step of a Plan.
 
@@ -374,9 +422,11 @@ def advance(
         state: "x" and the remembered values.
         draw: noise function `(sigma_from, sigma_to) -> Tensor`.
         sigmas: noise levels of the step's stages, shape (stages, batch), from `stage_sigmas`.
+        watched: return copies of what the first evaluation saw and gave.
 
     Returns:
-        The new state, and the pair (x, denoised) of the first evaluation (None for a step without evaluations).
+        The new state, and the pair (x, denoised) of the first evaluation (None for a step without evaluations), which
+        holds until the next evaluation if it is not a copy.
     """
     x = state["x"]
     known: dict[Symbol, Tensor] = {State(name): value for name, value in state.items()}
@@ -385,11 +435,15 @@ def advance(
         known[Noise(r)] = checked_noise(draw, interval, x).clone()  # a source may use its memory again
     for k, stage in enumerate(step.stages):
         stage_x = combine(stage.input, known, x)
-        denoised, uncond = evaluate(denoiser, stage_x, sigmas[k], stage, step)
-        known[Denoised(k)] = denoised
+        outputs: list[Any] = list(evaluate(denoiser, stage_x, sigmas[k].clone(), stage, step))
+        if outlives(step, k):
+            keep(outputs)
+        known[Denoised(k)], uncond = outputs
         if uncond is not None:
             known[Uncond(k)] = uncond
-        seen = seen or (stage_x, denoised)
+        if seen is None:
+            pair = stage_x, known[Denoised(k)]
+            seen = (pair[0].clone(), pair[1].clone()) if watched else pair
     new = {name: combine(form, known, x) for name, form in (("x", step.x), *step.memory)}
     return new, seen
 

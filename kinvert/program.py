@@ -1,6 +1,6 @@
 r"""A Plan as kernel calls: where each value of a run lives, and in how many passes over memory it is computed.
 
-A run keeps its values in *slots*. Slots 0, 1, ... are rows of one buffer, which the engine allocates once and
+A run keeps its values in *slots*. Slots 0, 1, ... are rows, which the engine allocates once and
 overwrites from step to step; slots -1, -2, ... hold tensors that are not the engine's own (the caller's x, what the
 denoiser returned) and are never written to. The linear combinations of a Plan become
 
@@ -46,13 +46,17 @@ class Kernel(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One evaluation: kernels that prepare the input, its slot, and the slots of what the denoiser returns."""
+    """One evaluation: kernels that prepare the input, its slot, and the slots of what the denoiser returns.
+
+    `outlives`: they are read after another evaluation.
+    """
 
     stage: Stage
     kernels: tuple[Kernel, ...]
     input: int
     denoised: int
     uncond: int | None
+    outlives: bool
 
 
 class Pass(NamedTuple):
@@ -146,6 +150,15 @@ def _rows(step: Step) -> list[Form]:
     return [*(stage.input for stage in step.stages), step.x, *(form for _, form in step.memory)]
 
 
+def outlives(step: Step, stage: int) -> bool:
+    """Whether what a stage returns is read after another evaluation, or handed out as it is."""
+    rows = [step.x, *(form for _, form in step.memory)]
+    if stage == len(step.stages) - 1:
+        return any(form.alias() in (Denoised(stage), Uncond(stage)) for form in rows)
+    rows += [later.input for later in step.stages[stage + 2 :]]
+    return any(form[Denoised(stage)] or form[Uncond(stage)] for form in rows)
+
+
 def _chain(out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
     """The kernels for a form, from the slot `first` on, by default the one with the largest coefficient."""
     terms = _by_slot(form, known)
@@ -233,7 +246,7 @@ class _Chained:
             for symbol in (Denoised(k), Uncond(k))[: 1 + stage.guided]:
                 known[symbol] = _Value(self.output(symbol, step))
             uncond = known[Uncond(k)].slot if stage.guided else None
-            calls.append(Call(stage, tuple(kernels), slot, known[Denoised(k)].slot, uncond))
+            calls.append(Call(stage, tuple(kernels), slot, known[Denoised(k)].slot, uncond, outlives(step, k)))
         kernels = self.update(step, known)
         live = {value.slot for value in self.state.values()}
         done = ({value.slot for value in known.values()} | set(scratch)) - live

@@ -55,6 +55,7 @@ class RoundTrip:
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def round_trip(
     denoiser: Denoiser,
     x: Tensor,
@@ -68,7 +69,7 @@ def round_trip(
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     normalize: Normalize = False,
-    sigma_offset: float = 1e-4,
+    sigma_offset: float | None = None,
     data_range: float = 2.0,
     callback: Callback | None = None,
     progress: bool = False,

@@ -12,18 +12,20 @@ would evaluate it at the noisier one, so the round trip has the sampler's discre
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
-from kinvert.checks import check_state
+from kinvert.checks import DROWNED, check_state, rounding, warn_if_drowned
 from kinvert.denoisers import Denoiser, Guided, Masked, guide
+from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
@@ -33,10 +35,36 @@ from kinvert.rules import DPMAdaptive, Rule
 from kinvert.rules import sampler as resolve_sampler
 
 Normalize = bool | Literal["sample", "sigma"]
+OFFSET = 1e-4  # the node's
+OUTPUTS = ("denoised", "uncond")
 DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
 
 
-@torch.no_grad()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_graph(verb: Callable[P, R]) -> Callable[P, R]:
+    """The verb without gradients; it says where they are to be had if x asks for some."""
+
+    @functools.wraps(verb)
+    def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
+        x = args[1] if len(args) > 1 else kwargs.get("x")
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            warnings.warn(
+                f"x requires grad, but {verb.__name__} keeps no graph: for gradients use "
+                "ki.run(ki.compile_plan(sampler, sigmas), denoiser, x), with ki.denoisers.guide for the conditioning; "
+                "else pass x.detach()",
+                UserWarning,
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            return verb(*args, **kwargs)
+
+    return run_verb
+
+
+@without_graph
 def sample(
     denoiser: Denoiser,
     x: Tensor,
@@ -48,6 +76,7 @@ def sample(
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     latent: Tensor | None = None,
+    mask_noise: Tensor | None = None,
     noise: Noise | None = None,
     callback: Callback | None = None,
     progress: bool = False,
@@ -56,16 +85,23 @@ def sample(
 ) -> Tensor:
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
+    The result keeps no graph; `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x)` is differentiable.
+
     Args:
-        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, a new tensor each time; sigma has shape (batch,).
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
         sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
         sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.
         cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
-        mask: 1 = sample, 0 = keep `latent`; shape (H, W), (batch, H, W) or (batch, 1 or channels, H, W).
-        latent: the clean image of the kept region, of x's shape; its noise is the one that `x` has there.
+        mask: 1 = sample, 0 = keep `latent`; for all items alike, (H, W), for each, (batch, H, W), or for each item and
+            channel, (batch, 1 or channels, H, W), and likewise for events of other dimensions, see
+            `kinvert.denoisers.resize_mask`.
+        latent: the clean image of the kept region, of x's shape.
+        mask_noise: the noise of the kept region, unit variance, of x's shape. None takes the one that `x` has there,
+            `(x - latent) / sigmas[0]`. Where a mask is soft, x is a blend after the first step: a run that goes on from
+            it needs the noise that the run began with.
         noise: source for stochastic samplers, e.g. `ki.noise.white(seed)`; None draws the sampler's
             own kind (white or Brownian), seeded by torch's global generator.
         callback: called after each step with `index, sigma, sigma_next, x, denoised`.
@@ -91,14 +127,15 @@ def sample(
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
-        _check_latent(latent, x)
-        denoise = Masked(denoise, mask, latent, noise=(x - latent) / job.sigmas[0])
-    elif latent is not None:
-        raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
+        _check_like_x("latent", latent, x)
+        denoise = Masked(denoise, mask, latent, noise=_mask_noise(mask_noise, x, latent, job.sigmas[0]))
+    elif latent is not None or mask_noise is not None:
+        name = "mask_noise" if latent is None else "latent"
+        raise ValueError(f"{name} was given without mask; pass the mask of what to sample, or leave {name} out")
     return job.run_checked(denoise, x, noise, job.with_bar(callback, "sample") if progress else callback)
 
 
-@torch.no_grad()
+@without_graph
 def unsample(
     denoiser: Denoiser,
     x: Tensor,
@@ -111,7 +148,7 @@ def unsample(
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     normalize: Normalize = False,
-    sigma_offset: float = 1e-4,
+    sigma_offset: float | None = None,
     noise: Noise | None = None,
     callback: Callback | None = None,
     progress: bool = False,
@@ -122,7 +159,7 @@ def unsample(
 
     This is the ComfyUI node *Unsampler* for any denoiser: the schedule is reversed, `sigma_offset` is added to every
     entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
-    `sample(denoiser, latent, sigmas[end_at_step:], ...)`.
+    `sample(denoiser, latent, sigmas[end_at_step:], ...)`. The result keeps no graph, see `sample`.
 
     Args:
         denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.
@@ -134,11 +171,16 @@ def unsample(
             rounding that the run amplifies (about 1e-2 in float32).
         normalize: True subtracts the mean and divides by the unbiased standard deviation of the whole batch tensor,
             as the node does; "sample" does so for each sample; "sigma" divides by the last noise level.
-        sigma_offset: added to every entry of the reversed schedule.
+        sigma_offset: added to every entry of the reversed schedule. None is the node's 1e-4 where x's dtype allows it,
+            else the smallest one for which `eps rms(x) / (first level)` is at most 0.5 (`checks.rounding`): for images
+            in [-1, 1] about 0.015 in bfloat16, 0.002 in float16.
         noise: only for samplers with churn.
 
     Returns:
         The latent at noise level `sigmas[end_at_step] + sigma_offset` (unless normalized), in x's shape and dtype.
+
+    Warns:
+        RuntimeWarning: a given `sigma_offset` with which rounding drowns the latent, with the number.
 
     Raises:
         ValueError: a sampler that cannot run upwards (ancestral and SDE samplers, with what to use instead); any
@@ -150,8 +192,12 @@ def unsample(
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
     schedule = as_schedule(sigmas)
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    job = _Job.of(sampler, rising_schedule(schedule, end_at_step, sigma_offset))
+    _check_direction(schedule, "unsample reverses it itself")
+    offset = offset_for(x, schedule) if sigma_offset is None else sigma_offset
+    job = _Job.of(sampler, rising_schedule(schedule, end_at_step, offset))
     job.check_unsampling(noise, _Job.of(sampler, kept))
+    least = offset_for(x, schedule)
+    warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={least:.2g}, the default here")
     denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
@@ -175,6 +221,12 @@ def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-
     return tuple(sigma + sigma_offset for sigma in reversed(kept))
 
 
+def offset_for(x: Tensor, schedule: tuple[float, ...]) -> float:
+    """The offset that `unsample` adds by default: the least that x's dtype allows, from 1e-4 to a tenth of sigma."""
+    needed = rounding(x, 1.0) / DROWNED - schedule[-1]
+    return max(OFFSET, min(1.01 * needed, 0.1 * schedule[0])) if math.isfinite(needed) else OFFSET
+
+
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
     """How many steps `end_at_step` leaves out: at least one step always runs."""
     if isinstance(end_at_step, bool) or not isinstance(end_at_step, int):
@@ -192,14 +244,24 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
         )
 
 
-def _check_latent(latent: Any, x: Tensor) -> None:
-    if not isinstance(latent, Tensor) or latent.shape != x.shape:
-        got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
-        raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
-    if not latent.is_floating_point():
-        raise TypeError(f"latent must be a floating point tensor, got {latent.dtype}; convert it, e.g. latent.to(x)")
-    if not bool(torch.isfinite(latent).all()):
-        raise ValueError(f"latent has {int((~torch.isfinite(latent)).sum())} NaN or infinite values; clean the input")
+def _check_like_x(name: str, value: Any, x: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} must be a tensor of x's shape {tuple(x.shape)}, got {got}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; convert it, e.g. {name}.to(x)")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} has {int((~torch.isfinite(value)).sum())} NaN or infinite values; clean the input")
+
+
+def _mask_noise(given: Tensor | None, x: Tensor, latent: Tensor, sigma: float) -> Tensor:
+    """The noise of the kept region: as given, or what x has there."""
+    if given is not None:
+        _check_like_x("mask_noise", given, x)
+        return given
+    warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - latent.to(wide)) / sigma
 
 
 def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
@@ -233,8 +295,9 @@ class _InParts:
     denoisers: list[Guidance]
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        parts = zip(self.denoisers, x.split(self.size), sigma.split(self.size), strict=True)
-        outputs: list[Any] = [denoiser(*part) for denoiser, *part in parts]
+        outputs: list[Any] = []
+        for denoiser, *part in zip(self.denoisers, x.split(self.size), sigma.split(self.size), strict=True):
+            outputs.append(call_to_keep(denoiser, *map(lay_out, part)))
         if isinstance(outputs[0], Guided):
             return Guided(*map(torch.cat, zip(*outputs, strict=True)))
         return torch.cat(outputs)
@@ -277,6 +340,15 @@ class _Job:
 
     def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
         """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
+        if self.plan is not None and not uses_evaluations(self.plan):
+            keep_last = (
+                "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
+            )
+            raise ValueError(
+                f"{self.rule.name} would return x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
+                f"{self.sigmas[-1]:g} in {len(self.plan.steps)} step(s) no evaluation of the denoiser enters its "
+                f"result; give a longer schedule, or use {keep_last}'euler' or 'heun'"
+            )
         if noise is None and self.plan is not None and self.plan.is_stochastic:
             noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
         result = self.run(denoiser, x, noise, callback)
@@ -334,6 +406,15 @@ class _Job:
             f"{self.rule.name}: {where}; x is {x.dtype} with largest value {float(x.abs().max()):.3g}. Check the "
             "denoiser at this sigma, or run it in a wider dtype (float32)"
         )
+
+
+def uses_evaluations(plan: Plan) -> bool:
+    """Whether the final x depends on anything that the denoiser returns."""
+    names = frozenset[str]()  # of the values that do
+    for step in plan.steps:
+        rows = ("x", step.x), *step.memory
+        names = frozenset(n for n, form in rows if any(s.kind in OUTPUTS or s.key in names for s, _ in form))
+    return "x" in names
 
 
 def with_bar(callback: Callback | None, description: str, steps: int | None, last: float) -> Callback:

@@ -45,7 +45,7 @@ class Recorder(TorchDispatchMode):
             again = func(*args, **kwargs)
             if not any(r.alias_info for r in func._schema.returns):
                 for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                    if isinstance(old, Tensor):
+                    if isinstance(old, Tensor) and old.numel() == new.numel():  # else it was made empty, for `set_`
                         old.copy_(new)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,14 +71,45 @@ def test_masks_of_any_dtype_become_x_s(dtype: torch.dtype, x_dtype: torch.dtype)
     torch.testing.assert_close(resized.double(), expected, rtol=0, atol=torch.finfo(x_dtype).eps)
 
 
+def read(mask: Tensor, x: Tensor) -> Tensor:
+    """The rule, written out for every element: (item, channel, *place) -> the mask's value there."""
+    result = torch.empty_like(x)
+    space = x.ndim - min(x.ndim, 2) if x.ndim != 2 else 1
+    for at in itertools.product(*map(range, x.shape)):
+        place = at[len(at) - space :] if space else ()
+        given = {space + 1: at[:1] + place, space + 2: at[:2] + place}.get(mask.ndim, place[space - mask.ndim :])
+        result[at] = mask[tuple(i if size > 1 else 0 for i, size in zip(given, mask.shape, strict=True))]
+    return result
+
+
 @pytest.mark.parametrize(
     ("x_shape", "mask_shape"),
-    [((5,), ()), ((5,), (5,)), ((5, 3), (3,)), ((5, 3), (5, 1)), ((5, 3, 4), (4,)), ((5, 3, 4), (3, 1)),
-     ((5, 3, 4), (5, 1, 1)), ((5, 2, 3, 4, 4), (4, 4)), ((5, 2, 3, 4, 4), (1, 2, 1, 4, 4))],
+    [((5,), ()), ((5,), (5,)), ((5,), (1,)), ((5, 3), ()), ((5, 3), (3,)), ((5, 3), (5, 1)), ((3, 3), (3,)),
+     ((3, 3), (3, 3)), ((5, 3, 4), (4,)), ((5, 3, 4), (5, 4)), ((5, 3, 4), (1, 4)), ((3, 3, 4), (3, 4)),
+     ((3, 3, 3), (3, 3)), ((5, 3, 4), (5, 1, 1)), ((5, 3, 4), (5, 3, 4)), ((3, 3, 3, 3), (3, 3)),
+     ((3, 3, 3, 3), (3, 3, 3)), ((3, 3, 3, 3), (1, 3, 3, 3)), ((5, 2, 3, 4, 4), (4, 4)), ((5, 2, 3, 4, 4), (3, 1, 1)),
+     ((3, 2, 3, 4, 4), (3, 4, 4)), ((3, 2, 3, 4, 4), (3, 3, 4, 4)), ((5, 2, 3, 4, 4), (1, 2, 1, 4, 4)),
+     ((2, 2, 2, 2, 2), (2, 2, 2, 2))],
 )  # fmt: skip
-def test_other_events_take_what_broadcasts(x_shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> None:
-    mask = rand(*mask_shape)
-    assert torch.equal(resize_mask(mask, randn(*x_shape)), mask)
+def test_one_rule_for_all_events(x_shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> None:
+    """Points, vectors, audio, images and video, also where the batch is as large as the channels or the space."""
+    mask, x = rand(*mask_shape), randn(*x_shape)
+    assert torch.equal(resize_mask(mask, x).expand(x.shape), read(mask, x))
+    assert torch.equal(resize_mask(resize_mask(mask, x), x).expand(x.shape), read(mask, x))
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "mask_shape", "message"),
+    [((5, 3, 4), (3, 1), r"accepted are \(4 or 1\), \(5 or 1, 4 or 1\), \(5 or 1, 3 or 1, 4 or 1\)"),
+     ((5, 3, 4), (3, 4), "does not fit x"), ((5, 3, 4), (1, 1, 1, 4), "does not fit x"), ((5,), (4,), r"\(\), \(5 or 1\)"),
+     ((5, 2, 3, 4, 4), (5, 4, 4), "does not fit x"), ((5, 2, 3, 4, 4), (2, 3, 4, 4), "does not fit x"),
+     ((4, 2, 3, 4, 4), (4, 4), r"two ways.*its first dimension as the batch, or as one of \(3, 4, 4\); give it 4 dim")],
+)  # fmt: skip
+def test_masks_that_fit_in_no_way_or_in_two_are_refused(
+    x_shape: tuple[int, ...], mask_shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        resize_mask(rand(*mask_shape), randn(*x_shape))
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -158,7 +191,7 @@ def test_conditioning_goes_through_and_inputs_stay() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (X, CLEAN, NOISE), strict=True))
 
 
-ACCEPTED = r"accepted are \(h, w\), \(2, h, w\), \(1, h, w\), \(2 or 1, 3 or 1, h, w\)"
+ACCEPTED = r"accepted are \(h, w\), \(2 or 1, h, w\), \(2 or 1, 3 or 1, h, w\)"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +221,9 @@ def test_wrong_masks_are_refused_with_the_fix(mask, error: type[Exception], mess
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (5, 1), (1, 5, 3)])
 def test_masks_that_do_not_broadcast_are_refused(shape: tuple[int, ...]) -> None:
     x = randn(2, 3)
-    with pytest.raises(ValueError, match=r"does not broadcast to x's event shape \(3,\) or to x's shape \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"does not fit x of shape \(2, 3\); accepted are \(3 or 1\), \(2 or 1, 3 or 1\)"
+    ):
         resize_mask(rand(*shape), x)
 
 

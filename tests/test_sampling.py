@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -183,8 +184,16 @@ def test_callback_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verbs_keep_no_graph_and_run_does() -> None:
+    """And they say where it is to be had; not where the caller wants none."""
     x = data().requires_grad_()
-    assert not ki.unsample(GAUSSIAN, x, KARRAS).requires_grad
+    for verb in (ki.sample, ki.unsample):
+        with pytest.warns(UserWarning, match=rf"x requires grad, but {verb.__name__} keeps no graph.*ki.run\("):
+            assert not verb(GAUSSIAN, x, KARRAS).requires_grad
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            verb(GAUSSIAN, x=x, sigmas=KARRAS)
+    trip = ki.round_trip(GAUSSIAN, x, KARRAS)
+    assert not any(value.requires_grad for value in vars(trip).values() if isinstance(value, Tensor))
     assert ki.run(ki.compile_plan("heun", KARRAS), GAUSSIAN, x).requires_grad
 
 
@@ -340,3 +349,93 @@ def test_a_denoiser_that_writes_into_x_is_named() -> None:
 
     with pytest.raises(ValueError, match="wrote into x.*work on a copy"):
         ki.sample(careless, 10 * torch.ones(2, 3), [10.0, 3.0, 1.0])
+
+
+# -- what would be wrong without a word --------------------------------------------------------------------------------
+SHORT = {"one step": [10.0, 0.0], "one step, ends above 0": [10.0, 1.0], "two steps": [10.0, 1.0, 0.0]}
+
+
+@pytest.mark.parametrize("schedule", SHORT)
+@pytest.mark.parametrize("name", [name for name in ki.SAMPLERS if name != "dpm_adaptive"])
+def test_what_no_evaluation_enters_is_refused(name: str, schedule: str) -> None:
+    """Of every sampler: either the result moves with the denoiser, or there is an error."""
+    x, plan = 10 * noise_like((2, 6)), ki.compile_plan(name, SHORT[schedule])
+
+    def run(size: float) -> Tensor:
+        def denoise(x: Tensor, sigma: Tensor) -> Any:
+            D = size * torch.tanh(x)
+            return ki.Guided(D, 0.9 * D) if plan.is_guided else D
+
+        return ki.sample(denoise, x, SHORT[schedule], sampler=name, noise=ki.noise.replay([x] * 9))
+
+    try:
+        moved = not torch.equal(run(1.0), run(2.0))
+    except ValueError as error:
+        assert "no evaluation of the denoiser enters its result; give a longer schedule, or use" in str(error)
+        assert torch.equal(ki.run(plan, lambda x, s: x, x), ki.run(plan, lambda x, s: 2 * x, x))
+    else:
+        assert moved
+
+
+def test_dpm_fast_with_one_level_is_refused_by_name() -> None:
+    x = noise_like((1, 4))
+    for verb in (lambda: ki.sample(GAUSSIAN, x, [10.0, 0.0], sampler="dpm_fast"),
+                 lambda: ki.round_trip(GAUSSIAN, x, [10.0, 0.0], sampler="dpm_fast")):  # fmt: skip
+        with pytest.raises(ValueError, match=r"dpm_fast would return x as it came.*from sigma 10 to 10 in 1 step"):
+            verb()
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_a_masked_run_can_be_split_if_its_noise_is_given(name: str) -> None:
+    """Exactly, with a soft mask; with the noise guessed from x in the middle it differs."""
+    image, noise = data(1, 4, 8, 8), noise_like((1, 4, 8, 8), seed=3)
+    start, mask = image + KARRAS[0] * noise, torch.linspace(0, 1, 8, dtype=torch.float64).expand(8, 8)
+    shared: dict[str, Any] = {"sampler": name, "mask": mask, "latent": image}
+    whole = ki.sample(GAUSSIAN, start, KARRAS, **shared)
+    half = ki.sample(GAUSSIAN, start, KARRAS[:6], mask_noise=noise, **shared)
+    rest = ki.sample(GAUSSIAN, half, KARRAS[5:], mask_noise=noise, **shared)
+    torch.testing.assert_close(rest, whole, rtol=1e-12, atol=1e-12)
+    assert float((ki.sample(GAUSSIAN, half, KARRAS[5:], **shared) - whole).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="mask_noise must be a tensor of x's shape"):
+        ki.sample(GAUSSIAN, start, KARRAS, mask_noise=noise[:, :1], **shared)
+    with pytest.raises(ValueError, match="mask_noise was given without mask"):
+        ki.sample(GAUSSIAN, start, KARRAS, mask_noise=noise)
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.1, 1.0, 100.0])
+def test_the_offset_is_the_node_s_or_the_least_that_the_dtype_allows(dtype: torch.dtype, size: float) -> None:
+    x, levels, seen = (size * noise_like((2, 6))).to(dtype), [1e3, 1e2, 10.0, 0.0], list[float]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ki.unsample(lambda y, sigma: y, x, levels, callback=lambda p: seen.append(p.sigma))
+    error = torch.finfo(dtype).eps * float(x.double().square().mean().sqrt()) / seen[0]
+    assert error <= 0.5
+    assert seen[0] == 1e-4 or error > 0.49
+
+
+def test_an_offset_that_drowns_the_latent_is_named_with_the_number() -> None:
+    x = torch.ones(2, 6, dtype=torch.bfloat16)  # eps = 1/128: 78 sigma at 1e-4
+    with pytest.warns(
+        RuntimeWarning, match=r"at sigma 0.0001 in torch.bfloat16 .* 78 sigma.*x.float\(\).*sigma_offset=0.016"
+    ):
+        ki.unsample(lambda y, sigma: y, x, [10.0, 1.0, 0.0], sigma_offset=1e-4)
+    with pytest.warns(RuntimeWarning, match=r"the noise of the kept region.*or give mask_noise"):
+        ki.sample(lambda y, s: y, x, [0.01, 0.001], mask=torch.ones(6), latent=x)
+
+
+def test_half_precision_finds_the_latent() -> None:
+    """On the embedded digits, with the default offset; with the node's, bfloat16 is off by more than 3 sigma."""
+    from kinvert import models
+
+    images, labels = models.held_out("digits")
+    images, given = images[:4], {"positive": {"label": labels[:4]}}
+    sigmas = ki.schedule("karras", 50, ki.levels.edm(0.02, 80.0))
+    want = ki.unsample(models.load("digits"), images, sigmas, **given)
+    for dtype in (torch.bfloat16, torch.float16):
+        net = models.load("digits", dtype=dtype)
+        got = ki.unsample(net, images.to(dtype), sigmas, **given)
+        back = ki.sample(net, got, sigmas, **given)
+        assert float((got.float() - want).square().mean().sqrt()) / 80 < 0.25
+        assert float((back.float() - images).square().mean().sqrt()) < 0.04

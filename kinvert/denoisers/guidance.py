@@ -24,7 +24,8 @@ Which conditionings stack. Two values stack when they are
 
 Anything else, such as different keys or token lengths, or tensors that all items share, takes two
 calls, so the denoiser never sees a batch its conditioning does not match. No tensor's values are
-looked at. What it returns in the first of two calls must be its own: a new tensor each time.
+looked at. It may return the same memory in both of two calls: what the first one gave is copied where
+it has to be.
 
 Source: "Classifier-Free Diffusion Guidance", Ho & Salimans 2022, arXiv 2207.12598.
 """
@@ -42,6 +43,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.denoisers.buffers import keep
+from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output
 
 _NEGATIVE_MISSING = (
@@ -84,7 +87,7 @@ class Guidance:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""
         bound = self.bind(len(x))
         if bound.negative is None or (_is_one(self.cfg) and not self.pair):
-            result = self.denoiser(x, sigma, **_open(bound.positive))
+            result = call(self.denoiser, x, sigma, **_open(bound.positive))
             if isinstance(result, Guided):
                 return result
             if self.pair:
@@ -116,12 +119,14 @@ class Guidance:
         try:
             both = _stack(negative, positive)
         except _ApartError:
-            return self._predict(x, sigma, _open(negative)), self._predict(x, sigma, _open(positive))
+            first = [self._predict(x, sigma, _open(negative))]
+            keep(first)
+            return first[0], self._predict(x, sigma, _open(positive))
         uncond, cond = self._predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         return uncond, cond
 
     def _predict(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        result = self.denoiser(x, sigma, **conditioning)
+        result = call(self.denoiser, x, sigma, **conditioning)
         if isinstance(result, Guided):
             raise TypeError("denoiser returns Guided, so it is guided already; leave cfg=1 and negative=None")
         return check_output(result, x, "denoiser", "x, sigma, **c")

@@ -33,10 +33,18 @@ from kinvert.denoisers.protocol import (
 def resize_mask(mask: Tensor, x: Tensor) -> Tensor:
     """A user's mask as a tensor that broadcasts against x, in x's dtype and on its device.
 
-    For images, x of shape (batch, channels, H, W), the mask is (h, w), (batch, h, w), (1, h, w) or
-    (batch or 1, channels or 1, h, w); if (h, w) is not (H, W) it is resized bilinearly
-    (align_corners=False). For any other x the mask broadcasts to x's event shape or to x's shape as
-    it is.
+    One rule for all events. Let *space* be the dimensions of x after batch and channels, all but the batch
+    where an event has one dimension or none. A mask has the dimensions
+
+    * *space*: it is shared by all items and channels;
+    * (batch or 1, *space*): one for each item;
+    * (batch or 1, channels or 1, *space*): one for each item and channel;
+    * the last ones of *space*, or none: shared, and the same along the others, e.g. (H, W) for every frame of a
+      video. If its first dimension may as well be the batch it is refused.
+
+    So (L,), (batch, L) and (batch, channels, L) are masks of audio, (H, W), (batch, H, W) and (batch, channels, H, W)
+    of images. A dimension of *space* may be 1. The mask of an image has its last two dimensions, and is resized to
+    (H, W) bilinearly (align_corners=False) where it is of another size.
 
     Reads the mask's values once, to check them: call it before a loop, not in it.
 
@@ -50,17 +58,13 @@ def resize_mask(mask: Tensor, x: Tensor) -> Tensor:
         raise TypeError(f"mask must be a real or boolean tensor, got {got}; use torch.as_tensor(mask)")
     _check_values(mask)
     values = mask.to(device=x.device, dtype=dtype)
+    values = _placed(values, x)
     if x.ndim == 4:
-        values = _as_image(values, x)
+        values = values[(None,) * (4 - values.ndim)]
         if values.shape[-2:] != x.shape[-2:]:
             size = list(x.shape[-2:])
             values = functional.interpolate(values, size, mode="bilinear", align_corners=False)
             values = values.clamp(0, 1)  # interpolated ones can round to just above 1
-    elif not broadcasts(mask.shape, x.shape):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, which does not broadcast to x's event shape "
-            f"{tuple(x.shape[1:])} or to x's shape {tuple(x.shape)}"
-        )
     return values.to(x.dtype)
 
 
@@ -78,18 +82,35 @@ def _check_values(mask: Tensor) -> None:
         )
 
 
-def _as_image(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask as (batch or 1, channels or 1, h, w)."""
-    batch, channels, *_ = x.shape
-    if mask.ndim == 2:
-        return mask[None, None]
-    if mask.ndim == 3 and mask.shape[0] in (1, batch):
-        return mask[:, None]
-    if mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, channels):
+def _placed(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask with dimensions that broadcast against x, by the rule of `resize_mask`."""
+    batch, *event = x.shape
+    channels = event[:1] if len(event) > 1 else []
+    space = event[len(channels) :]
+    n, k, shape = len(space), mask.ndim, mask.shape
+    if x.ndim == 4:  # of any size, but not of fewer dimensions
+        shared = k == 2
+        space = list(shape[-2:])
+    else:
+        shared = k <= n and broadcasts(shape, torch.Size(space))
+    if shared and 0 < k < n and shape[0] == batch > 1 and broadcasts(shape[1:], torch.Size(space)):
+        raise ValueError(
+            f"mask has shape {tuple(shape)}, which can be read in two ways for x of shape {tuple(x.shape)}: its first "
+            f"dimension as the batch, or as one of {tuple(space)}; give it {n + 1} dimensions, (batch or 1, *space), "
+            f"e.g. mask.reshape({batch}, {'1, ' * (n + 1 - k)}...) or mask[{'None, ' * (n + 1 - k)}]"
+        )
+    if shared:
         return mask
+    if k == n + 1 and broadcasts(shape, torch.Size([batch, *space])):
+        return mask[:, None] if channels else mask
+    if channels and k == n + 2 and broadcasts(shape, x.shape[:2] + torch.Size(space)):
+        return mask
+    names = ", ".join(["h", "w"] if x.ndim == 4 else [f"{size} or 1" for size in space])
+    accepted = [f"({names})", f"({batch} or 1{names and ', '}{names})"]
+    accepted += [f"({batch} or 1, {channels[0]} or 1, {names})"] if channels else []
     raise ValueError(
-        f"mask has shape {tuple(mask.shape)}, which does not fit x of shape {tuple(x.shape)}; "
-        f"accepted are (h, w), ({batch}, h, w), (1, h, w), ({batch} or 1, {channels} or 1, h, w)"
+        f"mask has shape {tuple(shape)}, which does not fit x of shape {tuple(x.shape)}; accepted are "
+        f"{', '.join(accepted)}: for all items, for each, and for each channel"
     )
 
 
@@ -103,8 +124,8 @@ class Masked:
         denoiser: the denoiser after guidance, ``Masked(guide(...), ...)``.
         mask: anything `resize_mask` accepts for the background; kept as `resize_mask` returns it.
         background: the clean latent z, of x's shape.
-        noise: the background's fixed ``eps``, of x's shape; None keeps the background clean at
-            every sigma.
+        noise: the background's fixed ``eps``, unit variance, of x's shape; None keeps the background
+            clean at every sigma.
 
     Raises:
         TypeError, ValueError: as `resize_mask`.

@@ -17,9 +17,10 @@ The last line is a rectified flow ``x_t = (1 - t) x0 + t eps`` seen in variance-
 coordinates, ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``; in its own coordinates it is
 ``1, 1, -sigma`` with ``sigma = t``.
 
-The network gets ``c_in x`` in x's dtype. The scaling and the combination are computed in float64
-for float64 x and in float32 otherwise, and rounded once to x's dtype; t is float64 or float32
-likewise, never half precision.
+The network gets ``c_in x`` in ``dtype``: by default that of its first floating point parameter where
+it is a module, else x's. The scaling and the combination are computed in float64 for float64 x and in
+float32 otherwise, and rounded once to x's dtype; t is float64 for networks in float64, float32 for all
+others, never half precision.
 
 Sources: "Elucidating the Design Space of Diffusion-Based Generative Models", Karras et al. 2022,
 arXiv 2206.00364. v: "Progressive Distillation for Fast Sampling of Diffusion Models", Salimans and
@@ -36,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from kinvert.denoisers.dtypes import checked_dtype, dtype_of
 from kinvert.denoisers.protocol import check_output, expand, working_dtype
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ class Preconditioned:
     Built by `from_eps`, `from_v`, `from_x0` and `from_velocity`.
 
     Raises:
-        TypeError: `model` is not callable, `levels` has no ``timestep``; in a call, the model
-            returns no tensor.
+        TypeError: `model` is not callable, `levels` has no ``timestep``, `dtype` is none of a network;
+            in a call, the model returns no tensor.
         ValueError: unknown `coordinates`, `levels` of another kind of model; in a call, the model's
             output does not have its input's shape.
     """
@@ -63,8 +65,10 @@ class Preconditioned:
     prediction: Prediction
     quantize: bool = True
     coordinates: Coordinates = "ve"
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        checked_dtype(self.dtype)
         if not callable(self.model):
             got = type(self.model).__name__
             raise TypeError(f"model must be callable as model(x, t, **conditioning), got {got}")
@@ -88,7 +92,8 @@ class Preconditioned:
         option = "coordinates" if self.prediction == "velocity" else "quantize"
         name = getattr(self.model, "__name__", type(self.model).__name__)
         value = getattr(self, option)
-        return f"from_{self.prediction}({name}, levels={self.levels!r}, {option}={value!r})"
+        dtype = "" if self.dtype is None else f", dtype={self.dtype}"
+        return f"from_{self.prediction}({name}, levels={self.levels!r}, {option}={value!r}{dtype})"
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
         """The denoised x, from x (batch, *event) and sigma (batch,)."""
@@ -96,7 +101,9 @@ class Preconditioned:
         wide = x.to(working_dtype(x))
         # The nearest training level is found with all the digits sigma came with.
         t = self._timestep(sigma.to(torch.promote_types(sigma.dtype, wide.dtype)))
-        output = self.model((c_in * wide).to(x.dtype), t.to(wide.dtype), **conditioning)
+        dtype = self.dtype or dtype_of(self.model) or x.dtype
+        t = t.to(torch.promote_types(dtype, torch.float32))
+        output = self.model((c_in * wide).to(dtype), t, **conditioning)
         output = check_output(output, x, "model", "x, t, **c").to(wide.dtype)
         return (c_skip * wide + c_out * output).to(x.dtype)
 
@@ -124,7 +131,9 @@ class Preconditioned:
         return self.levels.timestep(sigma, quantize=self.quantize)
 
 
-def from_eps(model: Callable[..., Tensor], levels: Levels, quantize: bool = True) -> Preconditioned:
+def from_eps(
+    model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
+) -> Preconditioned:
     """A denoiser from a network that predicts the noise.
 
     ``D = x - sigma model(x / sqrt(sigma² + sd²), t)``.
@@ -134,32 +143,42 @@ def from_eps(model: Callable[..., Tensor], levels: Levels, quantize: bool = True
             (batch,).
         levels: the noise levels it was trained on.
         quantize: hand it the nearest training timestep instead of an interpolated one.
+        dtype: what the network is called in, whatever x's dtype is; None takes the dtype of its first
+            floating point parameter where it is a module, else x's.
 
     Raises:
         TypeError, ValueError: as `Preconditioned`.
     """
-    return Preconditioned(model, levels, "eps", quantize)
+    return Preconditioned(model, levels, "eps", quantize, dtype=dtype)
 
 
-def from_v(model: Callable[..., Tensor], levels: Levels, quantize: bool = True) -> Preconditioned:
+def from_v(
+    model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
+) -> Preconditioned:
     """A denoiser from a network that predicts ``v``, the noise and data rotated by the noise level.
 
     ``D = x sd² / (sigma² + sd²) - model(x / sqrt(sigma² + sd²), t) sigma sd / sqrt(sigma² + sd²)``.
     Arguments and errors as in `from_eps`.
     """
-    return Preconditioned(model, levels, "v", quantize)
+    return Preconditioned(model, levels, "v", quantize, dtype=dtype)
 
 
-def from_x0(model: Callable[..., Tensor], levels: Levels, quantize: bool = True) -> Preconditioned:
+def from_x0(
+    model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
+) -> Preconditioned:
     """A denoiser from a network that predicts the data: ``D = model(x / sqrt(sigma² + sd²), t)``.
 
     Arguments and errors as in `from_eps`.
     """
-    return Preconditioned(model, levels, "x0", quantize)
+    return Preconditioned(model, levels, "x0", quantize, dtype=dtype)
 
 
 def from_velocity(
-    model: Callable[..., Tensor], levels: Levels | None = None, coordinates: Coordinates = "ve"
+    model: Callable[..., Tensor],
+    levels: Levels | None = None,
+    coordinates: Coordinates = "ve",
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Preconditioned:
     """A denoiser from a rectified flow: a network that predicts ``eps - x0``.
 
@@ -171,8 +190,9 @@ def from_velocity(
         model: ``model(x_t, t, **conditioning)``, x_t of shape (batch, *event), t of shape (batch,).
         levels: maps t to the network's time, e.g. ``1000 t``; None hands it t.
         coordinates: what x and sigma mean, ``"ve"`` or ``"flow"``.
+        dtype: as in `from_eps`.
 
     Raises:
         TypeError, ValueError: as `Preconditioned`.
     """
-    return Preconditioned(model, levels, "velocity", coordinates=coordinates)
+    return Preconditioned(model, levels, "velocity", coordinates=coordinates, dtype=dtype)

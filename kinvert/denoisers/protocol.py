@@ -38,9 +38,10 @@ class Denoiser(Protocol):
     ``denoised`` (or both members of the `Guided` pair returned instead) has x's shape.
     ``conditioning`` is whatever the callable takes.
 
-    What it returns is read again later, by samplers that remember it and by guidance in two calls:
-    it must be a new tensor each time, not a buffer that the next call overwrites. ``x`` is not the
-    denoiser's to write to; where a run starts it is the caller's own.
+    What it returns is read again later, by samplers that remember it and by guidance in two calls.
+    A buffer that the next call overwrites is copied then (``kinvert.denoisers.buffers``); a new tensor
+    each time saves the copy. ``x`` is not the denoiser's to write to; where a run starts it is the
+    caller's own.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, *args: Any, **conditioning: Any) -> Tensor | Guided:

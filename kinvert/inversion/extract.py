@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
 from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
 from kinvert.inversion.result import Inversion, rms
@@ -120,7 +121,8 @@ def extract_noise(
         miss = state["x"].to(_wide(x)) - target.to(_wide(x))
         residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
         if callback is not None and seen is not None:
-            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=evaluations))
+            copies = (value.clone() for value in seen)
+            callback(Progress(step.index, step.sigma, step.sigma_next, *copies, evaluations=evaluations))
     again = sample(
         denoiser, states[0], schedule, sampler=plan.rule, cfg=cfg, positive=positive, negative=negative,
         noise=replay(noises),
@@ -157,7 +159,7 @@ class _Tape:
         def play(x: Tensor, sigma: Tensor) -> Tensor | Guided:
             k = next(calls)
             if k == len(self.outputs):
-                self.outputs.append(self.denoiser(x, sigma))
+                self.outputs.append(call_to_keep(self.denoiser, x, sigma))
             return self.outputs[k]
 
         return advance(step, play, state, replay(noises).bind(state["x"]), levels)

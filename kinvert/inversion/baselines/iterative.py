@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kinvert.checks import count, positive_number
 from kinvert.denoisers import Denoiser, Guidance, guide
+from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import stage_sigmas
 from kinvert.forms import State
 from kinvert.inversion.baselines.common import (
@@ -192,7 +193,7 @@ def _second_order(plan: Plan, step: Step, denoiser: Guidance, x: Tensor, substep
     states, denoised = [x], []
     for low, high in itertools.pairwise(levels):
         states.append(ddim_up(denoiser, states[-1], *np.geomspace(low, high, substeps + 1).tolist()))
-        out: Any = denoiser(states[-1], stage_sigmas([high], x)[0])
+        out: Any = call_to_keep(denoiser, states[-1], stage_sigmas([high], x)[0])
         denoised.append(out)
     weight = -step.x[State("D[-1]")]
     return weight * (denoised[0] - denoised[1]), states[1], 2 * (substeps + 1)
