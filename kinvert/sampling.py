@@ -23,14 +23,17 @@ from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
 from kinvert.checks import check_state
+from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser, Guided, Masked, guide
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
+from kinvert.moments import check_flow_spread
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
 from kinvert.rules import sampler as resolve_sampler
+from kinvert.rules.flow import unwrapped
 
 Normalize = bool | Literal["sample", "sigma"]
 DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
@@ -84,15 +87,17 @@ def sample(
             NaN or infinity, with the step and its sigma.
     """
     check_state(x)
-    schedule = as_schedule(sigmas)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
-    job = _Job.of(sampler, schedule)
+    job = _Job.of(rule, schedule)
+    check_flow_spread(job.plan, coordinates)
     denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
         _check_latent(latent, x)
-        denoise = Masked(denoise, mask, latent, noise=(x - latent) / job.sigmas[0])
+        signal = latent if coordinates == "ve" else (1 - schedule[0]) * latent
+        denoise = Masked(denoise, mask, latent, noise=(x - signal) / schedule[0], coordinates=coordinates)
     elif latent is not None:
         raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
     return job.run_checked(denoise, x, noise, job.with_bar(callback, "sample") if progress else callback)
@@ -148,19 +153,28 @@ def unsample(
     check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
-    schedule = as_schedule(sigmas)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    job = _Job.of(sampler, rising_schedule(schedule, end_at_step, sigma_offset))
-    job.check_unsampling(noise, _Job.of(sampler, kept))
+    rising = rising_schedule(schedule, end_at_step, sigma_offset, 1.0 if coordinates == "flow" else math.inf)
+    _check_keeps_last(rule, rising)
+    job = _Job.of(rule, rising)
+    job.check_unsampling(noise, _Job.of(rule, kept))
+    check_flow_spread(job.plan, coordinates)
     denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
-        denoise = Masked(denoise, mask, x)
+        denoise = Masked(denoise, mask, x, coordinates=coordinates)
+    if coordinates == "flow" and rising[0] > kept[-1]:
+        x = (1 - rising[0]) / (1 - kept[-1]) * x  # the same image at the time where the run starts
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
     return _normalize(latent, normalize, job.sigmas[-1])
 
 
-def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4) -> tuple[float, ...]:
+def rising_schedule(
+    sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4, highest: float = math.inf
+) -> tuple[float, ...]:
     """The schedule on which `unsample` runs: reversed, `sigma_offset` added, the noisiest `end_at_step` steps dropped.
+
+    Where the offset would lead to `highest` (1 in flow time) or above, it is left out.
 
     Raises:
         ValueError: a schedule that is not strictly decreasing, a negative `end_at_step` or `sigma_offset`.
@@ -172,7 +186,11 @@ def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-
     if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
         raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    return tuple(sigma + sigma_offset for sigma in reversed(kept))
+    levels: list[float] = []
+    for sigma in reversed(kept):
+        level = sigma + sigma_offset if sigma + sigma_offset < highest else sigma
+        levels.append(level if not levels or level > levels[-1] else (levels[-1] + highest) / 2)
+    return tuple(levels)
 
 
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
@@ -189,6 +207,15 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
         raise ValueError(
             f"sigmas must be the decreasing sampling schedule, got a rising one from {schedule[0]:g} to "
             f"{schedule[-1]:g}; {hint}; use sigmas.flip(0)"
+        )
+
+
+def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
+    """Refuse a sampler that discards its last step, before its Plan is made: that may fail for the same option."""
+    if not getattr(unwrapped(rule), "keep_last", True):
+        raise ValueError(
+            f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
+            f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0, keep_last=True)"
         )
 
 
@@ -286,14 +313,10 @@ class _Job:
 
     def check_unsampling(self, noise: Noise | None, down: _Job) -> None:
         """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
-        name, eta = self.rule.name, getattr(self.rule, "eta", 0.0)
+        rule = unwrapped(self.rule)
+        name, eta = rule.name, getattr(rule, "eta", 0.0)
         fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
         fix += f"a deterministic sampler such as {DETERMINISTIC}"
-        if not getattr(self.rule, "keep_last", True):
-            raise ValueError(
-                f"{name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
-                f"sigma {self.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0, keep_last=True)"
-            )
         steps = () if self.plan is None else self.plan.steps
         for step in steps:
             if step.forgets_x:
@@ -305,7 +328,7 @@ class _Job:
         if draws and noise is None:
             raise ValueError(
                 f"{name} draws noise {draws} times on this schedule, so no latent alone gives the image; {fix}"
-                + (", or switch churn off (s_churn=0)" if getattr(self.rule, "s_churn", 0.0) else "")
+                + (", or switch churn off (s_churn=0)" if getattr(rule, "s_churn", 0.0) else "")
             )
 
     def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:

@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "kinvert"
 LAYERS = [
     {"forms", "coefficients"},
     {"rules"},
-    {"plan", "levels"},
+    {"plan", "coordinates", "flowtimes"},
+    {"levels"},
     {"program"},
-    {"schedules", "denoisers", "analysis", "noise", "metrics"},
+    {"moments", "schedules", "denoisers", "analysis", "noise", "metrics"},
     {"checks"},
     {"engine"},
     {"adaptive", "eager", "graphs"},

@@ -20,6 +20,7 @@ from kinvert.inversion.baselines.common import (
     certified,
     checked_plan,
     ddim_up,
+    in_ve,
     tolerance,
 )
 from kinvert.inversion.result import Inversion, rms
@@ -30,6 +31,7 @@ from kinvert.rules import DPMpp2M, Euler, Rule
 from kinvert.sampling import sample
 
 
+@in_ve
 def aidi(
     denoiser: Denoiser,
     x: Tensor,
@@ -60,6 +62,7 @@ def aidi(
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
 
+@in_ve
 def renoise(
     denoiser: Denoiser,
     x: Tensor,
@@ -107,6 +110,7 @@ class Averaged(Solver):
         return Root(mean, rms(equation.residual(mean, everyone)))
 
 
+@in_ve
 def dpm_solver_inversion(
     denoiser: Denoiser,
     x: Tensor,
