@@ -86,9 +86,11 @@ def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
         return
     name, high = plan.rule.name, max(plan.sigmas)
     what = f"makes unit Gaussian data {ratio:.3g} times too wide on this schedule"
-    fix = "use more steps, or a schedule that stays further below t = 1"
+    fix = (
+        "use a sampler such as 'euler', 'heun' or 'dpmpp_2m', more steps, or a schedule that stays further below t = 1 "
+        "(unsample: end_at_step=1)"
+    )
     if not isinstance(plan.rule, Flow):
-        fix += ", or a sampler such as 'euler', 'heun' or 'dpmpp_2m'"
         warnings.warn(f"{name} {what}; {fix}", RuntimeWarning, stacklevel=4)
         return
     if not isinstance(flow_sampler(plan.rule.rule), Flow):
