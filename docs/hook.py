@@ -261,17 +261,12 @@ def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> l
     """Mean and standard deviation of Gaussian data, of the mixture, and the order; a dash where a run is refused."""
     if "refused" in row:
         return ["-"] * 4
-    wanted, usual = row["wanted"]["std"], 1.0 if direction == "up" else report["data"][1]
+    (mean, std), mixture = (row["gaussian"][key] for key in ("mean", "std")), row["mixture"]["std"]
+    wanted, usual, order = row["wanted"]["std"], 1.0 if direction == "up" else report["data"][1], row.get("order")
     ends_above = f" for {wanted:.3f}" if abs(wanted - usual) > 1e-3 else ""
-    order = row.get("order")
-    return [
-        f"{row['gaussian']['mean']:.3f}".replace("-0.000", "0.000") if row["gaussian"]["std"] < 100 else "-",
-        f"{row['gaussian']['std']:.3f}{ends_above}"
-        if row["gaussian"]["std"] < 100
-        else f"{row['gaussian']['std']:.0e}",
-        f"{row['mixture']['std']:.3f}" if row["mixture"]["std"] < 100 else f"{row['mixture']['std']:.0e}",
-        "-" if order is None else f"{order:.1f}",
-    ]
+    found = [f"{value:.3f}".replace("-0.000", "0.000") if abs(value) < 100 else f"{value:.0e}" for value in (mean, std)]
+    spread = f"{mixture:.3f}" if mixture < 100 else f"{mixture:.0e}"
+    return [found[0], found[1] + ends_above, spread, "-" if order is None else f"{order:.1f}"]
 
 
 COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they

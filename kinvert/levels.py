@@ -344,7 +344,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
 def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
     """Rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
 
-    Values are flow times; samplers that run on x = x0 + sigma * eps need them through `flow_to_ve`.
+    Values are flow times, and a denoiser that is built from these levels takes them as they are.
     Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al.
     2024, arXiv 2403.03206.
 

@@ -62,8 +62,9 @@ def sample(
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, a new tensor each time; sigma has shape (batch,).
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
-        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
-        sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.
+        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`: sigmas, or flow times for a denoiser in flow time.
+        sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`; in flow time as
+            `ki.flow_sampler` has it.
         cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
@@ -127,7 +128,8 @@ def unsample(
 
     This is the ComfyUI node *Unsampler* for any denoiser: the schedule is reversed, `sigma_offset` is added to every
     entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
-    `sample(denoiser, latent, sigmas[end_at_step:], ...)`.
+    `sample(denoiser, latent, sigmas[end_at_step:], ...)`. In flow time the offset leads nowhere above t = 1, which is a
+    level like any other, and x is taken to the time where the run starts, `x_t = (1 - t) x`.
 
     Args:
         denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.
