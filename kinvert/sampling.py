@@ -62,7 +62,7 @@ def sample(
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, a new tensor each time; sigma has shape (batch,).
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
-        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`: sigmas, or flow times for a denoiser in flow time.
+        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`; flow times for a denoiser in flow time.
         sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`; in flow time as
             `ki.flow_sampler` has it.
         cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.

@@ -289,7 +289,7 @@ PLANS = [name for name in ki.SAMPLERS if name != "dpm_adaptive" and not name.end
 def test_law_down(name: str) -> None:
     """The right mean and standard deviation, and closer with twice the steps, at least at order 1."""
     coarse, fine = (law_errors(name, False, n) for n in (60, 120))
-    assert fine[0] < 2e-3
+    assert fine[0] < (1e-2 if name in NO_ORDER else 2e-3)
     if name not in NO_LAW:
         assert fine[1] < 0.06
         assert name in NO_ORDER or fine[1] < 0.65 * coarse[1] or fine[1] < 5e-4
