@@ -1,5 +1,6 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`, and what
-was measured where it has `<!-- inversion -->`, `<!-- baselines -->`, `<!-- dtypes -->` or `<!-- performance -->`.
+was measured where it has `<!-- inversion -->`, `<!-- baselines -->`, `<!-- performance -->`, `<!-- dtypes -->` or
+`<!-- flow -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for render in (samplers, schedules, inversion, reversible, baselines, performance, dtypes):
+    for render in (samplers, schedules, inversion, reversible, baselines, performance, dtypes, flow):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -273,6 +274,28 @@ def _verdicts(rows: list[dict[str, Any]]) -> str:
             if row["verdict"] != common:
                 others.setdefault(row["verdict"], []).append(f"`{row['verb']}`{where}")
     return "; ".join([common, *(f"{said}: {', '.join(where)}" for said, where in others.items())])
+def flow() -> str:
+    """A line for each sampler on flow levels: what it runs as, and what came out down from t = 1 and up to it."""
+    report = json.loads((RESULTS / "flow.json").read_text())
+    rows = []
+    for name, found in report["samplers"].items():
+        cells = [cell for direction in ("down", "up") for cell in flow_cells(found[direction], direction, report)]
+        rows.append([f"`{name}`", found["rule"] if found["rule"] == "as it is" else f"`{found['rule']}`", *cells])
+    head = ["sampler", "runs", "down: mean", "std", "mixture", "order", "up: mean", "std", "mixture", "order"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{table(head, rows)}\n\n`python benchmarks/flow.py`; {versions}, on a CPU."
+
+
+def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> list[str]:
+    """Mean and standard deviation of Gaussian data, of the mixture, and the order; a dash where a run is refused."""
+    if "refused" in row:
+        return ["-"] * 4
+    (mean, std), mixture = (row["gaussian"][key] for key in ("mean", "std")), row["mixture"]["std"]
+    wanted, usual, order = row["wanted"]["std"], 1.0 if direction == "up" else report["data"][1], row.get("order")
+    ends_above = f" for {wanted:.3f}" if abs(wanted - usual) > 1e-3 else ""
+    found = [f"{value:.3f}".replace("-0.000", "0.000") if abs(value) < 100 else f"{value:.0e}" for value in (mean, std)]
+    spread = f"{mixture:.3f}" if mixture < 100 else f"{mixture:.0e}"
+    return [found[0], found[1] + ends_above, spread, "-" if order is None else f"{order:.1f}"]
 
 
 COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they

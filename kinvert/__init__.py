@@ -14,6 +14,7 @@ from kinvert import models as models
 from kinvert import noise as noise
 from kinvert import rules as rules
 from kinvert import schedules as schedules
+from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
 from kinvert.engine import run as run

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kinvert.checks import check_state, checked_noise
 from kinvert.coefficients import ancestral_split
+from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Memory, Progress, advance, combine, stage_sigmas
 from kinvert.forms import Form, State
 from kinvert.forms import Noise as NoiseSymbol
 from kinvert.noise import Noise, bind, default_noise, replay
-from kinvert.plan import Interval, as_schedule, compile_step
+from kinvert.plan import Interval, compile_step
 from kinvert.rules.adaptive import DPMAdaptive
 
 MAX_TRIALS = 10_000
@@ -74,7 +75,7 @@ def run_adaptive(
         TypeError: x that is not a floating point tensor.
     """
     check_state(x)
-    first, last = ends(as_schedule(sigmas))
+    first, last = ends(settle(denoiser, solver, sigmas).schedule)
     if solver.eta and last > first:
         raise ValueError(
             f"{solver.name}: the noise of a rising run has negative variance for eta={solver.eta:g}; use eta=0"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, within_one
 from kinvert.denoisers import Guided
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan, Stage, Step
@@ -135,3 +136,17 @@ def check_plan(plan: Any) -> None:
     """Raise TypeError where `plan` is a sampler that is not compiled yet, or something else."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}; use ki.compile_plan(sampler, sigmas)")
+
+
+def check_coordinates(plan: Plan, denoiser: Any) -> None:
+    """Raise ValueError where a denoiser says that it takes other numbers than those of the Plan."""
+    if torch.compiler.is_compiling():  # which does not follow it
+        return
+    model = coordinates_of(denoiser)
+    if model == "ve" and plan.coordinates == "flow":
+        raise ValueError(
+            "the Plan is for flow times, but the denoiser takes sigmas of variance-exploding coordinates; build the "
+            f"denoiser in flow time, {FLOW_FIX}, or convert the schedule, {VE_FIX}"
+        )
+    if model == "flow":
+        within_one(plan.sigmas)

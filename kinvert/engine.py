@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kinvert.checks import (
     check_callback,
+    check_coordinates,
     check_memory,
     check_outputs,
     check_plan,
@@ -122,6 +123,7 @@ def run_state(
     check_callback(callback)
     if not callable(denoiser):
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}")
+    check_coordinates(plan, denoiser)
     x = state["x"]
     draw = noise_for(plan, noise, x)
     if torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ A network is not told sigma but a *time* t, and every family of models has its o
 
 A `Levels` holds the table (ascending, float64) and both maps. Discrete and edm levels are sigmas of
 the variance-exploding (VE) coordinates `x = x0 + sigma * eps`. Flow levels are flow times s;
-`flow_to_ve` and `ve_to_flow` convert by sigma = s / (1 - s).
+`flow_to_ve` and `ve_to_flow` convert by sigma = s / (1 - s); schedules of flow times are `FlowTimes`.
 
 Tables are kept in float64 and never rounded. Hosts round them to float32: every schedule picks the
 same entries from both, and the tables differ by float32 rounding alone.
@@ -23,16 +23,19 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.flowtimes import FlowTimes
+
 __all__ = [
     "DiscreteLevels",
     "EDMLevels",
     "FlowLevels",
+    "FlowTimes",
     "Levels",
     "edm",
     "flow",
@@ -48,6 +51,8 @@ __all__ = [
 INFINITE_SIGMA = 999999999.9
 # abar of the last level after rescaling to zero terminal SNR: exactly 0 would make sigma infinite.
 ZERO_SNR_ALPHA = 4.8973451890853435e-08
+# An abar this small, sigma above 1000, is one of zero terminal SNR.
+NEAR_ZERO_SNR = 1e-6
 # A sigma this close, in ln sigma, to the middle of two levels is a tie: float32 knows it no better.
 TIE = 1e-6
 
@@ -93,12 +98,14 @@ class Levels(ABC):
     Attributes:
         sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
         kind: "discrete", "edm" or "flow".
+        coordinates: what the table holds, "ve" (sigmas) or "flow" (flow times, a `FlowTimes`).
         sigma_data: standard deviation of the data that the network's preconditioning assumes.
     """
 
     sigmas: Tensor = field(repr=False)
     sigma_data: float = 1.0
     kind: ClassVar[str]
+    coordinates: ClassVar[Literal["ve", "flow"]] = "ve"
 
     def __post_init__(self) -> None:
         s = self.sigmas
@@ -229,8 +236,13 @@ class FlowLevels(Levels):
     """
 
     kind: ClassVar[str] = "flow"
+    coordinates: ClassVar[Literal["ve", "flow"]] = "flow"
     shift: float = 1.0
     multiplier: float = 1000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "sigmas", FlowTimes(self.sigmas))
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
         """t = multiplier * sigma (a flow time); `quantize` is accepted and means nothing."""
@@ -282,7 +294,7 @@ def from_alphas_cumprod(
 
     Raises:
         ValueError: not 1-D with two values or more, or not strictly descending in (0, 1); with
-            zero_snr the last may be 0.
+            zero_snr the last may be 0, but not next to 0: such levels are rescaled already.
     """
     abar = _array("alphas_cumprod", alphas_cumprod)
     positive = abar[-1] >= 0 if zero_snr else abar[-1] > 0
@@ -290,6 +302,11 @@ def from_alphas_cumprod(
         raise ValueError(
             "alphas_cumprod must descend strictly in (0, 1), i.e. betas must be in (0, 1), "
             f"got {abar[0]} ... {abar[-1]}; if only the last is 0, pass zero_snr=True"
+        )
+    if zero_snr and 0 < abar[-1] <= NEAR_ZERO_SNR:
+        raise ValueError(
+            f"alphas_cumprod ends at {abar[-1]:.3g}, so it has zero terminal SNR already, and rescaling it again would "
+            "change its levels; leave zero_snr out"
         )
     if zero_snr:
         root = np.sqrt(abar)
@@ -327,7 +344,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
 def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
     """Rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
 
-    Values are flow times; samplers that run on x = x0 + sigma * eps need them through `flow_to_ve`.
+    Values are flow times, and a denoiser that is built from these levels takes them as they are.
     Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al.
     2024, arXiv 2403.03206.
 
@@ -377,10 +394,14 @@ def ve_to_flow(sigma: Tensor | float) -> Tensor:
 
     For schedules: it looks at the values, and so waits for their device.
 
+    Returns:
+        A `FlowTimes` for a schedule (1-D), a plain tensor for anything else.
+
     Raises:
         ValueError: a sigma that is negative, infinite or NaN.
     """
     wide, dtype = _widen("sigma", sigma)
     if not bool(((wide >= 0) & wide.isfinite()).all()):
         raise ValueError("sigma must be finite and >= 0, got values that are not; remove them")
-    return (wide / (1 + wide)).to(dtype)
+    t = (wide / (1 + wide)).to(dtype)
+    return FlowTimes(t) if t.ndim == 1 else t

@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.rules import sampler as resolve_sampler
@@ -80,12 +80,14 @@ class Plan:
     """A sampler on a schedule, as coefficients. `print(plan)` shows every row; everything here is a plain number.
 
     `auxiliary` names the remembered values that belong to the state (`Rule.auxiliary`); most samplers have none.
+    `coordinates` is "flow" where the levels are known to be flow times, and None where nothing says what they are.
     """
 
     rule: Rule
     sigmas: tuple[float, ...]
     steps: tuple[Step, ...]
     auxiliary: tuple[str, ...] = ()
+    coordinates: Literal["flow"] | None = None
 
     @functools.cached_property
     def evaluations(self) -> int:
@@ -156,7 +158,8 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
     """Compile a sampler for a schedule.
 
     Args:
-        rule: a sampler's name or a `Rule`.
+        rule: a sampler's name or a `Rule`, taken as it is, unless sigmas say that they are flow times
+            (`levels.FlowTimes`): then as `flow_sampler` has it.
         sigmas: strictly monotone noise levels, decreasing (sampling) or increasing (unsampling); a 1-D tensor, array
             or sequence on any device. The first must be positive, the last may be 0.
 
@@ -168,11 +171,16 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
         TypeError: sigmas that are not numbers, or a rule that is not linear.
     """
     resolved = resolve_sampler(rule)
-    return _compile(resolved, resolved.name, as_schedule(sigmas))
+    coordinates = None
+    if getattr(sigmas, "coordinates", None) == "flow":
+        from kinvert.coordinates import flow_sampler  # here, because it tries rules by compiling them
+
+        resolved, coordinates = flow_sampler(resolved), "flow"
+    return _compile(resolved, resolved.name, as_schedule(sigmas), coordinates)
 
 
 @functools.lru_cache(maxsize=128)
-def _compile(rule: Rule, name: str, sigmas: tuple[float, ...]) -> Plan:
+def _compile(rule: Rule, name: str, sigmas: tuple[float, ...], coordinates: Literal["flow"] | None) -> Plan:
     """The name is there for the cache: rules that are equal but for it have Plans that say their own."""
     rule, sigmas = rule.prepare(sigmas)
     auxiliary = tuple(name for name, _ in compile_auxiliary(rule, sigmas[0]).memory)
@@ -182,7 +190,7 @@ def _compile(rule: Rule, name: str, sigmas: tuple[float, ...]) -> Plan:
         step = compile_step(rule, sigmas, index, memory)
         steps.append(step)
         memory = {name: Form.of(State(name)) for name in ("x", *(name for name, _ in step.memory))}
-    plan = Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary)
+    plan = Plan(rule, sigmas, _prune(steps, auxiliary), auxiliary, coordinates)
     _ = plan.steps[0].reads, plan.noise_levels, plan.draws  # torch.compile cannot trace their first use
     return plan
 
@@ -304,7 +312,7 @@ def _check_monotone(levels: tuple[float, ...]) -> None:
         if a == b:
             raise ValueError(
                 f"sigmas must be strictly monotone, got the same value twice, sigmas[{i}] = sigmas[{i + 1}] = {a:g}; "
-                "drop the repeated value (ask for fewer steps)"
+                "drop the repeated ones, torch.unique_consecutive(sigmas)"
             )
         if (b > a) != rising:
             raise ValueError(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Progress
 from kinvert.inversion.invert import invert
-from kinvert.plan import as_schedule
+from kinvert.levels import FlowTimes
 from kinvert.rules import Rule
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 
@@ -95,6 +96,10 @@ def round_trip(
         raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
     if method == "invert" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
+    coordinates, rule, levels = settle(denoiser, sampler, sigmas)
+    schedule = (
+        FlowTimes(levels) if coordinates == "flow" else levels
+    )  # what they mean, for a denoiser that does not say
     evaluations = [0, 0]
 
     def counted(direction: int) -> Callback:
@@ -106,27 +111,27 @@ def round_trip(
         return count
 
     shared: dict[str, Any] = {
-        "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
+        "sampler": rule, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
     }  # fmt: skip
     if method == "invert":
-        found = invert(denoiser, x, sigmas, **shared)
+        found = invert(denoiser, x, schedule, **shared)
         latent, evaluations[0] = found.latent, int(found.evaluations.max())
     else:
         latent = unsample(
-            denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
+            denoiser, x, schedule, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
             callback=counted(0), **shared,
         )  # fmt: skip
-    schedule = as_schedule(sigmas)
-    back = schedule[dropped_steps(schedule, end_at_step) :]
-    start = latent * back[0] if normalize else latent
+    dropped = dropped_steps(levels, end_at_step)
+    back, sigma = schedule[dropped:], levels[dropped]
+    start = latent * sigma if normalize else latent
     clean = None if mask is None else x
     reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
     flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
-    flat = flat if normalize else flat / back[0]
+    flat = flat if normalize else flat / sigma
     return RoundTrip(
         latent=latent,
         reconstruction=reconstruction,
-        sigma=back[0],
+        sigma=sigma,
         evaluations=sum(evaluations),
         mse=metrics.mse(reconstruction, x),
         psnr=metrics.psnr(reconstruction, x, data_range),

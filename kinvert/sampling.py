@@ -24,15 +24,18 @@ from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
 from kinvert.checks import DROWNED, check_state, rounding, warn_if_drowned
+from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser, Guided, Masked, guide
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
+from kinvert.moments import check_flow_spread
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
 from kinvert.rules import sampler as resolve_sampler
+from kinvert.rules.flow import unwrapped
 
 Normalize = bool | Literal["sample", "sigma"]
 OFFSET = 1e-4  # the node's
@@ -90,8 +93,9 @@ def sample(
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
-        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
-        sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.
+        sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`; flow times for a denoiser in flow time.
+        sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`; in flow time as
+            `ki.flow_sampler` has it.
         cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
@@ -120,15 +124,18 @@ def sample(
             NaN or infinity, with the step and its sigma.
     """
     check_state(x)
-    schedule = as_schedule(sigmas)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
-    job = _Job.of(sampler, schedule)
+    job = _Job.of(rule, schedule)
+    check_flow_spread(job.plan, coordinates)
     denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
         _check_like_x("latent", latent, x)
-        denoise = Masked(denoise, mask, latent, noise=_mask_noise(mask_noise, x, latent, job.sigmas[0]))
+        signal = latent if coordinates == "ve" else (1 - schedule[0]) * latent
+        kept = _mask_noise(mask_noise, x, signal, job.sigmas[0])
+        denoise = Masked(denoise, mask, latent, noise=kept, coordinates=coordinates)
     elif latent is not None or mask_noise is not None:
         name = "mask_noise" if latent is None else "latent"
         raise ValueError(f"{name} was given without mask; pass the mask of what to sample, or leave {name} out")
@@ -159,7 +166,9 @@ def unsample(
 
     This is the ComfyUI node *Unsampler* for any denoiser: the schedule is reversed, `sigma_offset` is added to every
     entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
-    `sample(denoiser, latent, sigmas[end_at_step:], ...)`. The result keeps no graph, see `sample`.
+    `sample(denoiser, latent, sigmas[end_at_step:], ...)`. In flow time the offset leads nowhere above t = 1, which is a
+    level like any other; if it is more than the node's 1e-4, x is taken to the time where the run starts,
+    `x_t = (1 - t) x`. The result keeps no graph, see `sample`.
 
     Args:
         denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.
@@ -190,23 +199,32 @@ def unsample(
     check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
-    schedule = as_schedule(sigmas)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     kept = schedule[dropped_steps(schedule, end_at_step) :]
     _check_direction(schedule, "unsample reverses it itself")
-    offset = offset_for(x, schedule) if sigma_offset is None else sigma_offset
-    job = _Job.of(sampler, rising_schedule(schedule, end_at_step, offset))
-    job.check_unsampling(noise, _Job.of(sampler, kept))
     least = offset_for(x, schedule)
+    offset = least if sigma_offset is None else sigma_offset
+    rising = rising_schedule(schedule, end_at_step, offset, 1.0 if coordinates == "flow" else math.inf)
+    _check_keeps_last(rule, rising)
+    job = _Job.of(rule, rising)
+    job.check_unsampling(noise, _Job.of(rule, kept))
+    check_flow_spread(job.plan, coordinates)
     warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={least:.2g}, the default here")
     denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
     if mask is not None:
-        denoise = Masked(denoise, mask, x)
+        denoise = Masked(denoise, mask, x, coordinates=coordinates)
+    if coordinates == "flow" and rising[0] - kept[-1] > 1.01 * OFFSET:
+        x = (1 - rising[0]) / (1 - kept[-1]) * x  # the same image at the time where the run starts
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
     return _normalize(latent, normalize, job.sigmas[-1])
 
 
-def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4) -> tuple[float, ...]:
+def rising_schedule(
+    sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4, highest: float = math.inf
+) -> tuple[float, ...]:
     """The schedule on which `unsample` runs: reversed, `sigma_offset` added, the noisiest `end_at_step` steps dropped.
+
+    Where the offset would lead to `highest` (1 in flow time) or above, it is left out.
 
     Raises:
         ValueError: a schedule that is not strictly decreasing, a negative `end_at_step` or `sigma_offset`.
@@ -218,7 +236,11 @@ def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-
     if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
         raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    return tuple(sigma + sigma_offset for sigma in reversed(kept))
+    levels: list[float] = []
+    for sigma in reversed(kept):
+        level = sigma + sigma_offset if sigma + sigma_offset < highest else sigma
+        levels.append(level if not levels or level > levels[-1] else (levels[-1] + highest) / 2)
+    return tuple(levels)
 
 
 def offset_for(x: Tensor, schedule: tuple[float, ...]) -> float:
@@ -244,6 +266,15 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
         )
 
 
+def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
+    """Refuse a sampler that discards its last step, before its Plan is made: that may fail for the same option."""
+    if not getattr(unwrapped(rule), "keep_last", True):
+        raise ValueError(
+            f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
+            f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0, keep_last=True)"
+        )
+
+
 def _check_like_x(name: str, value: Any, x: Tensor) -> None:
     if not isinstance(value, Tensor) or value.shape != x.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -254,14 +285,14 @@ def _check_like_x(name: str, value: Any, x: Tensor) -> None:
         raise ValueError(f"{name} has {int((~torch.isfinite(value)).sum())} NaN or infinite values; clean the input")
 
 
-def _mask_noise(given: Tensor | None, x: Tensor, latent: Tensor, sigma: float) -> Tensor:
-    """The noise of the kept region: as given, or what x has there."""
+def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -> Tensor:
+    """The noise of the kept region: as given, or what x has there beside the signal."""
     if given is not None:
         _check_like_x("mask_noise", given, x)
         return given
     warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) - latent.to(wide)) / sigma
+    return (x.to(wide) - signal.to(wide)) / sigma
 
 
 def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
@@ -358,14 +389,10 @@ class _Job:
 
     def check_unsampling(self, noise: Noise | None, down: _Job) -> None:
         """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
-        name, eta = self.rule.name, getattr(self.rule, "eta", 0.0)
+        rule = unwrapped(self.rule)
+        name, eta = rule.name, getattr(rule, "eta", 0.0)
         fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
         fix += f"a deterministic sampler such as {DETERMINISTIC}"
-        if not getattr(self.rule, "keep_last", True):
-            raise ValueError(
-                f"{name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
-                f"sigma {self.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0, keep_last=True)"
-            )
         steps = () if self.plan is None else self.plan.steps
         for step in steps:
             if step.forgets_x:
@@ -377,7 +404,7 @@ class _Job:
         if draws and noise is None:
             raise ValueError(
                 f"{name} draws noise {draws} times on this schedule, so no latent alone gives the image; {fix}"
-                + (", or switch churn off (s_churn=0)" if getattr(self.rule, "s_churn", 0.0) else "")
+                + (", or switch churn off (s_churn=0)" if getattr(rule, "s_churn", 0.0) else "")
             )
 
     def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:

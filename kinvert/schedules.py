@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.levels import Levels, real
+from kinvert.levels import FlowTimes, Levels, real
 
 # Samplers whose schedule is built with one step more and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
@@ -136,8 +136,8 @@ def normal(n: int, levels: Levels) -> Tensor:
     """
     n, (start, end) = _steps(n), _time_range(levels)
     if abs(float(levels.sigma(end))) <= ZERO:
-        return levels.sigma(_linspace(start, end, n + 1))
-    return _with_zero(levels.sigma(_linspace(start, end, n)))
+        return _of(levels, levels.sigma(_linspace(start, end, n + 1)))
+    return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n))))
 
 
 def sgm_uniform(n: int, levels: Levels) -> Tensor:
@@ -146,7 +146,7 @@ def sgm_uniform(n: int, levels: Levels) -> Tensor:
     It leaves sigma_min out.
     """
     n, (start, end) = _steps(n), _time_range(levels)
-    return _with_zero(levels.sigma(_linspace(start, end, n + 1)[:-1]))
+    return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n + 1)[:-1])))
 
 
 def simple(n: int, levels: Levels) -> Tensor:
@@ -227,7 +227,7 @@ def linear_quadratic(
     else:
         sigma_max = _checked(levels).sigma_max
     if n == 1:
-        return torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu")
+        return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
     if k >= n:
         raise ValueError(f"linear_steps must be below n = {n}, got {k}; leave it out for n // 2")
@@ -236,7 +236,7 @@ def linear_quadratic(
     a, b = delta / (k * m**2), theta / k - 2 * delta / m**2
     j = torch.arange(n, dtype=torch.float64, device="cpu")
     y = torch.where(j < k, j * theta / k, a * j**2 + b * j + a * k**2)
-    return _with_zero(sigma_max * (1 - y))
+    return _of(levels, _with_zero(sigma_max * (1 - y)))
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,8 @@ def schedule(
         **options: options of the schedule's function, e.g. rho.
 
     Returns:
-        float64 tensor (steps + 1,); see the exceptions of the module. Flow levels give flow times.
+        float64 tensor (steps + 1,); see the exceptions of the module. Flow levels give flow times, which say so: a
+        `levels.FlowTimes`.
 
     Raises:
         ValueError: unknown name, steps or options out of range, or denoise outside (0, 1].
@@ -337,7 +338,7 @@ def schedule(
         ) from error
     if discard:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    return sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :]
+    return _of(levels, sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :])
 
 
 def _steps(n: object, name: str = "n") -> int:
@@ -387,6 +388,11 @@ def _between(sigmas: Tensor, low: float, high: float) -> Tensor:
     sigmas[-1] = low
     sigmas[0] = high
     return _with_zero(sigmas)
+
+
+def _of(levels: Levels | float, sigmas: Tensor) -> Tensor:
+    """The schedule, which says that it holds flow times where the levels do."""
+    return FlowTimes(sigmas) if getattr(levels, "coordinates", "ve") == "flow" else sigmas
 
 
 def _with_zero(sigmas: Tensor) -> Tensor:

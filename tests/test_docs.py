@@ -141,6 +141,17 @@ def test_the_table_of_baselines_is_what_was_measured() -> None:
         assert f" {row['median_error']:.1e} " in line
 
 
+def test_the_table_of_flow_samplers_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "flow-models.md").read_text())
+    assert "<!--" not in text
+    measured = json.loads((ROOT / "benchmarks" / "results" / "flow.json").read_text())["samplers"]
+    for name, found in measured.items():
+        line = re.search(rf"^\| `{name}` \|.*$", text, re.MULTILINE)
+        assert line, name
+        assert ("| - | - | - | - |" in line[0]) == ("refused" in found["up"])
+        assert f"{found['down']['gaussian']['std']:.3f}" in line[0]
+
+
 def test_the_tables_of_performance_are_what_was_measured() -> None:
     """And what was measured keeps the promises that can be counted."""
     text = hook().on_page_markdown((ROOT / "docs" / "performance.md").read_text())

@@ -11,6 +11,7 @@ from recordings import Case, array, index, load, relative_error
 from torch import Tensor
 
 import kinvert as ki
+from kinvert.adaptive import run_adaptive
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025, "sd21v": 0.18215, "zsnr": 0.18215}
 # Samplers that the node runs with results that are no inversion (it returns the last denoised image, or NaN), or
@@ -128,16 +129,17 @@ def run_flow_node(case: Case, dtype: torch.dtype) -> Tensor:
     else:
         x = (torch.tensor(arrays[f"latent/{case['latent']}"]).to(dtype) - shift) * scale
     end = max(0, len(sigmas) - 1 - run_steps)
-    out = ki.unsample(
-        ki.denoisers.from_velocity(network(case["tc"]), levels, coordinates="flow"),
-        (1 - 1e-4) * x,
-        sigmas,
-        sampler=ki.sampler(case["sampler"], **({"flow": True} if case["sampler"] == "euler_cfg_pp" else {})),
-        end_at_step=end,
-        cfg=case["cfg"],
-        positive=context["pos"],
-        negative=context["neg"],
-    )
+    denoiser = ki.denoisers.from_velocity(network(case["tc"]), levels)
+    guidance = {"cfg": case["cfg"], "positive": context["pos"], "negative": context["neg"]}
+    if end == 0 and sigmas[0] == 1:  # the node goes on to 1.0001, where no flow is: only a Plan of its levels does
+        guided = ki.denoisers.guide(lambda *args, **kwargs: denoiser(*args, **kwargs), **guidance)  # says nothing of t
+        rising = sigmas.flip(0) + 1e-4
+        if case["sampler"] == "dpm_adaptive":
+            out = run_adaptive(ki.sampler("dpm_adaptive"), guided, (1 - 1e-4) * x, rising)[0]
+        else:
+            out = ki.run(ki.compile_plan(case["sampler"], rising), guided, (1 - 1e-4) * x)
+    else:
+        out = ki.unsample(denoiser, x, sigmas, sampler=case["sampler"], end_at_step=end, **guidance)
     out = out / (1 - (float(sigmas[end]) + 1e-4)) / scale + shift
     return (out - out.mean()) / out.std() if case["normalize"] else out
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class Gaussian:
             to x's event shape.
     """
 
+    coordinates: ClassVar[Literal["ve"]] = "ve"
     mean: Tensor | float
     std: Tensor | float
     _parameters: tuple[Tensor, Tensor] = field(init=False, repr=False)
@@ -162,6 +164,7 @@ class GaussianMixture:
             in a call, x's event shape is not that of the means.
     """
 
+    coordinates: ClassVar[Literal["ve"]] = "ve"
     means: Tensor
     std: Tensor | float
     weights: Tensor | None = None
@@ -234,6 +237,7 @@ class Dataset:
         TypeError, ValueError: as `GaussianMixture`.
     """
 
+    coordinates: ClassVar[Literal["ve"]] = "ve"
     points: Tensor = field(repr=False)
     _mixture: GaussianMixture = field(init=False, repr=False)
 

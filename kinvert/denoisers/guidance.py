@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output
@@ -82,6 +83,11 @@ class Guidance:
     negative: dict[str, Any] | None = field(repr=False)
     pair: bool
     bound: bool = False  # whether it is settled what belongs to one item
+
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """Those of the denoiser, None where it does not say."""
+        return coordinates_of(self.denoiser)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""

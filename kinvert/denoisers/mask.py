@@ -1,7 +1,8 @@
 r"""Denoising a part of the sample, with the rest pinned to a known one.
 
 A mask ``m`` is 1 where the sampler works and 0 where the clean latent ``z`` is kept. With the kept
-region at the noise level of the step, ``b = z + sigma eps`` (``b = z`` where no noise is given),
+region at the noise level of the step, ``b = a z + sigma eps`` (``b = a z`` where no noise is given),
+where ``a = 1``, or ``a = 1 - sigma`` in flow time,
 
     x' = m x + (1 - m) b          what the denoiser sees
     D' = m D(x', sigma) + (1 - m) z
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.protocol import (
     Denoiser,
     Guided,
@@ -126,6 +128,7 @@ class Masked:
         background: the clean latent z, of x's shape.
         noise: the background's fixed ``eps``, unit variance, of x's shape; None keeps the background
             clean at every sigma.
+        coordinates: of x and sigma, "ve" or "flow"; None takes the denoiser's, or "ve".
 
     Raises:
         TypeError, ValueError: as `resize_mask`.
@@ -136,9 +139,12 @@ class Masked:
     mask: Tensor = field(repr=False)
     background: Tensor = field(repr=False)
     noise: Tensor | None = field(default=None, repr=False)
+    coordinates: Coordinates | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", resize_mask(self.mask, self.background))
+        if self.coordinates is None:
+            object.__setattr__(self, "coordinates", coordinates_of(self.denoiser))
         if self.noise is not None:
             _check_like("noise", self.noise, self.background)
 
@@ -148,15 +154,16 @@ class Masked:
         of_each = self.mask.ndim == self.background.ndim and len(self.mask) == batch  # else it is for every sample
         mask = self.mask[index] if of_each else self.mask
         noise = None if self.noise is None else self.noise[index]
-        return Masked(inner.select(index, batch), mask, self.background[index], noise)
+        return Masked(inner.select(index, batch), mask, self.background[index], noise, self.coordinates)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
         """The masked prediction, from x of the background's shape and sigma (batch,)."""
         _check_like("x", x, self.background)
         mask, clean = self.mask.to(x.dtype), self.background.to(x.dtype)
-        kept = clean
-        if self.noise is not None:
-            kept = (self.background + expand(sigma, x) * self.noise).to(x.dtype)
+        level, kept = expand(sigma, x), clean
+        if self.noise is not None or self.coordinates == "flow":
+            signal = (1 - level) * self.background if self.coordinates == "flow" else self.background
+            kept = (signal if self.noise is None else signal + level * self.noise).to(x.dtype)
         result = self.denoiser(torch.lerp(kept, x, mask), sigma, **conditioning)
         denoised = result.denoised if isinstance(result, Guided) else result
         denoised = check_output(denoised, x, "denoiser", "x, sigma, **c").to(x.dtype)

@@ -64,17 +64,21 @@ class Preconditioned:
     levels: Levels | None
     prediction: Prediction
     quantize: bool = True
-    coordinates: Coordinates = "ve"
+    coordinates: Coordinates | None = None
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         checked_dtype(self.dtype)
+        if self.coordinates is None:
+            object.__setattr__(self, "coordinates", getattr(self.levels, "coordinates", "ve"))
         if not callable(self.model):
             got = type(self.model).__name__
             raise TypeError(f"model must be callable as model(x, t, **conditioning), got {got}")
         if self.coordinates not in ("ve", "flow"):
             raise ValueError(f"coordinates must be 've' or 'flow', got {self.coordinates!r}")
         flow = self.prediction == "velocity"
+        if self.coordinates == "flow" and not flow and getattr(self.levels, "kind", None) != "flow":
+            raise ValueError(f"coordinates='flow' is for from_velocity, not for from_{self.prediction}; leave it out")
         if flow and self.levels is None:
             return
         if not callable(getattr(self.levels, "timestep", None)):
@@ -176,7 +180,7 @@ def from_x0(
 def from_velocity(
     model: Callable[..., Tensor],
     levels: Levels | None = None,
-    coordinates: Coordinates = "ve",
+    coordinates: Coordinates | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Preconditioned:
@@ -189,7 +193,9 @@ def from_velocity(
     Args:
         model: ``model(x_t, t, **conditioning)``, x_t of shape (batch, *event), t of shape (batch,).
         levels: maps t to the network's time, e.g. ``1000 t``; None hands it t.
-        coordinates: what x and sigma mean, ``"ve"`` or ``"flow"``.
+        coordinates: what x and sigma mean, ``"ve"`` or ``"flow"``; None takes those of the levels,
+            ``"flow"`` for `levels.flow()`, and ``"ve"`` without levels. The denoiser's attribute
+            `coordinates` says it, so that no verb takes a schedule of the other kind.
         dtype: as in `from_eps`.
 
     Raises:

@@ -31,16 +31,17 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
+from kinvert.coordinates import Coordinates, settle
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
 from kinvert.inversion.result import Inversion, rms
 from kinvert.noise import replay
-from kinvert.plan import Plan, Step, as_schedule, compile_plan
-from kinvert.rules import Flow, Rule
-from kinvert.rules import sampler as resolve_sampler
+from kinvert.plan import Plan, Step, compile_plan
+from kinvert.rules import Rule
 from kinvert.rules.base import one_of
+from kinvert.rules.flow import unwrapped
 from kinvert.sampling import sample
 
 Path = Literal["independent", "chain"]
@@ -100,12 +101,12 @@ def extract_noise(
     Models' Latent Space, with Applications to CycleDiffusion and Guidance (2022), arXiv 2210.05559.
     """
     _check_arguments(x, path, generator, tol)
-    schedule = as_schedule(sigmas)
-    plan = compile_plan(resolve_sampler(sampler), schedule)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
+    plan = compile_plan(rule, schedule)
     _check_plan(plan, schedule)
     bound: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
     normal = _normal(x, generator)
-    states = _states(plan, x, path, normal)
+    states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
     state: Memory = {"x": states[0]}
     noises: list[Tensor] = []
@@ -227,10 +228,9 @@ def _has_noise(form: Form) -> bool:
 
 
 # -- the states -------------------------------------------------------------------------------------------------------
-def _states(plan: Plan, x: Tensor, path: Path, normal: Callable[[], Tensor]) -> list[Tensor]:
+def _states(plan: Plan, coordinates: Coordinates, x: Tensor, path: Path, normal: Callable[[], Tensor]) -> list[Tensor]:
     """States at the levels of the Plan, noisiest first, in x's dtype; the last is x."""
-    flow = isinstance(plan.rule, Flow) or getattr(plan.rule, "flow", False)
-    levels = [((1.0 - sigma) if flow else 1.0, sigma) for sigma in plan.sigmas]
+    levels = [((1.0 - sigma) if coordinates == "flow" else 1.0, sigma) for sigma in plan.sigmas]
     states = [x.to(_wide(x))]
     for i in reversed(range(len(levels) - 1)):
         (a, sigma), (a_from, sigma_from) = levels[i], levels[-1 if path == "independent" else i + 1]
@@ -302,7 +302,7 @@ def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
     """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
-    options = ", ".join(f.name for f in fields(plan.rule))
+    options = ", ".join(f.name for f in fields(unwrapped(plan.rule)))
     if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
         return f"set its options so that its last step draws noise (it has {options})"
     return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kinvert.analysis import amplification
 from kinvert.checks import check_callback
+from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
@@ -40,10 +41,11 @@ from kinvert.inversion.stepwise import (
     step_map,
 )
 from kinvert.inversion.trajectory import Sweeps
+from kinvert.moments import check_flow_spread
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
-from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import one_of
+from kinvert.rules.flow import unwrapped
 from kinvert.sampling import batch_parts, with_bar
 
 METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
@@ -122,13 +124,15 @@ def invert(
     solver = method if isinstance(method, (Solver, Sweeps)) else _method(method)
     if last_step not in LAST_STEPS:
         raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
-    plan = compile_plan(resolve_sampler(sampler), falling(sigmas))
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
+    plan = compile_plan(rule, falling(schedule))
     check_invertible(plan, last_step)
+    check_flow_spread(plan, coordinates)
     goal = tolerance(tol, x)
     limit = _limit(max_evals, plan)
     bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
     if mask is not None:
-        bound = Masked(bound, mask, x)
+        bound = Masked(bound, mask, x, coordinates=coordinates)
         _check_hard(bound.mask)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
@@ -445,7 +449,8 @@ def falling(sigmas: Any) -> tuple[float, ...]:
 def check_invertible(plan: Plan, last_step: str | None = None) -> None:
     """Raise ValueError where the run of a Plan cannot be inverted."""
     name = plan.rule.name
-    fix = f"ki.sampler({name!r}, eta=0)" if getattr(plan.rule, "eta", 0.0) else "a deterministic sampler such as 'heun'"
+    has_eta = getattr(unwrapped(plan.rule), "eta", 0.0)
+    fix = f"ki.sampler({name!r}, eta=0)" if has_eta else "a deterministic sampler such as 'heun'"
     if plan.is_stochastic:
         raise ValueError(
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "

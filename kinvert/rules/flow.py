@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kinvert.forms import Form
+from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.base import Rule, StepBuilder, option
+
+ROUNDING = 1e-6  # a time above 1 by so much, a rounding in float32, is 1
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,16 @@ class Flow(Rule):
         return self.rule.default_noise
 
     def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
-        if max(sigmas) > 1:
+        if isinstance(self.rule, DPMAdaptive):
             raise ValueError(
-                f"{self.name}: flow times must lie in [0, 1], got {max(sigmas):g}; use a schedule that ends below 1 "
-                "(unsample adds sigma_offset to it: drop the step to 1 by end_at_step=1)"
+                f"{self.name} chooses its steps on the way, and Flow changes the coordinates of fixed ones; pass "
+                f"sampler={self.name!r} without Flow, which runs in flow time, or a denoiser with "
+                'coordinates="ve" and the schedule ki.levels.flow_to_ve(times.clamp(max=1 - 1e-4))'
+            )
+        if max(sigmas) > 1 + ROUNDING:
+            raise ValueError(
+                f"{self.name}: flow times must lie in [0, 1], got {max(sigmas):.10g}; convert sigmas by "
+                "ki.levels.ve_to_flow(sigmas), or pass the sampler without Flow"
             )
         next_to_1 = max((t for t in sigmas if t < 1), default=0.0)
         start = self.start if next_to_1 < self.start else (1.0 + next_to_1) / 2
@@ -68,7 +77,13 @@ class Flow(Rule):
         inner = _FlowStep(s)
         x = self.rule.step(inner)
         s.remembered = inner.remembered
-        return (1.0 - s.sigma_next) * x
+        discarded = not getattr(self.rule, "keep_last", True) and s.index == s.steps - 1 and s.sigma_next > 0
+        return (1.0 - (s.sigma if discarded else s.sigma_next)) * x
+
+
+def unwrapped(rule: Rule) -> Rule:
+    """The rule that `Flow` wraps, which has the options, or the rule itself."""
+    return rule.rule if isinstance(rule, Flow) else rule
 
 
 class _FlowStep(StepBuilder):

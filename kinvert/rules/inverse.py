@@ -22,7 +22,7 @@ class DDIMInverse(Rule):
     `d = (w x - D(w x, sigma_next)) / sigma_next`, `w = sqrt((1 + sigma_next^2) / (1 + sigma^2))`: the latent as it is,
     the timestep of the next level. The Euler step up takes d at `(x, sigma)` instead. Where
     `start < index / steps < stop`, x' is mixed with the latent before, `keep x' + (1 - keep) w x` (EasyInv); not with
-    the default `keep=1`.
+    the default `keep=1`. With `flow=True` the levels are flow times, whose latent as it is has `w = 1`.
 
     Source: Song, Meng and Ermon, Denoising Diffusion Implicit Models (2020), arXiv 2010.02502; Zhang et al., EasyInv:
     Toward Fast and Better DDIM Inversion (2024), arXiv 2408.05159.
@@ -31,12 +31,13 @@ class DDIMInverse(Rule):
     keep: float = option(1.0, low=0.0, high=1.0)
     start: float = option(0.05, low=0.0, high=1.0)
     stop: float = option(0.25, low=0.0, high=1.0)
+    flow: bool = False
 
     name: ClassVar[str] = "ddim_inverse"
     ode_order: ClassVar[int] = 1
 
     def step(self, s: StepBuilder) -> Form:
-        seen = math.hypot(1.0, s.sigma_next) / math.hypot(1.0, s.sigma) * s.x
+        seen = s.x if self.flow else math.hypot(1.0, s.sigma_next) / math.hypot(1.0, s.sigma) * s.x
         x = s.x + (s.sigma_next - s.sigma) * slope(seen, s.denoise(seen, s.sigma_next), s.sigma_next)
         if self.start < s.index / s.steps < self.stop:
             x = self.keep * x + (1.0 - self.keep) * seen

@@ -5,8 +5,9 @@ variance-exploding coordinates `x = (1 + sigma) x_t`, with the denoised image D 
 
     v = d - D,    x' = ((1 + sigma_next) x + (sigma_next - sigma) v) / (1 + sigma)    is    x_t' = x_t + (t' - t) v
 
-and the middle `m` of a step is the one in t, `t_m = (t + t') / 2`. So these rules run on any denoiser, and on a
-schedule in flow time through `Flow`. The unit of x matters: t weighs noise against data of size 1.
+and the middle `m` of a step is the one in t, `t_m = (t + t') / 2`. So these rules run on any denoiser; with
+`flow=True` x and the schedule are in flow time as they are. The unit of x matters: t weighs noise against data of size
+1.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ class RFSolver(Rule):
     r"""RF-Solver: the explicit midpoint method in flow time, `x_t' = x_t + (t' - t) v(x_m, t_m)`.
 
     `x_m = x_t + (t_m - t) v(x_t, t)`. It is published as a Taylor step `x_t + h v + h^2/2 (v_m - v) / (h/2)`, which is
-    the same. Through `Flow` it is `midpoint` on the flow times. Order 2, two evaluations a step.
+    the same. With `flow=True` it is `midpoint` on the flow times. Order 2, two evaluations a step.
 
     Source: Wang et al., Taming Rectified Flow for Inversion and Editing (2024), arXiv 2411.04746.
     """
+
+    flow: bool = False
 
     name: ClassVar[str] = "rf_solver"
     ode_order: ClassVar[int] = 2
 
     def step(self, s: StepBuilder) -> Form:
-        m = _middle(s.sigma, s.sigma_next)
-        x_m = _move(s.x, _velocity(s, s.x, s.sigma), s.sigma, m)
-        return _move(s.x, _velocity(s, x_m, m), s.sigma, s.sigma_next)
+        m = _middle(s.sigma, s.sigma_next, self.flow)
+        x_m = _move(s.x, _velocity(s, s.x, s.sigma, self.flow), s.sigma, m, self.flow)
+        return _move(s.x, _velocity(s, x_m, m, self.flow), s.sigma, s.sigma_next, self.flow)
 
 
 @dataclass(frozen=True)
@@ -48,30 +51,36 @@ class FireFlow(Rule):
     Source: Deng et al., FireFlow: Fast Inversion of Rectified Flow for Image Semantic Editing (2024), arXiv 2412.07517.
     """
 
+    flow: bool = False
+
     name: ClassVar[str] = "fireflow"
     ode_order: ClassVar[int] = 2
 
     def step(self, s: StepBuilder) -> Form:
-        m, v = _middle(s.sigma, s.sigma_next), s.recall("v")
+        m, v = _middle(s.sigma, s.sigma_next, self.flow), s.recall("v")
         if v is None:
-            v = _velocity(s, s.x, s.sigma)
-        v = _velocity(s, _move(s.x, v, s.sigma, m), m)
+            v = _velocity(s, s.x, s.sigma, self.flow)
+        v = _velocity(s, _move(s.x, v, s.sigma, m, self.flow), m, self.flow)
         s.remember("v", v)
-        return _move(s.x, v, s.sigma, s.sigma_next)
+        return _move(s.x, v, s.sigma, s.sigma_next, self.flow)
 
 
-def _middle(sigma: float, sigma_next: float) -> float:
+def _middle(sigma: float, sigma_next: float, flow: bool) -> float:
     """The noise level whose flow time is the mean of two."""
+    if flow:
+        return (sigma + sigma_next) / 2
     t = (sigma / (1.0 + sigma) + sigma_next / (1.0 + sigma_next)) / 2
     return t / (1.0 - t)
 
 
-def _velocity(s: StepBuilder, x: Form, sigma: float) -> Form:
+def _velocity(s: StepBuilder, x: Form, sigma: float, flow: bool) -> Form:
     """`eps - x0` as the denoiser sees it."""
     denoised = s.denoise(x, sigma)
-    return slope(x, denoised, sigma) - denoised
+    return slope(x, denoised, sigma) if flow else slope(x, denoised, sigma) - denoised
 
 
-def _move(x: Form, v: Form, sigma: float, sigma_to: float) -> Form:
+def _move(x: Form, v: Form, sigma: float, sigma_to: float, flow: bool) -> Form:
     """Along the velocity v, straight in flow time."""
+    if flow:
+        return x + (sigma_to - sigma) * v
     return ((1.0 + sigma_to) * x + (sigma_to - sigma) * v) / (1.0 + sigma)

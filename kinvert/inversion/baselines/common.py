@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from kinvert.coordinates import VE_FIX, coordinates_of
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import run
 from kinvert.inversion.invert import check_image, check_invertible, falling
@@ -18,6 +20,22 @@ from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
 
 Conditioning = Mapping[str, Any] | None
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def in_ve(method: Method) -> Method:
+    """A method whose formulas are in variance-exploding coordinates: it refuses a denoiser or schedule in flow time."""
+
+    @functools.wraps(method)
+    def checked(denoiser: Denoiser, x: Tensor, sigmas: Any, *args: Any, **options: Any) -> Any:
+        if "flow" in (coordinates_of(denoiser), coordinates_of(sigmas)):
+            raise ValueError(
+                f"{method.__name__} runs in variance-exploding coordinates, and the denoiser or sigmas are in flow "
+                f'time; use from_velocity(model, levels, coordinates="ve") and {VE_FIX}'
+            )
+        return method(denoiser, x, sigmas, *args, **options)
+
+    return checked  # type: ignore[return-value]
 
 
 def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:

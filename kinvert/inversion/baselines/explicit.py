@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kinvert.denoisers import Denoiser, guide
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.plan import compile_plan
 from kinvert.rules import DDIMInverse, Euler, FireFlow, RFSolver, Rule
@@ -15,6 +15,7 @@ from kinvert.rules.base import one_of
 from kinvert.sampling import sample, unsample
 
 
+@in_ve
 def ddim_inversion(
     denoiser: Denoiser,
     x: Tensor,
@@ -41,6 +42,7 @@ def ddim_inversion(
     return _unsampled(denoiser, x, sigmas, rules[at], Euler(), cfg, positive, negative)
 
 
+@in_ve
 def easyinv(
     denoiser: Denoiser,
     x: Tensor,
@@ -68,6 +70,7 @@ def easyinv(
     return _unsampled(denoiser, x, sigmas, rule, Euler(), cfg, positive, negative)
 
 
+@in_ve
 def rf_solver(
     denoiser: Denoiser,
     x: Tensor,
@@ -84,6 +87,7 @@ def rf_solver(
     return _unsampled(denoiser, x, sigmas, RFSolver(), RFSolver(), cfg, positive, negative)
 
 
+@in_ve
 def fireflow(
     denoiser: Denoiser,
     x: Tensor,

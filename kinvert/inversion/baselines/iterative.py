@@ -21,6 +21,7 @@ from kinvert.inversion.baselines.common import (
     certified,
     checked_plan,
     ddim_up,
+    in_ve,
     tolerance,
 )
 from kinvert.inversion.result import Inversion, rms
@@ -31,6 +32,7 @@ from kinvert.rules import DPMpp2M, Euler, Rule
 from kinvert.sampling import sample
 
 
+@in_ve
 def aidi(
     denoiser: Denoiser,
     x: Tensor,
@@ -61,6 +63,7 @@ def aidi(
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
 
+@in_ve
 def renoise(
     denoiser: Denoiser,
     x: Tensor,
@@ -108,6 +111,7 @@ class Averaged(Solver):
         return Root(mean, rms(equation.residual(mean, everyone)))
 
 
+@in_ve
 def dpm_solver_inversion(
     denoiser: Denoiser,
     x: Tensor,

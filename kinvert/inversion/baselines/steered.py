@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.coordinates import coordinates_of
 from kinvert.denoisers import Denoiser, expand, guide
 from kinvert.engine import check_state
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.rules import Euler
 from kinvert.sampling import sample, unsample
 
 
+@in_ve
 @torch.no_grad()
 def rf_inversion(
     denoiser: Denoiser,
@@ -93,6 +95,7 @@ def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, un
         aim = torch.where(level > sigma_end, x - level * (x - target) / (level - sigma_end), target)
         return torch.where(level >= until, torch.lerp(denoised, aim, eta), denoised)
 
+    steered.coordinates = coordinates_of(denoiser)  # type: ignore[attr-defined]  # its formula holds in both
     return steered
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kinvert.checks import count, positive_number
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import advance, stage_sigmas
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, ddim_path
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, ddim_path, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.noise import replay
 from kinvert.plan import Step, compile_plan
@@ -19,6 +19,7 @@ from kinvert.rules import DirectInversion, Euler
 from kinvert.sampling import sample
 
 
+@in_ve
 @torch.no_grad()
 def direct_inversion(
     denoiser: Denoiser,
@@ -52,6 +53,7 @@ def direct_inversion(
     return certified(plan, x, path[0], back, 2 * plan.evaluations, noises=tuple(offsets))
 
 
+@in_ve
 def null_text(
     denoiser: Denoiser,
     x: Tensor,
@@ -126,6 +128,7 @@ def _set_gradients(value: dict[str, Tensor], loss: Tensor) -> None:
         tensor.grad = gradient
 
 
+@in_ve
 @torch.no_grad()
 def sample_null_text(
     denoiser: Denoiser,

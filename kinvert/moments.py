@@ -1,0 +1,110 @@
+r"""Mean and standard deviation of what a Plan makes of Gaussian data, exactly.
+
+For data N(m, s²), each coordinate on its own, under `x = a x0 + sigma eps` (`a = 1`, or `a = 1 - sigma` in flow time)
+the exact denoiser is affine, `D = m + a s² / (a² s² + sigma²) (x - a m)`, so every state of a run is an affine function
+of the unit noise at the start and the noises that are drawn. Its coefficients say all about its law: no sampling, and
+no error but rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kinvert.analysis import brownian_covariance
+from kinvert.coordinates import Coordinates, flow_sampler
+from kinvert.forms import Form
+from kinvert.plan import Plan
+from kinvert.rules import Flow
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of one coordinate."""
+
+    mean: float
+    std: float
+
+
+def gaussian_law(sigma: float, mean: float = 0.0, std: float = 1.0, coordinates: Coordinates = "ve") -> Moments:
+    """The moments that a state at noise level `sigma` should have, for data N(mean, std²)."""
+    a = 1.0 - sigma if coordinates == "flow" else 1.0
+    return Moments(a * mean, math.hypot(a * std, sigma))
+
+
+def gaussian_moments(
+    plan: Plan,
+    mean: float = 0.0,
+    std: float = 1.0,
+    coordinates: Coordinates = "ve",
+    start: Moments | None = None,
+) -> Moments:
+    """The moments of the result of a run of a Plan with the exact denoiser of data N(mean, std²).
+
+    A guided Plan gets the pair (D, D). Noises are independent, or those of one Brownian path (`Rule.default_noise`).
+
+    Args:
+        plan: from `compile_plan`.
+        mean, std: of the data.
+        coordinates: what the Plan's levels are.
+        start: moments of the state at the start; None: those of `gaussian_law` at the first level.
+    """
+    first = gaussian_law(plan.sigmas[0], mean, std, coordinates) if start is None else start
+    one, initial, *draws = np.eye(2 + plan.draws)  # coefficients of 1, of the noise at the start, of each draw
+    covariance = np.eye(1 + plan.draws)
+    if plan.draws and plan.rule.default_noise == "brownian":
+        covariance[1:, 1:] = brownian_covariance([interval for step in plan.steps for interval in step.noises])
+    state: dict[str, Any] = {"x": first.mean * one + first.std * initial}
+    drawn = 0
+    for step in plan.steps:
+        values: dict[str, Any] = {"state": state, "noise": draws[drawn : drawn + len(step.noises)], "denoised": []}
+        values["uncond"] = values["denoised"]
+        drawn += len(step.noises)
+        for stage in step.stages:
+            a = 1.0 - stage.sigma if coordinates == "flow" else 1.0
+            gain = a * std**2 / (a**2 * std**2 + stage.sigma**2)
+            values["denoised"].append(gain * _value(stage.input, values, one) + (1.0 - gain * a) * mean * one)
+        state = {name: _value(form, values, one) for name, form in (("x", step.x), *step.memory)}
+    x = state["x"]
+    return Moments(float(x[0]), math.sqrt(max(float(x[1:] @ covariance @ x[1:]), 0.0)))
+
+
+def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
+    """Refuse a rule through `Flow` that blows up: its steps in sigma = t / (1 - t) are huge where t is near 1.
+
+    Raises:
+        ValueError: unit Gaussian data would come out more than twice as wide as they should; for a rule in flow time as
+            it is, that is a RuntimeWarning.
+    """
+    if plan is None or coordinates == "ve":
+        return
+    ratio = _spread(plan)
+    if ratio <= 2.0:
+        return
+    name, high = plan.rule.name, max(plan.sigmas)
+    what = f"makes unit Gaussian data {ratio:.3g} times too wide on this schedule"
+    fix = (
+        "use a sampler such as 'euler', 'heun' or 'dpmpp_2m', more steps, or a schedule that stays further below t = 1 "
+        "(unsample: end_at_step=1)"
+    )
+    if not isinstance(plan.rule, Flow):
+        warnings.warn(f"{name} {what}; {fix}", RuntimeWarning, stacklevel=4)
+        return
+    if not isinstance(flow_sampler(plan.rule.rule), Flow):
+        fix = f"pass sampler={name!r} without Flow, which runs in flow time as it is"
+    sigma = high / (1.0 - high)
+    raise ValueError(f"{name} through Flow {what}: its steps are in sigma = t / (1 - t), up to {sigma:.3g}; {fix}")
+
+
+@functools.lru_cache(maxsize=128)
+def _spread(plan: Plan) -> float:
+    """How many times too wide unit Gaussian data come out of a Plan in flow time."""
+    wanted = gaussian_law(plan.sigmas[-1], coordinates="flow")
+    return gaussian_moments(plan, coordinates="flow").std / wanted.std
+
+
+def _value(form: Form, values: dict[str, Any], like: np.ndarray) -> Any:
+    return sum((c * values[symbol.kind][symbol.key] for symbol, c in form), start=0.0 * like)
