@@ -377,7 +377,7 @@ def test_bad_memory_is_named() -> None:
     with pytest.raises(TypeError, match="got NoneType"):
         run_state(plan.closed, MIXTURE, {"x": x, "y": None})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="Rule"):
-        replace(RULES["mccallum_foster"], rule="heun")  # type: ignore[type-var]
+        replace(RULES["mccallum_foster"], rule="heun")  # type: ignore[call-arg]
 
 
 def test_what_a_run_returns_is_its_own() -> None:

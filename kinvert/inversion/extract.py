@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -39,7 +39,7 @@ from kinvert.noise import replay
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import Flow, Rule
 from kinvert.rules import sampler as resolve_sampler
-from kinvert.rules.base import one_of
+from kinvert.rules.base import one_of, options_of
 from kinvert.sampling import sample
 
 Path = Literal["independent", "chain"]
@@ -300,7 +300,7 @@ def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
     """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
-    options = ", ".join(f.name for f in fields(plan.rule))
+    options = ", ".join(f.name for f in options_of(plan.rule))
     if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
         return f"set its options so that its last step draws noise (it has {options})"
     return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"
