@@ -135,6 +135,7 @@ def extract_noise(
         round_trip_error=error,
         tolerance=tolerance,
         sigmas=plan.sigmas,
+        checking=plan.evaluations,
         noises=tuple(noises),
         warnings=(*_missed(error, tolerance), *_unusual(plan, noises)),
     )
