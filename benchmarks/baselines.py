@@ -2,8 +2,9 @@
 
 Eight held-out images of the embedded model `digits` with their labels, Karras schedule from sigma 80 to 0.02, float64.
 A row gives, over the images, the median and the worst rms error of the round trip, how many came back to 1e-6, and the
-median of evaluations a step, the check included. Cells that are there already are not computed again. `null_text` is
-not among them: it optimises an embedding, and these models take a label.
+median of evaluations a step, the check included. Cells that are there already are not computed again, but for those of
+baselines that are named: `python benchmarks/baselines.py aidi renoise`. `null_text` is not among them: it optimises an
+embedding, and these models take a label.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -53,6 +55,7 @@ def main() -> None:
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
     report["versions"] = versions | {"machine": platform.machine()}
+    report["rows"] = [row for row in report["rows"] if row["baseline"] not in sys.argv[1:]]
     done = {(row["baseline"], row["steps"], row["cfg"]) for row in report["rows"]}
     for cell in itertools.product(BASELINES, STEPS, CFG):
         if cell in done:
@@ -60,6 +63,7 @@ def main() -> None:
         row = measure(*cell)
         print(json.dumps(row), flush=True)
         report["rows"].append(row)
+        report["rows"].sort(key=lambda row: list(BASELINES).index(row["baseline"]))
         partial = RESULTS.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(RESULTS)

@@ -1,5 +1,7 @@
 """Measure the order of every registered sampler: `python benchmarks/order.py` writes `benchmarks/results/order.json`.
 
+`python benchmarks/order.py edict bdia` measures these again and keeps the others.
+
 The problem is the probability-flow ODE of a Gaussian mixture, whose denoiser is exact, from sigma = 10 to 0.1 on Karras
 grids of n steps without a final 0, in float64. The error is the distance to a reference of order 5 on 2000 steps,
 relative to its norm; the order is the least-squares slope of -log error against log n, over the errors above the
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +77,8 @@ def main() -> None:
     torch.set_num_threads(1)
     denoiser, x = problem()
     reference = ki.run(ki.compile_plan("dormand_prince", grid(2000)), denoiser, x)
-    samplers = {}
-    for name in ki.SAMPLERS:
+    samplers = json.loads(RESULTS.read_text())["samplers"] if sys.argv[1:] else {}
+    for name in sys.argv[1:] or ki.SAMPLERS:
         if name == "dpm_adaptive":  # chooses its own steps
             continue
         samplers[name] = measure(name, denoiser, x, reference)

@@ -1,6 +1,7 @@
 """How exactly the algebraically reversible samplers run backwards, beside what `ki.analysis.amplification` predicts.
 
     python benchmarks/reversible.py
+    python benchmarks/reversible.py edict bdia      # these again, the others as they were
 
 From noise to an image and its auxiliary state, and back in closed form: `error` is the rms of the difference of the
 latents over sigma_0. Without the auxiliary state (`alone`), a new one is started at the image. The model is `digits`
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from kinvert.noise import white
 
 RESULT = Path(__file__).parent / "results" / "reversible.json"
 RULES: dict[str, dict[str, Any]] = {
-    "edict": {}, "edict, p=0.8": {"p": 0.8}, "bdia": {}, "bdia, gamma=0.5": {"gamma": 0.5}, "o_belm": {},
-    "leapfrog": {}, "reversible_heun": {}, "mccallum_foster": {},
+    "edict": {}, "edict, p=0.8": {"p": 0.8}, "bdia": {}, "bdia, gamma=0.5": {"gamma": 0.5},
+    "bdia, coordinates='ve'": {"coordinates": "ve"}, "o_belm": {}, "leapfrog": {}, "reversible_heun": {},
+    "mccallum_foster": {},
 }  # fmt: skip
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -69,7 +72,12 @@ def cell(name: str, steps: int, dtype: torch.dtype, count: int = 8) -> dict[str,
 def main() -> None:
     """Measure every rule."""
     torch.set_num_threads(1)
-    rows = [cell(name, steps, dtype) for name in RULES for steps in (10, 20, 50) for dtype in DTYPES]
+    before = json.loads(RESULT.read_text())["rows"] if sys.argv[1:] else []
+    rows = []
+    for name in RULES:
+        if name in (sys.argv[1:] or RULES):
+            rows += [cell(name, steps, dtype) for steps in (10, 20, 50) for dtype in DTYPES]
+        rows += [row for row in before if row["sampler"] == name and name not in sys.argv[1:]]
     versions = {
         "kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version(),
         "machine": platform.machine(),

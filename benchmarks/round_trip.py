@@ -3,7 +3,8 @@
 Ten held-out images, one of each class, and the embedded denoiser "digits", labels given, cfg 1, float32, on the Karras
 schedule that each sampler gets for the model's noise levels. Samplers with noise run with it switched off (eta = 0, or
 s_noise = 0) in both directions. CFG++ samplers get the null label as negative. The figure is the mean PSNR over the
-images in dB; null where the result is not finite.
+images in dB; null where the result is not finite. `python benchmarks/round_trip.py edict bdia` measures these again and
+keeps the others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,8 @@ def measure(name: str) -> dict[str, Any]:
 def main() -> None:
     """Measure all, print a line for each, write the results."""
     torch.set_num_threads(1)
-    samplers = {}
-    for name in ki.SAMPLERS:
+    samplers = json.loads(RESULTS.read_text())["samplers"] if sys.argv[1:] else {}
+    for name in sys.argv[1:] or ki.SAMPLERS:
         samplers[name] = measure(name)
         print(f"{name:32} {samplers[name].get('psnr', samplers[name].get('error'))}", flush=True)
     versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}

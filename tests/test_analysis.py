@@ -24,7 +24,7 @@ QUIRKS: dict[str, tuple[dict[str, Any], str]] = {
     "deis": ({"quadrature": "exact"}, "its integrals are sums that count both ends, off by 1e-4 of the step"),
     "sa_solver": ({"keep_last": True}, "without a final 0 its result belongs to the level before the last"),
     "sa_solver_pece": ({"keep_last": True}, "as sa_solver"),
-    "edict": ({"evaluate_at": "sigma_next"}, "it evaluates a state at sigma_next with the noise level sigma"),
+    "edict": ({"evaluate_at": "sigma_next"}, "the network gets the latent of sigma_next with the timestep of sigma"),
 }
 # A single step of UniPC evaluates nothing.
 MIN_STEPS = {"uni_pc": 2, "uni_pc_bh2": 2}

@@ -204,9 +204,11 @@ def test_aidi_is_the_published_fixed_point() -> None:
     """One step: u <- x_b + (a - b) d(u, a) from DDIM inversion; acceleration needs fewer iterations."""
     sigmas = torch.tensor([2.0, 1.0], dtype=torch.float64)
     u = ddim_inversion(GAUSSIAN, images(), sigmas).latent
-    for _ in range(4):
+    for k in range(1, 6):  # an evaluation each, and none is thrown away
         u = images() + (u - GAUSSIAN(u, torch.full((4,), 2.0, dtype=torch.float64))) / 2.0
-    close(aidi(GAUSSIAN, images(), sigmas, iterations=5).latent, u)
+        found = aidi(GAUSSIAN, images(), sigmas, iterations=k)
+        close(found.latent, u)
+        assert (found.evaluations == 1 + k + found.checking).all()
     assert aidi(GAUSSIAN, images(), sigmas, iterations=5, window=2).round_trip_error.max() < 1e-9
 
 
@@ -222,7 +224,8 @@ def test_renoise_is_the_mean_of_the_last_predictions(average: int) -> None:
     expected = images() + (a - b) * torch.stack(predictions[-average:]).mean(0)
     found = renoise(MIXTURE, images(), sigmas, iterations=5, average=average)
     close(found.latent, expected)
-    close(found.residuals[0], found.round_trip_error)
+    assert (found.evaluations - found.checking == 6).all()  # the mean's own residual would be a seventh
+    close(found.residuals[0], rms((a - b) * (predictions[-1] - predictions[-2])))
 
 
 def test_averaging_damps_an_oscillation_that_the_fixed_point_keeps() -> None:
@@ -344,6 +347,23 @@ def test_a_sample_does_not_depend_on_its_neighbours(name: str) -> None:
     together = BASELINES[name](labelled, x, schedule(), **guidance(1.5, 3))
     alone = BASELINES[name](labelled, x[1:2], schedule(), **guidance(1.5, 1))
     close(together.latent[1:2], alone.latent, 1e-8)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_checks_the_latent_is_one_run_and_is_told(name: str) -> None:
+    """`checking` is what the certificate cost: without it are left the evaluations of the way up."""
+    found = BASELINES[name](MIXTURE, images(), schedule())
+    down = ki.compile_plan({"rf_solver": "rf_solver", "fireflow": "fireflow"}.get(name, "euler"), schedule())
+    assert found.checking == down.evaluations
+    assert ((found.evaluations - found.checking) / (len(schedule()) - 1) >= 1).all()
+
+
+def test_a_fixed_point_that_diverges_is_returned_as_it_is() -> None:
+    """The last iterate, as published, not the best one; it is not called converged."""
+    sigmas = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    errors = [aidi(lambda x, s: 4.0 * x, images(), sigmas, iterations=k).round_trip_error for k in (1, 4, 8)]
+    assert (errors[2] > errors[1]).all() and (errors[1] > errors[0]).all()
+    assert not aidi(lambda x, s: 4.0 * x, images(), sigmas).converged.any()
 
 
 X, S = images(), schedule()

@@ -62,6 +62,7 @@ def test_every_stochastic_sampler_reproduces_the_image(name: str, path: Path) ->
     assert len(found.noises) == plan.draws and found.sigmas == plan.sigmas
     assert all(n.shape == x.shape and n.dtype == x.dtype for n in found.noises)
     assert found.evaluations.tolist() == [2 * plan.evaluations] * 3
+    assert found.checking == plan.evaluations
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)

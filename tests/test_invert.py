@@ -19,7 +19,8 @@ from kinvert import models
 from kinvert.analysis import properties
 from kinvert.bench.problems import make_problem
 from kinvert.engine import run_state
-from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard
+from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Sweeps
+from kinvert.inversion.choice import METHODS, choose
 from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation
 from kinvert.inversion.stepwise import levels_of, step_map
@@ -147,9 +148,42 @@ def test_picard_oscillates_where_anderson_converges() -> None:
     assert ki.invert(close, x, sigmas, method="auto").converged.all()
 
 
+@pytest.mark.parametrize("name", [name for name in ki.SAMPLERS if name != "dpm_adaptive"])
+def test_a_method_is_used_or_refused(name: str) -> None:
+    """Over the registry: what is accepted for a Plan is what solves it, and the refusal lists what is accepted."""
+    plan = ki.compile_plan(name, schedule(4))
+    solvers = {
+        **{key: make() for key, make in METHODS.items()},
+        "mine": Anderson(window=2),
+        "my sweeps": Sweeps(window=3),
+    }
+    if plan.auxiliary:
+        used = {"auto"}
+    elif plan.is_multistep:
+        used = {"auto", "sweeps", "my sweeps"}
+    else:
+        used = set(solvers)
+    for key, solver in solvers.items():
+        for method in (solver, *([key] if key in METHODS else [])):
+            if key in used:
+                assert choose(method, plan) == solver
+                continue
+            with pytest.raises(ValueError, match=rf"method must be .*'auto'.* for {name}, got .*"):
+                choose(method, plan)
+
+
+def test_the_method_that_is_refused_is_named() -> None:
+    refused = [("dpmpp_2m", "picard", "'auto', 'sweeps' or a Sweeps for dpmpp_2m, got 'picard'")]
+    refused += [("o_belm", "sweeps", "'auto' for o_belm, got 'sweeps': its steps are undone in closed form")]
+    for sampler, method, message in refused:
+        with pytest.raises(ValueError, match=message):
+            ki.invert(MIXTURE, images(), schedule(6), sampler=sampler, method=method)
+    with pytest.raises(ValueError, match="got Anderson"):
+        ki.invert(MIXTURE, images(), schedule(6), sampler="lms", method=Anderson(window=2))
+
+
 # -- samples are alone ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
-@pytest.mark.parametrize("method", ["anderson", "newton"])
+@pytest.mark.parametrize(("name", "method"), [("euler", "anderson"), ("euler", "newton"), ("dpmpp_2m", "auto")])
 def test_a_sample_does_not_depend_on_its_neighbours(name: str, method: str) -> None:
     x = images(4)
     together = ki.invert(MIXTURE, x, schedule(8), sampler=name, method=method)
@@ -406,8 +440,15 @@ def test_small_errors_in_half_precision_are_not_zero() -> None:
     assert float(rms(torch.full((1, 4), 300.0, dtype=torch.float16))) == 300.0
 
 
-@pytest.mark.parametrize("method", ["auto", "anderson", "picard", "newton", "continuation", "sweeps"])
-@pytest.mark.parametrize("sampler", ["euler", "heun", "rk4", "dpmpp_2m", "uni_pc"])
+@pytest.mark.parametrize(
+    ("sampler", "method"),
+    [
+        (s, m)
+        for s in ("euler", "heun", "rk4")
+        for m in ("auto", "anderson", "picard", "newton", "continuation", "sweeps")
+    ]
+    + [(s, m) for s in ("dpmpp_2m", "uni_pc") for m in ("auto", "sweeps")],
+)
 def test_max_evals_bounds_what_a_sample_costs(method: str, sampler: str) -> None:
     """The denoiser's own count, for a learned-like denoiser that few evaluations do not invert."""
     weights, calls = 0.4 * noise_like((16, 16), seed=0), 0

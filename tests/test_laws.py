@@ -90,8 +90,9 @@ def test_rules_have_no_unit(name: str, scale: float, sigmas: list[float]) -> Non
     )
 
 
-# Constants of the rule are noise levels: a VP time map fitted to levels, an interval of noise, a noise scaler.
-HAS_A_SCALE = {"deis", "sa_solver", "sa_solver_pece", "er_sde", "rf_solver", "fireflow"}
+# Constants of the rule are noise levels: a VP time map fitted to levels, an interval of noise, a noise scaler; or the
+# level 1 of variance-preserving coordinates, in which the rule was published.
+HAS_A_SCALE = {"deis", "sa_solver", "sa_solver_pece", "er_sde", "rf_solver", "fireflow", "edict", "bdia"}
 # With their noise off these do not follow the probability-flow ODE (which is all that an order can be measured on):
 # they have no switch for the noise, or integrate the drift of an SDE; CFG++ follows another field.
 NO_ORDER = {"lcm", "er_sde"}
@@ -170,3 +171,16 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     want = ki.run(plan, denoiser_for(plan), x.double())
     tolerance = 200 * torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [ki.sampler("edict", evaluate_at="sigma_next"), ki.sampler("bdia", coordinates="ve")],
+    ids=lambda rule: rule.name,
+)
+def test_outside_of_vp_coordinates_reversible_rules_have_no_unit(rule: ki.Rule) -> None:
+    """What breaks the law above is the published choice of coordinates, and nothing else."""
+    sigmas = ki.schedules.karras(6, 0.1, 10)[:-1]
+    x = 10 * noise_like((2, 6))
+    scaled = ki.run(ki.compile_plan(rule, 7 * sigmas), lambda y, sigma: 7 * MIXTURE(y / 7, sigma / 7), 7 * x) / 7
+    torch.testing.assert_close(scaled, ki.run(ki.compile_plan(rule, sigmas), MIXTURE, x), rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,9 @@ RULES: dict[str, ki.Rule] = {
     name: ki.sampler(name) for name in ("edict", "bdia", "o_belm", "leapfrog", "reversible_heun", "mccallum_foster")
 } | {
     "edict at sigma_next": EDICT(evaluate_at="sigma_next"),
+    "edict alternate": EDICT(alternate=True),
     "bdia 0.5": BDIA(gamma=0.5),
+    "bdia ve": BDIA(coordinates="ve"),
     "mccallum_foster euler": McCallumFoster(ki.sampler("euler")),
     "mccallum_foster rk4": McCallumFoster(ki.sampler("rk4")),
 }
@@ -51,13 +54,76 @@ def split(state: Memory) -> tuple[Tensor, Memory]:
 
 # -- the rules -------------------------------------------------------------------------------------------------------
 def test_two_step_methods_by_hand() -> None:
-    """x'' = x' - h d' + g (x - x' - h_prev d'): g = gamma for BDIA, (h / h_prev)^2 for O-BELM."""
+    """x'' = x' - h d' + g (x - x' - h_prev d'): g = gamma for BDIA in VE, (h / h_prev)^2 for O-BELM."""
     sigmas, x = (4.0, 2.0, 1.5), noise_like((2, 6))
     first = ki.run(ki.compile_plan("euler", sigmas[:2]), MIXTURE, x)
     d = (first - MIXTURE(first, torch.full((2,), 2.0, dtype=torch.float64))) / 2.0
-    for rule, g in ((ki.sampler("bdia"), 1.0), (BDIA(gamma=0.7), 0.7), (ki.sampler("o_belm"), (0.5 / 2.0) ** 2)):
+    for rule, g in (
+        (BDIA(coordinates="ve"), 1.0),
+        (BDIA(gamma=0.7, coordinates="ve"), 0.7),
+        (ki.sampler("o_belm"), (0.5 / 2.0) ** 2),
+    ):
         want = first - 0.5 * d + g * (x - first - 2.0 * d)
         torch.testing.assert_close(ki.run(ki.compile_plan(rule, sigmas), MIXTURE, x), want, rtol=1e-13, atol=1e-13)
+
+
+class Preserved:
+    """Latents `z = alpha x`, the noise that a network predicts of them, and DDIM steps between levels, as in papers."""
+
+    def __init__(self, sigmas: list[float]) -> None:
+        self.sigmas = sigmas
+        self.alpha = [1.0 / math.sqrt(1.0 + sigma**2) for sigma in sigmas]
+        self.noise = [math.sqrt(1.0 - alpha**2) for alpha in self.alpha]
+
+    def eps(self, z: Tensor, i: int) -> Tensor:
+        """Of the latent z, at whatever level it is, with the timestep i."""
+        denoised = MIXTURE(z / self.alpha[i], torch.full((len(z),), self.sigmas[i], dtype=z.dtype))
+        return (z - self.alpha[i] * denoised) / self.noise[i]
+
+    def ddim(self, z: Tensor, eps: Tensor, i: int, j: int) -> Tensor:
+        return self.alpha[j] / self.alpha[i] * (z - self.noise[i] * eps) + self.noise[j] * eps
+
+
+def published_edict(x: Tensor, sigmas: list[float], p: float, alternate: bool) -> Tensor:
+    """Wallace et al. (2022), equations 12 to 14, and the other order in every other step."""
+    vp = Preserved(sigmas)
+    pair = [vp.alpha[0] * x, vp.alpha[0] * x]
+    for i in range(len(sigmas) - 1):
+        for moved in (1, 0) if alternate and i % 2 else (0, 1):
+            pair[moved] = vp.ddim(pair[moved], vp.eps(pair[1 - moved], i), i, i + 1)
+        pair[0] = p * pair[0] + (1 - p) * pair[1]
+        pair[1] = (1 - p) * pair[0] + p * pair[1]
+    return pair[0] / vp.alpha[-1]
+
+
+def published_bdia(x: Tensor, sigmas: list[float], gamma: float) -> Tensor:
+    """Zhang et al. (2023): DDIM, and gamma times what DDIM upwards misses of the state before."""
+    vp = Preserved(sigmas)
+    z, before = vp.alpha[0] * x, None
+    for i in range(len(sigmas) - 1):
+        eps = vp.eps(z, i)
+        after = vp.ddim(z, eps, i, i + 1)
+        if before is not None:
+            after = after + gamma * (before - vp.ddim(z, eps, i, i - 1))
+        z, before = after, z
+    return z / vp.alpha[-1]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_edict_and_bdia_are_as_published(steps: int) -> None:
+    """On the levels of Stable Diffusion."""
+    sigmas = [float(s) for s in ki.schedule("normal", steps + 1, ki.levels.stable_diffusion()) if s > 0]
+    x = sigmas[0] * noise_like((16, 6), seed=3)
+    pairs = [
+        (EDICT(), published_edict(x, sigmas, 0.93, False)),
+        (EDICT(alternate=True), published_edict(x, sigmas, 0.93, True)),
+        (EDICT(p=0.8), published_edict(x, sigmas, 0.8, False)),
+        (BDIA(), published_bdia(x, sigmas, 1.0)),
+        (BDIA(gamma=0.5), published_bdia(x, sigmas, 0.5)),
+    ]
+    for rule, published in pairs:
+        assert rule == ki.sampler(rule.name, **dataclasses.asdict(rule))  # by name, too
+        torch.testing.assert_close(ki.run(ki.compile_plan(rule, sigmas), MIXTURE, x), published, rtol=0, atol=1e-10)
 
 
 def test_reversible_heun_is_a_leapfrog() -> None:
@@ -79,8 +145,10 @@ def test_costs() -> None:
     assert evaluations == {
         "edict": (20, 20, 20),
         "edict at sigma_next": (20, 20, 20),
+        "edict alternate": (20, 20, 20),
         "bdia": (10, 9, 9),
         "bdia 0.5": (10, 9, 9),
+        "bdia ve": (10, 9, 9),
         "o_belm": (10, 9, 9),
         "leapfrog": (11, 10, 10),
         "reversible_heun": (11, 20, 20),
@@ -92,8 +160,8 @@ def test_costs() -> None:
 
 # Measured on a mixture, 40 to 320 steps from sigma 15 to 0.03.
 ORDERS = {
-    "edict": 1.0, "edict at sigma_next": 1.0, "bdia": 2.0, "bdia 0.5": 1.0, "o_belm": 2.0, "leapfrog": 2.0,
-    "reversible_heun": 2.0, "mccallum_foster": 2.0, "mccallum_foster euler": 1.0, "mccallum_foster rk4": 4.0,
+    "edict": 1.0, "edict at sigma_next": 1.0, "edict alternate": 1.0, "bdia": 2.0, "bdia 0.5": 1.0, "bdia ve": 2.0,
+    "o_belm": 2.0, "leapfrog": 2.0, "reversible_heun": 2.0, "mccallum_foster": 2.0, "mccallum_foster euler": 1.0, "mccallum_foster rk4": 4.0,
 }  # fmt: skip
 
 
@@ -150,8 +218,8 @@ def test_round_trips_in_float64(name: str, steps: int) -> None:
 
 # Largest error of data -> noise -> data where the second state is dropped at the noisy end, 20 and 50 steps.
 DROPPED = {
-    "edict": (0.56, 0.19), "edict at sigma_next": (0.20, 0.057), "bdia": (0.17, 0.024), "o_belm": (0.019, 3.1e-3),
-    "leapfrog": (7.5e-5, 5.4e-8), "reversible_heun": (8.7e-5, 2.2e-6), "mccallum_foster": (0.058, 3.7e-3),
+    "edict": (0.38, 0.033), "edict at sigma_next": (0.20, 0.057), "edict alternate": (0.021, 1.0e-4),
+    "bdia": (2.9e-3, 4.2e-5), "bdia ve": (0.17, 0.024), "o_belm": (0.019, 3.1e-3), "leapfrog": (7.5e-5, 5.4e-8), "reversible_heun": (8.7e-5, 2.2e-6), "mccallum_foster": (0.058, 3.7e-3),
     "mccallum_foster euler": (1.1, 0.35), "mccallum_foster rk4": (2.5e-4, 2.6e-6),
 }  # fmt: skip
 
@@ -210,8 +278,12 @@ def test_amplification_of_methods_with_a_closed_form(steps: int) -> None:
     assert whole(McCallumFoster(ki.sampler("heun"))) == pytest.approx(0.999**-steps, rel=0.02)
     # A displacement h d grows by (h_first / h_last)^2 and 1 / gamma^(N-1); the slope by one power of h less.
     assert whole(ki.sampler("o_belm")) == pytest.approx(aimed * first / last, rel=0.5)
-    assert whole(BDIA(gamma=0.5)) == pytest.approx(aimed * last / first * 2.0 ** (steps - 1), rel=0.7)
-    assert whole(BDIA()) < 10
+    half = aimed * last / first * 2.0 ** (steps - 1)
+    assert whole(BDIA(gamma=0.5, coordinates="ve")) == pytest.approx(half, rel=0.7)
+    assert whole(BDIA(coordinates="ve")) < 10
+    weights = math.hypot(1.0, sigmas[0]) * math.hypot(1.0, sigmas[1])  # in VP coordinates 1 / (alpha_0 alpha_1) more
+    assert whole(BDIA(gamma=0.5)) == pytest.approx(weights * half, rel=0.7)
+    assert whole(BDIA()) < 10 * weights
 
 
 def test_amplification_is_read_level_by_level() -> None:
@@ -305,7 +377,7 @@ def test_bad_memory_is_named() -> None:
     with pytest.raises(TypeError, match="got NoneType"):
         run_state(plan.closed, MIXTURE, {"x": x, "y": None})  # type: ignore[dict-item]
     with pytest.raises(TypeError, match="Rule"):
-        replace(RULES["mccallum_foster"], rule="heun")  # type: ignore[type-var]
+        replace(RULES["mccallum_foster"], rule="heun")  # type: ignore[call-arg]
 
 
 def test_what_a_run_returns_is_its_own() -> None:

@@ -132,7 +132,7 @@ def _reversible(job: Job, x: Tensor) -> ki.Inversion | Found:
 
 
 def _without_memory(job: Job, x: Tensor) -> Found:
-    found = _found(_reversible(replace(job, memory={}), x), job.sampler, job)
+    found = _found(_reversible(replace(job, memory={}), x), job)
     return replace(found, memory={}, converged=None)
 
 
@@ -153,7 +153,7 @@ def _baseline(name: str, own: str = "euler") -> Method:
 
     def apply(job: Job, x: Tensor) -> Found:
         result, rule = BASELINES[name](job.denoiser, x, job.sigmas, **job.guidance), ki.sampler(own)
-        found = _found(result, rule, job)
+        found = _found(result, job)
         return found if job.sampler == rule else replace(found, converged=None)  # what it claims is for its own
 
     return apply
@@ -162,7 +162,7 @@ def _baseline(name: str, own: str = "euler") -> Method:
 def _direct_inversion(job: Job, x: Tensor) -> Found:
     rule = ki.rules.DirectInversion()  # the noises are its offsets
     result = BASELINES["direct_inversion"](job.denoiser, x, job.sigmas, **job.guidance)
-    return replace(_found(result, rule, job), sampler=rule)
+    return replace(_found(result, job), sampler=rule)
 
 
 METHODS: dict[str, Method] = {
@@ -200,20 +200,17 @@ def find(method: str, job: Job, x: Tensor) -> Found:
     result = METHODS[method](job, x)
     if isinstance(result, Tensor):
         return Found(result, [_share(job, before, len(x))] * len(x))
-    return _found(result, job.sampler, job)
+    return _found(result, job)
 
 
-def _found(result: ki.Inversion | Found, sampler: Rule, job: Job) -> Found:
-    """The way to the latent, without what an inversion spent on its certificate or, where it does not say how much
-    that was, on the run of `sampler` that checks it.
-    """
+def _found(result: ki.Inversion | Found, job: Job) -> Found:
+    """The way to the latent, without what an inversion spent on its certificate."""
     if isinstance(result, Found):
         return result
-    check = result.checking or compile_plan(sampler, job.sigmas).closed.evaluations
     stepwise = len(result.residuals) == len(job.sigmas) - 1 and not result.memory and not result.noises
     return Found(
         result.latent,
-        (result.evaluations - check).tolist(),
+        (result.evaluations - result.checking).tolist(),
         result.converged.tolist(),
         result.residuals if stepwise else None,
         result.memory,

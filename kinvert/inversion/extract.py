@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -40,7 +40,7 @@ from kinvert.inversion.result import Inversion, rms
 from kinvert.noise import replay
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
-from kinvert.rules.base import one_of
+from kinvert.rules.base import one_of, options_of
 from kinvert.rules.flow import unwrapped
 from kinvert.sampling import sample
 
@@ -138,6 +138,7 @@ def extract_noise(
         round_trip_error=error,
         tolerance=tolerance,
         sigmas=plan.sigmas,
+        checking=plan.evaluations,
         noises=tuple(noises),
         warnings=(*_missed(error, tolerance), *_unusual(plan, noises)),
     )
@@ -302,7 +303,7 @@ def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
     """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
-    options = ", ".join(f.name for f in fields(unwrapped(plan.rule)))
+    options = ", ".join(f.name for f in options_of(unwrapped(plan.rule)))
     if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
         return f"set its options so that its last step draws noise (it has {options})"
     return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"

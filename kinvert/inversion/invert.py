@@ -27,12 +27,11 @@ from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
-from kinvert.inversion.continuation import Continuation
+from kinvert.inversion.choice import choose
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.reversible import invert_reversible
-from kinvert.inversion.solvers import Anderson, Damped, Equation, NewtonKrylov, Picard, Select, Solver
+from kinvert.inversion.solvers import Anderson, Equation, Select, Solver
 from kinvert.inversion.stepwise import (
-    Auto,
     Trajectory,
     contraction,
     invert_steps,
@@ -48,15 +47,6 @@ from kinvert.rules.base import one_of
 from kinvert.rules.flow import unwrapped
 from kinvert.sampling import batch_parts, with_bar
 
-METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
-    "auto": Auto,
-    "anderson": Anderson,
-    "damped": Damped,
-    "continuation": Continuation,
-    "newton": NewtonKrylov,
-    "picard": Picard,
-    "sweeps": Sweeps,
-}
 # Invertible step by step, in the order in which a whole run is tried through them: Euler is the cheapest, the others
 # are closer to a sampler of order 2.
 BASES = (Euler(), Heun(), DPMpp2SAncestral(eta=0.0))
@@ -94,7 +84,7 @@ def invert(
         sampler: a deterministic sampler, by name or as a rule.
         method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed
             point) or a `Solver`, for the steps one by one; "sweeps" or `Sweeps` for the run as a whole, which multistep
-            samplers need, whatever it says.
+            samplers need. Reversible samplers are undone in closed form, by "auto" alone.
         last_step: what to do where the schedule ends in 0. "error" refuses; "least_change" looks for the state x that
             the denoiser maps to the image, `D(x, sigma) = image`, near the image where there are many. An image that
             is not in the range of D has none; the nearest result is returned and not called converged.
@@ -115,19 +105,19 @@ def invert(
         and a RuntimeWarning comes before the run where rounding must be expected to grow beyond the tolerance.
 
     Raises:
-        ValueError: a sampler that draws noise, has no Plan or forgets x in some step, with what to use instead; any
-            other input that cannot work.
+        ValueError: a sampler that draws noise, has no Plan or forgets x in some step, with what to use instead; a
+            method that would not be used for this sampler, with those that would; any other input that cannot work.
         TypeError: as in `sample`.
     """
     check_image(x)
     check_callback(callback)
-    solver = method if isinstance(method, (Solver, Sweeps)) else _method(method)
     if last_step not in LAST_STEPS:
         raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
     check_invertible(plan, last_step)
     check_flow_spread(plan, coordinates)
+    solver = choose(method, plan)
     goal = tolerance(tol, x)
     limit = _limit(max_evals, plan)
     bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
@@ -471,12 +461,6 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
                 f"cannot invert the step of {name} from sigma {step.sigma:g} to {step.sigma_next:g}: x has "
                 f"coefficient 0 there; {hint}"
             )
-
-
-def _method(name: object) -> Solver | Sweeps:
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method must be a Solver or {one_of(name, METHODS)}")
-    return METHODS[name]()
 
 
 def tolerance(tol: float | None, x: Tensor) -> float:

@@ -94,8 +94,8 @@ class Inversion:
         if self.contraction is not None:
             step = int(self.contraction.amax(1).argmax())
             lines.append(
-                f"  contraction      of a fixed-point iteration at most {self.contraction.max():.3g} (step {step}, "
-                f"{self._step(step)}), median {self.contraction.median():.3g}"
+                f"  contraction      of a fixed-point iteration at least about {self.contraction.max():.3g} "
+                f"(step {step}, {self._step(step)}), median {self.contraction.median():.3g}"
             )
         if self.amplification is not None:
             lines.append(f"  amplification    of rounding about {self.amplification:.3g}, predicted")

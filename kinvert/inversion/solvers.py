@@ -160,6 +160,9 @@ class Anderson(Solver):
     The host reads one thing of the device, which samples are still open, every `check_every` iterations; those that are
     not leave the batch. A sample takes `2 window + 6` tensors of x's size.
 
+    Of all iterates the best whose residual is known is returned; with `last` the one that the last evaluation led to,
+    as publications do, along with the residual of the one before, since its own would take another evaluation.
+
     Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni (2011).
     """
 
@@ -168,6 +171,7 @@ class Anderson(Solver):
     max_iterations: int = 60
     growth: float = 4.0
     check_every: int = 1
+    last: bool = False
 
     def __post_init__(self) -> None:
         count("window", self.window, 0)
@@ -183,8 +187,9 @@ class Anderson(Solver):
             self._iterate(rows, f)
             if k % self.check_every and k < self.max_iterations:
                 continue
-            root.put(index, rows.best.reshape(-1, *start.shape[1:]), rows.least)
-            going = equation.open_rows(index, rows.least)
+            u, size = (rows.u, rms(f).nan_to_num(math.inf, math.inf)) if self.last else (rows.best, rows.least)
+            root.put(index, u.reshape(-1, *start.shape[1:]), size)
+            going = equation.open_rows(index, size)
             if not len(going):
                 break
             if len(going) < len(index):
@@ -255,21 +260,23 @@ class _Rows:
         return _Rows(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def Picard(max_iterations: int = 60) -> Anderson:  # noqa: N802 - a solver by its published name
+def Picard(max_iterations: int = 60, last: bool = False) -> Anderson:  # noqa: N802 - a solver by its published name
     """The published fixed-point iteration `u <- u + f(u)`, without damping and without a way back.
+
+    It returns its best iterate, and with `last` the one after the last evaluation, as published.
 
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
     2309.04907; Garibi et al., ReNoise (2024), arXiv 2403.14602.
     """
-    return Anderson(window=0, tau=1.0, max_iterations=max_iterations, growth=math.inf)
+    return Anderson(window=0, tau=1.0, max_iterations=max_iterations, growth=math.inf, last=last)
 
 
-def Damped(tau: float = 1.0, max_iterations: int = 200) -> Anderson:  # noqa: N802
+def Damped(tau: float = 1.0, max_iterations: int = 200, last: bool = False) -> Anderson:  # noqa: N802
     """The damped iteration `u <- u + tau f(u)`; tau is halved, and the best iterate returned to, when f grows.
 
     Source: Hong et al., On Exact Inversion of DPM-Solvers (2023), arXiv 2311.18387, with a fixed schedule of tau there.
     """
-    return Anderson(window=0, tau=tau, max_iterations=max_iterations, growth=1.0)
+    return Anderson(window=0, tau=tau, max_iterations=max_iterations, growth=1.0, last=last)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ A sampler of one's own enters the registry, and with it every test, benchmark an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
-from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, slope, weighted_sum
+from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, options_of, slope, weighted_sum
 from kinvert.rules.dpm_solver import DPMFast
 from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from kinvert.rules.er_sde import ERSDE
@@ -106,7 +106,7 @@ class SamplerEntry:
     @property
     def options(self) -> dict[str, Any]:
         """The options and their default values."""
-        return {f.name: self.defaults.get(f.name, f.default) for f in fields(self.rule)}
+        return {f.name: self.defaults.get(f.name, f.default) for f in options_of(self.rule)}
 
     @property
     def summary(self) -> str:
@@ -177,7 +177,5 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
     for key in options.keys() - entry.options.keys():
         known = one_of(key, entry.options) if entry.options else "left out: it has none"
         raise TypeError(f"{name} has no option {key!r}: it must be {known}")
-    rule = entry.rule(**{**entry.defaults, **options})
-    if rule.name != name:
-        object.__setattr__(rule, "name", name)  # messages speak of the sampler by the name it was asked for
-    return rule
+    # Messages speak of the sampler by the name it was asked for.
+    return entry.rule(**{**entry.defaults, **options}, named=name)

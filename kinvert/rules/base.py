@@ -13,7 +13,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from kinvert.forms import Form
@@ -79,13 +79,17 @@ class Rule(ABC):
 
     Subclasses are frozen dataclasses whose fields are the options (numbers and names, checked when built); they are
     final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
-    probability-flow ODE (for stochastic rules: with their noise switched off), `default_noise` the kind of noise that
+    probability-flow ODE on smooth grids, whose step varies slowly from one to the next (for stochastic rules: with
+    their noise switched off), `default_noise` the kind of noise that
     it draws unless told otherwise. Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
     """
 
     name: ClassVar[str]
     ode_order: ClassVar[int]
     default_noise: ClassVar[Literal["white", "brownian"]] = "white"
+
+    named: str = field(default="", kw_only=True, repr=False)
+    """What the rule was asked for as, where `name` is to be that: part of the rule, so that copies keep it."""
 
     @abstractmethod
     def step(self, s: StepBuilder) -> Form:
@@ -106,11 +110,24 @@ class Rule(ABC):
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for f in fields(self):
+        for f in options_of(self):
             checked = _check_option(
                 f"{type(self).__name__}: {f.name}", getattr(self, f.name), hints[f.name], f.metadata
             )
             object.__setattr__(self, f.name, checked)
+        self.take_name()
+
+    def take_name(self) -> None:
+        """Go by `named`, if that is another name; for a `__post_init__` that does not call this class's."""
+        if self.named and self.named != self.name:
+            object.__setattr__(self, "name", self.named)
+        else:
+            object.__setattr__(self, "named", "")  # equal rules are equal
+
+
+def options_of(rule: Rule | type[Rule]) -> tuple[Field[Any], ...]:
+    """The fields of a rule that are its options."""
+    return tuple(f for f in fields(rule) if f.name != "named")
 
 
 def option(default: Any, *, low: float = -math.inf, high: float = math.inf) -> Any:

@@ -12,8 +12,9 @@ change.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kinvert.forms import Form
@@ -38,7 +39,7 @@ class Flow(Rule):
     rule: Rule
     start: float = option(0.9999, low=0.5, high=1.0 - 1e-9)
 
-    @property
+    @functools.cached_property  # a name that is given takes its place
     def name(self) -> str:  # type: ignore[override]
         """The name of the wrapped rule."""
         return self.rule.name
@@ -68,7 +69,7 @@ class Flow(Rule):
         next_to_1 = max((t for t in sigmas if t < 1), default=0.0)
         start = self.start if next_to_1 < self.start else (1.0 + next_to_1) / 2
         rule, levels = self.rule.prepare(tuple(_noise_level(t if t < 1 else start) for t in sigmas))
-        return Flow(rule, self.start), tuple(_flow_time(sigma) for sigma in levels)
+        return replace(self, rule=rule), tuple(_flow_time(sigma) for sigma in levels)
 
     def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
         return self.rule.auxiliary(_FlowStep(s))

@@ -64,8 +64,9 @@ class DPMpp2SAncestralCFGpp(Rule):
 
     `m = sqrt(sigma down)`, `x_m = (m/sigma) (x + D - U) + (1 - m/sigma) D`, `(D_m, U_m)` at `(x_m, m)`,
     `x' = (down/sigma) (x + D - U_m) + (1 - down/sigma) D_m + up s_noise n(sigma, sigma_next)`: the last shift mixes the
-    first image with the second unconditional one. So with `U = D` this is *not* `dpmpp_2s_ancestral`, and at
-    `eta = 0` it does not converge to the ODE: order 0, measured. Two evaluations a step, one where `down = 0`.
+    first image with the second unconditional one. So with `U = D` this is *not* `dpmpp_2s_ancestral`: at `eta = 0` it
+    does not converge to the ODE (order 0), and with its noise it goes to a wrong law. Of Gaussian data it makes samples
+    whose variance is 31 % too small with 10 steps and 35 % with 160. Two evaluations a step, one where `down = 0`.
 
     Source: ComfyUI (2024), after Chung et al. (2024), arXiv 2406.08070, and Lu et al. (2022), arXiv 2211.01095.
     """

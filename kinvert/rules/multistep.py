@@ -49,8 +49,8 @@ class IPNDM(Rule):
 
     `x' = x + (sigma_next - sigma) sum_j w_j d_{i-j}` with `w = (1)`, `(3, -1)/2`, `(23, -16, 5)/12`,
     `(55, -59, 37, -9)/24` for 1 to 4 slopes. One evaluation a step; a step to sigma = 0 returns the denoised image.
-    Advertised order 4; order 2 is what the start-up and a grid that is not uniform leave of it. `max_order=2` is
-    `gradient_estimation` with `ge_gamma=1.5`, `max_order=1` is `euler`.
+    Advertised order 4; order 2 is what the start-up and a smooth grid that is not uniform leave of it, and 1 is left
+    where step sizes alternate. `max_order=2` is `gradient_estimation` with `ge_gamma=1.5`, `max_order=1` is `euler`.
 
     Source: Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator (2022), arXiv 2204.13902;
     Liu et al., Pseudo Numerical Methods for Diffusion Models on Manifolds (2022), arXiv 2202.09778.
@@ -73,7 +73,8 @@ class IPNDMV(Rule):
     `max_order=1` is `euler`, `max_order=2` is `lms` with `order=2`. For three and four they differ from the exact
     integrals, which are those of `lms` (on a uniform grid three agree, four do not), and four do not even add up to
     `sigma_next - sigma` unless the steps are in geometric progression. One evaluation a step; a step to sigma = 0
-    returns the denoised image. Advertised order 4; 2 for many steps (it is 0.6 to 1.9 from 40 to 640 steps).
+    returns the denoised image. Advertised order 4; 2 for many steps of a smooth grid (it is 0.6 to 1.9 from 40 to 640
+    steps). Where step sizes alternate it does not converge.
 
     Source: ComfyUI (2024), after Zhang and Chen (2022), arXiv 2204.13902.
     """

@@ -13,6 +13,7 @@ A step to sigma = 0 has no inverse; there each method returns the denoised image
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NoReturn
@@ -25,12 +26,16 @@ from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
 class EDICT(Rule):
     r"""EDICT: two coupled states, each moved by the slope at the other, then mixed.
 
-    `X = x + w (y - D(y, sigma)) / sigma`, `Y = y + w (X - D(X, s)) / s` with `w = sigma_next - sigma`, then
+    `X = x - h (y - D(y, sigma)) / sigma`, `Y = y - h (w X - D(w X, sigma)) / sigma` with `h = sigma - sigma_next`, then
     `x' = p X + (1 - p) Y`, `y' = p Y + (1 - p) x'`; y starts as x. Two evaluations a step, order 1. The mixing holds x
     and y together, and its inverse amplifies their difference by `p^-2` a step.
 
-    As published `s = sigma`, although X is at sigma_next; then x has too much variance. `evaluate_at="sigma_next"` sets
-    `s = sigma_next`, which costs nothing and is closer to the ODE: 50 times at 160 steps, on a mixture of Gaussians.
+    `w = sqrt((1 + sigma^2) / (1 + sigma_next^2))`: the network gets the variance-preserving latent as it is, X at
+    sigma_next, with the timestep of sigma. `evaluate_at="sigma_next"` evaluates X at its own level instead, without w:
+    not as published, but with the variance of the forward process where the data have none, and in any unit of x.
+
+    With `alternate` every other step moves y first, by the slope at x, and then x, as the released code does unless it
+    is told otherwise (its `leapfrog_steps`). Either way a step to 0 returns its first denoised image.
 
     Source: Wallace, Gokul and Naik, EDICT: Exact Diffusion Inversion via Coupled Transformations (2022), arXiv
     2211.12446, equations 12 to 14.
@@ -38,6 +43,7 @@ class EDICT(Rule):
 
     p: float = option(0.93, low=0.01, high=1.0)
     evaluate_at: Literal["sigma", "sigma_next"] = "sigma"
+    alternate: bool = False
 
     name: ClassVar[str] = "edict"
     ode_order: ClassVar[int] = 1
@@ -46,14 +52,20 @@ class EDICT(Rule):
         return {"y": s.x}
 
     def step(self, s: StepBuilder) -> Form:
-        y = s.memory["y"]
+        x, y = s.x, s.memory["y"]
+        if swap := self.alternate and s.index % 2 == 1:
+            x, y = y, x
         denoised = s.denoise(y, s.sigma)
         if s.sigma_next == 0:
             return denoised
         width = s.sigma_next - s.sigma
-        x = s.x + width * slope(y, denoised, s.sigma)
-        sigma = s.sigma if self.evaluate_at == "sigma" else s.sigma_next
-        y = y + width * slope(x, s.denoise(x, sigma), sigma)
+        x = x + width * slope(y, denoised, s.sigma)
+        sigma, seen = s.sigma_next, x
+        if self.evaluate_at == "sigma":
+            sigma, seen = s.sigma, math.hypot(1.0, s.sigma) / math.hypot(1.0, s.sigma_next) * x
+        y = y + width * slope(seen, s.denoise(seen, sigma), sigma)
+        if swap:
+            x, y = y, x
         x = self.p * x + (1.0 - self.p) * y
         s.remember("y", self.p * y + (1.0 - self.p) * x)
         return x
@@ -63,17 +75,22 @@ class EDICT(Rule):
 class BDIA(Rule):
     r"""BDIA: the DDIM steps up and down from `x_i`, so that `x'` is had from `x_i` and the state before it.
 
-    `x' = x - h d + gamma (x_prev - x - h_prev d)` with `h = sigma - sigma_next`, `h_prev = sigma_prev - sigma`. With
-    the aim `A`, `A' = D - c (A - D)`, `x' = q x + (1 - q) A'`, `c = gamma h_prev / h`; the first step is an Euler step.
-    One evaluation a step. Order 2 at `gamma=1`, the leapfrog, and 1 below. The inverse amplifies errors by `1 / gamma`
-    a step: at 0.5 and 50 steps by 1e15. In VE coordinates; the paper's are VP, where gamma is weighted by
-    `alpha_prev / alpha_next`.
+    `z' = down(z) + gamma (z_prev - up(z))` with DDIM steps from z to the next level and to the one before; the first
+    step is `down`. In variance-preserving coordinates, `z = alpha x` with `alpha = 1 / sqrt(1 + sigma^2)`, as
+    published, that is `x' = x - h d + g (x_prev - x - h_prev d)`, `h = sigma - sigma_next`, `h_prev = sigma_prev -
+    sigma`, `g = gamma alpha_prev / alpha_next`; with `coordinates="ve"` the same is done to x, `g = gamma`. With the
+    aim `A`, `A' = D - c (A - D)`, `x' = q x + (1 - q) A'`, `c = g h_prev / h`. One evaluation a step.
+
+    On smooth grids order 2 at `gamma=1`, the leapfrog; 1 below, and on grids whose steps alternate in size. The inverse
+    amplifies errors by `1 / g` a step: at gamma 0.5 and 50 steps by 1e15 or more, at gamma 1 over all steps by about
+    `1 / (alpha_first alpha_second)`. In VE coordinates that is 1, but few steps end further from the ODE.
 
     Source: Zhang, Lewis and Kleijn, Exact Diffusion Inversion via Bi-directional Integration Approximation (2023),
     arXiv 2307.10829.
     """
 
     gamma: float = option(1.0, low=0.01, high=1.0)
+    coordinates: Literal["vp", "ve"] = "vp"
 
     name: ClassVar[str] = "bdia"
 
@@ -86,7 +103,10 @@ class BDIA(Rule):
         return {"aim": s.denoise(s.x, s.sigma)}
 
     def step(self, s: StepBuilder) -> Form:
-        return _reflect(s, lambda ratio: self.gamma / ratio)
+        gain = self.gamma
+        if self.coordinates == "vp" and s.index > 0:
+            gain *= math.hypot(1.0, s.sigma_next) / math.hypot(1.0, s.sigmas[s.index - 1])  # alpha_prev / alpha_next
+        return _reflect(s, lambda ratio: gain / ratio)
 
 
 @dataclass(frozen=True)
@@ -95,8 +115,9 @@ class OBELM(Rule):
 
     `x' = x - h d + (h / h_prev)^2 (x_prev - x - h_prev d)`, as `bdia` with another weight: with the aim `A`,
     `A' = D - c (A - D)`, `x' = q x + (1 - q) A'`, `c = h / h_prev`; the first step is an Euler step. One evaluation a
-    step, order 2. The inverse amplifies the displacement by `(h_prev / h)^2` a step, `(h_first / h_last)^2` in all.
-    Schedules whose neighbouring steps differ by orders of magnitude have weights as large, and lose as many digits.
+    step, order 2 on smooth grids, about 1.4 and falling where step sizes alternate. The inverse amplifies the
+    displacement by `(h_prev / h)^2` a step, `(h_first / h_last)^2` in all. Schedules whose neighbouring steps differ by
+    orders of magnitude have weights as large, and lose as many digits.
 
     Source: Wang et al., BELM: Bidirectional Explicit Linear Multi-step Sampler for Exact Inversion in Diffusion Models
     (2024), arXiv 2410.07273.

@@ -138,8 +138,9 @@ class RungeKutta(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.tableau, Tableau):
             raise TypeError(f"RungeKutta: tableau must be a Tableau, e.g. from Tableau.parse, got {self.tableau!r}")
+        self.take_name()
 
-    @property
+    @functools.cached_property  # a name that is given takes its place
     def name(self) -> str:  # type: ignore[override]
         """The name of the tableau."""
         return self.tableau.name

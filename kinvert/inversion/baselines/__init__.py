@@ -14,8 +14,9 @@ sides, and most methods differ in what they put on the right:
 All take `(denoiser, x, sigmas, *, cfg, positive, negative)` as `sample` does, and options of their own. x is the image,
 shape (batch, *event), float32 or float64: the state at `sigmas[-1] > 0`. All return an `Inversion` whose
 `round_trip_error` was measured by sampling the latent again with the sampler the method belongs to, and whose
-`evaluations` count that. `converged` is judged as `invert` does; that a method is approximate is no reason for a
-warning here. Where nothing was solved, `residuals` is the error of the whole run. All raise TypeError or ValueError for
+`evaluations` count that, as `checking`. `converged` is judged as `invert` does; that a method is approximate is no
+reason for a warning here. Where nothing was solved, `residuals` is the error of the whole run; where a step was, that
+of the last iterate that was evaluated, which is the one before the one taken. All raise TypeError or ValueError for
 an input that cannot work, with what was got and the fix: a schedule that ends at 0, half precision, NaN, an option out
 of its range.
 """

@@ -83,6 +83,7 @@ def certified(
         round_trip_error=error,
         tolerance=goal,
         sigmas=plan.sigmas,
+        checking=plan.evaluations,
         restored=back,
         noises=noises,
         memory=memory or {},

@@ -25,7 +25,7 @@ from kinvert.inversion.baselines.common import (
     tolerance,
 )
 from kinvert.inversion.result import Inversion, rms
-from kinvert.inversion.solvers import Anderson, Damped, Equation, Picard, Root, Solver
+from kinvert.inversion.solvers import Anderson, Damped, Equation, Root, Solver
 from kinvert.inversion.stepwise import invert_steps
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import DPMpp2M, Euler, Rule
@@ -46,9 +46,9 @@ def aidi(
 ) -> Inversion:
     """AIDI: the fixed-point iteration `u <- x_b + (a - b) d(u, a)`, plain or accelerated.
 
-    It starts at `ddim_inversion(at="noisy")`. The iterate with the smallest residual is kept, where the publication
-    takes the last one, so that an iteration that diverges does no harm; it ends early where the residual is below the
-    tolerance of `converged`. The publication's guidance, blended by attention maps, is left out.
+    It starts at `ddim_inversion(at="noisy")`, and ends at the iterate that its last evaluation leads to, better or
+    worse; it ends early where the residual is below the tolerance of `converged`. `residuals` are those of the iterate
+    before, the last that are known. The publication's guidance, blended by attention maps, is left out.
 
     Args:
         iterations: evaluations a step after the first.
@@ -59,7 +59,7 @@ def aidi(
     """
     count("iterations", iterations)
     count("window", window, 0)
-    solver = Anderson(window=window, max_iterations=iterations, growth=math.inf) if window else Picard(iterations)
+    solver = Anderson(window=window, max_iterations=iterations, growth=math.inf, last=True)
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
 
@@ -79,7 +79,8 @@ def renoise(
 
     The mean of iterates damps an oscillation; where the iteration converges it is no gain. Left out are the gradient
     steps that regularise the noise, and the noise correction, which makes any inversion exact by storing its error
-    (`direct_inversion`). The released code averages other predictions, the first five, in its first step.
+    (`direct_inversion`). The released code averages other predictions, the first five, in its first step. `residuals`
+    are those of the last iterate that was evaluated; the mean's own would take another evaluation.
 
     Args:
         iterations: evaluations a step after the first.
@@ -107,8 +108,7 @@ class Averaged(Solver):
         iterates = [start]
         for _ in range(self.iterations):
             iterates.append(iterates[-1] + equation.residual(iterates[-1], everyone))
-        mean = torch.stack(iterates[-self.average :]).mean(0)
-        return Root(mean, rms(equation.residual(mean, everyone)))
+        return Root(torch.stack(iterates[-self.average :]).mean(0), rms(iterates[-1] - iterates[-2]))
 
 
 @in_ve
@@ -127,11 +127,11 @@ def dpm_solver_inversion(
 ) -> Inversion:
     r"""Exact inversion of DPM-Solver++, order 1 (DDIM) or 2 (2M): the forward step method `u <- u - tau (F(u) - x_b)`.
 
-    Order 1 is `invert(sampler="euler", method=Damped(tau))`. For order 2 the step also needs `D - D_prev`, which is
-    taken from a fine DDIM inversion over this interval and the one above and kept fixed: `dpmpp_2m` is then inverted
-    approximately, whatever the iterations. tau is halved when the residual grows; the released code has a fixed
-    schedule that depends on the step, stops at a sum of squares of 1e-3, and returns what it has after 500
-    iterations without a word. Gradient descent, its other solver, is left out.
+    The iterate that the last evaluation leads to is taken, and `residuals` are those of the one before. For order 2 the
+    step also needs `D - D_prev`, which is taken from a fine DDIM inversion over this interval and the one above and
+    kept fixed: `dpmpp_2m` is then inverted approximately, whatever the iterations. tau is halved when the residual
+    grows; the released code has a fixed schedule that depends on the step, stops at a sum of squares of 1e-3, and
+    returns what it has after 500 iterations without a word. Gradient descent, its other solver, is left out.
 
     Args:
         order: 1 for the sampler `euler`, 2 for `dpmpp_2m`.
@@ -147,7 +147,9 @@ def dpm_solver_inversion(
     count("substeps", substeps)
     positive_number("tau", tau)
     rule: Rule = Euler() if order == 1 else DPMpp2M()
-    return _solved(denoiser, x, sigmas, rule, Damped(float(tau), iterations), cfg, positive, negative, substeps)
+    return _solved(
+        denoiser, x, sigmas, rule, Damped(float(tau), iterations, last=True), cfg, positive, negative, substeps
+    )
 
 
 @torch.no_grad()
