@@ -163,24 +163,31 @@ class Constants:
 
     Attributes:
         program: the kernels.
-        sigmas: noise levels of all evaluations, shape (evaluations, batch).
-        passes: the steps of the program, and the evaluations of each with their noise levels, shape (batch,).
+        sigmas: noise levels of each evaluation, shape (batch,): tensors of their own, as a compiled denoiser is compiled
+            again for one that begins elsewhere in its memory.
+        passes: the steps of the program, and the evaluations of each with their noise levels.
         matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
         blocks: pieces that a product is made in; see `BLOCK`.
     """
 
     program: Program
-    sigmas: Tensor
+    sigmas: tuple[Tensor, ...]
     passes: tuple[tuple[Pass, tuple[tuple[Call, Tensor], ...]], ...]
     matrices: tuple[Tensor, ...]
     blocks: int
+
+    @property
+    def version(self) -> int:
+        """How often somebody wrote into the noise levels."""
+        return sum([sigma._version for sigma in self.sigmas])
 
     @classmethod
     def of(cls, plan: Plan, x: Tensor) -> Constants:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=x.dtype.itemsize < 4)
-        sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
-        levels = iter(sigmas.unbind(0))
+        every = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        sigmas = tuple([row.clone() for row in every])
+        levels = iter(sigmas)
         passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
         blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0
         if not code.matrices:
@@ -197,9 +204,9 @@ def constants_for(plan: Plan, x: Tensor) -> Constants:
         return Constants.of(plan, x)
     key = (x.shape, x.dtype, x.device, type(x))
     known = _CONSTANTS.get(plan)
-    if known is None or known[0] != key or known[1].sigmas._version != known[2]:
+    if known is None or known[0] != key or known[1].version != known[2]:
         constants = Constants.of(plan, x)
-        known = _CONSTANTS[plan] = (key, constants, constants.sigmas._version)
+        known = _CONSTANTS[plan] = (key, constants, constants.version)
     return known[1]
 
 
@@ -385,7 +392,7 @@ def advance(
         known[Noise(r)] = checked_noise(draw, interval, x).clone()  # a source may use its memory again
     for k, stage in enumerate(step.stages):
         stage_x = combine(stage.input, known, x)
-        denoised, uncond = evaluate(denoiser, stage_x, sigmas[k], stage, step)
+        denoised, uncond = evaluate(denoiser, stage_x, sigmas[k].clone(), stage, step)
         known[Denoised(k)] = denoised
         if uncond is not None:
             known[Uncond(k)] = uncond

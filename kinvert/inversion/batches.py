@@ -1,0 +1,63 @@
+"""What the denoiser is called with while samples finish one by one: few batch sizes, and tensors of its own.
+
+A compiled network is compiled again for what it has not seen: another batch size, or a tensor that begins elsewhere in
+its memory; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the number of
+samples that it asks about up to the whole batch, or to a half, a quarter, ... of it, by repeating one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, Guided
+
+
+@dataclass(frozen=True)
+class FewBatches:
+    """A denoiser for some samples, which sees few batch sizes.
+
+    Attributes:
+        denoiser: of these samples, which offers `select`.
+        largest: the largest batch size.
+        fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
+    """
+
+    denoiser: Any
+    largest: int
+    fixed: bool = False
+
+    def size(self, count: int) -> int:
+        """The batch size for `count` samples."""
+        size = self.largest
+        while not self.fixed and count <= (half := (size + 1) // 2) < size:
+            size = half
+        return size
+
+    def select(self, index: Tensor, batch: int) -> Denoiser:
+        """The denoiser of the samples `index`, shape (n,). Repeated samples are asked about and forgotten."""
+        count = len(index)
+        more = self.size(count) - count
+        inner = self.denoiser.select(_filled(index, more), batch)
+
+        def call(x: Tensor, sigma: Tensor) -> Tensor | Guided:
+            out: Tensor | Guided = inner(_filled(x, more), _filled(sigma, more))
+            if not more:
+                return out
+            return Guided(out.denoised[:count], out.uncond[:count]) if isinstance(out, Guided) else out[:count]
+
+        return call
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
+        """What it says of all of them."""
+        return self.select(torch.arange(len(x), device=x.device), len(x))(x, sigma)
+
+
+def _filled(rows: Tensor, more: int) -> Tensor:
+    """The rows and `more` copies of the first, in memory of its own: a part of a larger tensor is copied."""
+    if more:
+        return torch.cat([rows, rows[:1].expand(more, *rows.shape[1:])])
+    return rows.clone() if rows.storage_offset() else rows
