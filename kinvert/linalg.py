@@ -32,7 +32,8 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
         if wide == torch.float64:
             total += a.double() @ b.double().mT
         else:
-            total += torch.stack([(a * row[:, None]).sum(-1) for row in b.unbind(1)], -1)
+            few = max(1, 16 * PIECE // max(1, a[0].numel()))
+            total += torch.cat([(a[:, :, None] * rows[:, None]).sum(-1) for rows in b.split(few, 1)], -1)
     return total
 
 

@@ -1,7 +1,7 @@
 """What the denoiser is called with while samples finish one by one: few batch sizes, and tensors of its own.
 
-A compiled network is compiled again for what it has not seen: another batch size, or a tensor that begins elsewhere in
-its memory; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the number of
+A compiled network is compiled again for what it has not seen: another batch size, or a part of a larger tensor where it has
+seen a whole one; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the number of
 samples that it asks about up to the whole batch, or to a half, a quarter, ... of it, by repeating one of them.
 """
 
@@ -57,7 +57,7 @@ class FewBatches:
 
 
 def _filled(rows: Tensor, more: int) -> Tensor:
-    """The rows and `more` copies of the first, in memory of its own: a part of a larger tensor is copied."""
+    """The rows and `more` copies of the first, in a tensor of its own: a view of another is copied."""
     if more:
         return torch.cat([rows, rows[:1].expand(more, *rows.shape[1:])])
-    return rows.clone() if rows.storage_offset() else rows
+    return rows.clone() if rows._is_view() or rows.storage_offset() else rows

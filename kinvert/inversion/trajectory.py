@@ -268,7 +268,7 @@ class _Run:
         self.shape, self.dtype, self.select, self.window = x.shape[1:], x.dtype, select, window
         self.a, self.C, self.B = (torch.from_numpy(part).to(x.device, wide) for part in (system.a, system.C, system.B))
         self.alpha, self.outputs = system.alpha, 1 + system.guided
-        self.noise = 100*torch.finfo(x.dtype).eps
+        self.noise = 100 * torch.finfo(x.dtype).eps
         self.sigmas = stage_sigmas(list(system.levels), x)
         self.scale = self.sigmas[:, 0].to(wide).clamp(min=1.0)
         self.x = x.flatten(1).to(wide)
@@ -391,4 +391,3 @@ class _Run:
 
 def _index(places: list[int], x: Tensor) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=x.device)
-
