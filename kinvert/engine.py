@@ -163,8 +163,8 @@ class Constants:
 
     Attributes:
         program: the kernels.
-        sigmas: noise levels of each evaluation, shape (batch,): tensors of their own, as a compiled denoiser is compiled
-            again for one that begins elsewhere in its memory.
+        sigmas: noise levels of each evaluation, shape (batch,): tensors of their own, as a compiled denoiser is
+            compiled again for one that begins elsewhere in its memory.
         passes: the steps of the program, and the evaluations of each with their noise levels.
         matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
         blocks: pieces that a product is made in; see `BLOCK`.

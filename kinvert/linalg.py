@@ -7,9 +7,8 @@ have their systems solved by the host; all others solve them where they are, and
 
 Products of matrices in float32 are whatever the caller's modes make of them: bfloat16 under `torch.autocast`,
 TensorFloat-32 or bfloat16 as `torch.set_float32_matmul_precision` says. A solver that is fed such products takes up to
-three times the evaluations. Both modes leave float64 alone, so that is what `gram` multiplies in, and sums of rows are no
-products of matrices; the networks that
-the solvers call keep their modes.
+three times the evaluations. Both modes leave float64 alone, so that is what `gram` multiplies in, and `combine` adds
+rows up without a product of matrices; the networks that the solvers call keep their modes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kinvert.devices import has_float64, widest
-
 
 PIECE = 2**16
 """Columns that a product takes at once: what it makes in between stays small next to the rows themselves."""

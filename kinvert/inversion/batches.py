@@ -1,8 +1,8 @@
 """What the denoiser is called with while samples finish one by one: few batch sizes, and tensors of its own.
 
-A compiled network is compiled again for what it has not seen: another batch size, or a part of a larger tensor where it has
-seen a whole one; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the number of
-samples that it asks about up to the whole batch, or to a half, a quarter, ... of it, by repeating one of them.
+A compiled network is compiled again for what it has not seen: another batch size, or a part of a larger tensor where it
+has seen a whole one; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the
+number of samples that it asks about up to the whole batch, or to half, a quarter, ... of it, by repeating one of them.
 """
 
 from __future__ import annotations
