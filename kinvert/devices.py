@@ -7,7 +7,7 @@ import torch
 _FLOAT64: dict[torch.device, bool] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def has_float64(device: torch.device) -> bool:
     """Whether the device computes in float64; Apple GPUs, Intel Arc and some NPUs do not."""
     if device not in _FLOAT64:

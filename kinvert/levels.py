@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.devices import widest
 from kinvert.flowtimes import FlowTimes
 
 __all__ = [
@@ -81,7 +82,7 @@ def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
         value = torch.tensor(real(name, value), dtype=torch.float64, device="cpu")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got {value.dtype}; convert it to float64")
-    wide = torch.float32 if value.device.type == "mps" else torch.float64  # mps has no float64
+    wide = widest(value.device)
     narrow = value.is_floating_point() and value.dtype != torch.float64
     return value.to(wide), torch.float32 if narrow else wide
 

@@ -28,7 +28,8 @@ class _SimGenerator(_Gen):  # a simgpu generator is a CPU generator
 
 
 torch.Generator = _SimGenerator
-STATE = dict(paused=0)
+STATE = dict(paused=0, float64=True)
+NO_FLOAT64 = "this device has no float64"
 SYNC = collections.Counter()
 H2D = collections.Counter()
 SITES = collections.Counter()
@@ -64,6 +65,9 @@ class SimT(torch.Tensor):
         )
         r.elem = elem
         return r
+
+    def __format__(self, spec):
+        return format(self.elem.item() if self.elem.ndim == 0 else self.elem, spec)
 
     def __repr__(self):
         return f"SimT({tuple(self.elem.shape)})"
@@ -139,6 +143,8 @@ def handle(func, args, kwargs):
             return t
         if id(t) in w:
             return w[id(t)]
+        if out_cuda and not STATE["float64"] and t.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"{NO_FLOAT64}: {name} @ {site()}")
         return SimT(t) if out_cuda and not isinstance(t, SimT) else t
 
     return tree_map(wrap, out)
@@ -173,6 +179,8 @@ class SimFn(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 t = torch.tensor(conv(data), dtype=kwargs.get("dtype"))
             if iscuda(dev):
+                if not STATE["float64"] and t.dtype in (torch.float64, torch.complex128):
+                    raise TypeError(f"{NO_FLOAT64}: torch.tensor @ {site()}")
                 hit(H2D, "torch.tensor(device=cuda)")
                 return SimT(t)
             return t
@@ -183,12 +191,16 @@ class SimFn(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def sim():
+def sim(float64=True):
     SYNC.clear()
     H2D.clear()
     SITES.clear()
-    with SimFn(), SimMode():
-        yield
+    STATE["float64"] = float64
+    try:
+        with SimFn(), SimMode():
+            yield
+    finally:
+        STATE["float64"] = True
 
 
 def to_sim(t):

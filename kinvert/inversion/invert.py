@@ -27,6 +27,7 @@ from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
+from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.choice import choose
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.reversible import invert_reversible
@@ -72,6 +73,7 @@ def invert(
     callback: Callback | None = None,
     progress: bool = False,
     max_batch: int | None = None,
+    fixed_batch: bool = False,
 ) -> Inversion:
     """Find the latent that a deterministic sampler maps to an image, to a tolerance, and check it.
 
@@ -97,6 +99,10 @@ def invert(
             check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
             run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
             evaluation that sweeps solve for, of a step or of the run.
+        fixed_batch: call the denoiser with one batch size only, `max_batch` or else that of x, as CUDA graphs, TensorRT
+            engines and pipelines of a fixed size need. By default the batch becomes a half, a quarter, ... of itself
+            while samples finish. In both cases it is filled up with copies of one of its samples, which no sample's
+            `evaluations` count.
 
     Returns:
         An `Inversion`. Where a sample could not be inverted, its `converged` is false, its latent the best one found
@@ -126,9 +132,12 @@ def invert(
         _check_hard(bound.mask)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
+    indices = batch_parts(x, max_batch)
+    largest = max_batch if fixed_batch and max_batch else len(indices[0])
     parts = []
-    for index in batch_parts(x, max_batch):
-        job = _Job(plan, bound.select(index, len(x)), x[index], goal, limit, callback, index)
+    for index in indices:
+        part = FewBatches(bound.select(index, len(x)), largest, fixed_batch)
+        job = _Job(plan, part, x[index], goal, limit, callback, index)
         parts.append(_invert(job, solver))
     return Inversion.join(parts)
 

@@ -79,7 +79,7 @@ class Inversion:
 
     def __str__(self) -> str:
         n, steps = len(self.latent), len(self.sigmas) - 1
-        per_step, checking = self.evaluations.double().median() / steps, self.checking / steps
+        per_step, checking = self.evaluations.cpu().double().median() / steps, self.checking / steps
         worst = int(self.round_trip_error.argmax())
         lines = [
             f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}",
@@ -109,7 +109,7 @@ class Inversion:
 
     def _gaussianity(self) -> str:
         """Moments of the latent in units of sigma, medians over the samples; a standard normal has 0, 1, 0, 0."""
-        z = (self.latent.double() / self.sigmas[0]).cpu()
+        z = self.latent.cpu().double() / self.sigmas[0]
         names = {"mean": metrics.mean, "std": metrics.std, "skew": metrics.skew, "kurtosis": metrics.kurtosis}
         parts = [f"{name} {float(value(z).median()):+.3f}" for name, value in names.items()]
         return ", ".join(parts) + f", KS distance to a normal {float(metrics.ks(z).median()):.3f}"
@@ -122,4 +122,4 @@ def rms(x: Tensor) -> Tensor:
 
 
 def _rms_of(noises: tuple[Tensor, ...]) -> float:
-    return float(torch.stack([n.double().square().mean() for n in noises]).mean().sqrt())
+    return float(torch.stack([n.cpu().double().square().mean() for n in noises]).mean().sqrt())

@@ -221,10 +221,10 @@ class Anderson(Solver):
         dU, dF, f, tau = (a.to(torch.promote_types(dtype, torch.float32)) for a in (dU, dF, f, tau))
         scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
         unit = dF / scale[:, :, None]
-        ridge = 10 * torch.finfo(f.dtype).eps * torch.eye(unit.shape[1], dtype=f.dtype, device=f.device)
-        gamma = linalg.solve(unit @ unit.mT + ridge, unit @ f[:, :, None])[:, :, 0] / scale
+        gram, ridge = linalg.gram(unit, unit), 10 * torch.finfo(f.dtype).eps
+        gamma = linalg.solve(linalg.ridged(gram, ridge), linalg.gram(unit, f[:, None]))[:, :, 0].to(f.dtype) / scale
         gamma = torch.where(dF.abs().amax(2) > 0, gamma, 0.0)
-        return (gamma[:, None] @ (dU + tau[:, :, None] * dF))[:, 0].to(dtype)
+        return linalg.combine(gamma[:, None], dU + tau[:, :, None] * dF)[:, 0].to(dtype)
 
 
 @dataclass(eq=False)
@@ -372,20 +372,19 @@ def gmres(
         images[todo, j] = apply(basis[todo, j].to(dtype), todo).to(b.dtype)
         spanned, image = basis[:, : j + 1], images[:, : j + 1]
         # The projected problem is small: least squares on the images of the orthonormal basis.
-        gram = image @ image.mT
-        ridge = finfo.eps * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
-        eye = torch.eye(j + 1, dtype=b.dtype, device=b.device)
-        weights = linalg.solve(gram + ridge * eye, image @ b[:, :, None])
-        x[todo] = (spanned.mT @ weights)[todo, :, 0]
-        left = (b - (image.mT @ weights)[:, :, 0]).norm(dim=1)
+        gram = linalg.gram(image, image)
+        ridge = finfo.eps * gram.diagonal(dim1=1, dim2=2).amax(1)
+        weights = linalg.solve(linalg.ridged(gram, ridge), linalg.gram(image, b[:, None])).mT
+        x[todo] = linalg.combine(weights, spanned)[todo, 0]
+        left = (b - linalg.combine(weights, image)[:, 0]).norm(dim=1)
         going = (left[todo] > forcing * size[todo]) & (affords[todo] > j + 1)
         todo = todo[going.nonzero()[:, 0]]  # the one read of a product
         if not len(todo):
             break
-        new = images[:, j, :, None]
+        new = images[:, j : j + 1]
         for _ in range(2):  # twice is enough to be orthogonal to rounding
-            new = new - spanned.mT @ (spanned @ new)
-        basis[:, j + 1] = new[:, :, 0] / new.norm(dim=1).clamp(min=finfo.tiny)
+            new = new - linalg.combine(linalg.gram(new, spanned), spanned)
+        basis[:, j + 1] = new[:, 0] / new[:, 0].norm(dim=1, keepdim=True).clamp(min=finfo.tiny)
     return x.to(dtype), image
 
 

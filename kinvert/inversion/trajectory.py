@@ -71,7 +71,7 @@ class Sweeps:
         a tenth of that for samplers that magnify it. Evaluations beyond `budget` are not begun.
         """
         # The noise is what x_N and D leave, magnified by sigma / sigma_min: no work for single precision.
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        wide = linalg.widest(x.device)
         run, found = _Run(plan, select, x, self.window, wide), Solution.empty(x)
         run.start(run.x[:, None].expand_as(run.D))
         found.evaluations = [plan.evaluations] * len(x)
@@ -268,6 +268,7 @@ class _Run:
         self.shape, self.dtype, self.select, self.window = x.shape[1:], x.dtype, select, window
         self.a, self.C, self.B = (torch.from_numpy(part).to(x.device, wide) for part in (system.a, system.C, system.B))
         self.alpha, self.outputs = system.alpha, 1 + system.guided
+        self.noise = 100 * torch.finfo(x.dtype).eps
         self.sigmas = stage_sigmas(list(system.levels), x)
         self.scale = self.sigmas[:, 0].to(wide).clamp(min=1.0)
         self.x = x.flatten(1).to(wide)
@@ -282,11 +283,15 @@ class _Run:
     @property
     def latent(self) -> Tensor:
         """x_0 of every sample, shape (n, *event)."""
-        return ((self.x - self.B @ self.D) / self.alpha).reshape(-1, *self.shape).to(self.dtype)
+        return ((self.x - self.sum(self.B)) / self.alpha).reshape(-1, *self.shape).to(self.dtype)
 
     def residual(self) -> Tensor:
         """`a x + C D - Y`, shape (n, k, m)."""
-        return self.a[:, None] * self.x[:, None] + self.C @ self.D - self.Y
+        return self.a[:, None] * self.x[:, None] + linalg.combine(self.C[None], self.D) - self.Y
+
+    def sum(self, weights: Tensor) -> Tensor:
+        """`sum_l weights_l D_l` of every sample, shape (n, m)."""
+        return linalg.combine(weights[None, None], self.D)[:, 0]
 
     def sizes(self, residual: Tensor) -> Tensor:
         """The rms of every evaluation's residual, in units of max(1, sigma); shape (n, k)."""
@@ -323,15 +328,15 @@ class _Run:
         """The first sweep, with D as expected; by what an evaluation gives more, noisier ones will give more too."""
         self.D[:] = expected
         for k in reversed(range(len(self.a))):
-            self.evaluate(k, self.index, self.a[k] * self.x + self.C[k] @ self.D)
+            self.evaluate(k, self.index, self.a[k] * self.x + self.sum(self.C[k]))
             more, noisier = self.D[:, self.rows(k)] - expected[:, self.rows(k)], slice(k * self.outputs)
             self.D[:, noisier] = expected[:, noisier] + more.repeat(1, k, 1)
 
     def start_at(self, latent: Tensor) -> None:
         """The first evaluations, those of a run from `latent`, shape (n, m)."""
         for k in range(len(self.a)):
-            end = self.alpha * latent + self.B @ self.D
-            self.evaluate(k, self.index, self.a[k] * end + self.C[k] @ self.D)
+            end = self.alpha * latent + self.sum(self.B)
+            self.evaluate(k, self.index, self.a[k] * end + self.sum(self.C[k]))
 
     def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
         """From the cleanest level to the noisiest, one evaluation where `todo[row][k]` says so."""
@@ -347,12 +352,12 @@ class _Run:
             self.D[:, own] = D[:, own]
             if not len(rows):
                 continue
-            f = self.a[k] * self.x[rows] + self.C[k] @ self.D[rows] - Y[rows, k]
+            f = self.a[k] * self.x[rows] + self.sum(self.C[k])[rows] - Y[rows, k]
             u = Y[rows, k] + f
             if known:
-                left, image = dY[rows, k], torch.tensordot(dD[rows, own], couple, ([1], [0]))
-                weights = _solve(left @ (left - image).mT, left @ f[:, :, None])
-                u = u + (image.mT @ weights)[:, :, 0]
+                left, image = dY[rows, k], (dD[rows, own] * couple[:, None, None]).sum(1)
+                weights = self.weights(linalg.gram(left, left - image), linalg.gram(left, f[:, None]))
+                u = u + linalg.combine(weights.mT, image)[:, 0]
             self.evaluate(k, rows, u)
         moved = self.Y - Y
         size = moved.norm(dim=2, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
@@ -367,22 +372,22 @@ class _Run:
     def _change(self, dY: Tensor, dD: Tensor, residual: Tensor) -> Tensor:
         """What the linear equations expect D to change by: `dY_k = residual_k + sum_l C_kl D'_l dY_l` for all k."""
         n, k, known, _ = dY.shape
-        dD = dD.unflatten(1, (k, self.outputs))
-        C = self.C.unflatten(1, (k, self.outputs))
-        system = torch.zeros(n, k, known, k, known, dtype=dY.dtype, device=dY.device)
+        dD, C = dD.unflatten(1, (k, self.outputs)), self.C.unflatten(1, (k, self.outputs))
+        own, left = dY.flatten(0, 1), dY.flatten(1, 2)
+        system = torch.zeros(n, k, known, k, known, dtype=linalg.widest(dY.device), device=dY.device)
         for part in range(self.outputs):
-            system -= torch.einsum("nkpm,nlqm,kl->nkplq", dY, dD[:, :, part], C[:, :, part])
-        system.diagonal(dim1=1, dim2=3).add_(torch.einsum("nkpm,nkqm->npqk", dY, dY))
-        right = torch.einsum("nkpm,nkm->nkp", dY, residual)
-        weights = _solve(system.reshape(n, k * known, k * known), right.reshape(n, k * known, 1))
-        return torch.einsum("nlgqm,nlq->nlgm", dD, weights.reshape(n, k, known)).flatten(1, 2)
+            products = linalg.gram(left, dD[:, :, part].flatten(1, 2)).reshape(system.shape)
+            system.addcmul_(products, C[:, None, :, part, None].to(system.dtype), value=-1)
+        system.diagonal(dim1=1, dim2=3).add_(linalg.gram(own, own).reshape(n, k, known, known).permute(0, 2, 3, 1))
+        right = linalg.gram(own, residual.flatten(0, 1)[:, None]).reshape(n, k * known, 1)
+        weights = self.weights(system.reshape(n, k * known, k * known), right).reshape(n * k, 1, known)
+        changes = [linalg.combine(weights, dD[:, :, part].flatten(0, 1))[:, 0] for part in range(self.outputs)]
+        return torch.stack(changes, 1).reshape(n, k * self.outputs, -1)
+
+    def weights(self, system: Tensor, right: Tensor) -> Tensor:
+        """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
+        return linalg.solve(linalg.ridged(system, self.noise), right)
 
 
 def _index(places: list[int], x: Tensor) -> Tensor:
     return torch.tensor(places, dtype=torch.int64, device=x.device)
-
-
-def _solve(system: Tensor, right: Tensor) -> Tensor:
-    """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
-    ridge = 100 * torch.finfo(system.dtype).eps * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-    return linalg.solve(system + ridge, right)

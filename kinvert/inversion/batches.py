@@ -1,0 +1,66 @@
+"""What the denoiser is called with while samples finish one by one: few batch sizes, and tensors of its own.
+
+A compiled network is compiled again for what it has not seen: another batch size, or a part of a larger tensor where it
+has seen a whole one; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the
+number of samples that it asks about up to the whole batch, or to half, a quarter, ... of it, by repeating one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, Guided
+
+
+@dataclass(frozen=True)
+class FewBatches:
+    """A denoiser for some samples, which sees few batch sizes.
+
+    Attributes:
+        denoiser: of these samples, which offers `select`.
+        largest: the largest batch size.
+        fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
+    """
+
+    denoiser: Any
+    largest: int
+    fixed: bool = False
+    _known: dict[int, Denoiser] = field(default_factory=dict, init=False, repr=False)
+
+    def size(self, count: int) -> int:
+        """The batch size for `count` samples."""
+        size = self.largest
+        while not self.fixed and count <= (half := (size + 1) // 2) < size:
+            size = half
+        return size
+
+    def select(self, index: Tensor, batch: int) -> FewBatches:
+        """The same for the samples `index`, shape (n,), of a batch of that size."""
+        return FewBatches(self.denoiser.select(index, batch), self.largest, self.fixed)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
+        """What it says of all of them. Repeated samples are asked about and forgotten."""
+        count = len(x)
+        more = self.size(count) - count
+        out: Tensor | Guided = self._with(more, count, x.device)(_filled(x, more), _filled(sigma, more))
+        if not more:
+            return out
+        return Guided(out.denoised[:count], out.uncond[:count]) if isinstance(out, Guided) else out[:count]
+
+    def _with(self, more: int, count: int, device: torch.device) -> Denoiser:
+        """The denoiser of these samples and `more` copies of the first."""
+        if more not in self._known:
+            index = _filled(torch.arange(count, device=device), more)
+            self._known[more] = self.denoiser.select(index, count) if more else self.denoiser
+        return self._known[more]
+
+
+def _filled(rows: Tensor, more: int) -> Tensor:
+    """The rows and `more` copies of the first, in a tensor of its own: a view of another is copied."""
+    if more:
+        return torch.cat([rows, rows[:1].expand(more, *rows.shape[1:])])
+    return rows.clone() if rows._is_view() or rows.storage_offset() else rows
