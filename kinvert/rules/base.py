@@ -80,12 +80,14 @@ class Rule(ABC):
     Subclasses are frozen dataclasses whose fields are the options (numbers and names, checked when built); they are
     final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
     probability-flow ODE (for stochastic rules: with their noise switched off), `default_noise` the kind of noise that
-    it draws unless told otherwise. Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
+    it draws unless told otherwise, `noise_clip` at how many standard deviations that is clipped (0: nowhere); a Plan is
+    linear in the noise as it comes out of that. Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
     """
 
     name: ClassVar[str]
     ode_order: ClassVar[int]
     default_noise: ClassVar[Literal["white", "brownian"]] = "white"
+    noise_clip: ClassVar[float] = 0.0
 
     @abstractmethod
     def step(self, s: StepBuilder) -> Form:
@@ -120,6 +122,10 @@ def option(default: Any, *, low: float = -math.inf, high: float = math.inf) -> A
 
 def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
     """`value` in the type that the field declares, so that equal rules are equal; an error that names the fix."""
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{label} must be {one_of(value, get_args(kind))}")
