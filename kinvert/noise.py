@@ -4,8 +4,9 @@ A source is called as `noise(sigma_from, sigma_to)` and returns a tensor of x's 
 that interval. The sources of this module are specifications: `bind(x)` gives the callable for one run on x's shape,
 dtype and device, and starts the same stream every time, so that one source used twice gives the same noise twice.
 A seed names a stream of its own for each kind of source (`derived_seed`): `white(7)` and `brownian(7)` have nothing in
-common with each other, nor with what `torch.randn` draws from a generator that was seeded with 7. Any callable of one's own serves as a source as it is; where it has a method `into(out, sigma_from, sigma_to)` too, the
-engine lets it write the noise where it belongs.
+common with each other, nor with what `torch.randn` draws from a generator that was seeded with 7. Any callable of
+one's own serves as a source as it is; where it has a method `into(out, sigma_from, sigma_to)` too, the engine lets it
+write the noise where it belongs.
 """
 
 from __future__ import annotations

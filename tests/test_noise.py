@@ -197,12 +197,16 @@ ALL_LEVELS = st.lists(st.floats(0.0, 120.0), min_size=2, max_size=7, unique_by=l
 
 @given(data=st.data(), levels=ALL_LEVELS.filter(far_enough), depth=st.sampled_from([None, 8, 12]))
 @settings(max_examples=80, deadline=None)
-def test_every_increment_is_a_difference_of_one_path(data: st.DataObject, levels: list[float], depth: int | None) -> None:
+def test_every_increment_is_a_difference_of_one_path(
+    data: st.DataObject, levels: list[float], depth: int | None
+) -> None:
     """Whatever intervals are asked for, in whatever order and how often, in a run and outside of one."""
     seed = data.draw(st.one_of(st.integers(0, 2**63), st.just([3, 1, 4, 1])))
     known = tuple(levels) if data.draw(st.booleans(), label="in a run") else ()
     index = st.integers(0, len(levels) - 1)
-    asked = data.draw(st.lists(st.tuples(index, index).filter(lambda pair: pair[0] != pair[1]), min_size=1, max_size=12))
+    asked = data.draw(
+        st.lists(st.tuples(index, index).filter(lambda pair: pair[0] != pair[1]), min_size=1, max_size=12)
+    )
     source = ki.noise.brownian(seed, depth=depth)
 
     def path(sigma: float) -> torch.Tensor:
@@ -271,7 +275,9 @@ def test_noise_is_independent_of_what_the_user_draws_with_the_same_integer(sourc
 def test_the_sources_are_independent_of_each_other() -> None:
     n = 4000
     for seed in range(20):
-        white, brownian = (torch.stack(draws_of(s, seed, (1, n), torch.float32)) for s in (ki.noise.white, ki.noise.brownian))
+        white, brownian = (
+            torch.stack(draws_of(s, seed, (1, n), torch.float32)) for s in (ki.noise.white, ki.noise.brownian)
+        )
         assert float((white @ brownian.T / n).abs().max()) < 6 / math.sqrt(n)
 
 
@@ -319,7 +325,9 @@ def test_clipped_brownian_noise_of_a_run_has_the_levels_of_the_run() -> None:
     assert float(draw(levels[0], levels[1]).abs().max()) < 3
 
 
-@pytest.mark.parametrize(("std", "error"), [(0.0, ValueError), (math.inf, ValueError), ("2", TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("std", "error"), [(0.0, ValueError), (math.inf, ValueError), ("2", TypeError), (True, TypeError)]
+)
 def test_clipping_wants_a_positive_number(std: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="std must be"):
         ki.noise.clipped(ki.noise.white(0), std)

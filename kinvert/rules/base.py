@@ -81,7 +81,8 @@ class Rule(ABC):
     final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
     probability-flow ODE (for stochastic rules: with their noise switched off), `default_noise` the kind of noise that
     it draws unless told otherwise, `noise_clip` at how many standard deviations that is clipped (0: nowhere); a Plan is
-    linear in the noise as it comes out of that. Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
+    linear in the noise as it comes out of that. Everything else, evaluations, memory, noise, invertibility, is read off
+    the Plan.
     """
 
     name: ClassVar[str]
@@ -165,6 +166,14 @@ def weighted_sum(base: Form, weights: Iterable[float], values: Iterable[Form]) -
     for weight, value in zip(weights, values, strict=True):
         base = base.add(value, alpha=weight)
     return base
+
+
+def final_order(s: StepBuilder, order: int, lower: bool) -> int:
+    """The order of a multistep rule with `lower_order_final`: in runs of fewer than 15 steps it ends with ..., 3, 2, 1.
+
+    As in diffusers' DPM-Solver and DEIS schedulers; it keeps the last steps of short runs from overshooting.
+    """
+    return min(order, s.steps - s.index) if lower and s.steps < 15 else order
 
 
 def interpolate(x: Form, denoised: Form, q: float) -> Form:
