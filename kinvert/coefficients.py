@@ -56,15 +56,17 @@ def flow_ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[f
     """
     if not eta:
         return sigma_next, 1.0, 0.0
-    down = sigma_next * (1.0 + (sigma_next / sigma - 1.0) * eta)
-    scale = (1.0 - sigma_next) / (1.0 - down)
-    lost = eta * (sigma - sigma_next) / sigma / (1.0 - down)  # 1 - r
-    variance = sigma_next**2 * lost * (2.0 - lost)
+    share = eta * (sigma - sigma_next) / sigma
+    down = sigma_next * (1.0 - share)
+    signal = (1.0 - sigma_next) + sigma_next * share  # 1 - down
+    scale = (1.0 - sigma_next) / signal
+    lost = share / signal  # 1 - r
+    variance = lost * (2.0 - lost)  # in units of sigma_next^2
     if variance < 0:
         raise ValueError(
             f"the noise of a rising step has negative variance ({variance:.3g}) for eta={eta:g}; use eta=0"
         )
-    return down, scale, math.sqrt(variance)
+    return down, scale, sigma_next * math.sqrt(variance)
 
 
 ROUNDING = 1e-12

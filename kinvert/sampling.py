@@ -292,7 +292,7 @@ class _Job:
         if not getattr(self.rule, "keep_last", True):
             raise ValueError(
                 f"{name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
-                f"sigma {self.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0, keep_last=True)"
+                f"sigma {self.sigmas[-2]:g}; use ki.sampler({name!r}, eta=0), which keeps it"
             )
         steps = () if self.plan is None else self.plan.steps
         for step in steps:

@@ -5,6 +5,7 @@ from kinvert.denoisers.guidance import Guidance, guide
 from kinvert.denoisers.mask import Masked, resize_mask
 from kinvert.denoisers.parametrization import (
     Preconditioned,
+    from_edm,
     from_eps,
     from_v,
     from_velocity,
@@ -22,6 +23,7 @@ __all__ = [
     "Masked",
     "Preconditioned",
     "expand",
+    "from_edm",
     "from_eps",
     "from_v",
     "from_velocity",

@@ -73,8 +73,8 @@ def extract_noise(
         x: image, shape (batch, *event). It is taken as the state at `sigmas[-1]` > 0, as it is.
         sigmas: the decreasing sampling schedule. Its last step must draw noise, and the step to 0 never does: pass
             `sigmas[:-1]`.
-        sampler: a stochastic sampler, by name or as a rule. `sa_solver` draws in an interval of noise levels only and
-            drops its last step; it needs `ki.sampler("sa_solver", sde_end=0, keep_last=True)`.
+        sampler: a stochastic sampler, by name or as a rule. `sa_solver` draws in an interval of noise levels only;
+            it needs `ki.sampler("sa_solver", sde_end=0)`.
         path: "independent" noises x to every level anew (edit-friendly: the noises are the larger, the more steps
             there are, and successive ones are negatively correlated, so that they carry more of the image); "chain"
             goes up step by step (the noises are nearly those that a run draws: variance near 1, uncorrelated).

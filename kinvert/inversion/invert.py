@@ -451,10 +451,10 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "
             f"noises; use extract_noise, or {fix}"
         )
-    if all(step.x.alias() == State("x") for step in plan.steps):  # sa_solver discards its last, here its only, step
+    if all(step.x.alias() == State("x") for step in plan.steps):  # its last, here its only, step is discarded
         raise ValueError(
             f"cannot invert {name} from sigma {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}: its run leaves x as it is; "
-            "give a longer schedule, or keep_last=True to a sampler that discards its last step"
+            "give a longer schedule, or leave out keep_last=False, which discards the last step"
         )
     for step in plan.steps:
         if step.forgets_x and not (step.sigma_next == 0 and last_step == "least_change"):

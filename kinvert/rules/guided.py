@@ -173,7 +173,9 @@ class CFGppUD10AB(Rule):
     `x' = D - sigma (D - D_prev) / (sigma - sigma_prev)`. The first step is that of `euler_cfg_pp`. One evaluation a
     step, remembers u, e and D.
 
-    Order 1 at `U = D`. With `uncond_history = history = 0` it is `euler_cfg_pp` up to the last step. With `flow=True`
+    The tenth of extrapolation does not vanish with the step, as it is divided by w: at `U = D` the run follows
+    `dx/dsigma = d + sigma / 10 dd/dsigma` and not the probability-flow ODE, order 0. With `uncond_history=0` the order
+    is 1, and with `history=0` besides it is `euler_cfg_pp` up to the last step. With `flow=True`
     the noise levels are flow times t, `a = 1 - t`, and `u = (x - a U) / t`, `e = (a' D + t' u* - x) / w`.
 
     Source: ComfyUI (2026), after Chung et al., CFG++ (2024), arXiv 2406.08070.
@@ -184,7 +186,11 @@ class CFGppUD10AB(Rule):
     flow: bool = False
 
     name: ClassVar[str] = "cfgpp_ud10_ab"
-    ode_order: ClassVar[int] = 1
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        """0 with an extrapolated slope, 1 without."""
+        return 0 if self.uncond_history else 1
 
     def step(self, s: StepBuilder) -> Form:
         denoised, uncond = s.denoise_guided(s.x, s.sigma)
