@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
-from kinvert.denoisers import Denoiser
+from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
 from kinvert.inversion.invert import invert
 from kinvert.plan import as_schedule
@@ -63,7 +63,7 @@ def round_trip(
     sampler: str | Rule = "euler",
     method: Literal["unsample", "invert"] = "unsample",
     end_at_step: int = 0,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -119,6 +119,7 @@ def round_trip(
     back = schedule[dropped_steps(schedule, end_at_step) :]
     start = latent * back[0] if normalize else latent
     clean = None if mask is None else x
+    shared["cfg"] = kept_cfg(cfg, len(back) - 1)
     reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
     flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
     flat = flat if normalize else flat / back[0]

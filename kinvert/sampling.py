@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
 from kinvert.checks import check_state
-from kinvert.denoisers import Denoiser, Guided, Masked, guide
+from kinvert.denoisers import Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
@@ -43,7 +43,7 @@ def sample(
     sigmas: Any,
     *,
     sampler: str | Rule = "euler",
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -61,7 +61,9 @@ def sample(
         x: noisy state, shape (batch, *event), e.g. `sigmas[0] * torch.randn(...)`.
         sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`.
         sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`.
-        cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.
+        cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone. Or one
+            scale for each step of `sigmas`, the noisiest first: an evaluation has that of the step in whose interval
+            its noise level lies, see `kinvert.denoisers.step_cfg`. Or a function of sigma, shape (batch,).
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
         mask: 1 = sample, 0 = keep `latent`; shape (H, W), (batch, H, W) or (batch, 1 or channels, H, W).
@@ -87,7 +89,8 @@ def sample(
     schedule = as_schedule(sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = _Job.of(sampler, schedule)
-    denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
+    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=job.is_guided)
+    denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
@@ -106,7 +109,7 @@ def unsample(
     *,
     sampler: str | Rule = "euler",
     end_at_step: int = 0,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -150,9 +153,11 @@ def unsample(
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
     schedule = as_schedule(sigmas)
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    job = _Job.of(sampler, rising_schedule(schedule, end_at_step, sigma_offset))
+    rising = rising_schedule(schedule, end_at_step, sigma_offset)
+    job = _Job.of(sampler, rising)
     job.check_unsampling(noise, _Job.of(sampler, kept))
-    denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
+    guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided)
+    denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
         denoise = Masked(denoise, mask, x)
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "kinvert"
 LAYERS = [
     {"forms", "coefficients"},
     {"rules"},
-    {"plan", "levels"},
+    {"plan", "levels", "timetables"},
     {"program"},
     {"schedules", "denoisers", "analysis", "noise", "metrics"},
     {"checks"},

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
-from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.denoisers import Cfg, Denoiser, Guided, guide, step_cfg
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
 from kinvert.inversion.result import Inversion, rms
@@ -55,7 +55,7 @@ def extract_noise(
     sampler: str | Rule = "euler_ancestral",
     path: Path = "independent",
     generator: torch.Generator | None = None,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
@@ -102,7 +102,7 @@ def extract_noise(
     schedule = as_schedule(sigmas)
     plan = compile_plan(resolve_sampler(sampler), schedule)
     _check_plan(plan, schedule)
-    bound: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    bound: Denoiser = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
     normal = _normal(x, generator)
     states = _states(plan, x, path, normal)
     levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kinvert.analysis import amplification
 from kinvert.checks import check_callback
-from kinvert.denoisers import Denoiser, Masked, guide
+from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
 from kinvert.inversion.continuation import Continuation
@@ -73,7 +73,7 @@ def invert(
     last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -126,7 +126,7 @@ def invert(
     check_invertible(plan, last_step)
     goal = tolerance(tol, x)
     limit = _limit(max_evals, plan)
-    bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    bound: Any = guide(denoiser, step_cfg(cfg, falling(sigmas)), positive, negative, pair=plan.is_guided)
     if mask is not None:
         bound = Masked(bound, mask, x)
         _check_hard(bound.mask)
