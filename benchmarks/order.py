@@ -1,5 +1,7 @@
 """Measure the order of every registered sampler: `python benchmarks/order.py` writes `benchmarks/results/order.json`.
 
+With names, `python benchmarks/order.py seeds_2 lms`, it measures these and keeps the other results.
+
 The problem is the probability-flow ODE of a Gaussian mixture, whose denoiser is exact, from sigma = 10 to 0.1 on Karras
 grids of n steps without a final 0, in float64. The error is the distance to a reference of order 5 on 2000 steps,
 relative to its norm; the order is the least-squares slope of -log error against log n, over the errors above the
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +72,19 @@ def slope(errors: dict[int, float]) -> float:
     return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / sum((a - mean_u) ** 2 for a in u)
 
 
+def known(results: Path) -> dict[str, Any]:
+    """The results that there are, where the command names the samplers to measure, in the order of the registry."""
+    kept = json.loads(results.read_text())["samplers"] if sys.argv[1:] else {}
+    return {name: kept.get(name) for name in ki.SAMPLERS if name in kept or name in sys.argv[1:]}
+
+
 def main() -> None:
-    """Measure all, print a line for each, write the results."""
+    """Measure all or those named, print a line for each, write the results."""
     torch.set_num_threads(1)
     denoiser, x = problem()
     reference = ki.run(ki.compile_plan("dormand_prince", grid(2000)), denoiser, x)
-    samplers = {}
-    for name in ki.SAMPLERS:
+    samplers = known(RESULTS)
+    for name in sys.argv[1:] or ki.SAMPLERS:
         if name == "dpm_adaptive":  # chooses its own steps
             continue
         samplers[name] = measure(name, denoiser, x, reference)
