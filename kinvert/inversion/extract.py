@@ -289,9 +289,10 @@ def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
         return
     where = f"{name}: the last step, from sigma {last.sigma:g} to {last.sigma_next:g},"
     if any(_has_noise(form) for form in (last.x, *(stage.input for stage in last.stages))):
+        churn = "switch churn off (s_churn=0) and use invert, or " if getattr(plan.rule, "s_churn", 0.0) else ""
         raise ValueError(
-            f"{where} passes its noise through the denoiser, so it cannot be solved for it; switch churn off "
-            "(s_churn=0) and use invert, or take a sampler that adds its noise last, such as 'euler_ancestral'"
+            f"{where} passes its noise through the denoiser, so it cannot be solved for it; {churn}take a sampler that "
+            "adds its noise last, such as 'euler_ancestral'"
         )
     raise ValueError(f"{where} draws no noise, so it cannot be made to end at the image; {_fix(plan, schedule)}")
 
