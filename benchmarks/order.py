@@ -72,12 +72,18 @@ def slope(errors: dict[int, float]) -> float:
     return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / sum((a - mean_u) ** 2 for a in u)
 
 
+def known(results: Path) -> dict[str, Any]:
+    """The results that there are, where the command names the samplers to measure, in the order of the registry."""
+    kept = json.loads(results.read_text())["samplers"] if sys.argv[1:] else {}
+    return {name: kept.get(name) for name in ki.SAMPLERS if name in kept or name in sys.argv[1:]}
+
+
 def main() -> None:
-    """Measure all, print a line for each, write the results."""
+    """Measure all or those named, print a line for each, write the results."""
     torch.set_num_threads(1)
     denoiser, x = problem()
     reference = ki.run(ki.compile_plan("dormand_prince", grid(2000)), denoiser, x)
-    samplers = json.loads(RESULTS.read_text())["samplers"] if sys.argv[1:] else {}
+    samplers = known(RESULTS)
     for name in sys.argv[1:] or ki.SAMPLERS:
         if name == "dpm_adaptive":  # chooses its own steps
             continue

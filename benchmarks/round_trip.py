@@ -1,5 +1,7 @@
 """Unsample and sample back with every sampler: `python benchmarks/round_trip.py` writes `results/round_trip.json`.
 
+With names, `python benchmarks/round_trip.py seeds_2 lms`, it measures these and keeps the other results.
+
 Ten held-out images, one of each class, and the embedded denoiser "digits", labels given, cfg 1, float32, on the Karras
 schedule that each sampler gets for the model's noise levels. Samplers with noise run with it switched off (eta = 0, or
 s_noise = 0) in both directions. CFG++ samplers get the null label as negative. The figure is the mean PSNR over the
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from order import quiet
+from order import known, quiet
 
 import kinvert as ki
 from kinvert import models
@@ -50,9 +52,9 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all, print a line for each, write the results."""
+    """Measure all or those named, print a line for each, write the results."""
     torch.set_num_threads(1)
-    samplers = json.loads(RESULTS.read_text())["samplers"] if sys.argv[1:] else {}
+    samplers = known(RESULTS)
     for name in sys.argv[1:] or ki.SAMPLERS:
         samplers[name] = measure(name)
         print(f"{name:32} {samplers[name].get('psnr', samplers[name].get('error'))}", flush=True)

@@ -24,7 +24,9 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
     r"""Split a step into a deterministic move to `down` and fresh noise `up`, with `down^2 + up^2 = sigma_next^2`.
 
     `up = min(sigma_next, eta * sqrt(sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2))`. At `eta = 1` the step has the
-    marginals of the DDPM posterior (Ho et al. 2020, arXiv 2006.11239).
+    marginals of the DDPM posterior (Ho et al. 2020, arXiv 2006.11239). Both variances are computed as products, with
+    `q = sigma_next / sigma`: `up = sigma_next eta sqrt((1 - q)(1 + q))`,
+    `down = sigma_next sqrt((1 - eta)(1 + eta) + (eta q)^2)`, so neither loses its digits to the other.
 
     A rising step has a negative variance under the root, and one from infinity none at all. The public implementations
     take `min(sigma_next, nan)` as `sigma_next` there, so `(0, sigma_next)` is returned: the step forgets x. Verbs that
@@ -34,8 +36,10 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
         return sigma_next, 0.0
     if sigma_next > sigma or math.isinf(sigma):
         return 0.0, sigma_next
-    up = min(sigma_next, eta * math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
-    return math.sqrt(sigma_next**2 - up**2), up
+    q = sigma_next / sigma
+    up = abs(eta) * math.sqrt((1.0 - q) * (1.0 + q))
+    down = (1.0 - eta) * (1.0 + eta) + (eta * q) ** 2
+    return (sigma_next * math.sqrt(min(down, 1.0)), sigma_next * up) if down > 0 else (0.0, sigma_next)
 
 
 def flow_ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float, float]:
@@ -44,28 +48,42 @@ def flow_ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[f
     After a deterministic move to `down = sigma_next (1 + (sigma_next / sigma - 1) eta)`, the state is rescaled to the
     signal level of `sigma_next` and noise fills up its variance: `x' = scale * x + up * n` with
     `scale = (1 - sigma_next) / (1 - down)`, `up = sqrt(sigma_next^2 - (down * scale)^2)`. Returns (down, scale, up).
+    The variance is computed as a product: `down scale = sigma_next r` with `1 - r = eta (1 - sigma_next / sigma) /
+    (1 - down)`.
 
     Raises:
         ValueError: on a rising step with `eta > 0`, where the variance is negative.
     """
     if not eta:
         return sigma_next, 1.0, 0.0
-    down = sigma_next * (1.0 + (sigma_next / sigma - 1.0) * eta)
-    scale = (1.0 - sigma_next) / (1.0 - down)
-    variance = sigma_next**2 - (down * scale) ** 2
+    share = eta * (sigma - sigma_next) / sigma
+    down = sigma_next * (1.0 - share)
+    signal = (1.0 - sigma_next) + sigma_next * share  # 1 - down
+    scale = (1.0 - sigma_next) / signal
+    lost = share / signal  # 1 - r
+    variance = lost * (2.0 - lost)  # in units of sigma_next^2
     if variance < 0:
         raise ValueError(
             f"the noise of a rising step has negative variance ({variance:.3g}) for eta={eta:g}; use eta=0"
         )
-    return down, scale, math.sqrt(variance)
+    return down, scale, sigma_next * math.sqrt(variance)
+
+
+ROUNDING = 1e-12
+"""A step in log sigma that is no longer than this comes from rounding: both its ends are the same level."""
 
 
 def sde_noise_scale(h: float, eta: float) -> float:
     r"""The factor `sqrt(1 - exp(-2 eta h))` of `sigma_next * noise` in one exact step of the reverse SDE.
 
+    0 where `|h| <= ROUNDING`: the levels of two stages that coincide, such as the last stage and the end of a step,
+    may differ by rounding either way.
+
     Raises:
         ValueError: on a rising step (`h < 0`) with `eta > 0`, where the variance is negative.
     """
+    if abs(h) <= ROUNDING:
+        return 0.0
     variance = -math.expm1(-2.0 * eta * h)
     if variance < 0:
         raise ValueError(
@@ -225,16 +243,18 @@ def deis_weights(levels: tuple[float, ...], quadrature: str) -> tuple[float, ...
     `c_j = int l_j(t(sigma)) dsigma` from sigma_i to sigma_{i+1}, with Lagrange polynomials in `t = deis_time(sigma)`.
     "exact": Gauss-Legendre in log sigma, where the integrand is analytic in a strip of half-width pi/2. "upstream":
     10,000 points in t with both ends, each of weight 1/10,000, which overcounts the ends by 1e-4 of the interval.
+    "log_sigma" is "exact" with `t = log(sigma)`.
     """
     sigma, sigma_next = levels[-2:]
     if len(levels) == 2:
         return (sigma_next - sigma,)
-    times = deis_time(np.array(levels))[::-1].tolist()
-    if quadrature == "exact":
+    time = np.log if quadrature == "log_sigma" else deis_time
+    times = time(np.array(levels))[::-1].tolist()
+    if quadrature in ("exact", "log_sigma"):
         u, w = _unit_quadrature()
         h = math.log(sigma_next / sigma)
         points = sigma * np.exp(h * u)
-        t, weights = deis_time(points), h * points * w
+        t, weights = time(points), h * points * w
     else:
         t, equal = _points_in_a_row(times[1], times[0])
         square = np.expm1(_BETA_D / 2 * t**2 + _BETA_MIN * t)  # sigma^2

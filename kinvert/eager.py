@@ -24,7 +24,7 @@ def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noi
     """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
     check_state(x)
     rule, levels = rule.prepare(as_schedule(sigmas))
-    draw = bind(default_noise(rule.default_noise) if noise is None else noise, x)
+    draw = bind(default_noise(rule.default_noise) if noise is None else noise, x, clip=rule.noise_clip)
     state: Memory = {"x": x}
     for index in range(len(levels) - 1):
         builder = _EagerStep(levels, index, state, denoiser, draw)

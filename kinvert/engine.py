@@ -478,4 +478,5 @@ def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
     """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
     if not plan.is_stochastic:
         return lambda sigma_from, sigma_to: x  # never called
-    return bind(default_noise(plan.rule.default_noise) if noise is None else noise, x, plan.noise_levels)
+    source = default_noise(plan.rule.default_noise) if noise is None else noise
+    return bind(source, x, plan.noise_levels, plan.rule.noise_clip)

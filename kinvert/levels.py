@@ -6,6 +6,9 @@ A network is not told sigma but a *time* t, and every family of models has its o
   with `abar_j = prod_{i <= j} (1 - beta_i)`; t is the index j, and ln sigma is linear in t between
   two levels;
 * edm (Karras et al. 2022, arXiv 2206.00364): `t = ln(sigma) / 4`;
+* v (Salimans and Ho 2022, arXiv 2202.00512, as in v-diffusion): the cosine process
+  `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`, so `t = 2 / pi atan(sigma)`;
+* table: pairs of sigma and t as they come, e.g. those of a host's scheduler;
 * flow (Esser et al. 2024, arXiv 2403.03206): `x = (1 - s) x0 + s eps`; the noise level is the *flow
   time* s in [0, 1] itself, with the shift `Sh(u) = a u / (1 + (a - 1) u)` and t = multiplier * s.
 
@@ -38,13 +41,17 @@ __all__ = [
     "FlowLevels",
     "FlowTimes",
     "Levels",
+    "TableLevels",
+    "VDiffusionLevels",
     "edm",
     "flow",
     "flow_to_ve",
     "flux",
     "from_alphas_cumprod",
     "from_betas",
+    "from_table",
     "stable_diffusion",
+    "v_diffusion",
     "ve_to_flow",
 ]
 
@@ -98,7 +105,7 @@ class Levels(ABC):
 
     Attributes:
         sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
-        kind: "discrete", "edm" or "flow".
+        kind: "discrete", "edm", "v", "table" or "flow".
         coordinates: what the table holds, "ve" (sigmas) or "flow" (flow times, a `FlowTimes`).
         sigma_data: standard deviation of the data that the network's preconditioning assumes.
     """
@@ -406,3 +413,7 @@ def ve_to_flow(sigma: Tensor | float) -> Tensor:
         raise ValueError("sigma must be finite and >= 0, got values that are not; remove them")
     t = (wide / (1 + wide)).to(dtype)
     return FlowTimes(t) if t.ndim == 1 else t
+
+
+# They are levels like the others; they need what is above.
+from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion  # noqa: E402

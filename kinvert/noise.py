@@ -3,13 +3,16 @@ r"""Noise sources for stochastic samplers.
 A source is called as `noise(sigma_from, sigma_to)` and returns a tensor of x's shape with unit variance, the noise of
 that interval. The sources of this module are specifications: `bind(x)` gives the callable for one run on x's shape,
 dtype and device, and starts the same stream every time, so that one source used twice gives the same noise twice.
-Any callable of one's own serves as a source as it is; where it has a method `into(out, sigma_from, sigma_to)` too, the
-engine lets it write the noise where it belongs.
+A seed names a stream of its own for each kind of source (`derived_seed`): `white(7)` and `brownian(7)` have nothing in
+common with each other, nor with what `torch.randn` draws from a generator that was seeded with 7. Any callable of
+one's own serves as a source as it is; where it has a method `into(out, sigma_from, sigma_to)` too, the engine lets it
+write the noise where it belongs.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -52,7 +55,7 @@ class _WhiteStream:
         _check_seeds(seed, x)
         self.x = x
         seeds = seed if isinstance(seed, tuple) else (seed,)
-        self.generators = [torch.Generator(device=x.device).manual_seed(one) for one in seeds]
+        self.generators = [torch.Generator(device=x.device).manual_seed(_derive(_WHITE, one)) for one in seeds]
         self.per_sample = isinstance(seed, tuple)
 
     def __call__(self, sigma_from: float, sigma_to: float) -> Tensor:
@@ -118,6 +121,11 @@ class _BrownianPath:
 
     def into(self, out: Tensor, sigma_from: float, sigma_to: float) -> None:
         """Write the increment, scaled to unit variance, to `out`."""
+        if sigma_from == sigma_to or not all(0 <= sigma < math.inf for sigma in (sigma_from, sigma_to)):
+            raise ValueError(
+                f"brownian noise belongs to an interval between two finite noise levels, got {sigma_from:g} to "
+                f"{sigma_to:g}; give two different ones, or use ki.noise.white"
+            )
         known = sigma_from in self.depths and sigma_to in self.depths
         if not known and _cell(sigma_from, self.depth) == _cell(sigma_to, self.depth):
             raise ValueError(
@@ -132,12 +140,14 @@ class _BrownianPath:
             out.copy_((end - start).mul_(scale))
 
     def _value(self, sigma: float) -> Tensor:
-        if sigma not in self.values:
-            spare = None
-            while len(self.values) >= 3:  # a step asks for up to three: its ends and a stage
-                spare = self.values.pop(next(iter(self.values)))
-            self.values[sigma] = self._evaluate(sigma, torch.empty_like(self.zero) if spare is None else spare)
-        return self.values[sigma]
+        """W(sigma), good until two other levels have been asked for: the memory of the one unused longest is reused."""
+        value = self.values.pop(sigma, None)
+        if value is None:
+            # A step asks for up to three levels: its ends and a stage.
+            spare = self.values.pop(next(iter(self.values))) if len(self.values) >= 3 else torch.empty_like(self.zero)
+            value = self._evaluate(sigma, spare)
+        self.values[sigma] = value  # last, as the one used latest
+        return value
 
     def _evaluate(self, sigma: float, out: Tensor) -> Tensor:
         octave, width, u = _place(sigma)
@@ -203,7 +213,7 @@ def _seeded_normal(seed: int | tuple[int, ...], x: Tensor) -> Callable[..., Tens
     """A standard normal tensor like x (float32 for half precision) as a function of integers."""
     _check_seeds(seed, x)
     generator = torch.Generator(device=x.device)
-    seeds = seed if isinstance(seed, tuple) else (seed,)
+    seeds = [_derive(_BROWNIAN, one) for one in (seed if isinstance(seed, tuple) else (seed,))]
 
     def normal(*place: int, out: Tensor | None = None) -> Tensor:
         out = torch.empty(x.shape, dtype=_wide(x), device=x.device) if out is None else out
@@ -223,6 +233,40 @@ def _mix(*values: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
         state ^= state >> 31
     return state >> 1
+
+
+def derived_seed(purpose: str, seed: int) -> int:
+    r"""A seed for `torch.Generator` that belongs to `purpose`, from a user's integer.
+
+    Numbers drawn with it are independent of those that the user draws with a generator seeded by the same integer, or
+    by its neighbours, and of those for another purpose. It depends on nothing but its arguments. torch's generator on a
+    CPU looks at the lowest 32 bits of a seed only; they are different for different seeds from 0 to 2^32 - 1, so no two
+    streams of one purpose coincide.
+
+    Args:
+        purpose: any text.
+        seed: 64 bits, as torch's generators take it.
+
+    Returns:
+        A number of 63 bits.
+    """
+    return _derive(_key(purpose), seed)
+
+
+def _derive(key: int, seed: int) -> int:
+    seed %= 2**64  # torch reads -1 as 2^64 - 1
+    upper = _mix(key, seed)
+    low = (seed ^ _mix(key, seed >> 32)) % 2**32  # from here on a permutation of 32 bits
+    for factor in (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F):
+        low = (low ^ low >> 16) * factor % 2**32
+    return upper >> 32 << 32 | low ^ low >> 15
+
+
+def _key(purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"kinvert.noise {purpose}".encode(), digest_size=8).digest(), "big")
+
+
+_WHITE, _BROWNIAN = _key("white"), _key("brownian")
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -256,6 +300,30 @@ class Replay:
         return draw
 
 
+@dataclass(frozen=True)
+class Clipped:
+    """Another source's noise, cut off at `std` standard deviations. Build it with `clipped`."""
+
+    source: Noise
+    std: float
+
+    def bind(self, x: Tensor, levels: tuple[float, ...] = ()) -> NoiseFunction:
+        """The clipped noise of one run."""
+        draw = bind(self.source, x, levels)
+
+        def clip(sigma_from: float, sigma_to: float) -> Tensor:
+            noise = draw(sigma_from, sigma_to)
+            wide = noise.to(_wide(noise)).reshape(len(noise), -1)
+            if wide.shape[1] > 1:
+                limit = self.std * wide.std(1, keepdim=True)
+                wide = torch.maximum(torch.minimum(wide, limit), -limit)
+            else:  # a single value has no standard deviation of its own
+                wide = wide.clamp(-self.std, self.std)
+            return wide.reshape(noise.shape).to(noise.dtype)
+
+        return clip
+
+
 def white(seed: int | Sequence[int] | None = None) -> White:
     """Independent standard normal noise, reproducible by seed.
 
@@ -263,7 +331,9 @@ def white(seed: int | Sequence[int] | None = None) -> White:
         seed: one int for the whole batch, or one int per sample, which makes a sample's noise independent of its
             neighbours. None takes a seed from torch's global generator (`torch.manual_seed` governs it).
 
-    The numbers depend on the device, as torch's generators do.
+    The same seed, shape, dtype and device give the same numbers, in every run and every process; they depend on the
+    device, as torch's generators do. They are independent of everything else that is seeded with the same integer, the
+    start `torch.randn(..., generator=torch.Generator().manual_seed(seed))` for one (see `derived_seed`).
     """
     return White(_as_seed(seed))
 
@@ -308,14 +378,35 @@ def replay(tensors: Sequence[Tensor]) -> Replay:
     return Replay(tuple(tensors))
 
 
+def clipped(source: Noise, std: float) -> Clipped:
+    """Noise of `source`, every value of a sample clamped to `std` times the standard deviation of the sample's noise.
+
+    The variance falls below 1 by it (by 3 % at std = 2.5), so a sampler's noise no longer has the law that it asks for:
+    it is for models that were distilled with such noise. `ki.sampler("lcm", noise_clip_std=std)` takes it by itself.
+
+    Raises:
+        TypeError, ValueError: `std` is not a positive, finite number.
+    """
+    if isinstance(std, bool) or not isinstance(std, (int, float)):
+        raise TypeError(f"std must be a number of standard deviations, got {std!r}")
+    if not 0 < std < math.inf:
+        raise ValueError(f"std must be positive and finite, got {std}; leave the source as it is to clip nothing")
+    return Clipped(source, float(std))
+
+
 def default_noise(kind: str) -> White | Brownian:
     """The source that a rule draws from unless told otherwise ("white" or "brownian"), seeded by torch's generator."""
     return brownian() if kind == "brownian" else white()
 
 
-def bind(noise: Noise, x: Tensor, levels: tuple[float, ...] = ()) -> NoiseFunction:
-    """The noise function for a run with state `x`; `levels` are the ends of the intervals that it will ask for."""
-    if isinstance(noise, Brownian):
+def bind(noise: Noise, x: Tensor, levels: tuple[float, ...] = (), clip: float = 0.0) -> NoiseFunction:
+    """The noise function for a run with state `x`; `levels` are the ends of the intervals that it will ask for.
+
+    `clip` is the rule's `noise_clip`; 0 clips nothing. Noise that is played back stays as it was recorded.
+    """
+    if clip and not isinstance(noise, Replay):
+        noise = clipped(noise, clip)
+    if isinstance(noise, (Brownian, Clipped)):
         return noise.bind(x, levels)
     if isinstance(noise, NoiseSource):
         return noise.bind(x)

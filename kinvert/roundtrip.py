@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kinvert import metrics
 from kinvert.coordinates import settle
-from kinvert.denoisers import Denoiser
+from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
 from kinvert.inversion.invert import invert
 from kinvert.levels import FlowTimes
@@ -65,7 +65,7 @@ def round_trip(
     sampler: str | Rule = "euler",
     method: Literal["unsample", "invert"] = "unsample",
     end_at_step: int = 0,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -125,6 +125,7 @@ def round_trip(
     back, sigma = schedule[dropped:], levels[dropped]
     start = latent * sigma if normalize else latent
     clean = None if mask is None else x
+    shared["cfg"] = kept_cfg(cfg, len(back) - 1)
     reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
     flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
     flat = flat if normalize else flat / sigma

@@ -25,7 +25,7 @@ from torch import Tensor
 from kinvert.adaptive import ends, run_adaptive
 from kinvert.checks import DROWNED, check_state, rounding, warn_if_drowned
 from kinvert.coordinates import settle
-from kinvert.denoisers import Denoiser, Guided, Masked, guide
+from kinvert.denoisers import Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
@@ -74,7 +74,7 @@ def sample(
     sigmas: Any,
     *,
     sampler: str | Rule = "euler",
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -96,7 +96,9 @@ def sample(
         sigmas: decreasing noise levels, 1-D, e.g. from `ki.schedule`; flow times for a denoiser in flow time.
         sampler: a name of `ki.SAMPLERS`, or a rule with options, e.g. `ki.sampler("heun", s_churn=10)`; in flow time as
             `ki.flow_sampler` has it.
-        cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone.
+        cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone. Or one
+            scale for each step of `sigmas`, the noisiest first: an evaluation has that of the step in whose interval
+            its noise level lies, see `kinvert.denoisers.step_cfg`. Or a function of sigma, shape (batch,).
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
         mask: 1 = sample, 0 = keep `latent`; for all items alike, (H, W), for each, (batch, H, W), or for each item and
@@ -128,7 +130,8 @@ def sample(
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = _Job.of(rule, schedule)
     check_flow_spread(job.plan, coordinates)
-    denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
+    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=job.is_guided)
+    denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
@@ -150,7 +153,7 @@ def unsample(
     *,
     sampler: str | Rule = "euler",
     end_at_step: int = 0,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -210,7 +213,8 @@ def unsample(
     job.check_unsampling(noise, _Job.of(rule, kept))
     check_flow_spread(job.plan, coordinates)
     warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={least:.2g}, the default here")
-    denoise = _bound(guide(denoiser, cfg, positive, negative, pair=job.is_guided), x, max_batch, graph)
+    guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided)
+    denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
         denoise = Masked(denoise, mask, x, coordinates=coordinates)
     if coordinates == "flow" and rising[0] - kept[-1] > 1.01 * OFFSET:

@@ -22,8 +22,6 @@ from kinvert.rules.base import Rule, StepBuilder
 QUIRKS: dict[str, tuple[dict[str, Any], str]] = {
     "ipndm_v": ({"max_order": 3}, "its four weights add up to the step on a geometric schedule only"),
     "deis": ({"quadrature": "exact"}, "its integrals are sums that count both ends, off by 1e-4 of the step"),
-    "sa_solver": ({"keep_last": True}, "without a final 0 its result belongs to the level before the last"),
-    "sa_solver_pece": ({"keep_last": True}, "as sa_solver"),
     "edict": ({"evaluate_at": "sigma_next"}, "the network gets the latent of sigma_next with the timestep of sigma"),
 }
 # A single step of UniPC evaluates nothing.

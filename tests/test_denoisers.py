@@ -19,11 +19,13 @@ from kinvert.denoisers import (
     GaussianMixture,
     Masked,
     expand,
+    from_edm,
     from_eps,
     from_v,
     from_velocity,
     from_x0,
     guide,
+    step_cfg,
 )
 
 DDPM = levels_module.stable_diffusion()
@@ -63,6 +65,9 @@ class Exact:
         denoised = GAUSSIAN(x, t)
         if self.prediction == "eps":
             return (x - denoised) / sigma
+        if self.prediction == "edm":  # (D - c_skip x) / c_out, as Karras et al. have it
+            total = sigma**2 + data**2
+            return (denoised - data**2 / total * x) / (sigma * data / total.sqrt())
         if self.prediction == "v":  # alpha eps - sigma_vp x0 with alpha² + sigma_vp² = 1, in units of sigma_data
             total = (sigma**2 + data**2).sqrt()
             return data / total * (x - denoised) / sigma - sigma / (total * data) * denoised
@@ -76,7 +81,7 @@ def continuous(data: float = 1.0) -> SimpleNamespace:
 
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("data", [1.0, 0.5])
-@pytest.mark.parametrize(("make", "prediction"), [(from_eps, "eps"), (from_x0, "x0"), (from_v, "v")])
+@pytest.mark.parametrize(("make", "prediction"), [(from_eps, "eps"), (from_x0, "x0"), (from_v, "v"), (from_edm, "edm")])
 def test_exact_network_gives_the_exact_denoiser(make, prediction: str, data: float, event: tuple[int, ...]) -> None:
     x, sigma = draw(event, 0.05, 0.6, 4.0)
     network = Exact(prediction, data)
@@ -112,6 +117,7 @@ def test_formulas(sigma: float, value: float, output: float) -> None:
     expected = {
         from_eps: value - sigma * output,
         from_v: value / total**2 - output * sigma / total,
+        from_edm: value / total**2 + output * sigma / total,
         from_x0: output,
     }
     for make, number in expected.items():
@@ -157,7 +163,7 @@ def test_conditioning_reaches_the_network() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sigma_dtype", ["half", torch.float32, torch.float64])
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0", "velocity"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "edm", "x0", "velocity"])
 def test_half_precision_rounds_once(prediction: str, sigma_dtype, dtype: torch.dtype) -> None:
     x, sigma = draw((64,), 0.25, 4.0, dtype=dtype)  # noise levels that half precision holds exactly
     sigma = sigma.to(dtype if sigma_dtype == "half" else sigma_dtype)
@@ -170,7 +176,7 @@ def test_half_precision_rounds_once(prediction: str, sigma_dtype, dtype: torch.d
     def make(data_type: torch.dtype) -> Tensor:
         if prediction == "velocity":
             return from_velocity(rounded)(x.to(data_type), sigma)
-        builders = {"eps": from_eps, "v": from_v, "x0": from_x0}
+        builders = {"eps": from_eps, "v": from_v, "edm": from_edm, "x0": from_x0}
         return builders[prediction](rounded, DDPM)(x.to(data_type), sigma)
 
     def rounded(scaled: Tensor, t: Tensor) -> Tensor:
@@ -223,7 +229,10 @@ def test_a_call_reads_no_value_back() -> None:
 
     conditions = {"context": x[:1]}, {"context": x}
     denoisers = [
-        *(make(network, DDPM) for make in (from_eps, from_v, from_x0)),
+        *(make(network, DDPM) for make in (from_eps, from_v, from_edm, from_x0)),
+        from_v(network, levels_module.v_diffusion()),
+        from_eps(network, levels_module.from_table([1.0, 3.0], [5.0, 9.0])),
+        guide(from_eps(network, DDPM), step_cfg([1.0, 3.0], [4.0, 2.0, 1.0]), *conditions),
         from_velocity(network, levels_module.flow()),
         guide(from_eps(network, DDPM), 3.0, *conditions),
         guide(from_eps(network, DDPM), 1.0, *conditions, pair=True),

@@ -17,7 +17,7 @@ LAYERS = [
     {"forms", "coefficients", "linalg"},
     {"rules"},
     {"plan", "coordinates", "flowtimes"},
-    {"levels"},
+    {"levels", "timetables"},
     {"program"},
     {"moments", "schedules", "denoisers", "analysis", "noise", "metrics"},
     {"checks"},

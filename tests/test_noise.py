@@ -192,6 +192,147 @@ def test_runs_of_different_length_see_nearly_one_path() -> None:
     assert float((fine - exact).var() / exact.var()) < 0.02
 
 
+ALL_LEVELS = st.lists(st.floats(0.0, 120.0), min_size=2, max_size=7, unique_by=lambda sigma: round(sigma, 1))
+
+
+@given(data=st.data(), levels=ALL_LEVELS.filter(far_enough), depth=st.sampled_from([None, 8, 12]))
+@settings(max_examples=80, deadline=None)
+def test_every_increment_is_a_difference_of_one_path(
+    data: st.DataObject, levels: list[float], depth: int | None
+) -> None:
+    """Whatever intervals are asked for, in whatever order and how often, in a run and outside of one."""
+    seed = data.draw(st.one_of(st.integers(0, 2**63), st.just([3, 1, 4, 1])))
+    known = tuple(levels) if data.draw(st.booleans(), label="in a run") else ()
+    index = st.integers(0, len(levels) - 1)
+    asked = data.draw(
+        st.lists(st.tuples(index, index).filter(lambda pair: pair[0] != pair[1]), min_size=1, max_size=12)
+    )
+    source = ki.noise.brownian(seed, depth=depth)
+
+    def path(sigma: float) -> torch.Tensor:
+        """W, counted from the first level, on a path of its own."""
+        fresh = ki.noise.bind(source, X.double(), known)
+        return 0 * X.double() if sigma == levels[0] else fresh(levels[0], sigma) * math.sqrt(abs(sigma - levels[0]))
+
+    draw = ki.noise.bind(source, X.double(), known)
+    kept = [(levels[i], levels[j], draw(levels[i], levels[j])) for i, j in asked]
+    for a, b, increment in kept:
+        torch.testing.assert_close(increment * math.sqrt(abs(b - a)), path(b) - path(a), rtol=1e-9, atol=1e-9)
+
+
+class TwoNoises(ki.rules.Rule):
+    """Noise to two levels of the step, and to its end, all from its start."""
+
+    name = "two_noises"
+    ode_order = 0
+
+    def step(self, s: ki.rules.StepBuilder) -> Any:
+        denoised = s.denoise(s.x, s.sigma)
+        middles = [0.5 * (s.noise(s.sigma, r * s.sigma_next + (1 - r) * s.sigma)) for r in (0.3, 0.6)]
+        return denoised + s.sigma_next / 10 * (middles[0] + middles[1]) + s.sigma_next * s.noise(s.sigma, s.sigma_next)
+
+
+@pytest.mark.parametrize("source", [ki.noise.white, ki.noise.brownian])
+@pytest.mark.parametrize("seed", [3, [7, 11]])
+def test_a_rule_with_several_noises_from_one_level_has_the_law_of_its_plan(source: Any, seed: Any) -> None:
+    plan = ki.compile_plan(TwoNoises(), [8.0, 4.0, 1.0])
+    x = torch.zeros(2, 20000, dtype=torch.float64)
+    result = ki.run(plan, lambda x, sigma: torch.zeros_like(x), x, source(seed))
+    want = ki.analysis.marginal_variances(plan, "white" if source is ki.noise.white else "brownian")[-1]
+    assert float(result.var() / want) == pytest.approx(1, abs=6 * math.sqrt(2 / x.numel()))
+
+
+def test_brownian_noise_needs_an_interval() -> None:
+    for a, b in ((2.0, 2.0), (-1.0, 1.0), (math.inf, 1.0), (1.0, math.nan)):
+        with pytest.raises(ValueError, match="two finite noise levels"):
+            ki.noise.brownian(0).bind(X, (1.0, 2.0))(a, b)
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+INTERVALS = [(14.6, 10.0), (10.0, 4.0), (4.0, 0.03), (0.03, 0.0)]
+
+
+def draws_of(source: Any, seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    draw = source(seed).bind(torch.zeros(shape, dtype=dtype))
+    return [draw(a, b).flatten() for a, b in INTERVALS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("source", [ki.noise.white, ki.noise.brownian, lambda seed: ki.noise.white([seed])])
+def test_noise_is_independent_of_what_the_user_draws_with_the_same_integer(source: Any, dtype: torch.dtype) -> None:
+    """No draw is correlated with torch.randn of the same seed or of a neighbour, from the start of the stream or on."""
+    n = 1000
+    users = {
+        seed: torch.randn(4 * n, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in range(-1, 61)
+    }
+    for seed in range(60):
+        drawn = torch.stack(draws_of(source, seed, (1, n), dtype))
+        for other in (seed - 1, seed, seed + 1):
+            correlations = drawn @ users[other].reshape(4, n).T / n
+            assert float(correlations.abs().max()) < 6 / math.sqrt(n), (seed, other)
+
+
+def test_the_sources_are_independent_of_each_other() -> None:
+    n = 4000
+    for seed in range(20):
+        white, brownian = (
+            torch.stack(draws_of(s, seed, (1, n), torch.float32)) for s in (ki.noise.white, ki.noise.brownian)
+        )
+        assert float((white @ brownian.T / n).abs().max()) < 6 / math.sqrt(n)
+
+
+@given(seeds=st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=50, unique=True), purpose=st.text())
+@settings(max_examples=50, deadline=None)
+def test_different_seeds_have_different_streams(seeds: list[int], purpose: str) -> None:
+    """Of the low 32 bits too, which are all that torch's generator on a CPU looks at."""
+    derived = [ki.noise.derived_seed(purpose, seed) for seed in seeds]
+    assert len({one % 2**32 for one in derived}) == len(seeds)
+    assert all(0 <= one < 2**63 for one in derived)
+
+
+def test_seeds_that_differ_in_their_high_bits_differ() -> None:
+    """torch's generator on a CPU takes them for the same."""
+    draw = ki.noise.white([1, 1 + 2**32, 2**63, -1]).bind(X)(2.0, 1.0)
+    assert len({tuple(one.flatten().tolist()) for one in draw}) == 4
+
+
+def test_streams_are_reproducible() -> None:
+    """The same in every process and on every machine: this pins the derivation."""
+    assert ki.noise.derived_seed("white", 7) == 4359467319645926355
+    assert ki.noise.derived_seed("brownian", 7) == 5467540385878524184
+
+
+# -- clipped noise -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_clipped_noise(dtype: torch.dtype) -> None:
+    """Each sample at its own standard deviation; what is inside stays as it was."""
+    x = torch.zeros(3, 5, 400, dtype=dtype)
+    plain, cut = (ki.noise.bind(s, x)(2.0, 1.0) for s in (ki.noise.white(1), ki.noise.clipped(ki.noise.white(1), 1.5)))
+    limit = 1.5 * plain.to(torch.promote_types(dtype, torch.float32)).flatten(1).std(1)[:, None, None]
+    inside = plain.abs() < limit
+    assert 0.8 < float(inside.double().mean()) < 0.9
+    assert cut.dtype == dtype and torch.equal(cut[inside], plain[inside])
+    torch.testing.assert_close(cut.abs()[~inside], limit.to(dtype).expand_as(cut)[~inside])
+    alone = ki.noise.clipped(ki.noise.white([2]), 1.5).bind(x[:1])(2.0, 1.0)
+    together = ki.noise.clipped(ki.noise.white([1, 2, 3]), 1.5).bind(x)(2.0, 1.0)[1:2]
+    torch.testing.assert_close(alone, together, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert float(ki.noise.clipped(ki.noise.white(0), 0.5).bind(torch.zeros(500, dtype=dtype))(2, 1).abs().max()) == 0.5
+
+
+def test_clipped_brownian_noise_of_a_run_has_the_levels_of_the_run() -> None:
+    levels = (1.0 + 2e-6, 1.0 + 1e-6, 1.0)
+    draw = ki.noise.bind(ki.noise.clipped(ki.noise.brownian(0), 2.0), X, levels)
+    assert float(draw(levels[0], levels[1]).abs().max()) < 3
+
+
+@pytest.mark.parametrize(
+    ("std", "error"), [(0.0, ValueError), (math.inf, ValueError), ("2", TypeError), (True, TypeError)]
+)
+def test_clipping_wants_a_positive_number(std: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="std must be"):
+        ki.noise.clipped(ki.noise.white(0), std)
+
+
 @pytest.mark.parametrize("depth", [0, 41])
 def test_depth_has_a_range(depth: int) -> None:
     with pytest.raises(ValueError, match=f"depth must be from 1 to 40, got {depth}"):

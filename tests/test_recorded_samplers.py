@@ -34,6 +34,8 @@ def recorded_rule(case: Case) -> ki.Rule:
     if case["process"] == "CONST" and case["sampler"].startswith("sa_solver"):
         # At 20% and 80% of the time of a flow with shift 3, t = 12/13 and 3/7; as noise levels t / (1 - t).
         options |= {"sde_start": 12.0, "sde_end": 0.75}
+    if case["sampler"].startswith("sa_solver"):
+        options["keep_last"] = False  # as it was in the recorded version
     rule = ki.sampler(case["sampler"], **options)
     if case["process"] == "CONST" and case["sampler"] in FLOW_COORDINATES:
         return ki.rules.Flow(rule, start=FLOW_START)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert.coefficients import exponential_adams, left_sums, log_step, phi
-from kinvert.rules import ERSDE, RES3S, SASolver, Seeds3, UniPC
+from kinvert.rules import DEIS, ERSDE, RES3S, CFGppUD10AB, DPMpp3MSDE, SASolver, Seeds3, UniPC
 
 MIXTURE = mixture()
 
@@ -34,6 +34,12 @@ def run(rule: str | ki.Rule, sigmas: Any, denoiser: Any = MIXTURE) -> Tensor:
 
 def assert_same(one: Tensor, other: Tensor) -> None:
     assert float((one - other).norm() / other.norm()) < 1e-12
+
+
+def paired(x: Tensor, sigma: Tensor) -> ki.Guided:
+    """The mixture for CFG++, without guidance."""
+    denoised = MIXTURE(x, sigma)
+    return ki.Guided(denoised, denoised)
 
 
 def mean_only(x: Tensor, sigma: Tensor) -> Tensor:
@@ -54,6 +60,13 @@ SAME = [
     (("res_2m", {}), ("res_multistep", {})),
     (("res_2m", {}), ("dpmpp_2m_sde_heun", {"eta": 0.0})),
     (("res_2m", {"order": 1}), ("euler", {})),
+    (("exp_heun_2_x0", {}), ("res_2s", {"c2": 1.0})),
+    (("exp_heun_2_x0_sde", {}), ("seeds_2", {"r": 1.0, "solver_type": "phi_2"})),
+    (("exp_heun_2_x0_sde", {"eta": 0.0}), ("exp_heun_2_x0", {})),
+    (("seeds_2", {"eta": 0.0, "r": 0.3, "solver_type": "phi_2"}), ("res_2s", {"c2": 0.3})),
+    (("dpmpp_3m_sde", {"eta": 0.0, "solver_type": "midpoint"}), ("dpmpp_3m", {})),
+    (("ddim_inverse", {}), ("ddim", {})),
+    (("lcm", {"s_noise": 0.7, "s_noise_end": 0.7}), ("lcm", {"s_noise": 0.7})),
 ]
 
 
@@ -67,7 +80,7 @@ def test_the_same_sampler(one: Any, other: Any, sigmas: list[float]) -> None:
 @given(sigmas=schedules(zero=False))
 @settings(max_examples=20, deadline=None)
 def test_sa_solver_without_its_parts(sigmas: list[float]) -> None:
-    quiet = {"eta": 0.0, "keep_last": True, "corrector_order": 0}
+    quiet = {"eta": 0.0, "corrector_order": 0}
     assert_same(run(SASolver(**quiet), sigmas), run("res_3m", sigmas))
     assert_same(run(SASolver(predictor_order=1, **quiet), sigmas), run("euler", sigmas))
 
@@ -112,14 +125,16 @@ def test_unipc_ends_at_a_thousandth() -> None:
 
 
 # -- SA-Solver --------------------------------------------------------------------------------------------------------
-def test_sa_solver_discards_the_last_step_unless_asked() -> None:
+def test_sa_solver_discards_the_last_step_if_asked() -> None:
     """On data of a single point x - 0.5 is proportional to sigma, which shows the level of the result."""
     sigmas = [10.0, 5.0, 2.0, 1.0]
     start = 10 * noise_like((3, 6)) - 0.5
     for keep, level in ((False, 2.0), (True, 1.0)):
         got = run(SASolver(eta=0.0, keep_last=keep), sigmas, mean_only) - 0.5
         torch.testing.assert_close(got, start * level / 10.0, rtol=1e-12, atol=1e-12)
-    assert ki.compile_plan(SASolver(sde_start=10.0, sde_end=0.0), sigmas).draws == 2
+    assert SASolver().keep_last and SASolver(keep_last=False).ode_order == 1
+    options = {"sde_start": 10.0, "sde_end": 0.0}
+    assert [ki.compile_plan(SASolver(**options, keep_last=keep), sigmas).draws for keep in (False, True)] == [2, 3]
 
 
 @pytest.mark.parametrize(("pece", "evaluations"), [(False, 6), (True, 11)])
@@ -143,15 +158,22 @@ def test_rising_noise_is_refused_with_the_fix(name: str) -> None:
 @functools.cache
 def end(rule: ki.Rule, steps: int) -> Tensor:
     plan = ki.compile_plan(rule, ki.schedules.karras(steps, 0.1, 10)[:-1])
-    return ki.run(plan, MIXTURE, 10 * noise_like((8, 6), seed=3))
+    return ki.run(plan, paired if plan.is_guided else MIXTURE, 10 * noise_like((8, 6), seed=3))
 
 
 @pytest.mark.parametrize(
     ("rule", "order"),
     [
-        (SASolver(eta=0.0, keep_last=True), 4),
-        (SASolver(eta=0.0, keep_last=True, use_pece=True), 4),
-        (SASolver(eta=0.0), 1),
+        (SASolver(eta=0.0), 4),
+        (SASolver(eta=0.0, use_pece=True), 4),
+        (SASolver(eta=0.0, keep_last=False), 1),
+        (UniPC(order=1), 2),
+        (UniPC(order=2, lower_order_final=False), 3),
+        (UniPC(order=3, lower_order_final=False), 4),
+        (DPMpp3MSDE(eta=0.0, solver_type="midpoint"), 2),
+        (DEIS(variable="log_sigma"), 2),
+        (CFGppUD10AB(), 0),
+        (CFGppUD10AB(uncond_history=0.0), 1),
         (Seeds3(eta=0.0, r_1=0.2, r_2=0.9), 2),
         (RES3S(c2=0.5, c3=0.9), 3),
         (ERSDE(noise_scaler="ode", max_stage=2), 2),

@@ -21,6 +21,7 @@ from kinvert.engine import Memory, Progress, run_state
 from kinvert.forms import State
 from kinvert.inversion.baselines import BASELINES
 from kinvert.inversion.reversible import invert_reversible
+from kinvert.noise import derived_seed
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
 
@@ -140,7 +141,7 @@ def _extract_noise(path: Any) -> Method:
     def extract(job: Job, x: Tensor) -> ki.Inversion:
         if job.question == "recovery":
             raise ValueError("extract_noise draws its latent, so it recovers none; ask for reconstruction")
-        generator = torch.Generator().manual_seed(job.seed)
+        generator = torch.Generator().manual_seed(derived_seed("extract_noise", job.seed))
         return ki.extract_noise(
             job.denoiser, x, job.sigmas, sampler=job.sampler, path=path, generator=generator, **job.guidance
         )

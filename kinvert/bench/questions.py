@@ -22,6 +22,7 @@ import kinvert as ki
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, Found, Job, find, generate, restore
 from kinvert.bench.problems import Problem, make_problem
+from kinvert.noise import derived_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def alone(seed: int) -> Iterator[None]:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at the first forward-mode derivative
-        torch.manual_seed(seed)
+        torch.manual_seed(derived_seed("bench", seed))  # not the stream that the images and latents come from
         yield
 
 

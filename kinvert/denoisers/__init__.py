@@ -1,10 +1,12 @@
 """Denoisers: the protocol, adapters, guidance, masks, and exact denoisers to test with."""
 
 from kinvert.denoisers.analytic import Dataset, Gaussian, GaussianMixture
+from kinvert.denoisers.cfg import Cfg, StepCfg, kept_cfg, step_cfg
 from kinvert.denoisers.guidance import Guidance, guide
 from kinvert.denoisers.mask import Masked, resize_mask
 from kinvert.denoisers.parametrization import (
     Preconditioned,
+    from_edm,
     from_eps,
     from_v,
     from_velocity,
@@ -13,6 +15,7 @@ from kinvert.denoisers.parametrization import (
 from kinvert.denoisers.protocol import Denoiser, Guided, expand
 
 __all__ = [
+    "Cfg",
     "Dataset",
     "Denoiser",
     "Gaussian",
@@ -21,11 +24,15 @@ __all__ = [
     "Guided",
     "Masked",
     "Preconditioned",
+    "StepCfg",
     "expand",
+    "from_edm",
     "from_eps",
     "from_v",
     "from_velocity",
     "from_x0",
     "guide",
+    "kept_cfg",
     "resize_mask",
+    "step_cfg",
 ]

@@ -46,7 +46,7 @@ from torch import Tensor
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
-from kinvert.denoisers.protocol import Denoiser, Guided, check_output
+from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, working_dtype
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -78,7 +78,7 @@ class Guidance:
     """What `guide` returns: ``(x, sigma) -> Tensor``, or `Guided` where ``pair`` is set."""
 
     denoiser: Denoiser
-    cfg: float
+    cfg: float | Callable[[Tensor], Tensor]
     positive: dict[str, Any] = field(repr=False)
     negative: dict[str, Any] | None = field(repr=False)
     pair: bool
@@ -100,8 +100,15 @@ class Guidance:
                 raise ValueError(_NEGATIVE_MISSING.format(why="a CFG++ sampler"))
             return check_output(result, x, "denoiser", "x, sigma, **c")
         uncond, cond = self._branches(x, sigma, bound.positive, bound.negative)
-        denoised = torch.lerp(uncond, cond, self.cfg)
+        denoised = self._combined(uncond, cond, sigma)
         return Guided(denoised, uncond) if self.pair else denoised
+
+    def _combined(self, uncond: Tensor, cond: Tensor, sigma: Tensor) -> Tensor:
+        if not callable(self.cfg):
+            return torch.lerp(uncond, cond, self.cfg)
+        wide = working_dtype(cond)
+        cfg = expand(self.cfg(sigma), cond).to(wide)
+        return torch.lerp(uncond.to(wide), cond.to(wide), cfg).to(cond.dtype)
 
     def select(self, index: Tensor, batch: int) -> Guidance:
         """The same guidance for the samples `index`, shape (n,), of a batch of that size."""
@@ -140,7 +147,7 @@ class Guidance:
 
 def guide(
     denoiser: Denoiser,
-    cfg: float = 1.0,
+    cfg: float | Callable[[Tensor], Tensor] = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     *,
@@ -153,7 +160,9 @@ def guide(
 
     Args:
         denoiser: ``denoiser(x, sigma, **conditioning) -> denoised``.
-        cfg: guidance scale. At 1 (relative tolerance 1e-9) the negative branch is never called.
+        cfg: guidance scale. At 1 (relative tolerance 1e-9) the negative branch is never called. Or a
+            function of sigma, shape (batch,), that returns a scale for each sample (`step_cfg` makes one from a
+            scale for each step); then both branches are always called.
         positive: keyword arguments of the conditional prediction C; None for none.
         negative: keyword arguments of the unconditional prediction U; ``{}`` calls the denoiser
             with none.
@@ -175,21 +184,27 @@ def guide(
     if not callable(denoiser):
         got = type(denoiser).__name__
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma, **conditioning), got {got}")
-    if isinstance(cfg, bool) or not isinstance(cfg, numbers.Real):
+    if not callable(cfg) and (isinstance(cfg, bool) or not isinstance(cfg, numbers.Real)):
+        several = (isinstance(cfg, Tensor) and cfg.ndim) or isinstance(cfg, (list, tuple, np.ndarray))
         fix = "float(cfg)" if isinstance(cfg, Tensor) else "7.5"
+        if several:
+            fix = "7.5, or one for each step of a schedule by denoisers.step_cfg(cfg, sigmas)"
         got = type(cfg).__name__
         raise TypeError(f"cfg must be a Python number, got {got}; pass a float, e.g. {fix}")
-    if not math.isfinite(cfg):
+    if not callable(cfg) and not math.isfinite(cfg):
         raise ValueError(f"cfg must be finite, got {cfg}; 1 turns guidance off")
     if negative is None and not _is_one(cfg):
-        raise ValueError(_NEGATIVE_MISSING.format(why=f"cfg={cfg:g}"))
+        why = "a cfg for each step" if callable(cfg) else f"cfg={cfg:g}"
+        raise ValueError(_NEGATIVE_MISSING.format(why=why))
     positive = _keywords("positive", {} if positive is None else positive)
     negative = None if negative is None else _keywords("negative", negative)
-    return Guidance(denoiser, float(cfg), positive, negative, pair)
+    return Guidance(denoiser, cfg if callable(cfg) else float(cfg), positive, negative, pair)
 
 
-def _is_one(cfg: float) -> bool:
-    return abs(cfg - 1.0) <= 1e-9 * max(abs(cfg), 1.0)  # torch.compile does not follow math.isclose
+def _is_one(cfg: float | Callable[[Tensor], Tensor]) -> bool:
+    return not callable(cfg) and abs(cfg - 1.0) <= 1e-9 * max(
+        abs(cfg), 1.0
+    )  # torch.compile does not follow math.isclose
 
 
 def _keywords(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ with ``sd = sigma_data`` (1 for DDPM levels):
     prediction   c_in                       c_skip                    c_out
     eps          1 / sqrt(sigma² + sd²)     1                         -sigma
     v            1 / sqrt(sigma² + sd²)     sd² / (sigma² + sd²)      -sigma sd / sqrt(sigma² + sd²)
+    edm          1 / sqrt(sigma² + sd²)     sd² / (sigma² + sd²)      +sigma sd / sqrt(sigma² + sd²)
     x0           1 / sqrt(sigma² + sd²)     0                         1
     velocity     1 / (1 + sigma)            1 / (1 + sigma)           -sigma / (1 + sigma)
 
@@ -43,7 +44,7 @@ from kinvert.denoisers.protocol import check_output, expand, working_dtype
 if TYPE_CHECKING:
     from kinvert.levels import Levels
 
-Prediction = Literal["eps", "v", "x0", "velocity"]
+Prediction = Literal["eps", "v", "edm", "x0", "velocity"]
 Coordinates = Literal["ve", "flow"]
 
 
@@ -51,7 +52,7 @@ Coordinates = Literal["ve", "flow"]
 class Preconditioned:
     """A network as a denoiser: ``D = c_skip x + c_out model(c_in x, t, **conditioning)``.
 
-    Built by `from_eps`, `from_v`, `from_x0` and `from_velocity`.
+    Built by `from_eps`, `from_v`, `from_edm`, `from_x0` and `from_velocity`.
 
     Raises:
         TypeError: `model` is not callable, `levels` has no ``timestep``, `dtype` is none of a network;
@@ -124,6 +125,8 @@ class Preconditioned:
             return c_in, 1.0, -sigma
         if self.prediction == "v":
             return c_in, data**2 / variance, -sigma * data * c_in
+        if self.prediction == "edm":
+            return c_in, data**2 / variance, sigma * data * c_in
         return c_in, 0.0, 1.0
 
     def _timestep(self, sigma: Tensor) -> Tensor:
@@ -165,6 +168,31 @@ def from_v(
     Arguments and errors as in `from_eps`.
     """
     return Preconditioned(model, levels, "v", quantize, dtype=dtype)
+
+
+def from_edm(
+    model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
+) -> Preconditioned:
+    """A denoiser from a network of EDM: ``D = c_skip x + c_out model(c_in x, c_noise)``.
+
+    ``c_skip = sd² / (sigma² + sd²)``, ``c_out = sigma sd / sqrt(sigma² + sd²)``, ``c_in = 1 / sqrt(sigma² + sd²)`` and,
+    with `kinvert.levels.edm`, ``c_noise = ln(sigma) / 4``. It is `from_v` with the other sign of the network's output.
+    diffusers' EDM schedulers call this prediction type "epsilon", although the network predicts no noise (`from_eps`
+    would be wrong without a word); their "v_prediction" is `from_v`.
+
+    Args:
+        model: ``model(x_scaled, c_noise, **conditioning)``.
+        levels: e.g. ``kinvert.levels.edm(0.002, 80.0, sigma_data=0.5)``; sd is its ``sigma_data``.
+        quantize: as in `from_eps`; it means nothing to EDM levels.
+        dtype: as in `from_eps`.
+
+    Raises:
+        TypeError, ValueError: as `Preconditioned`.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364,
+    Eq. 7 and Table 1.
+    """
+    return Preconditioned(model, levels, "edm", quantize, dtype=dtype)
 
 
 def from_x0(

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
 from kinvert.coordinates import Coordinates, settle
-from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.denoisers import Cfg, Denoiser, Guided, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
@@ -57,7 +57,7 @@ def extract_noise(
     sampler: str | Rule = "euler_ancestral",
     path: Path = "independent",
     generator: torch.Generator | None = None,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
@@ -75,8 +75,8 @@ def extract_noise(
         x: image, shape (batch, *event). It is taken as the state at `sigmas[-1]` > 0, as it is.
         sigmas: the decreasing sampling schedule. Its last step must draw noise, and the step to 0 never does: pass
             `sigmas[:-1]`.
-        sampler: a stochastic sampler, by name or as a rule. `sa_solver` draws in an interval of noise levels only and
-            drops its last step; it needs `ki.sampler("sa_solver", sde_end=0, keep_last=True)`.
+        sampler: a stochastic sampler, by name or as a rule. `sa_solver` draws in an interval of noise levels only;
+            it needs `ki.sampler("sa_solver", sde_end=0)`.
         path: "independent" noises x to every level anew (edit-friendly: the noises are the larger, the more steps
             there are, and successive ones are negatively correlated, so that they carry more of the image); "chain"
             goes up step by step (the noises are nearly those that a run draws: variance near 1, uncorrelated).
@@ -104,7 +104,7 @@ def extract_noise(
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, schedule)
     _check_plan(plan, schedule)
-    bound: Denoiser = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    bound: Denoiser = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
     normal = _normal(x, generator)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
@@ -292,9 +292,10 @@ def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
         return
     where = f"{name}: the last step, from sigma {last.sigma:g} to {last.sigma_next:g},"
     if any(_has_noise(form) for form in (last.x, *(stage.input for stage in last.stages))):
+        churn = "switch churn off (s_churn=0) and use invert, or " if getattr(plan.rule, "s_churn", 0.0) else ""
         raise ValueError(
-            f"{where} passes its noise through the denoiser, so it cannot be solved for it; switch churn off "
-            "(s_churn=0) and use invert, or take a sampler that adds its noise last, such as 'euler_ancestral'"
+            f"{where} passes its noise through the denoiser, so it cannot be solved for it; {churn}take a sampler that "
+            "adds its noise last, such as 'euler_ancestral'"
         )
     raise ValueError(f"{where} draws no noise, so it cannot be made to end at the image; {_fix(plan, schedule)}")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from kinvert.analysis import amplification
 from kinvert.checks import check_callback
 from kinvert.coordinates import settle
-from kinvert.denoisers import Denoiser, Masked, guide
+from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
 from kinvert.inversion.batches import FewBatches
@@ -66,7 +66,7 @@ def invert(
     last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
-    cfg: float = 1.0,
+    cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
@@ -126,7 +126,7 @@ def invert(
     solver = choose(method, plan)
     goal = tolerance(tol, x)
     limit = _limit(max_evals, plan)
-    bound: Any = guide(denoiser, cfg, positive, negative, pair=plan.is_guided)
+    bound: Any = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
     if mask is not None:
         bound = Masked(bound, mask, x, coordinates=coordinates)
         _check_hard(bound.mask)
@@ -455,10 +455,10 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "
             f"noises; use extract_noise, or {fix}"
         )
-    if all(step.x.alias() == State("x") for step in plan.steps):  # sa_solver discards its last, here its only, step
+    if all(step.x.alias() == State("x") for step in plan.steps):  # its last, here its only, step is discarded
         raise ValueError(
             f"cannot invert {name} from sigma {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}: its run leaves x as it is; "
-            "give a longer schedule, or keep_last=True to a sampler that discards its last step"
+            "give a longer schedule, or leave out keep_last=False, which discards the last step"
         )
     for step in plan.steps:
         if step.forgets_x and not (step.sigma_next == 0 and last_step == "least_change"):

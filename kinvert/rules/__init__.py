@@ -18,6 +18,7 @@ from kinvert.rules.er_sde import ERSDE
 from kinvert.rules.exponential import RES2S, RES3S, ExponentialAdams, HochbruckOstermann5, Krogstad4
 from kinvert.rules.flow import Flow
 from kinvert.rules.guided import (
+    CFGppUD10AB,
     DPMpp2MCFGpp,
     DPMpp2SAncestralCFGpp,
     EulerAncestralCFGpp,
@@ -48,6 +49,7 @@ __all__ = [
     "RES2S",
     "RES3S",
     "SAMPLERS",
+    "CFGppUD10AB",
     "DDIMInverse",
     "DPM2Ancestral",
     "DPMAdaptive",
@@ -134,8 +136,9 @@ for _rule in (
     *(EulerAncestral, DPM2Ancestral, DPMpp2SAncestral, LCM, DPMpp2M, DPMppSDE, DPMpp2MSDE, DPMpp3MSDE),
     *(ResMultistep, Seeds2, Seeds3, ERSDE, SASolver, UniPC),
     *(EulerAncestralCFGpp, DPMpp2SAncestralCFGpp, DPMpp2MCFGpp, ResMultistepCFGpp, GradientEstimationCFGpp),
+    CFGppUD10AB,
     *(RES2S, RES3S, Krogstad4, HochbruckOstermann5, ExponentialAdams, RFSolver, FireFlow),
-    *(EDICT, BDIA, OBELM, ReversibleHeun, Leapfrog),
+    *(EDICT, BDIA, OBELM, ReversibleHeun, Leapfrog, DDIMInverse),
 ):
     register(_rule)
 register(EulerAncestral, "ddim", eta=0.0)
@@ -144,6 +147,9 @@ register(ResMultistep, "res_multistep_ancestral", eta=1.0)
 register(EulerAncestralCFGpp, "euler_cfg_pp", eta=0.0)
 register(ResMultistepCFGpp, "res_multistep_ancestral_cfg_pp", eta=1.0)
 register(ExponentialAdams, "res_3m", order=3)
+register(DPMpp3MSDE, "dpmpp_3m", eta=0.0, solver_type="midpoint")
+register(RES2S, "exp_heun_2_x0", c2=1.0)
+register(Seeds2, "exp_heun_2_x0_sde", r=1.0, solver_type="phi_2")
 register(DPMpp2MSDE, "dpmpp_2m_sde_heun", solver_type="heun")
 register(UniPC, "uni_pc_bh2", variant="bh2")
 register(SASolver, "sa_solver_pece", use_pece=True)

@@ -128,11 +128,14 @@ class DPM2Ancestral(Rule):
 
 @dataclass(frozen=True)
 class LCM(Rule):
-    r"""Sampling of a consistency model: denoise, then noise again, `x' = D + sigma_next s_noise n(sigma, sigma_next)`.
+    r"""Sampling of a consistency model: denoise, then noise again, `x' = D + sigma_next s n(sigma, sigma_next)`.
 
-    With `flow=True`, `x' = (1 - sigma_next) D + sigma_next s_noise n`. One evaluation a step. Every step forgets x, so
-    there is nothing to invert, and without the noise it approximates no differential equation: order 0. It is
-    `euler_ancestral` with an eta so large that `down = 0`, and `noise_at_down_zero=True`.
+    `s` goes from `s_noise` in the first of N steps to `s_noise_end` (None: the same) in the last one,
+    `s = s_noise + (s_noise_end - s_noise) i / (N - 1)`. With `noise_clip_std > 0` the noise n is clipped at so many of
+    its standard deviations (`noise.clipped`), whatever its source; noise that is played back is taken as it is. With
+    `flow=True`, `x' = (1 - sigma_next) D + sigma_next s n`. One evaluation a step. Every step forgets x, so there is
+    nothing to invert, and without the noise it approximates no differential equation: order 0. It is `euler_ancestral`
+    with an eta so large that `down = 0`, and `noise_at_down_zero=True`.
 
     Source: Luo et al., Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference (2023),
     arXiv 2310.04378; Song et al., Consistency Models (2023), arXiv 2303.01469, Algorithm 1.
@@ -140,11 +143,20 @@ class LCM(Rule):
 
     s_noise: float = 1.0
     flow: bool = False
+    s_noise_end: float | None = None
+    noise_clip_std: float = option(0.0, low=0.0)
 
     name: ClassVar[str] = "lcm"
     ode_order: ClassVar[int] = 0
 
+    @property
+    def noise_clip(self) -> float:  # type: ignore[override]
+        """`noise_clip_std`."""
+        return self.noise_clip_std
+
     def step(self, s: StepBuilder) -> Form:
         signal = 1.0 - s.sigma_next if self.flow else 1.0
         x = signal * s.denoise(s.x, s.sigma)
-        return x + s.sigma_next * self.s_noise * s.noise(s.sigma, s.sigma_next)
+        end = self.s_noise if self.s_noise_end is None else self.s_noise_end
+        scale = self.s_noise + (end - self.s_noise) * s.index / max(s.steps - 1, 1)
+        return x + s.sigma_next * scale * s.noise(s.sigma, s.sigma_next)

@@ -80,13 +80,15 @@ class Rule(ABC):
     Subclasses are frozen dataclasses whose fields are the options (numbers and names, checked when built); they are
     final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
     probability-flow ODE on smooth grids, whose step varies slowly from one to the next (for stochastic rules: with
-    their noise switched off), `default_noise` the kind of noise that
-    it draws unless told otherwise. Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
+    their noise switched off), `default_noise` the kind of noise that it draws unless told otherwise, `noise_clip` at
+    how many standard deviations that is clipped (0: nowhere); a Plan is linear in the noise as it comes out of that.
+    Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
     """
 
     name: ClassVar[str]
     ode_order: ClassVar[int]
     default_noise: ClassVar[Literal["white", "brownian"]] = "white"
+    noise_clip: ClassVar[float] = 0.0
 
     named: str = field(default="", kw_only=True, repr=False)
     """What the rule was asked for as, where `name` is to be that: part of the rule, so that copies keep it."""
@@ -137,6 +139,10 @@ def option(default: Any, *, low: float = -math.inf, high: float = math.inf) -> A
 
 def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
     """`value` in the type that the field declares, so that equal rules are equal; an error that names the fix."""
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{label} must be {one_of(value, get_args(kind))}")
@@ -176,6 +182,14 @@ def weighted_sum(base: Form, weights: Iterable[float], values: Iterable[Form]) -
     for weight, value in zip(weights, values, strict=True):
         base = base.add(value, alpha=weight)
     return base
+
+
+def final_order(s: StepBuilder, order: int, lower: bool) -> int:
+    """The order of a multistep rule with `lower_order_final`: in runs of fewer than 15 steps it ends with ..., 3, 2, 1.
+
+    As in diffusers' DPM-Solver and DEIS schedulers; it keeps the last steps of short runs from overshooting.
+    """
+    return min(order, s.steps - s.index) if lower and s.steps < 15 else order
 
 
 def interpolate(x: Form, denoised: Form, q: float) -> Form:

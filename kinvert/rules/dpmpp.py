@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from kinvert.coefficients import ancestral_split, log_step, phi, phi1, sde_noise_scale
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, interpolate, option
+from kinvert.rules.base import Rule, StepBuilder, final_order, interpolate, option
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,20 @@ class DPMpp2M(Rule):
     r"""DPM-Solver++(2M): `x' = q x + (1 - q) (D + h / (2 h_prev) (D - D_prev))`.
 
     Order 2, one evaluation a step, remembers one denoised image. The first step, and a step to sigma = 0, use D alone.
+    With `lower_order_final=True` so does the last step of a run of fewer than 15 steps, as by default in diffusers.
 
     Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (2022), arXiv
     2211.01095.
     """
+
+    lower_order_final: bool = False
 
     name: ClassVar[str] = "dpmpp_2m"
     ode_order: ClassVar[int] = 2
 
     def step(self, s: StepBuilder) -> Form:
         denoised, *past = s.history("D", s.denoise(s.x, s.sigma), 2)
-        if past and s.sigma_next > 0:
+        if past and s.sigma_next > 0 and final_order(s, 2, self.lower_order_final) == 2:
             ratio = log_step(s.sigma, s.sigma_next) / log_step(s.sigmas[s.index - 1], s.sigma)
             denoised = denoised + ratio / 2 * (denoised - past[0])
         return interpolate(s.x, denoised, s.sigma_next / s.sigma)
@@ -48,6 +51,7 @@ class DPMpp2MSDE(Rule):
     `sigma_next sqrt(1 - e^{-2 eta h}) s_noise n`, with `g = (1 - e^{-h_eta}) / 2` (solver_type "midpoint") or
     `g = 1 - (1 - e^{-h_eta}) / h_eta` ("heun", the public name `dpmpp_2m_sde_heun`). Order 2 at `eta = 0`, where
     "midpoint" is `dpmpp_2m` and "heun" is `res_multistep`; one evaluation a step, remembers one denoised image.
+    `lower_order_final=True` leaves the last term out in the last step of a run of fewer than 15, as in diffusers.
 
     Source: K. Crowson, k-diffusion (2023), after Lu et al. (2022), arXiv 2211.01095.
     """
@@ -55,6 +59,7 @@ class DPMpp2MSDE(Rule):
     eta: float = 1.0
     s_noise: float = 1.0
     solver_type: Literal["midpoint", "heun"] = "midpoint"
+    lower_order_final: bool = False
 
     name: ClassVar[str] = "dpmpp_2m_sde"
     ode_order: ClassVar[int] = 2
@@ -67,7 +72,7 @@ class DPMpp2MSDE(Rule):
         h = log_step(s.sigma, s.sigma_next)
         h_eta = (1.0 + self.eta) * h
         x = interpolate(s.x, denoised, math.exp(-h_eta))
-        if past:
+        if past and final_order(s, 2, self.lower_order_final) == 2:
             g = -math.expm1(-h_eta) / 2 if self.solver_type == "midpoint" else 1.0 - phi1(-h_eta)
             x = x + g * h / log_step(s.sigmas[s.index - 1], s.sigma) * (denoised - past[0])
         if self.eta > 0 and self.s_noise > 0:
@@ -122,17 +127,22 @@ class DPMpp3MSDE(Rule):
 
     `x' = e^{-h_eta} x + (1 - e^{-h_eta}) D + h_eta phi_2(-h_eta) D1 + h_eta phi_3(-h_eta) D2`, plus the noise
     `sigma_next sqrt(1 - e^{-2 eta h}) s_noise n`, with `phi_k` of `coefficients.phi` and the divided differences of the
-    last three denoised images `g_0 = (D - D_prev) h / h_prev`, `g_1 = (D_prev - D_prev2) h / h_prev2`,
-    `D2 = (g_0 - g_1) / (r_0 + r_1)`, `D1 = g_0 + r_0 D2`, where `r_0 = h_prev / h`, `r_1 = h_prev2 / h`. The second
-    step has `D1 = g_0` and `D2 = 0`, the first neither; a step to sigma = 0 returns D. One evaluation a step, remembers
-    two denoised images. Advertised order 3; 2 at `eta = 0`, capped by the factor of D2, which an exact integral of the
-    quadratic would have twice as large.
+    last three denoised images `g_0 = (D - D_prev) h / h_prev`, `g_1 = (D_prev - D_prev2) h / h_prev2`, `D2 = (g_0 -
+    g_1) / (r_0 + r_1)`, `D1 = g_0 + r_0 D2`, where `r_0 = h_prev / h`, `r_1 = h_prev2 / h`. The second step has `D1 =
+    g_0` and `D2 = 0`, the first neither; a step to sigma = 0 returns D. A step with two images is that of
+    `dpmpp_2m_sde_heun` (solver_type "heun") or of `dpmpp_2m_sde` ("midpoint"); `dpmpp_3m`, the deterministic sampler of
+    diffusers with solver_order 3, is "midpoint" with `eta = 0`. `lower_order_final=True` ends runs of fewer than 15
+    steps with a step of two images and one of D alone, as in diffusers. One evaluation a step, remembers two denoised
+    images. Advertised order 3; 2 at `eta = 0`, capped by the factor of D2, which an exact integral of the quadratic
+    would have twice as large.
 
     Source: K. Crowson, k-diffusion (2023), after Lu et al. (2022), arXiv 2211.01095.
     """
 
     eta: float = 1.0
     s_noise: float = 1.0
+    solver_type: Literal["midpoint", "heun"] = "heun"
+    lower_order_final: bool = False
 
     name: ClassVar[str] = "dpmpp_3m_sde"
     ode_order: ClassVar[int] = 2
@@ -145,15 +155,19 @@ class DPMpp3MSDE(Rule):
         h = log_step(s.sigma, s.sigma_next)
         h_eta = (1.0 + self.eta) * h
         x = interpolate(s.x, denoised, math.exp(-h_eta))
-        if past:
+        order = min(len(past) + 1, final_order(s, 3, self.lower_order_final))
+        if order > 1:
             r_0 = log_step(s.sigmas[s.index - 1], s.sigma) / h
             first = (denoised - past[0]) / r_0
-            if len(past) > 1:
+            weight = h_eta * phi(2, -h_eta)
+            if order == 3:
                 r_1 = log_step(s.sigmas[s.index - 2], s.sigmas[s.index - 1]) / h
                 second = (first - (past[0] - past[1]) / r_1) / (r_0 + r_1)
                 first = first + r_0 * second
                 x = x + h_eta * phi(3, -h_eta) * second
-            x = x + h_eta * phi(2, -h_eta) * first
+            elif self.solver_type == "midpoint":
+                weight = -math.expm1(-h_eta) / 2
+            x = x + weight * first
         if self.eta > 0 and self.s_noise > 0:
             scale = s.sigma_next * sde_noise_scale(h, self.eta) * self.s_noise
             x = x + scale * s.noise(s.sigma, s.sigma_next)

@@ -54,6 +54,11 @@ class Flow(Rule):
         """The kind of noise of the wrapped rule."""
         return self.rule.default_noise
 
+    @property
+    def noise_clip(self) -> float:  # type: ignore[override]
+        """Where the wrapped rule has its noise clipped."""
+        return self.rule.noise_clip
+
     def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
         if isinstance(self.rule, DPMAdaptive):
             raise ValueError(

@@ -1,8 +1,8 @@
-r"""Rules that published inversions are made of; not samplers by themselves, and so not in the registry.
+r"""Rules that published inversions are made of.
 
-`DDIMInverse` runs upwards only, with `sigma_next > sigma`. A variance-preserving latent is `alpha x` with
-`alpha = 1 / sqrt(1 + sigma^2)`, and such a method that hands the network the latent of one level together with another
-level shows it, in these coordinates, `w x` with `w = alpha(sigma) / alpha(sigma_next)`.
+`DDIMInverse` is made to run upwards, with `sigma_next > sigma`; downwards it is DDIM. A variance-preserving latent is
+`alpha x` with `alpha = 1 / sqrt(1 + sigma^2)`, and such a method that hands the network the latent of one level
+together with another level shows it, in these coordinates, `w x` with `w = alpha(sigma) / alpha(sigma_next)`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class DDIMInverse(Rule):
     r"""A DDIM step up whose slope is taken at the *noisier* level: `x' = x + (sigma_next - sigma) d`.
 
     `d = (w x - D(w x, sigma_next)) / sigma_next`, `w = sqrt((1 + sigma_next^2) / (1 + sigma^2))`: the latent as it is,
-    the timestep of the next level. The Euler step up takes d at `(x, sigma)` instead. Where
-    `start < index / steps < stop`, x' is mixed with the latent before, `keep x' + (1 - keep) w x` (EasyInv); not with
-    the default `keep=1`. With `flow=True` the levels are flow times, whose latent as it is has `w = 1`.
+    the timestep of the next level. The Euler step up takes d at `(x, sigma)` instead. A step down, where sigma is the
+    noisier level, is DDIM's, `x' = x + (sigma_next - sigma) (x - D(x, sigma)) / sigma`: the published pair. Upwards,
+    where `start < index / steps < stop`, x' is mixed with the latent before, `keep x' + (1 - keep) w x` (EasyInv); not
+    with the default `keep=1`. With `flow=True` the levels are flow times, whose latent as it is has `w = 1`.
 
     Source: Song, Meng and Ermon, Denoising Diffusion Implicit Models (2020), arXiv 2010.02502; Zhang et al., EasyInv:
     Toward Fast and Better DDIM Inversion (2024), arXiv 2408.05159.
@@ -37,6 +38,8 @@ class DDIMInverse(Rule):
     ode_order: ClassVar[int] = 1
 
     def step(self, s: StepBuilder) -> Form:
+        if s.sigma_next < s.sigma:
+            return interpolate(s.x, s.denoise(s.x, s.sigma), s.sigma_next / s.sigma)
         seen = s.x if self.flow else math.hypot(1.0, s.sigma_next) / math.hypot(1.0, s.sigma) * s.x
         x = s.x + (s.sigma_next - s.sigma) * slope(seen, s.denoise(seen, s.sigma_next), s.sigma_next)
         if self.start < s.index / s.steps < self.stop:

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from kinvert.coefficients import UNIFORM_ADAMS, adams, deis_weights, ipndm_v_weights
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, option, slope, weighted_sum
+from kinvert.rules.base import Rule, StepBuilder, final_order, option, slope, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,32 @@ class DEIS(Rule):
     r"""DEIS (tAB): Adams-Bashforth with polynomials in the time t of a VP process, `x' = x + sum_j c_j d_{i-j}`.
 
     `c_j = int_sigma^sigma_next l_j(t(tau)) dtau` with `t = coefficients.deis_time` and the polynomials `l_j` on the
-    times of the last `max_order` noise levels. `quadrature="upstream"` takes the integrals as a sum over 10,000 points
-    that is off by about 1e-4 of the step, as ComfyUI does, so that the weights do not add up to `sigma_next - sigma`;
-    "exact" is exact up to rounding. One evaluation a step; a
-    step to sigma = 0 is an Euler step, as is every step with `max_order=1`, which is `euler`. Advertised order 3,
-    capped at 2 by the start-up (2.3 to 2.8 is measured below 300 steps).
+    times of the last `max_order` noise levels. With `variable="log_sigma"`, `t = log(tau)`, as in diffusers' scheduler
+    (there is no other constant in it then, and its integrals are exact); `lower_order_final=True` ends runs of fewer
+    than 15 steps with orders 2 and 1, as there. In the VP time, `quadrature="upstream"` takes the integrals as a sum
+    over 10,000 points that is off by about 1e-4 of the step, as ComfyUI does, so that the weights do not add up to
+    `sigma_next - sigma`; "exact" is exact up to rounding. One evaluation a step; a step to sigma = 0 is an Euler step,
+    as is every step with `max_order=1`, which is `euler`. Advertised order 3, capped at 2 by the start-up (2.3 to 2.8
+    is measured below 300 steps).
 
     Source: Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator (2022), arXiv 2204.13902.
     """
 
     max_order: int = option(3, low=1, high=4)
     quadrature: Literal["upstream", "exact"] = "upstream"
+    variable: Literal["vp_time", "log_sigma"] = "vp_time"
+    lower_order_final: bool = False
 
     name: ClassVar[str] = "deis"
     ode_order: ClassVar[int] = 2
 
     def step(self, s: StepBuilder) -> Form:
+        quadrature = self.quadrature if self.variable == "vp_time" else "log_sigma"
+
         def weights(k: int) -> Sequence[float]:
-            return deis_weights(tuple(s.sigmas[s.index + 1 - k : s.index + 2]), self.quadrature)
+            order = final_order(s, k, self.lower_order_final)
+            used = deis_weights(tuple(s.sigmas[s.index + 1 - order : s.index + 2]), quadrature)
+            return (*used, *[0.0] * (k - order))
 
         return _adams_step(s, self.max_order, weights)
 

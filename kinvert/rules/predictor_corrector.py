@@ -24,7 +24,7 @@ from kinvert.rules.base import Rule, StepBuilder, option, weighted_sum
 
 @dataclass(frozen=True)
 class UniPC(Rule):
-    r"""UniPC in data prediction: exponential Adams predictor and corrector of order 3, rate 1.
+    r"""UniPC in data prediction: exponential Adams predictor and corrector of order up to `order` (3), rate 1.
 
     Written out, the systems of the paper have the exponential Adams weights as their solution, whatever its function
     B(h) is. B enters where the paper takes 1/2 in place of a solution, for the corrector of the first step,
@@ -32,16 +32,19 @@ class UniPC(Rule):
     `x' = q x + (1 - q) D - B h / (2 h_prev) (D - D_prev)`, with `B = -h` (`uni_pc`, "bh1") or `B = e^{-h} - 1`
     (`uni_pc_bh2`, "bh2"); "bh2" with order 2 predicts as `dpmpp_2m`.
 
-    The order p is 1, 2, 3, 3, ..., 3, 2, 1, at most one less than the number of steps, and the last step is not
-    corrected. A schedule of a single step evaluates nothing: `x' = x sqrt((1 + sigma_next^2) / (1 + sigma^2))`. A
-    final sigma = 0 is replaced by 0.001, so the result is at 0.001. One evaluation a step, remembers the base and
-    three denoised images. Advertised order 3; 2 because of the ends.
+    The order p of the steps is 1, 2, 3, 3, ..., 3, 2, 1, or with `lower_order_final=False` 1, 2, 3, 3, ..., 3, and the
+    last step is not corrected; diffusers' default is `order=2` with "bh2". A schedule of a single step evaluates
+    nothing: `x' = x sqrt((1 + sigma_next^2) / (1 + sigma^2))`. A final sigma = 0 is replaced by 0.001, so the result is
+    at 0.001. One evaluation a step, remembers the base and `order` denoised images. Advertised order 3; 2 because of
+    the ends.
 
     Source: Zhao et al., UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (2023),
     arXiv 2302.04867.
     """
 
     variant: Literal["bh1", "bh2"] = "bh1"
+    order: int = option(3, low=1, high=6)
+    lower_order_final: bool = True
 
     name: ClassVar[str] = "uni_pc"
     ode_order: ClassVar[int] = 2
@@ -59,7 +62,7 @@ class UniPC(Rule):
     def step(self, s: StepBuilder) -> Form:
         if s.steps == 1:
             return math.sqrt((1.0 + s.sigma_next**2) / (1.0 + s.sigma**2)) * s.x
-        denoised = s.history("D", s.denoise(s.x, s.sigma), 4)
+        denoised = s.history("D", s.denoise(s.x, s.sigma), self.order + 1)
         x, base = s.x, s.recall("base")
         if base is not None:
             x = weighted_sum(base, *self._corrector(s.sigmas, s.index, denoised))
@@ -69,8 +72,7 @@ class UniPC(Rule):
 
     def _order(self, steps: int, k: int) -> int:
         """The order of the step to `sigmas[k]`."""
-        highest = min(3, steps - 1)
-        return k if k < highest else min(highest, steps + 1 - k)
+        return min(self.order, k, steps + 1 - k) if self.lower_order_final else min(self.order, k)
 
     def _predictor(self, sigmas: Sequence[float], k: int, denoised: list[Form]) -> tuple[list[float], list[Form]]:
         p = self._order(len(sigmas) - 1, k)
@@ -100,18 +102,18 @@ class SASolver(Rule):
     `x' = e^{-(1 + tau^2) h} x + sum_j W_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) s_noise n(sigma, sigma_next)`, with
     the same noise in predictor and corrector. `tau = eta` where `sde_start >= sigma_next >= sde_end` and 0 elsewhere;
     the defaults are the noise levels at 20% and 80% of Stable Diffusion 1.5's time. With `use_pece` (`sa_solver_pece`)
-    D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone (with `eta = 0` and
-    `keep_last=True` `res_3m`, on a schedule that does not end in 0). The orders fall near an end at sigma = 0, where
+    D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone (with `eta = 0` `res_3m`, on
+    a schedule that does not end in 0). The orders fall near an end at sigma = 0, where
     the step returns D. `simple_order_2` takes the weights of the trapezoidal kind wherever two denoised images are in
     use.
 
-    **Where the schedule does not end in 0, the last step is discarded**, as the public implementation returns the
-    corrected x and that is the one before the last level: the result belongs to `sigmas[-2]`. `keep_last=True` returns
-    the prediction at `sigmas[-1]` instead, as a run upwards wants it.
+    `keep_last=False` is how ComfyUI had it until 2026: where the schedule does not end in 0, the last step is discarded
+    and the result is the corrected x at `sigmas[-2]`. That is one step away from where it should be, order 1.
 
     One evaluation a step (with `use_pece` two, but for the first). Remembers the base and up to three denoised images.
-    Advertised order 3 to 4; with `eta = 0` and `keep_last=True` 4, while with the last step discarded the result is one
-    step away from where it should be, order 1. With `eta=0`, `predictor_order=1` and `corrector_order=0` it is `euler`.
+    Advertised order 3 to 4; with `eta = 0` 4 is measured up to 320 steps, and the first step, predicted with order 1
+    and corrected with 2, leaves 3 of it in the end. With `eta=0`, `predictor_order=1` and `corrector_order=0` it is
+    `euler`.
 
     Source: Xue et al., SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models (2023), arXiv
     2309.05019.
@@ -125,10 +127,18 @@ class SASolver(Rule):
     simple_order_2: bool = False
     sde_start: float = option(5.0924082, low=0.0)
     sde_end: float = option(0.57118887, low=0.0)
-    keep_last: bool = False
+    keep_last: bool = True
 
     name: ClassVar[str] = "sa_solver"
-    ode_order: ClassVar[int] = 1
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        """What its predictor, its corrector and the first step leave."""
+        if not self.keep_last:
+            return 1
+        if not self.corrector_order:
+            return min(self.predictor_order, 2)
+        return min(self.predictor_order + 1, self.corrector_order, 3)
 
     def step(self, s: StepBuilder) -> Form:
         length = max(self.predictor_order, self.corrector_order)

@@ -15,7 +15,7 @@ import math
 from abc import ABC
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kinvert.coefficients import log_step, phi, sde_noise_scale
 from kinvert.forms import Form
@@ -45,14 +45,16 @@ class Seeds2(_Seeds):
 
     With `m = sigma^{1-r} sigma_next^r` and the noise path n at both levels (see the module):
     `x_m = e^{-r g} x + (1 - e^{-r g}) D + n_m`, `D_m = D(x_m, m)`,
-    `x' = e^{-g} x + (1 - e^{-g}) (D + (D_m - D) / (2 r)) + n_next`. Order 2 at `eta = 0`, where it is `dpmpp_sde` with
-    `eta = 0` and the same r, and with `r = 1/2` `dpmpp_2s_ancestral` with `eta = 0`; two evaluations a step. A step to
-    sigma = 0 returns D.
+    `x' = e^{-g} x + (1 - e^{-g}) D + b (D_m - D) + n_next`, where `b = (1 - e^{-g}) / (2 r)` (solver_type "phi_1") or
+    `b = g phi_2(-g) / r` ("phi_2"). Order 2 at `eta = 0`, where "phi_1" is `dpmpp_sde` with `eta = 0` and the same r,
+    and with `r = 1/2` `dpmpp_2s_ancestral` with `eta = 0`, while "phi_2" is `res_2s` with `c2 = r`. "phi_2" with
+    `r = 1` is `exp_heun_2_x0_sde`. Two evaluations a step. A step to sigma = 0 returns D.
 
     Source: Gonzalez et al., SEEDS (2023), arXiv 2305.14267.
     """
 
     r: float = option(0.5, low=1e-3, high=1.0)
+    solver_type: Literal["phi_1", "phi_2"] = "phi_1"
 
     name: ClassVar[str] = "seeds_2"
     ode_order: ClassVar[int] = 2
@@ -65,8 +67,8 @@ class Seeds2(_Seeds):
         m = s.sigma ** (1.0 - self.r) * s.sigma_next**self.r
         noise_m, noise_next = self.noise_path(s, m, s.sigma_next)
         x_m = interpolate(s.x, denoised, math.exp(-self.r * g)) + noise_m
-        mean = denoised + (s.denoise(x_m, m) - denoised) / (2.0 * self.r)
-        return interpolate(s.x, mean, math.exp(-g)) + noise_next
+        b = -math.expm1(-g) / (2.0 * self.r) if self.solver_type == "phi_1" else g * phi(2, -g) / self.r
+        return interpolate(s.x, denoised, math.exp(-g)) + b * (s.denoise(x_m, m) - denoised) + noise_next
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Seeds3(_Seeds):
         if s.sigma_next == 0:
             return denoised
         h = log_step(s.sigma, s.sigma_next)
-        a, b = s.sigma * math.exp(-self.r_1 * h), s.sigma * math.exp(-self.r_2 * h)
+        a, b = (s.sigma ** (1.0 - r) * s.sigma_next**r for r in (self.r_1, self.r_2))
         noise_a, noise_b, noise_next = self.noise_path(s, a, b, s.sigma_next)
         g, g_a, g_b = ((1.0 + self.eta) * r * h for r in (1.0, self.r_1, self.r_2))
         x_a = interpolate(s.x, denoised, math.exp(-g_a)) + noise_a
