@@ -30,10 +30,11 @@ class RoundTrip:
         evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one); for
             "invert" those of the sample that took the most.
         mse: mean squared error of the reconstruction, shape (batch,).
-        psnr: peak signal-to-noise ratio of the reconstruction in dB, shape (batch,), for data in [-1, 1].
+        psnr: peak signal-to-noise ratio of the reconstruction in dB, shape (batch,), for data of `data_range`.
         max_error: largest absolute error of the reconstruction, shape (batch,).
         latent_mean: mean of `latent / sigma`, shape (batch,); 0 for pure noise.
         latent_std: standard deviation of `latent / sigma`, shape (batch,); 1 for pure noise.
+        data_range: distance between the smallest and the largest possible value that psnr was measured for.
     """
 
     latent: Tensor
@@ -45,15 +46,16 @@ class RoundTrip:
     max_error: Tensor
     latent_mean: Tensor
     latent_std: Tensor
+    data_range: float = 2.0
 
     def __str__(self) -> str:
         lines = [
             f"round trip of {len(self.latent)} samples through sigma {self.sigma:g}, {self.evaluations} evaluations"
         ]
-        for f in fields(self)[4:]:
+        for f in fields(self)[4:-1]:
             values = getattr(self, f.name)
             lines.append(f"  {f.name:<12} mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"  psnr is in dB for a data range of {self.data_range:g}"])
 
 
 @torch.no_grad()
@@ -81,7 +83,8 @@ def round_trip(
         method: how to go up: "unsample", or "invert" on a schedule that ends above 0 (exact; a sample that could not
             be inverted shows in its error). Of an algebraically reversible sampler the latent alone is sampled back,
             without the auxiliary state that `invert` returns with it, so that this is not exact.
-        data_range: for psnr, 2 for data in [-1, 1].
+        data_range: for psnr, the distance between the smallest and the largest possible value: 2 for data in [-1, 1],
+            1 for [0, 1], 255 for bytes.
         denoiser, x, sigmas, sampler, end_at_step, cfg, positive, negative, mask, normalize, sigma_offset, callback,
             progress: as in `unsample`. With a mask the kept region is x itself. A normalized latent is scaled to
             `sigmas[end_at_step]` before it is sampled back.
@@ -139,4 +142,5 @@ def round_trip(
         max_error=metrics.max_error(reconstruction, x),
         latent_mean=flat.mean(1),
         latent_std=flat.std(1, correction=min(1, flat.shape[1] - 1)),
+        data_range=data_range,
     )

@@ -323,7 +323,7 @@ def test_the_certificate_is_honest(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         found.round_trip_error, rms(back - x), rtol=1e-3, atol=1e-6 if dtype is torch.float32 else 1e-12
     )
-    assert torch.equal(found.converged, found.round_trip_error <= found.tolerance)
+    assert torch.equal(found.converged, found.round_trip_error <= found.allowed)
     assert "inversion of 4 samples" in str(found)
 
 

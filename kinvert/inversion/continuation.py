@@ -94,7 +94,7 @@ class _Curve:
     def __init__(self, settings: Continuation, equation: Equation, start: Tensor) -> None:
         self.settings, self.equation, self.shape = settings, equation, start.shape[1:]
         self.start = start.reshape(len(start), -1)
-        size = rms(start).maximum(rms(equation.value)).clamp(min=1e-6)
+        size = rms(start).maximum(equation.size)
         self.scale = size[:, None] * math.sqrt(self.start.shape[1])
         self.root = Root(start.clone(), torch.full_like(self.start[:, 0], math.inf))
 

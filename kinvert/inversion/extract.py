@@ -37,6 +37,7 @@ from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
 from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.verdict import check_rows, image_size, tolerance
 from kinvert.noise import replay
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
@@ -45,7 +46,7 @@ from kinvert.rules.flow import unwrapped
 from kinvert.sampling import sample
 
 Path = Literal["independent", "chain"]
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # half precision: 8 units of rounding
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # half precision: as in `verdict`
 
 
 @torch.no_grad()
@@ -83,9 +84,10 @@ def extract_noise(
         generator: random numbers of the states and of the stage noises, on any device; None: torch's global generator.
         callback: called after each step with `index, sigma, sigma_next, x, denoised, evaluations`.
         progress: show a progress bar.
-        tol: root mean square of `sample(latent) - x` up to which a sample counts as converged. Default: 1e-10 in
-            float64, 1e-4 in float32 and 8 eps in half precision, times the root mean square of x over the batch, or
-            times `sigmas[-1]` where that is larger. The error is that of rounding the last step, far below it.
+        tol: root mean square of `sample(latent) - x` up to which a sample counts as converged, in parts of the size of
+            each image, `max(rms(x), sigmas[-1])`. Default: 1e-10 in float64, 1e-4 in float32 and 8 eps in half
+            precision (0.0078 in float16, 0.0625 in bfloat16). The error is that of rounding the last step, far below
+            it.
 
     Returns:
         An `Inversion` with `latent` at `sigmas[0]` and `noises`, one of x's shape and dtype for each draw of a run. Its
@@ -100,11 +102,13 @@ def extract_noise(
     Image Editing using Text-to-Image Models (2023), arXiv 2311.16711; "chain": Wu and De la Torre, Unifying Diffusion
     Models' Latent Space, with Applications to CycleDiffusion and Guidance (2022), arXiv 2210.05559.
     """
-    _check_arguments(x, path, generator, tol)
+    _check_arguments(x, path, generator)
+    goal = tolerance(tol, x, TOLERANCES)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, schedule)
     _check_plan(plan, schedule)
     bound: Denoiser = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
+    asked = check_rows(bound, x, plan.sigmas)
     normal = _normal(x, generator)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
@@ -129,18 +133,19 @@ def extract_noise(
         noise=replay(noises),
     )  # fmt: skip
     error = rms(again.to(_wide(x)) - x.to(_wide(x)))
-    tolerance = float(tol) if tol is not None else _tolerance(x, plan)
+    allowed = goal * image_size(x, plan.sigmas)
     return Inversion(
         latent=states[0],
         residuals=torch.stack(residuals),
-        converged=error <= tolerance,
-        evaluations=torch.full((len(x),), evaluations + plan.evaluations, dtype=torch.int64, device=x.device),
+        converged=error <= allowed,
+        evaluations=asked + evaluations + plan.evaluations,
         round_trip_error=error,
-        tolerance=tolerance,
+        tolerance=goal,
+        allowed=allowed,
         sigmas=plan.sigmas,
         checking=plan.evaluations,
         noises=tuple(noises),
-        warnings=(*_missed(error, tolerance), *_unusual(plan, noises)),
+        warnings=(*_missed(error, allowed), *_unusual(plan, noises)),
     )
 
 
@@ -256,7 +261,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 # -- checks and report ------------------------------------------------------------------------------------------------
-def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, tol: float | None) -> None:
+def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None) -> None:
     check_state(x)
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
@@ -267,12 +272,6 @@ def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, t
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
             "use torch.Generator().manual_seed(0)"
         )
-    if tol is None:
-        return
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
-        raise TypeError(f"tol must be a float or None, got {tol!r}")
-    if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"tol must be positive and finite, got {tol}; None takes the default of x's dtype")
 
 
 def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
@@ -319,13 +318,8 @@ def _with_bar(plan: Plan, progress: bool) -> Iterable[Step]:
     return bar
 
 
-def _tolerance(x: Tensor, plan: Plan) -> float:
-    scale = max(float(x.to(_wide(x)).square().mean().sqrt()), plan.sigmas[-1])
-    return TOLERANCES.get(x.dtype, 8 * torch.finfo(x.dtype).eps) * scale
-
-
-def _missed(error: Tensor, tolerance: float) -> list[str]:
-    missed = (error > tolerance).nonzero()[:, 0].tolist()
+def _missed(error: Tensor, allowed: Tensor) -> list[str]:
+    missed = (error > allowed).nonzero()[:, 0].tolist()
     if not missed:
         return []
     return [

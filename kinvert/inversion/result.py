@@ -26,8 +26,10 @@ class Inversion:
         evaluations: denoiser evaluations spent on sample i, shape (batch,), int64; a guided pair counts as one.
         checking: those of `evaluations` that went into the certificate, per sample: the run that checks the latent, and
             the contraction.
-        round_trip_error: root mean square of `sample(latent) - image`, shape (batch,).
-        tolerance: what `converged` was judged by.
+        round_trip_error: root mean square of `sample(latent) - image`, shape (batch,); where there was a mask, over
+            the processed region. float32 where the image is in half precision.
+        tolerance: what `converged` was judged by, in parts of the size of the image.
+        allowed: the same as an error, shape (batch,): `tolerance` times the size, `max(rms(image), sigmas[-1])`.
         sigmas: noise levels of the run, decreasing; the latent is at the first.
         noises: for stochastic samplers, the unit-variance noises in the order in which a run draws them; replay them
             with `ki.noise.replay(inversion.noises)`.
@@ -35,7 +37,7 @@ class Inversion:
             for a sample that did not converge the nearest image that was reached.
         contraction: per step and sample an estimate of `|I - F'|` at the solution, F the step, by power iteration: the
             factor by which the published fixed-point iteration would change an error; it fails above 1. Shape
-            (steps, batch); None where the steps were not solved one by one.
+            (steps, batch); None where the steps were not solved one by one, NaN where `max_evals` left nothing for it.
         amplification: of rounding errors, as predicted before the run, for algebraically reversible samplers.
         memory: auxiliary state that belongs to the latent (algebraically reversible samplers), by name.
         warnings: what a reader should know, e.g. the step at which a sample could not be solved.
@@ -47,6 +49,7 @@ class Inversion:
     evaluations: Tensor
     round_trip_error: Tensor
     tolerance: float
+    allowed: Tensor
     sigmas: tuple[float, ...]
     checking: int = 0
     noises: tuple[Tensor, ...] = ()
@@ -66,7 +69,7 @@ class Inversion:
             values = [getattr(part, name) for part in parts]
             return None if values[0] is None else torch.cat(values, dim)
 
-        names = ("latent", "converged", "evaluations", "round_trip_error", "restored")
+        names = ("latent", "converged", "evaluations", "round_trip_error", "allowed", "restored")
         return replace(
             parts[0],
             **{name: cat(name) for name in names},
@@ -83,7 +86,8 @@ class Inversion:
         worst = int(self.round_trip_error.argmax())
         lines = [
             f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}",
-            f"  converged        {int(self.converged.sum())} of {n} (tolerance {self.tolerance:.3g}, sampled again)",
+            f"  converged        {int(self.converged.sum())} of {n} (tolerance {self.tolerance:.3g} of its "
+            f"size, an rms error of {_span(self.allowed)}; sampled again)",
             f"  round-trip error median {self.round_trip_error.median():.3g}, worst {self.round_trip_error[worst]:.3g} "
             f"(sample {worst})",
             f"  evaluations      {per_step:.1f} a step and sample (median), {checking:.1f} for this certificate",
@@ -92,10 +96,11 @@ class Inversion:
             step = int(self.residuals.amax(1).argmax())
             lines.append(f"  residuals        at most {self.residuals.max():.3g} (step {step}, {self._step(step)})")
         if self.contraction is not None:
-            step = int(self.contraction.amax(1).argmax())
+            known = self.contraction.nan_to_num(0.0)
+            step = int(known.amax(1).argmax())
             lines.append(
-                f"  contraction      of a fixed-point iteration at least about {self.contraction.max():.3g} "
-                f"(step {step}, {self._step(step)}), median {self.contraction.median():.3g}"
+                f"  contraction      of a fixed-point iteration at least about {known.max():.3g} (step {step}, "
+                f"{self._step(step)}), median {self.contraction.nanmedian():.3g}"
             )
         if self.amplification is not None:
             lines.append(f"  amplification    of rounding about {self.amplification:.3g}, predicted")
@@ -115,10 +120,18 @@ class Inversion:
         return ", ".join(parts) + f", KS distance to a normal {float(metrics.ks(z).median()):.3f}"
 
 
-def rms(x: Tensor) -> Tensor:
-    """Root mean square per sample, shape (batch,)."""
+def rms(x: Tensor, region: Tensor | None = None) -> Tensor:
+    """Root mean square per sample, of all values or where `region` is 1; shape (batch,), float32 for halves."""
     wide = x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of halves
-    return wide.square().mean(1).sqrt().to(x.dtype)
+    if region is None:
+        return wide.square().mean(1).sqrt()
+    inside = region.reshape(len(x), -1).to(wide)
+    return ((wide.square() * inside).sum(1) / inside.sum(1).clamp(min=1)).sqrt()
+
+
+def _span(values: Tensor) -> str:
+    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _rms_of(noises: tuple[Tensor, ...]) -> float:

@@ -41,6 +41,7 @@ class Equation:
         tolerance: rms of the residual below which a sample is solved, shape (batch,).
         budget: evaluations that a sample may spend; it ends where they are used up.
         cost: evaluations of one call of `function` (and of one directional derivative).
+        eps: relative precision of `function`, which finite differences are made for; y's dtype's unless it is set.
         evaluations: counted per sample, shape (batch,).
     """
 
@@ -54,15 +55,19 @@ class Equation:
     ) -> None:
         self.function, self.value, self.tolerance, self.budget = function, value, tolerance, budget
         self.cost = cost
+        self.eps = torch.finfo(value.dtype).eps
+        self.size = rms(value).maximum(tolerance)  # never 0
         self.evaluations = torch.zeros(len(value), dtype=torch.int64, device=value.device)
 
     def part(self, index: Tensor, function: Callable[[Tensor, Tensor], Tensor] | None = None) -> Equation:
         """The equations of the samples `index` alone, or another function for them, with what is left of the budget."""
         whole = function or self.function
         left = self.budget[index] - self.evaluations[index]
-        return Equation(
+        part = Equation(
             lambda u, inner: whole(u, index[inner]), self.value[index], self.tolerance[index], left, self.cost
         )
+        part.eps = self.eps
+        return part
 
     def open(self, index: Tensor, residual: Tensor) -> Tensor:
         """Those of `index` that are neither solved nor out of budget; residual of all samples."""
@@ -87,7 +92,7 @@ class Equation:
 
     def derivative(self, u: Tensor, f: Tensor, v: Tensor, index: Tensor) -> Tensor:
         """`F'(u) v` by a finite difference, given `f = f(u)`: one evaluation, and the denoiser stays a black box."""
-        size = rms(u).clamp(min=1e-3) * torch.finfo(u.dtype).eps ** 0.5 / rms(v).clamp(min=torch.finfo(u.dtype).tiny)
+        size = rms(u).maximum(self.size[index]) * self.eps**0.5 / rms(v).clamp(min=torch.finfo(u.dtype).tiny)
         size = like(size, u)
         return (f - self.residual(u + size * v, index)) / size
 

@@ -47,6 +47,7 @@ def invert_steps(
     solver: Solver,
     budget: Tensor,
     starts: list[Tensor] | None = None,
+    eps: float | None = None,
 ) -> Trajectory:
     """Solve every step of a one-step Plan for the state before it, from the last step to the first.
 
@@ -58,9 +59,10 @@ def invert_steps(
         solver: root finder for each step.
         budget: evaluations that each sample may spend on the run, shape (batch,).
         starts: states to start from at every level but the last (those of an earlier, similar trajectory).
+        eps: relative precision of the denoiser; None: that of x's dtype.
     """
     states: list[Tensor] = [x]
-    said: list[tuple[float, Tensor]] = []  # ln(sigma) of the states that were solved last, and D there
+    said: list[tuple[float, Tensor]] = []  # ln(sigma / sigma_0) of the states solved last, and D there
     levels = levels_of(plan, x)
     residuals: list[Tensor] = []
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -70,15 +72,16 @@ def invert_steps(
         alone = replace(plan, steps=(step,), sigmas=(step.sigma, step.sigma_next))
         function = step_map(step, select, levels[step.index])
         equation = StepEquation(alone, select, function, states[0], tolerance(step), left)
+        equation.eps = eps or equation.eps
         if step.sigma_next == 0:
             start = states[0]
         elif starts:
             start = starts[step.index]
         else:
-            start = forecast(equation, said) if said else first_guess(equation)
+            start = forecast(equation, said, plan.sigmas[0]) if said else first_guess(equation)
         root = (solver if step.sigma_next else LEAST_CHANGE).solve(equation, start)
         denoised = equation.mean(root.u) if equation.said is None else equation.said
-        said = [(math.log(step.sigma), denoised), *said[:2]]
+        said = [(math.log(step.sigma / plan.sigmas[0]), denoised), *said[:2]]
         states.insert(0, root.u)
         residuals.insert(0, root.residual)
         evaluations += equation.evaluations
@@ -117,14 +120,15 @@ def first_guess(equation: StepEquation) -> Tensor:
     return start
 
 
-def forecast(equation: StepEquation, said: list[tuple[float, Tensor]]) -> Tensor:
+def forecast(equation: StepEquation, said: list[tuple[float, Tensor]], unit: float) -> Tensor:
     """Where the steps solved so far lead to, without an evaluation.
 
     What the denoiser says changes slowly from state to state: the polynomial in ln(sigma) through D at the last states
-    that were solved tells what the evaluations of this step are expected to return, and that leads to a u.
+    that were solved tells what the evaluations of this step are expected to return, and that leads to a u. The unit
+    of sigma is the one in which `said` is.
     """
     places, values = zip(*said, strict=True)
-    levels = [math.log(stage.sigma) for stage in equation.plan.steps[0].stages]
+    levels = [math.log(stage.sigma / unit) for stage in equation.plan.steps[0].stages]
     expected = [_sum([lagrange(places, j, level) for j in range(len(said))], values) for level in levels]
     equation.forecast = torch.stack(expected, 1)
     mean = _sum(equations(equation.plan).weights.tolist(), expected)
@@ -138,12 +142,13 @@ def _sum(weights: list[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
+def contraction(plan: Plan, select: Select, states: list[Tensor], eps: float | None = None) -> Tensor:
     """Estimates of `|I - F'|` at the states of a trajectory, per step and sample; shape (steps, batch).
 
     It is the factor by which a step of the published fixed-point iteration `u <- u + y - F(u)` changes an error: below
     1 it converges. Power iteration: three steps at the cleanest state, one at every other, from the direction found
     at the state before, one evaluation of F each. `F(u + d) - y` stands for `F' d`, as the states solve the steps.
+    `eps` is the relative precision of the denoiser.
     """
     everyone, levels = torch.arange(len(states[0]), device=states[0].device), levels_of(plan, states[0])
     direction = white(0).bind(states[0][:1])(1.0, 0.0).expand_as(states[0])  # whatever the others in the batch are
@@ -152,7 +157,7 @@ def contraction(plan: Plan, select: Select, states: list[Tensor]) -> Tensor:
         u, y, function = states[step.index], states[step.index + 1], step_map(step, select, levels[step.index])
         for _ in range(1 if factors else 3):
             shape = (-1, *(1,) * (u.ndim - 1))
-            size = rms(u) * torch.finfo(u.dtype).eps ** (1 / 3) / rms(direction)
+            size = rms(u).clamp(min=step.sigma) * (eps or torch.finfo(u.dtype).eps) ** (1 / 3) / rms(direction)
             probe = direction * size.reshape(shape)
             direction = probe - (function(u + probe, everyone) - y)
             factor = rms(direction) / rms(probe)

@@ -23,6 +23,7 @@ Acceleration (2009); here one secant model for every evaluation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,11 +36,46 @@ from kinvert.checks import count
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
+from kinvert.inversion.plain import Recorded
 from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like
 from kinvert.plan import Plan
 
 ROOM = 10  # differences for which memory is taken at once
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """What is asked of the round trips of some samples.
+
+    Attributes:
+        size: what the errors are in units of, shape (batch,).
+        share: the root of the share of the values that count; those behind a mask do not. Shape (batch,).
+        enough: the error that will do, shape (batch,).
+        error: of the images of the samples `index`.
+        run: the image that the sampler makes of the latents of the samples `index`.
+    """
+
+    size: Tensor
+    share: Tensor
+    enough: Tensor
+    error: Callable[[Tensor, Tensor], Tensor]
+    run: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, plan: Plan, select: Select, x: Tensor, goal: float) -> Judge:
+        """All values count, and `goal` of their rms will do."""
+        size = rms(x)
+
+        def error(restored: Tensor, index: Tensor) -> Tensor:
+            return rms(restored - x[index]).nan_to_num(math.inf)
+
+        return cls(size, torch.ones_like(size), goal * size, error, lambda u, i: engine.run(plan, select(i), u))
+
+    def verify(self, latent: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The round trip of the samples `index`, and its error."""
+        restored = self.run(latent, index)
+        return restored, self.error(restored, index)
 
 
 @dataclass(frozen=True)
@@ -64,17 +100,45 @@ class Sweeps:
         count("window", self.window)
         count("max_sweeps", self.max_sweeps)
 
-    def solve(self, plan: Plan, select: Select, x: Tensor, goal: float, budget: int) -> Solution:
-        """Solve for every sample of x, shape (batch, *event), until its round trip has an rms of at most `goal`.
+    def solve(
+        self,
+        plan: Plan,
+        select: Select,
+        x: Tensor,
+        goal: float,
+        budget: int,
+        judge: Judge | None = None,
+        plain: Recorded | None = None,
+    ) -> Solution:
+        """Solve for every sample of x, shape (batch, *event), until its round trip misses at most `goal` of its size.
 
-        The round trip is run where the residual is at most 0.3 goal, in units of max(1, sigma) at the worst evaluation;
-        a tenth of that for samplers that magnify it. Evaluations beyond `budget` are not begun.
+        The round trip is run where the residual is at most 0.3 goal, in units of max(size, sigma) at the worst
+        evaluation; a tenth of that for samplers that magnify it. Evaluations beyond `budget` are not begun.
+
+        Args:
+            judge: what is asked of a round trip; by default the rms over all values, to `goal`.
+            plain: an approximate run to start from, whose latent is returned where nothing better is found. Round trips
+                are then run after so many evaluations, too, and no others in the end, so that a larger budget goes on
+                where a smaller one ended.
         """
+        judge = judge or Judge.of(plan, select, x, goal)
         # The noise is what x_N and D leave, magnified by sigma / sigma_min: no work for single precision.
         wide = linalg.widest(x.device)
         run, found = _Run(plan, select, x, self.window, wide), Solution.empty(x)
-        run.start(run.x[:, None].expand_as(run.D))
-        found.evaluations = [plan.evaluations] * len(x)
+        run.scale = run.scale.maximum(judge.size.to(wide)[:, None]) * judge.share.to(wide)[:, None]
+        spent = plan.evaluations  # by all alike
+        if plain is None:
+            run.start(run.x[:, None].expand_as(run.D))
+        else:
+            spent = plain.evaluations
+            run.Y, run.D = plain.rows(run.x)
+            found.take(plain, judge)
+        found.evaluations, pause, gap = (
+            [spent] * len(x),
+            [spent + plan.evaluations] * len(x),
+            [plan.evaluations] * len(x),
+        )
+        enough = judge.enough.tolist()
         asked, mark, since = [0.3 * goal] * len(x), [math.inf] * len(x), [0] * len(x)
         for sweep in range(1, self.max_sweeps + 1):
             residual, samples = run.residual(), run.samples
@@ -85,12 +149,16 @@ class Sweeps:
                 if size < mark[i] / 2:
                     mark[i], since[i] = size, sweep
             ready = [i for i, size in zip(samples, worst, strict=True) if size <= asked[i]]
-            found.check(plan, select, ready)
+            paused = [i for i in samples if plain and found.evaluations[i] >= pause[i]]
+            found.check(plan, judge, sorted({*ready, *paused}))
             for i in ready:
                 asked[i] /= 10
+            for i in paused:
+                gap[i] *= 2
+                pause[i] = found.evaluations[i] + gap[i]
             going = [
                 place for place, i in enumerate(samples)
-                if not found.errors[i] <= goal
+                if not found.errors[i] <= enough[i]
                 and sweep - since[i] < self.patience
                 and found.evaluations[i] + 2 * plan.evaluations <= budget
             ]  # fmt: skip
@@ -104,7 +172,8 @@ class Sweeps:
             for place, levels in zip(going, todo, strict=True):
                 found.evaluations[samples[place]] += sum(levels)
             run.sweep(residual, todo)
-        found.check(plan, select, [i for i, error in enumerate(found.errors) if math.isinf(error)])
+        left = [i for i in range(len(x)) if found.open[i] and not (plain and math.isfinite(found.errors[i]))]
+        found.check(plan, judge, left)
         return found
 
 
@@ -169,23 +238,32 @@ class Solution:
 
     Attributes:
         latent, restored: shape (batch, *event).
-        residuals: of the latent's evaluations, the largest rms in units of max(1, sigma).
-        errors: rms of the round trip.
+        errors: rms of the round trip, the least so far.
+        trial: the latent with the least residual, which may be better.
+        residuals: of the trial's evaluations, the largest rms in units of max(size, sigma).
+        open: whether the trial has not been run yet.
         evaluations: of the denoiser.
     """
 
     x: Tensor
     latent: Tensor
     restored: Tensor
-    residuals: list[float]
     errors: list[float]
+    trial: Tensor
+    residuals: list[float]
+    open: list[bool]
     evaluations: list[int]
 
     @classmethod
     def empty(cls, x: Tensor) -> Solution:
         """Nothing found yet."""
         none = [math.inf] * len(x)
-        return cls(x, x.clone(), x.clone(), list(none), list(none), [0] * len(x))
+        return cls(x, x.clone(), x.clone(), list(none), x.clone(), list(none), [True] * len(x), [0] * len(x))
+
+    def take(self, plain: Recorded, judge: Judge) -> None:
+        """What a plain run found, and its check."""
+        self.latent, self.restored = plain.latent.to(self.x.dtype), plain.restored.to(self.x.dtype)
+        self.errors = judge.error(plain.restored, _index(list(range(len(self.x))), self.x)).tolist()
 
     def improve(self, run: _Run, sizes: list[float]) -> None:
         """Take over the latents with a smaller residual, which are not checked yet."""
@@ -193,19 +271,27 @@ class Solution:
         better = [place for place, size in enumerate(sizes) if size < self.residuals[samples[place]]]
         where = [samples[place] for place in better]
         if better:
-            self.latent[_index(where, self.x)] = run.latent[_index(better, self.x)]
+            self.trial[_index(where, self.x)] = run.latent[_index(better, self.x)]
         for place, i in zip(better, where, strict=True):
-            self.residuals[i], self.errors[i] = sizes[place], math.inf
+            self.residuals[i], self.open[i] = sizes[place], True
 
-    def check(self, plan: Plan, select: Select, samples: list[int]) -> None:
-        """Run the sampler on some latents."""
+    def check(self, plan: Plan, judge: Judge, samples: list[int]) -> None:
+        """Run the sampler on the trials of some samples, and keep those that are better than the latents."""
+        samples = [i for i in samples if self.open[i]]
         if not samples:
             return
         index = _index(samples, self.x)
-        self.restored[index] = engine.run(plan, select(index), self.latent[index])
-        errors = rms(self.restored[index] - self.x[index]).nan_to_num(math.inf).tolist()
-        for i, error in zip(samples, errors, strict=True):
-            self.errors[i] = error
+        latent = self.trial[index]
+        restored, error = judge.verify(latent, index)
+        errors = error.tolist()
+        better = [
+            place for place, i in enumerate(samples) if errors[place] < self.errors[i] or self.errors[i] == math.inf
+        ]
+        places = _index(better, self.x)
+        self.latent[index[places]], self.restored[index[places]] = latent[places], restored[places].to(self.x.dtype)
+        for place, i in enumerate(samples):
+            self.errors[i] = min(self.errors[i], errors[place])
+            self.open[i] = False
             self.evaluations[i] += plan.evaluations
 
 
@@ -270,7 +356,7 @@ class _Run:
         self.alpha, self.outputs = system.alpha, 1 + system.guided
         self.noise = 100 * torch.finfo(x.dtype).eps
         self.sigmas = stage_sigmas(list(system.levels), x)
-        self.scale = self.sigmas[:, 0].to(wide).clamp(min=1.0)
+        self.scale = self.sigmas.T.to(wide, copy=True)
         self.x = x.flatten(1).to(wide)
         n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
         self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
@@ -294,8 +380,8 @@ class _Run:
         return linalg.combine(weights[None, None], self.D)[:, 0]
 
     def sizes(self, residual: Tensor) -> Tensor:
-        """The rms of every evaluation's residual, in units of max(1, sigma); shape (n, k)."""
-        return residual.square().mean(2).sqrt() / self.scale
+        """The rms of every evaluation's residual, in units of `scale`, which is sigma's; shape (n, k)."""
+        return residual.square().mean(2).sqrt() / self.scale[self.index]
 
     def keep(self, places: list[int]) -> None:
         """Go on with some rows only."""

@@ -14,8 +14,8 @@ from kinvert.coordinates import VE_FIX, coordinates_of
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import run
 from kinvert.inversion.invert import check_image, check_invertible, falling
-from kinvert.inversion.invert import tolerance as invert_tolerance
 from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.verdict import image_size, tolerance
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
 
@@ -73,23 +73,20 @@ def certified(
     memory: dict[str, Tensor] | None = None,
 ) -> Inversion:
     """The result: `back` is what came of the latent, `evaluations` what it cost to find."""
-    error, goal = rms(back - x), tolerance(x)
+    error, goal = rms(back - x), tolerance(None, x)
+    allowed = goal * image_size(x, plan.sigmas)
     spent = torch.zeros(len(x), dtype=torch.int64, device=x.device) + evaluations + plan.evaluations
     return Inversion(
         latent=latent,
         residuals=error[None] if residuals is None else torch.stack(residuals),
-        converged=error <= goal,
+        converged=error <= allowed,
         evaluations=spent,
         round_trip_error=error,
         tolerance=goal,
+        allowed=allowed,
         sigmas=plan.sigmas,
         checking=plan.evaluations,
         restored=back,
         noises=noises,
         memory=memory or {},
     )
-
-
-def tolerance(x: Tensor) -> float:
-    """The root mean square of a round trip up to which `invert` calls it exact."""
-    return invert_tolerance(None, x)

@@ -22,11 +22,11 @@ from kinvert.inversion.baselines.common import (
     checked_plan,
     ddim_up,
     in_ve,
-    tolerance,
 )
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.solvers import Anderson, Damped, Equation, Root, Solver
 from kinvert.inversion.stepwise import invert_steps
+from kinvert.inversion.verdict import image_size, tolerance
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import DPMpp2M, Euler, Rule
 from kinvert.sampling import sample
@@ -172,10 +172,10 @@ def _solved(
 
     def enough(step: Step) -> Tensor:
         """The steps' errors add up to the run's, and no step is solved to less than rounding."""
-        share = tolerance(x) / len(plan.steps) * max(1.0, step.sigma_next)
-        return x.new_full((len(x),), max(share, torch.finfo(x.dtype).eps * step.sigma))
+        share = tolerance(None, x) / len(plan.steps) * size.clamp(min=step.sigma_next)
+        return share.clamp(min=torch.finfo(x.dtype).eps * step.sigma)
 
-    state = x
+    state, size = x, image_size(x, plan.sigmas)
     residuals: list[Tensor] = []
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     unlimited = torch.full_like(evaluations, torch.iinfo(torch.int64).max)

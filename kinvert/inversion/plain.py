@@ -1,0 +1,76 @@
+"""The plain run up, as a candidate: what `unsample` finds, checked, is never worth less than nothing.
+
+It costs one run, and one to check. An inversion that is worse, for want of evaluations or because the image has no
+inverse, is not returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Denoiser, Guided
+from kinvert.engine import Callback, run
+from kinvert.plan import Plan, compile_plan
+
+
+def rising(plan: Plan) -> Plan | None:
+    """The run upwards of a Plan that can be inverted; None where the sampler has none."""
+    if plan.sigmas[-1] == 0 or not getattr(plan.rule, "keep_last", True):
+        return None
+    try:
+        up = compile_plan(plan.rule, plan.sigmas[::-1])
+    except ValueError:
+        return None
+    return None if up.is_stochastic or any(step.forgets_x for step in up.steps) else up
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A run down, from the latent of the plain run up: what its evaluations saw and said.
+
+    Attributes:
+        latent, restored: where it starts and ends, shape (batch, *event), in x's dtype.
+        inputs: of the evaluations, each of shape (batch, *event).
+        outputs: one, or D and U of a guided pair, for each evaluation.
+        evaluations: of both runs.
+    """
+
+    latent: Tensor
+    restored: Tensor
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    evaluations: int
+
+    @classmethod
+    def of(cls, up: Plan, plan: Plan, denoiser: Denoiser, x: Tensor, callback: Callback | None = None) -> Recorded:
+        """Run up from x, and down again."""
+        latent = run(up, denoiser, x)
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def recording(state: Tensor, sigma: Tensor) -> Any:
+            inputs.append(state.clone())
+            out: Any = denoiser(state, sigma)
+            pair = tuple(out) if isinstance(out, Guided) else (out,)
+            outputs.extend(part.clone() for part in pair[: 1 + plan.is_guided])
+            return out
+
+        restored = run(plan, recording, latent, callback=callback)
+        return cls(latent, restored, inputs, outputs, up.evaluations + plan.evaluations)
+
+    def trajectory(self, plan: Plan, x: Tensor) -> list[Tensor]:
+        """The states of a one-step Plan, in x's dtype; the last is x, which the run misses."""
+        states, first = [], 0
+        for step in plan.steps:
+            states.append(self.inputs[first].to(x.dtype))
+            first += len(step.stages)
+        return [*states, x]
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs as shapes (batch, evaluations, m) and (batch, rows, m), in x's dtype."""
+        inputs, outputs = (torch.stack(part, 1).flatten(2).to(x.dtype) for part in (self.inputs, self.outputs))
+        return inputs, outputs

@@ -1,0 +1,130 @@
+r"""What an inversion is judged by: its tolerance, the size of an image, and whether the denoiser can be trusted.
+
+Tolerances are relative. An image i has the size `s_i = max(rms(x_i), sigma_N)`, over the processed region where there
+is a mask, and is reproduced where `rms(sample(latent_i) - x_i) <= tol s_i`. So data, noise levels and denoiser in other
+units give the same latents, in those units, and the same verdicts.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import Guided
+from kinvert.engine import stage_sigmas
+from kinvert.inversion.result import rms
+from kinvert.noise import white
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
+MIXING = {torch.float64: 1e-6, torch.float32: 1e-3}  # half precision: 1e-2
+ROWS = 4
+"""The most evaluations of a sample that `check_rows` takes."""
+
+
+def tolerance(tol: float | None, x: Tensor, defaults: Mapping[torch.dtype, float] = TOLERANCES) -> float:
+    """What a round trip may miss in parts of the image's size: `tol`, or what x's dtype allows.
+
+    In half precision that is 8 eps: 0.0078 in float16, 0.0625 in bfloat16.
+    """
+    if tol is None:
+        return defaults.get(x.dtype, 8 * torch.finfo(x.dtype).eps)
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"tol must be a float or None, got {tol!r}")
+    if not 0 < tol < math.inf:
+        raise ValueError(
+            f"tol must be a positive number, the round-trip error in parts of the image's rms, got {tol!r}; None takes "
+            "the default of x's dtype"
+        )
+    return float(tol)
+
+
+def image_size(x: Tensor, sigmas: Sequence[float], region: Tensor | None = None) -> Tensor:
+    """`max(rms(x), sigma_N)` per sample, shape (batch,): the rms of an image, and of zeros the last positive level."""
+    size = rms(x, region).nan_to_num(0.0, 0.0).clamp(min=sigmas[-1])
+    return torch.where(size > 0, size, sigmas[-2])
+
+
+def rounding_note(tol: float, x: Tensor) -> list[str]:
+    """A warning where the rounding of x's dtype alone is beyond the tolerance, with the number and the fix."""
+    eps = torch.finfo(x.dtype).eps
+    if tol >= eps:
+        return []
+    wider = "; give x in float64, x.double()" if x.dtype == torch.float32 else "; give x in float32, x.float()"
+    note = (
+        f"tol={tol:.2g} is below the rounding of {x.dtype}, {eps:.2g} of the image's size, so that few images or none "
+        f"can reach it{wider if x.dtype != torch.float64 else ''}, or leave tol out"
+    )
+    warnings.warn(note, RuntimeWarning, stacklevel=4)
+    return [note]
+
+
+@dataclass(frozen=True, eq=False)
+class Widened:
+    """A denoiser of states in half precision, for states in float32: they are rounded for each call alone."""
+
+    denoiser: Any
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
+        """Called with x in the dtype that it is for; what it returns in the dtype of x."""
+        out = self.denoiser(x.to(self.dtype), sigma)
+        return Guided(*(part.to(x.dtype) for part in out)) if isinstance(out, Guided) else out.to(x.dtype)
+
+
+def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """Raise ValueError for a denoiser that mixes the rows of its batch, from one row beside two different neighbours.
+
+    Both calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
+    part. One that is not a function of its input is said to be none.
+
+    Args:
+        denoiser: with `select(index, batch)`, as `guide` returns it.
+        x: images, shape (batch, *event); nothing is done for one alone.
+        sigmas: levels of the run; the test is at the one nearest to the size of the image.
+
+    Returns:
+        The evaluations that it took of each sample, shape (batch,).
+    """
+    spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    if len(x) < 2:
+        return spent
+    size = float(image_size(x[:1], sigmas))
+    level = min(sigmas[:-1], key=lambda s: abs(math.log(s / size)))
+    u = (x[:2] + level * white(0).bind(x[:2])(level, 0.0)).to(x.dtype)
+    noise_levels = stage_sigmas([level], u)[0]
+
+    def first_row(neighbour: int) -> Tensor:
+        index = torch.tensor([0, neighbour], device=x.device)
+        out = denoiser.select(index, len(x))(u[index], noise_levels)
+        spent.index_add_(0, index, torch.ones_like(index))
+        return (out.denoised if isinstance(out, Guided) else out)[:1].to(torch.promote_types(x.dtype, torch.float32))
+
+    one = first_row(1)
+
+    def differs(other: Tensor) -> float:
+        return float(rms(one - other) / rms(one).clamp(min=size))
+
+    limit = MIXING.get(x.dtype, 1e-2)
+    off = differs(first_row(0))
+    if off > limit:
+        again = differs(first_row(1))
+        if not again > limit:
+            raise ValueError(
+                f"the denoiser mixes the samples of its batch: beside another neighbour the same sample comes out "
+                f"different by {off:.2g} of its size (sigma {level:.4g}), so that what holds for some samples does not "
+                "for others. Is it batch normalisation in training mode? Call model.eval(), or give one sample at a "
+                "time, here and to sample (max_batch=1)"
+            )
+        warnings.warn(
+            f"the denoiser does not return the same for the same input: {again:.2g} of its size apart (sigma "
+            f"{level:.4g}), so that no round trip can be exact. Is it dropout? Call model.eval()",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return spent
