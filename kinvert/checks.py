@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers import Guided
+from kinvert.inputs import check_beside, check_dense, is_integer, is_number, plain
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan, Stage, Step
 
@@ -40,7 +41,7 @@ def _checked(out: Any, x: Tensor, where: str) -> Tensor:
             f"the denoiser must return x's dtype {x.dtype}, got {out.dtype} {where}; convert x to the network's dtype, "
             "or return denoised.to(x.dtype)"
         )
-    return out
+    return plain(out)
 
 
 def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
@@ -52,17 +53,24 @@ def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
             f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
             f"{tuple(x.shape)}, got {got}"
         )
-    return n
+    check_beside("noise", n, x)
+    return plain(n)
 
 
-def check_state(x: Any) -> None:
-    """Raise TypeError or ValueError where `x` is not a state: a floating point tensor of shape (batch, *event)."""
+def check_state(x: Any) -> Tensor:
+    """The state `x`, a dense floating point tensor of shape (batch, *event), as a plain tensor.
+
+    Raises:
+        TypeError, ValueError: x is something else.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    check_dense("x", x)
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
+    return plain(x)
 
 
 def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
@@ -88,13 +96,13 @@ def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
 
 def count(name: str, value: Any, low: int = 1) -> None:
     """Raise ValueError where `value` is no count."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if not is_integer(value) or value < low:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
 
 
 def positive_number(name: str, value: Any) -> None:
     """Raise ValueError where `value` is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 

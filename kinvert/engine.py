@@ -33,13 +33,14 @@ from kinvert.checks import (
 )
 from kinvert.denoisers import Denoiser
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
+from kinvert.inputs import has_values, plain
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step
 from kinvert.program import Call, Kernel, Pass, Program, program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
     """What a callback receives once a step: the state that the step's first evaluation saw, and its result.
 
@@ -118,6 +119,7 @@ def run_state(
     check_callback(callback)
     if not callable(denoiser):
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}")
+    state = {name: plain(value) for name, value in state.items()}
     x = state["x"]
     draw = noise_for(plan, noise, x)
     loop = _loop if _is_traced(x) else fused_loop
@@ -126,7 +128,7 @@ def run_state(
 
 def _is_traced(x: Tensor) -> bool:
     """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor, or nobody can say."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_fuse():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_fuse() or not has_values(x):
         return True
     return (
         torch._C._functorch.peek_interpreter_stack() is not None

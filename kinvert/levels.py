@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.inputs import is_number
+
 __all__ = [
     "DiscreteLevels",
     "EDMLevels",
@@ -59,7 +61,7 @@ def real(name: str, value: object, *, above: float = -math.inf, below: float = m
         TypeError: not a real number (bool, str and tensors are not).
         ValueError: not finite, or outside the open interval.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+    if not is_number(value):
         got = f"{type(value).__name__} {value!r}"
         raise TypeError(f"{name} must be a number, got {got}; pass a float")
     number = float(value)

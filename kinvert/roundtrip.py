@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.checks import check_state
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Progress
 from kinvert.inversion.invert import invert
 from kinvert.plan import as_schedule
 from kinvert.rules import Rule
+from kinvert.rules.names import unknown
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 
 
@@ -51,10 +53,12 @@ class RoundTrip:
         ]
         for f in fields(self)[4:]:
             values = getattr(self, f.name)
-            lines.append(f"  {f.name:<12} mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
+            mean, low, high = (float(value) for value in (values.mean(), values.min(), values.max()))
+            lines.append(f"  {f.name:<12} mean {mean:.4g}, from {low:.4g} to {high:.4g}")
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def round_trip(
     denoiser: Denoiser,
     x: Tensor,
@@ -91,9 +95,10 @@ def round_trip(
         TypeError, ValueError: as in `unsample` and `sample`.
     """
     if method not in ("unsample", "invert"):
-        raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
+        raise ValueError(unknown("method", method, ("unsample", "invert")))
     if method == "invert" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
+    x, schedule = check_state(x), as_schedule(sigmas)
     evaluations = [0, 0]
 
     def counted(direction: int) -> Callback:
@@ -108,14 +113,13 @@ def round_trip(
         "sampler": sampler, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
     }  # fmt: skip
     if method == "invert":
-        found = invert(denoiser, x, sigmas, **shared)
+        found = invert(denoiser, x, schedule, **shared)
         latent, evaluations[0] = found.latent, int(found.evaluations.max())
     else:
         latent = unsample(
-            denoiser, x, sigmas, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
+            denoiser, x, schedule, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
             callback=counted(0), **shared,
         )  # fmt: skip
-    schedule = as_schedule(sigmas)
     back = schedule[dropped_steps(schedule, end_at_step) :]
     start = latent * back[0] if normalize else latent
     clean = None if mask is None else x

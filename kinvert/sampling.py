@@ -27,6 +27,7 @@ from kinvert.denoisers import Denoiser, Guided, Masked, guide
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
+from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
@@ -83,7 +84,7 @@ def sample(
         TypeError, ValueError: an input that cannot work, named with what was got and the fix; a denoiser that returned
             NaN or infinity, with the step and its sigma.
     """
-    check_state(x)
+    x = check_state(x)
     schedule = as_schedule(sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = _Job.of(sampler, schedule)
@@ -91,7 +92,7 @@ def sample(
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
-        _check_latent(latent, x)
+        latent = _check_latent(latent, x)
         denoise = Masked(denoise, mask, latent, noise=(x - latent) / job.sigmas[0])
     elif latent is not None:
         raise ValueError("latent was given without mask; pass the mask of what to sample, or leave latent out")
@@ -145,7 +146,7 @@ def unsample(
             other input that cannot work.
         TypeError: as in `sample`.
     """
-    check_state(x)
+    x = check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
     schedule = as_schedule(sigmas)
@@ -167,21 +168,21 @@ def rising_schedule(sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-
     """
     schedule = as_schedule(sigmas)
     _check_direction(schedule, "unsample reverses it itself")
-    if isinstance(sigma_offset, bool) or not isinstance(sigma_offset, (int, float)):
+    if not is_number(sigma_offset):
         raise TypeError(f"sigma_offset must be a float, got {sigma_offset!r}")
     if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
         raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    return tuple(sigma + sigma_offset for sigma in reversed(kept))
+    return tuple(sigma + float(sigma_offset) for sigma in reversed(kept))
 
 
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
     """How many steps `end_at_step` leaves out: at least one step always runs."""
-    if isinstance(end_at_step, bool) or not isinstance(end_at_step, int):
+    if not is_integer(end_at_step):
         raise TypeError(f"end_at_step must be an int, got {end_at_step!r}")
     if end_at_step < 0:
         raise ValueError(f"end_at_step must not be negative, got {end_at_step}; 0 unsamples all the way")
-    return min(end_at_step, len(schedule) - 2)
+    return min(int(end_at_step), len(schedule) - 2)
 
 
 def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
@@ -192,14 +193,16 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
         )
 
 
-def _check_latent(latent: Any, x: Tensor) -> None:
+def _check_latent(latent: Any, x: Tensor) -> Tensor:
     if not isinstance(latent, Tensor) or latent.shape != x.shape:
         got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
         raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
     if not latent.is_floating_point():
         raise TypeError(f"latent must be a floating point tensor, got {latent.dtype}; convert it, e.g. latent.to(x)")
-    if not bool(torch.isfinite(latent).all()):
+    check_beside("latent", latent, x)
+    if has_values(latent) and not bool(torch.isfinite(latent).all()):
         raise ValueError(f"latent has {int((~torch.isfinite(latent)).sum())} NaN or infinite values; clean the input")
+    return plain(latent)
 
 
 def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
@@ -218,11 +221,11 @@ def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) ->
 
 def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
     """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
-    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int)):
+    if max_batch is not None and not is_integer(max_batch):
         raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
     if max_batch is not None and max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
-    return torch.arange(len(x), device=x.device).split(max_batch or len(x))
+    return torch.arange(len(x), device=x.device).split(int(max_batch or len(x)))
 
 
 @dataclass(frozen=True)
@@ -280,7 +283,7 @@ class _Job:
         if noise is None and self.plan is not None and self.plan.is_stochastic:
             noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
         result = self.run(denoiser, x, noise, callback)
-        if not bool(torch.isfinite(result).all()):
+        if has_values(result) and not bool(torch.isfinite(result).all()):
             raise ValueError(self._first_bad_step(denoiser, x, noise))
         return result
 
@@ -361,7 +364,7 @@ def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:
     dims = tuple(range(latent.ndim)) if how is True else tuple(range(1, latent.ndim))
     varies = latent.numel() > (1 if how is True else len(latent))
     std = wide.std(dims, keepdim=True) if varies else wide.new_zeros(())
-    if not bool((std > 0).all()):  # one read, after the loop
+    if has_values(std) and not bool((std > 0).all()):  # one read, after the loop
         raise ValueError(
             f"normalize={how!r} needs a latent that varies, got standard deviation 0 in shape {tuple(latent.shape)}; "
             "use normalize='sigma'"

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +42,7 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output
+from kinvert.inputs import is_number
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -164,7 +164,7 @@ def guide(
     if not callable(denoiser):
         got = type(denoiser).__name__
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma, **conditioning), got {got}")
-    if isinstance(cfg, bool) or not isinstance(cfg, numbers.Real):
+    if not is_number(cfg):
         fix = "float(cfg)" if isinstance(cfg, Tensor) else "7.5"
         got = type(cfg).__name__
         raise TypeError(f"cfg must be a Python number, got {got}; pass a float, e.g. {fix}")

@@ -34,12 +34,13 @@ from kinvert.analysis import brownian_covariance
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
+from kinvert.inputs import check_values, is_number
 from kinvert.inversion.result import Inversion, rms
 from kinvert.noise import replay
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import Flow, Rule
 from kinvert.rules import sampler as resolve_sampler
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown
 from kinvert.sampling import sample
 
 Path = Literal["independent", "chain"]
@@ -98,7 +99,7 @@ def extract_noise(
     Image Editing using Text-to-Image Models (2023), arXiv 2311.16711; "chain": Wu and De la Torre, Unifying Diffusion
     Models' Latent Space, with Applications to CycleDiffusion and Guidance (2022), arXiv 2210.05559.
     """
-    _check_arguments(x, path, generator, tol)
+    x = _check_arguments(x, path, generator, tol)
     schedule = as_schedule(sigmas)
     plan = compile_plan(resolve_sampler(sampler), schedule)
     _check_plan(plan, schedule)
@@ -253,23 +254,25 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 # -- checks and report ------------------------------------------------------------------------------------------------
-def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, tol: float | None) -> None:
-    check_state(x)
+def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, tol: float | None) -> Tensor:
+    x = check_state(x)
+    check_values("x", x, "noise is extracted from them")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
     if path not in get_args(Path):
-        raise ValueError(f"path must be {one_of(path, get_args(Path))}")
+        raise ValueError(unknown("path", path, get_args(Path)))
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
             "use torch.Generator().manual_seed(0)"
         )
     if tol is None:
-        return
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        return x
+    if not is_number(tol):
         raise TypeError(f"tol must be a float or None, got {tol!r}")
     if not (math.isfinite(tol) and tol > 0):
         raise ValueError(f"tol must be positive and finite, got {tol}; None takes the default of x's dtype")
+    return x
 
 
 def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:

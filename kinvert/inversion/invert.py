@@ -26,6 +26,7 @@ from kinvert.checks import check_callback
 from kinvert.denoisers import Denoiser, Masked, guide
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
+from kinvert.inputs import check_values, is_integer, is_number
 from kinvert.inversion.continuation import Continuation
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.reversible import invert_reversible
@@ -43,7 +44,7 @@ from kinvert.inversion.trajectory import Sweeps
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
 from kinvert.rules import sampler as resolve_sampler
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown
 from kinvert.sampling import batch_parts, with_bar
 
 METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
@@ -117,11 +118,11 @@ def invert(
             other input that cannot work.
         TypeError: as in `sample`.
     """
-    check_image(x)
+    x = check_image(x)
     check_callback(callback)
     solver = method if isinstance(method, (Solver, Sweeps)) else _method(method)
     if last_step not in LAST_STEPS:
-        raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
+        raise ValueError(unknown("last_step", last_step, LAST_STEPS))
     plan = compile_plan(resolve_sampler(sampler), falling(sigmas))
     check_invertible(plan, last_step)
     goal = tolerance(tol, x)
@@ -427,11 +428,13 @@ def _check_hard(mask: Tensor) -> None:
         )
 
 
-def check_image(x: Any) -> None:
-    """Raise TypeError or ValueError where `x` is not of shape (batch, *event) with an event to solve for."""
-    check_state(x)
+def check_image(x: Any) -> Tensor:
+    """The image `x` as a plain tensor; TypeError or ValueError where it has no event, or no values, to solve for."""
+    x = check_state(x)
+    check_values("x", x, "an inversion is made of them")
     if x.ndim < 2 or not x.numel():
         raise ValueError(f"x must have shape (batch, *event) with values in each event, got {tuple(x.shape)}")
+    return x
 
 
 def falling(sigmas: Any) -> tuple[float, ...]:
@@ -470,7 +473,7 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
 
 def _method(name: object) -> Solver | Sweeps:
     if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method must be a Solver or {one_of(name, METHODS)}")
+        raise ValueError(f"{unknown('method', name, METHODS)}, or a Solver")
     return METHODS[name]()
 
 
@@ -478,7 +481,7 @@ def tolerance(tol: float | None, x: Tensor) -> float:
     """What a round trip may miss, root mean square, to be called exact: `tol`, or what x's dtype allows."""
     if tol is None:
         return {torch.float64: 1e-9, torch.float32: 1e-5}.get(x.dtype, 8 * torch.finfo(x.dtype).eps)
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 < tol < float("inf"):
+    if not is_number(tol) or not 0 < tol < float("inf"):
         raise ValueError(f"tol must be a positive number, the rms of the round-trip error, got {tol!r}")
     return float(tol)
 
@@ -487,6 +490,6 @@ def _limit(max_evals: int | None, plan: Plan) -> int:
     if max_evals is None:
         return UNLIMITED
     least = 5 * plan.evaluations
-    if isinstance(max_evals, bool) or not isinstance(max_evals, int) or max_evals < least:
+    if not is_integer(max_evals) or max_evals < least:
         raise ValueError(f"max_evals must be an int of at least {least}, five runs of the sampler, got {max_evals!r}")
-    return max_evals
+    return int(max_evals)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import run
+from kinvert.inputs import plain
 from kinvert.inversion.invert import check_image, check_invertible, falling
 from kinvert.inversion.invert import tolerance as invert_tolerance
 from kinvert.inversion.result import Inversion, rms
@@ -55,18 +56,19 @@ def certified(
     memory: dict[str, Tensor] | None = None,
 ) -> Inversion:
     """The result: `back` is what came of the latent, `evaluations` what it cost to find."""
+    x, latent, back = plain(x), plain(latent), plain(back)
     error, goal = rms(back - x), tolerance(x)
     spent = torch.zeros(len(x), dtype=torch.int64, device=x.device) + evaluations + plan.evaluations
     return Inversion(
         latent=latent,
-        residuals=error[None] if residuals is None else torch.stack(residuals),
+        residuals=error[None] if residuals is None else plain(torch.stack(residuals)),
         converged=error <= goal,
         evaluations=spent,
         round_trip_error=error,
         tolerance=goal,
         sigmas=plan.sigmas,
         restored=back,
-        noises=noises,
+        noises=tuple(map(plain, noises)),
         memory=memory or {},
     )
 
