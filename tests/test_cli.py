@@ -169,7 +169,7 @@ def test_half_a_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--samplers", "eulr"], "got 'eulr'; did you mean 'euler'?"),
+        (["--samplers", "eulr"], "unknown sampler 'eulr'; did you mean 'euler'?"),
         (["--samplers", "euler_ancestral"], "euler_ancestral cannot unsample: its step from sigma 0.0001"),
         (["--samplers", "dpmpp_2m_sde"], "negative variance"),
         (["--samplers", ","], "samplers must name at least one"),

@@ -355,7 +355,7 @@ def test_deterministic_samplers_are_refused(name: str) -> None:
         (dict(sampler="sa_solver"), ValueError, "last step.*set its options.*sde_end, keep_last"),
         (dict(sampler=ki.sampler("sa_solver", keep_last=True)), ValueError, r"stop at sigma 1.04.*sigmas\[:-3\]"),
         (dict(sampler=ki.sampler("heun", s_churn=2)), ValueError, "passes its noise through.*s_churn=0.*invert"),
-        (dict(path="forward"), ValueError, "path must be one of independent, chain, got 'forward'"),
+        (dict(path="forward"), ValueError, "unknown path 'forward'; it must be one of independent, chain"),
         (dict(generator=0), TypeError, "generator must be a torch.Generator or None, got int"),
         (dict(tol="1e-3"), TypeError, "tol must be a float"),
         (dict(tol=0.0), ValueError, "tol must be positive"),

@@ -26,7 +26,7 @@ LAYERS = [
     {"roundtrip", "reference"},
     {"models"},
     {"bench"},
-    {"adapters", "demo", "cli", "__main__"},
+    {"adapters", "demo", "cli", "console", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]

@@ -82,7 +82,10 @@ def _imported(name: str, module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or module
         if module == missing or module.startswith(f"{missing}."):
-            raise ValueError(f"model {name!r}: there is no module {missing!r}; is its folder on PYTHONPATH?") from error
+            package, _, last = missing.rpartition(".")
+            reason = f"there is no module {missing!r}; is its folder on PYTHONPATH?"
+            reason = f"the package {package!r} has no module {last!r}" if package else reason
+            raise ValueError(f"model {name!r}: {reason}") from error
         raise ValueError(f"model {name!r}: its module needs {missing!r}, which is not installed here") from error
     except Exception as error:
         raise ValueError(f"model {name!r}: importing its module failed, {type(error).__name__}: {error}") from error

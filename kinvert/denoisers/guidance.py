@@ -84,7 +84,7 @@ class Guidance:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""
         bound = self.bind(len(x))
         if bound.negative is None or (_is_one(self.cfg) and not self.pair):
-            result = self.denoiser(x, sigma, **_open(bound.positive))
+            result = self._called(x, sigma, _open(bound.positive))
             if isinstance(result, Guided):
                 return result
             if self.pair:
@@ -121,10 +121,31 @@ class Guidance:
         return uncond, cond
 
     def _predict(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        result = self.denoiser(x, sigma, **conditioning)
+        result = self._called(x, sigma, conditioning)
         if isinstance(result, Guided):
             raise TypeError("denoiser returns Guided, so it is guided already; leave cfg=1 and negative=None")
         return check_output(result, x, "denoiser", "x, sigma, **c")
+
+    def _called(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Any:
+        """What the denoiser returns; an error of its own gets a note of what it was called with."""
+        try:
+            return self.denoiser(x, sigma, **conditioning)
+        except Exception as error:
+            if conditioning and not getattr(error, "__notes__", None):
+                error.add_note(_note(x, conditioning))
+            raise
+
+
+def _note(x: Tensor, conditioning: dict[str, Any]) -> str:
+    def described(value: Any) -> str:
+        shape = getattr(value, "shape", None)
+        return type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+    given = ", ".join(f"{key}: {described(value)}" for key, value in conditioning.items())
+    return (
+        f"kinvert called the denoiser for x of shape {tuple(x.shape)} with these keywords of positive or negative: "
+        f"{given}. A tensor needs a row for each item of the batch; other values are passed on as they are."
+    )
 
 
 def guide(
