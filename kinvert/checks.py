@@ -94,16 +94,23 @@ def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
             )
 
 
-def count(name: str, value: Any, low: int = 1) -> None:
-    """Raise ValueError where `value` is no count."""
+def count(name: str, value: Any, low: int = 1) -> int:
+    """The count `value`, an int of Python's; ValueError where it is none."""
     if not is_integer(value) or value < low:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+    return int(value)
 
 
-def positive_number(name: str, value: Any) -> None:
-    """Raise ValueError where `value` is no positive number."""
+def count_field(owner: Any, name: str, low: int = 1) -> None:
+    """Check a field of a frozen dataclass that is a count; see `count`."""
+    object.__setattr__(owner, name, count(name, getattr(owner, name), low))
+
+
+def positive_number(name: str, value: Any) -> float:
+    """The positive number `value`, a float; ValueError where it is none."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def check_callback(callback: Any) -> None:

@@ -208,7 +208,9 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
 @click.option("--steps", type=int, default=5, help="Number of steps.")
 @model_levels
 @click.option("--rising", is_flag=True, help="Up the schedule, as unsampling runs.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the sampler, e.g. eta=0.5.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the sampler, e.g. eta=0.5; repeatable."
+)
 def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, options: Sequence[str]) -> None:
     """Print a sampler's coefficients.
 
@@ -297,7 +299,7 @@ def bench_compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
 
 @bench_group.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Where it goes.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Folder of the report.")
 def bench_report(folders: tuple[Path, ...], out: Path) -> None:
     """Write the report of FOLDERS of results.
 
@@ -323,7 +325,7 @@ def bench_report(folders: tuple[Path, ...], out: Path) -> None:
 @pairs("negative", "Conditioning of the unconditional branch; repeatable.")
 @click.option("--max-evals", type=int, help="Denoiser evaluations that one image may cost, at most.")
 @click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="Floating point format.")
-@click.option("--seed", type=int, default=0, help="Of the noises of stochastic samplers.")
+@click.option("--seed", type=int, default=0, help="Seed of the noises of stochastic samplers.")
 @click.option("--shard-size", type=int, default=64, help="Files inverted as one batch and kept in one file.")
 @workers
 @imports

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kinvert.checks import count
+from kinvert.checks import count_field
 from kinvert.denoisers import Denoiser
 from kinvert.inversion.result import rms
 from kinvert.plan import Plan
@@ -169,9 +169,9 @@ class Anderson(Solver):
     check_every: int = 1
 
     def __post_init__(self) -> None:
-        count("window", self.window, 0)
-        count("max_iterations", self.max_iterations)
-        count("check_every", self.check_every)
+        count_field(self, "window", 0)
+        count_field(self, "max_iterations")
+        count_field(self, "check_every")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
@@ -294,8 +294,8 @@ class NewtonKrylov(Solver):
     least_change: bool = False
 
     def __post_init__(self) -> None:
-        count("krylov", self.krylov)
-        count("max_iterations", self.max_iterations)
+        count_field(self, "krylov")
+        count_field(self, "max_iterations")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""

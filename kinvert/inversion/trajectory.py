@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kinvert import engine
-from kinvert.checks import count
+from kinvert.checks import count_field
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
@@ -61,8 +61,8 @@ class Sweeps:
     patience: int = 12
 
     def __post_init__(self) -> None:
-        count("window", self.window)
-        count("max_sweeps", self.max_sweeps)
+        count_field(self, "window")
+        count_field(self, "max_sweeps")
 
     def solve(self, plan: Plan, select: Select, x: Tensor, goal: float, budget: int) -> Solution:
         """Solve for every sample of x, shape (batch, *event), until its round trip has an rms of at most `goal`.
@@ -122,8 +122,8 @@ class StepSweeps(Solver):
     patience: int = 6
 
     def __post_init__(self) -> None:
-        count("window", self.window)
-        count("max_sweeps", self.max_sweeps)
+        count_field(self, "window")
+        count_field(self, "max_sweeps")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""

@@ -129,7 +129,7 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 def unknown_sampler(name: object) -> str:
     """The error message for a name that is no sampler."""
     count = len(REGISTRIES["sampler"])
-    return f"unknown sampler {name!r}; {_advice(name, 'sampler')}ki.SAMPLERS has all {count} names"
+    return f"unknown sampler {name!r}; {_advice(name, 'sampler')}all {count} names: ki.SAMPLERS, or `kinvert samplers`"
 
 
 def unknown_schedule(name: object) -> str:

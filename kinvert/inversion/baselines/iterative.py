@@ -54,8 +54,8 @@ def aidi(
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
     2309.04907.
     """
-    count("iterations", iterations)
-    count("window", window, 0)
+    iterations = count("iterations", iterations)
+    window = count("window", window, 0)
     solver = Anderson(window=window, max_iterations=iterations, growth=math.inf) if window else Picard(iterations)
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
@@ -83,8 +83,8 @@ def renoise(
 
     Source: Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
     """
-    count("iterations", iterations)
-    count("average", average)
+    iterations = count("iterations", iterations)
+    average = count("average", average)
     if average > iterations:
         raise ValueError(f"average must be at most iterations, {iterations}, got {average}")
     return _solved(denoiser, x, sigmas, Euler(), Averaged(iterations, average), cfg, positive, negative)
@@ -138,9 +138,9 @@ def dpm_solver_inversion(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (the sampler euler) or 2 (dpmpp_2m), got {order!r}")
-    count("iterations", iterations)
-    count("substeps", substeps)
-    positive_number("tau", tau)
+    iterations = count("iterations", iterations)
+    substeps = count("substeps", substeps)
+    tau = positive_number("tau", tau)
     rule: Rule = Euler() if order == 1 else DPMpp2M()
     return _solved(denoiser, x, sigmas, rule, Damped(float(tau), iterations), cfg, positive, negative, substeps)
 
