@@ -114,7 +114,7 @@ def test_demo_is_reproducible_and_overwrites(tmp_path: Path) -> None:
 def test_demo_prints_a_whole_table(tmp_path: Path) -> None:
     out = tmp_path / "a" / "new folder"
     text = succeeds(*SMALL, "--out", out)
-    assert "dpmpp_2m" in text and "latent std" in text and "…" not in text
+    assert "dpmpp_2m" in text and "max error" in text and "…" not in text
     assert str(out / "demo-digits.png") in text
 
 

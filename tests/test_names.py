@@ -106,7 +106,7 @@ def test_a_sampler_of_another_host_is_suggested_first(name: str, here: str) -> N
     assert found is not None and "|".join(filter(None, (found.sampler, found.schedule))) == here
     start = f"unknown sampler {name!r}; "
     assert message.startswith((f"{start}did you mean", f"{start}use "))
-    assert repr(here.partition("|")[0]) in message[len(start) :].partition(";")[0]
+    assert repr(here.partition("|")[0]) in message[len(start) :].partition(" (all")[0].partition(";")[0]
 
 
 @pytest.mark.parametrize("sampler", AUTOMATIC1111)
@@ -118,7 +118,7 @@ def test_a_sampler_with_a_schedule_names_both(sampler: str, schedule: str) -> No
 
 
 def test_the_message_of_a_combined_name() -> None:
-    advice = "use sampler='dpmpp_2m' with ki.schedule('karras', ...); "
+    advice = "use sampler='dpmpp_2m' with ki.schedule('karras', ...) (all names"
     assert sampler_error("DPM++ 2M Karras").startswith(f"unknown sampler 'DPM++ 2M Karras'; {advice}")
     assert schedule_error("DPM++ 2M Karras").startswith(f"unknown schedule 'DPM++ 2M Karras'; {advice}")
     assert "model='sdxl'" in schedule_error("AYS SDXL")
@@ -137,8 +137,7 @@ def test_a_schedule_is_no_sampler_and_the_other_way_round() -> None:
 def test_what_kinvert_does_not_have_is_said() -> None:
     assert "kinvert does not have it" in sampler_error("Restart")
     assert "kinvert does not have it" in schedule_error("bong_tangent")
-    assert sampler_error("xyz").startswith("unknown sampler 'xyz'; all ")
-    assert len(sampler_error("xyz")) < 80
+    assert sampler_error("xyz") == "unknown sampler 'xyz' (all names: ki.SAMPLERS or `kinvert samplers`)"
 
 
 def test_every_meaning_can_be_built() -> None:
@@ -160,9 +159,9 @@ def test_separators_and_case_do_not_matter(name: str) -> None:
 @given(st.text(string.printable, max_size=30))
 def test_no_name_breaks_the_message(name: str) -> None:
     if name not in ki.SAMPLERS:
-        assert sampler_error(name).startswith(f"unknown sampler {name!r}; ")
+        assert sampler_error(name).startswith(f"unknown sampler {name!r}")
     if name not in ki.SCHEDULES:
-        assert schedule_error(name).startswith(f"unknown schedule {name!r}; ")
+        assert schedule_error(name).startswith(f"unknown schedule {name!r}")
 
 
 def test_the_schedule_of_an_unknown_sampler_is_refused() -> None:

@@ -458,7 +458,7 @@ NAN, INF = math.nan, math.inf
         (lambda: schedules.linear_quadratic(5, SD, linear_steps=0), ValueError, "linear_steps must"),
         (lambda: schedules.linear_quadratic(5, SD, 0), ValueError, "threshold_noise must"),
         (lambda: schedule("kerras", 5, SD), ValueError, "schedule 'kerras'; did you mean 'karras'?"),
-        (lambda: schedule("zzzz", 5, SD), ValueError, "unknown schedule 'zzzz'; ki.SCHEDULES has simple, sgm_uniform"),
+        (lambda: schedule("zzzz", 5, SD), ValueError, "unknown schedule 'zzzz' \\(all names: simple, sgm_uniform"),
         (lambda: schedule("karras", 0, SD), ValueError, "steps must be at least 1"),
         (lambda: schedule("karras", 5, (1, 2)), TypeError, "levels must be .* got tuple"),
         (lambda: schedule("karras", 5, SD, ro=3), TypeError, "karras has no option 'ro'; did you mean 'rho'"),

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output
-from kinvert.inputs import is_number
+from kinvert.inputs import is_number, plain
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -127,13 +127,16 @@ class Guidance:
         return check_output(result, x, "denoiser", "x, sigma, **c")
 
     def _called(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Any:
-        """What the denoiser returns; an error of its own gets a note of what it was called with."""
+        """What the denoiser returns, as plain tensors; an error of its own gets a note of what it was called with."""
         try:
-            return self.denoiser(x, sigma, **conditioning)
+            result: Any = self.denoiser(x, sigma, **conditioning)
         except Exception as error:
             if conditioning and not getattr(error, "__notes__", None):
                 error.add_note(_note(x, conditioning))
             raise
+        if isinstance(result, Guided) and all(isinstance(part, Tensor) for part in result):
+            return Guided(plain(result.denoised), plain(result.uncond))
+        return plain(result) if isinstance(result, Tensor) else result
 
 
 def _note(x: Tensor, conditioning: dict[str, Any]) -> str:

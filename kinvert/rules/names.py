@@ -128,14 +128,12 @@ def suggestion(name: object, known: Iterable[str]) -> str:
 
 def unknown_sampler(name: object) -> str:
     """The error message for a name that is no sampler."""
-    count = len(REGISTRIES["sampler"])
-    return f"unknown sampler {name!r}; {_advice(name, 'sampler')}all {count} names: ki.SAMPLERS, or `kinvert samplers`"
+    return f"unknown sampler {name!r}{_advice(name, 'sampler')} (all names: ki.SAMPLERS or `kinvert samplers`)"
 
 
 def unknown_schedule(name: object) -> str:
     """The error message for a name that is no schedule."""
-    known = ", ".join(REGISTRIES["schedule"])
-    return f"unknown schedule {name!r}; {_advice(name, 'schedule')}ki.SCHEDULES has {known}"
+    return f"unknown schedule {name!r}{_advice(name, 'schedule')} (all names: {', '.join(REGISTRIES['schedule'])})"
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
@@ -193,20 +191,20 @@ def _both(text: str) -> Meaning | None:
 
 
 def _advice(name: object, wanted: str) -> str:
-    """What to write instead, ready to be followed by where all names are."""
+    """What to write instead."""
     found = _schedule(reduced(str(name))) if wanted == "schedule" else None
     found = found or meaning(name)
     if found is None:
         near = nearest(name, REGISTRIES[wanted])
         found = Meaning(**{wanted: near}) if near else Meaning()
-    note = f"{found.note}; " if found.note else ""
+    note = f"; {found.note}" if found.note else ""
     if found.sampler and found.schedule:
-        return f"use sampler={found.rule} with {found.sigmas}; {note}"
+        return f"; use sampler={found.rule} with {found.sigmas}{note}"
     if found.schedule and wanted == "sampler":
-        return f"it names a schedule: use {found.sigmas} for the sigmas, and a sampler such as 'euler'; "
+        return f"; it names a schedule: use {found.sigmas} for the sigmas, and a sampler such as 'euler'"
     if found.sampler and wanted == "schedule":
-        return f"it names a sampler: use sampler={found.rule}, and a schedule such as 'karras'; {note}"
+        return f"; it names a sampler: use sampler={found.rule}, and a schedule such as 'karras'{note}"
     if found.options or found.schedule_options:
-        return f"use {found.rule if found.sampler else found.sigmas}; {note}"
+        return f"; use {found.rule if found.sampler else found.sigmas}{note}"
     same = found.sampler or found.schedule
-    return f"did you mean {same!r}? {note[:1].upper()}{note[1:]}" if same else note
+    return f"; did you mean {same!r}?{note[1:2]}{note[2:3].upper()}{note[3:]}" if same else note

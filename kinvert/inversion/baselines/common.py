@@ -45,6 +45,7 @@ def ddim_path(denoiser: Denoiser, x: Tensor, plan: Plan, positive: Conditioning)
     return states
 
 
+@torch.no_grad()
 def certified(
     plan: Plan,
     x: Tensor,
