@@ -1,5 +1,6 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
-`<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->` or `<!-- performance -->`.
+`<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->` or
+`<!-- performance -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -285,10 +286,9 @@ def test_plan_refuses(args: list[str], message: str) -> None:
 def terminal(width: int, *args: str) -> str:
     """What a command prints to a terminal of so many columns."""
     master, slave = pty.openpty()
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
-    with subprocess.Popen(
-        [sys.executable, "-m", "kinvert", *args], stdout=slave, env=os.environ | {"TERM": "dumb"}
-    ) as job:
+    with subprocess.Popen([sys.executable, "-m", "kinvert", *args], stdout=slave, env=env) as job:
         os.close(slave)
         text = b""
         with suppress(OSError):  # how Linux says that the other side has closed
@@ -296,7 +296,7 @@ def terminal(width: int, *args: str) -> str:
                 text += part
     os.close(master)
     assert job.returncode == 0
-    return text.decode().replace("\r", "")
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text.decode())
 
 
 @pytest.mark.parametrize("width", [40, 80])
