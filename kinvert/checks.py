@@ -47,13 +47,14 @@ def _checked(out: Any, x: Tensor, where: str) -> Tensor:
 def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
     """Draw noise for an interval and check its type and shape."""
     n = draw(*interval)
+    if isinstance(n, Tensor):
+        check_beside("noise", n, x)
     if not isinstance(n, Tensor) or n.shape != x.shape:
         got = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else type(n).__name__
         raise ValueError(
             f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
             f"{tuple(x.shape)}, got {got}"
         )
-    check_beside("noise", n, x)
     return plain(n)
 
 

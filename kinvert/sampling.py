@@ -194,12 +194,13 @@ def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
 
 
 def _check_latent(latent: Any, x: Tensor) -> Tensor:
+    if isinstance(latent, Tensor):
+        check_beside("latent", latent, x)
     if not isinstance(latent, Tensor) or latent.shape != x.shape:
         got = tuple(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
         raise ValueError(f"latent must be a tensor of x's shape {tuple(x.shape)}, got {got}")
     if not latent.is_floating_point():
         raise TypeError(f"latent must be a floating point tensor, got {latent.dtype}; convert it, e.g. latent.to(x)")
-    check_beside("latent", latent, x)
     if has_values(latent) and not bool(torch.isfinite(latent).all()):
         raise ValueError(f"latent has {int((~torch.isfinite(latent)).sum())} NaN or infinite values; clean the input")
     return plain(latent)

@@ -15,6 +15,7 @@ from kinvert.checks import count, positive_number
 from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.engine import stage_sigmas
 from kinvert.forms import State
+from kinvert.inputs import plain
 from kinvert.inversion.baselines.common import (
     Conditioning,
     certified,
@@ -159,6 +160,7 @@ def _solved(
 ) -> Inversion:
     """Solve the Euler step at every level, from the image up; for 2M, of the state less the step's other terms."""
     plan, bound = checked_plan(x, rule, sigmas), guide(denoiser, cfg, positive, negative)
+    x = plain(x)
 
     def select(index: Tensor) -> Denoiser:
         return bound.select(index, len(x))
