@@ -1,6 +1,6 @@
-"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->` or `<!-- schedules -->`, and what
-was measured where it has `<!-- inversion -->`, `<!-- baselines -->`, `<!-- performance -->`, `<!-- dtypes -->` or
-`<!-- flow -->`.
+"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
+`<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
+`<!-- performance -->`, `<!-- dtypes -->` or `<!-- flow -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -19,13 +19,14 @@ from typing import Any
 import kinvert as ki
 from kinvert.analysis import properties
 from kinvert.rules import SamplerEntry
+from kinvert.rules.names import SAMPLERS_ELSEWHERE, SCHEDULES_ELSEWHERE
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for render in (samplers, schedules, inversion, reversible, baselines, performance, dtypes, flow):
+    for render in (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -109,6 +110,16 @@ def schedules() -> str:
         parts += [f"## `{entry.name}`", description(entry.function)]
         parts += [f"Built from the number of steps and {needs[entry.needs]}. Options: {given}."]
     return "\n\n".join(parts)
+
+
+def elsewhere() -> str:
+    """A line for each name of another host that says something else than the name here."""
+    rows = []
+    for name, found in (SAMPLERS_ELSEWHERE | SCHEDULES_ELSEWHERE).items():
+        sampler = f"`{found.rule}`" if found.sampler else ""
+        schedule = f"`{found.sigmas}`" if found.schedule else ""
+        rows.append([f"`{name}`", sampler, schedule, found.note])
+    return table(["elsewhere", "sampler", "schedule", ""], rows)
 
 
 def inversion() -> str:

@@ -20,6 +20,7 @@ from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Memory, Progress, advance, combine, stage_sigmas
 from kinvert.forms import Form, State
 from kinvert.forms import Noise as NoiseSymbol
+from kinvert.inputs import check_values
 from kinvert.noise import Noise, bind, default_noise, replay
 from kinvert.plan import Interval, compile_step
 from kinvert.rules.adaptive import DPMAdaptive
@@ -74,7 +75,8 @@ def run_adaptive(
             rising schedule with eta > 0.
         TypeError: x that is not a floating point tensor.
     """
-    check_state(x)
+    x = check_state(x)
+    check_values("x", x, f"{solver.name} chooses its steps by them")
     first, last = ends(settle(denoiser, solver, sigmas).schedule)
     if solver.eta and last > first:
         raise ValueError(

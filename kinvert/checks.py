@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, within_one
 from kinvert.denoisers import Guided
+from kinvert.inputs import check_beside, check_dense, is_integer, is_number, plain
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan, Stage, Step
 
@@ -42,29 +43,37 @@ def _checked(out: Any, x: Tensor, where: str) -> Tensor:
             f"the denoiser must return x's dtype {x.dtype}, got {out.dtype} {where}; convert x to the network's dtype, "
             "or return denoised.to(x.dtype)"
         )
-    return out
+    return plain(out)
 
 
 def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
     """Draw noise for an interval and check its type and shape."""
     n = draw(*interval)
+    if isinstance(n, Tensor):
+        check_beside("noise", n, x)
     if not isinstance(n, Tensor) or n.shape != x.shape:
         got = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else type(n).__name__
         raise ValueError(
             f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
             f"{tuple(x.shape)}, got {got}"
         )
-    return n
+    return plain(n)
 
 
-def check_state(x: Any) -> None:
-    """Raise TypeError or ValueError where `x` is not a state: a floating point tensor of shape (batch, *event)."""
+def check_state(x: Any) -> Tensor:
+    """The state `x`, a dense floating point tensor of shape (batch, *event), as a plain tensor.
+
+    Raises:
+        TypeError, ValueError: x is something else.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
+    check_dense("x", x)
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
+    return plain(x)
 
 
 def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
@@ -97,8 +106,10 @@ def rounding(x: Tensor, sigma: float) -> float:
 
     A run that starts at a small level, or divides by one, has this error in its first step, and carries it along: on
     the embedded digits in bfloat16 (20 steps, levels 0.002 to 80, rms 0.85) latents were off by 1.4 sigma where it is
-    66, by 0.4 where it is 1.3, and by 0.2 where it is 0.7. One read of x.
+    66, by 0.4 where it is 1.3, and by 0.2 where it is 0.7. One read of x; 0 for one without values.
     """
+    if not has_values(x):
+        return 0.0
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return float(wide.square().mean().sqrt()) * torch.finfo(x.dtype).eps / sigma
 
@@ -114,16 +125,23 @@ def warn_if_drowned(x: Tensor, sigma: float, what: str, fix: str, stacklevel: in
         )
 
 
-def count(name: str, value: Any, low: int = 1) -> None:
-    """Raise ValueError where `value` is no count."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+def count(name: str, value: Any, low: int = 1) -> int:
+    """The count `value`, an int of Python's; ValueError where it is none."""
+    if not is_integer(value) or value < low:
         raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+    return int(value)
 
 
-def positive_number(name: str, value: Any) -> None:
-    """Raise ValueError where `value` is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+def count_field(owner: Any, name: str, low: int = 1) -> None:
+    """Check a field of a frozen dataclass that is a count; see `count`."""
+    object.__setattr__(owner, name, count(name, getattr(owner, name), low))
+
+
+def positive_number(name: str, value: Any) -> float:
+    """The positive number `value`, a float; ValueError where it is none."""
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def check_callback(callback: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,14 @@ import torch
 
 import kinvert as ki
 from kinvert import analysis, bench, models
+from kinvert import demo as demos
 from kinvert.bench.grid import describe
 from kinvert.sampling import rising_schedule
 
 try:
     import click
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from kinvert import demo as demos
+    from kinvert.console import print_lines, print_notes, print_table
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command line needs {error.name}, which is not here: pip install 'kinvert[cli]'") from error
 
@@ -47,6 +44,14 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 
 class Commands(click.Group):
     """A group in which the library's complaints about an input are usage errors, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run as a program, unless there is nowhere to print."""
+        if sys.stdout is None:  # as Python has it for `>&-`
+            if sys.stderr is not None:
+                sys.stderr.write("Error: stdout is closed, so that nothing can be printed; use > /dev/null instead\n")
+            sys.exit(2)
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
@@ -116,6 +121,7 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
     An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. The
     figures are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
     """
+    _check_matplotlib()
     torch.set_num_threads(1)  # the networks are so small that threads only get in each other's way
     try:
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -131,16 +137,16 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
          f"{r['latent_mean']:+.3f}", f"{r['latent_std']:.3f}"]
         for r in outcome.table()
     ]  # fmt: skip
-    columns = ["sampler", "steps", "evaluations", "MSE", "PSNR (dB)", "max error", "latent mean", "latent std"]
+    columns = ["sampler", "steps", "evaluations", "MSE", "PSNR (dB)", "max error", "latent\nmean", "latent\nstd"]
     s = outcome.settings
-    _print_table(
+    print_table(
         f"round trip of {s.count} held-out images, {s.model}, {s.schedule}, cfg {s.cfg:g}", columns, rows, numbers=True
     )
-    _print_lines(
+    print_notes(
         "Errors are of the image sampled back, in [-1, 1]; PSNR is the mean over the images.",
         "Latents are divided by sigma: pure noise has mean 0 and standard deviation 1.",
-        *(f"wrote {path}" for path in paths.values()),
     )
+    print_lines(*(f"wrote {path}" for path in paths.values()))
 
 
 @main.command()
@@ -156,9 +162,9 @@ def samplers(as_json: bool) -> None:
         click.echo(demos.to_json(found), nl=False)
         return
     rows = [[e.name, ki.sampler(e.name).ode_order, *_cells(p), _options(e.options)] for e, p in entries]
-    columns = ["sampler", "order", "evals/step", "noises/step", "memory", "CFG++", "unsamples", "invertible", "options"]
-    _print_table("samplers", columns, rows)
-    _print_lines(
+    columns = ["sampler", "order", "evals/\nstep", "noises/\nstep", "unsamples", "invertible", "memory", "CFG++"]
+    print_table("samplers", [*columns, "options"], rows, needed=6)
+    print_notes(
         "memory: values that a step hands on besides x. unsamples: runs up a schedule and keeps the image.",
         "invertible:",
         *(f"  {word:<10} {meaning}" for word, meaning in analysis.INVERTIBILITY.items()),
@@ -193,7 +199,7 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
         return
     rows = [[e.name, e.needs, len(v) - 1, _shortened(v), _options(e.options), e.summary] for e, v in entries]
     columns = ["schedule", "needs", "steps", "noise levels", "options", "summary"]
-    _print_table(f"noise schedules for {model}, {steps} steps", columns, rows)
+    print_table(f"noise schedules for {model}, {steps} steps", columns, rows, needed=4)
 
 
 @main.command()
@@ -202,7 +208,9 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
 @click.option("--steps", type=int, default=5, help="Number of steps.")
 @model_levels
 @click.option("--rising", is_flag=True, help="Up the schedule, as unsampling runs.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the sampler, e.g. eta=0.5.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the sampler, e.g. eta=0.5; repeatable."
+)
 def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, options: Sequence[str]) -> None:
     """Print a sampler's coefficients.
 
@@ -258,11 +266,11 @@ def bench_run(
     imports = (*imports, *more)
     if slurms:
         jobs = bench.submit_cells(cells, out, workers=workers, imports=imports, **_options_of("--slurm", slurms))
-        _print_lines(*(f"submitted job {job.job_id}" for job in jobs), f"their results go to {out}")
+        print_lines(*(f"submitted job {job.job_id}" for job in jobs), f"their results go to {out}")
         return
     records = bench.run(cells, out, workers=workers, imports=imports, progress=True)
     refused = sum(record["error"] is not None for record in records)
-    _print_lines(
+    print_lines(
         f"{len(records)} of {len(cells)} cells are in {out}, {refused} of them with an error",
         f"next: kinvert bench report {out}",
     )
@@ -281,25 +289,26 @@ def bench_compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
     found = bench.compare(a, b, rtol=rtol)
     rows = [[describe(d.cell), d.what, _brief(d.a), _brief(d.b)] for d in found.differences]
     if rows:
-        _print_table("differences (of metrics, the medians)", ["cell", "what", str(a), str(b)], rows)
+        print_table("differences (of metrics, the medians)", ["cell", "what", str(a), str(b)], rows)
     for place, cells in ((a, found.only_a), (b, found.only_b)):
-        _print_lines(*(f"only in {place}: {describe(cell)}" for cell in cells))
-    _print_lines(*(f"{name} differs: {left} and {right}" for name, (left, right) in found.versions.items()))
-    _print_lines(f"{found.equal} cells are equal")
+        print_lines(*(f"only in {place}: {describe(cell)}" for cell in cells))
+    print_lines(*(f"{name} differs: {left} and {right}" for name, (left, right) in found.versions.items()))
+    print_lines(f"{found.equal} cells are equal")
     ctx.exit(0 if found.same else 1)
 
 
 @bench_group.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Where it goes.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Folder of the report.")
 def bench_report(folders: tuple[Path, ...], out: Path) -> None:
     """Write the report of FOLDERS of results.
 
     It is one HTML file, with figures as PNG and SVG and tables in Markdown and LaTeX beside it.
     """
+    _check_matplotlib()
     from kinvert.bench import report
 
-    _print_lines(f"wrote {report.write(folders, out)}")
+    print_lines(f"wrote {report.write(folders, out)}")
 
 
 @main.command()
@@ -316,7 +325,7 @@ def bench_report(folders: tuple[Path, ...], out: Path) -> None:
 @pairs("negative", "Conditioning of the unconditional branch; repeatable.")
 @click.option("--max-evals", type=int, help="Denoiser evaluations that one image may cost, at most.")
 @click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="Floating point format.")
-@click.option("--seed", type=int, default=0, help="Of the noises of stochastic samplers.")
+@click.option("--seed", type=int, default=0, help="Seed of the noises of stochastic samplers.")
 @click.option("--shard-size", type=int, default=64, help="Files inverted as one batch and kept in one file.")
 @workers
 @imports
@@ -335,10 +344,20 @@ def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> N
     cell = bench.Cell(**given, options=options)
     rows = bench.invert_folder(source, out, cell, **placed, **machinery, imports=imports, progress=True)
     claimed = [row["converged"] for row in rows if row["converged"] is not None]
-    _print_lines(
+    print_lines(
         f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
         f"which is where: {out / 'manifest.jsonl'}",
     )
+
+
+def _check_matplotlib() -> None:
+    """Raise ValueError where pictures cannot be drawn, before the work and not after it."""
+    try:
+        import matplotlib.figure  # noqa: F401 - not at the top: it takes half as long as torch
+    except ModuleNotFoundError as error:
+        raise ValueError(f"pictures need {error.name}, which is not here: pip install 'kinvert[cli]'") from error
+    except ValueError as error:
+        raise ValueError(f"matplotlib does not start: {error}; is the variable MPLBACKEND right?") from error
 
 
 def _options_of(flag: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -361,25 +380,6 @@ def _key_value(text: str, flag: str = "--option") -> tuple[str, Any]:
 
 
 # -- output ------------------------------------------------------------------------------------------------------------
-def _console() -> Console:
-    """As wide as the terminal; wide enough for everything where the output goes elsewhere."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240, highlight=False)
-
-
-def _print_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[Any]], numbers: bool = False) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for k, column in enumerate(columns):
-        table.add_column(column, overflow="fold", justify="right" if numbers and k else "left", no_wrap=k == 0)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    _console().print(table)
-
-
-def _print_lines(*lines: str) -> None:
-    for line in lines:
-        _console().print(line, markup=False, soft_wrap=True)
-
-
 def _properties(name: str) -> dict[str, Any] | None:
     """What a sampler's Plan says; None for one that chooses its steps and so has no Plan."""
     try:
@@ -391,9 +391,10 @@ def _properties(name: str) -> dict[str, Any] | None:
 
 def _cells(properties: dict[str, Any] | None) -> list[Any]:
     if properties is None:
-        return ["", "", "", "", "", "no plan"]
-    numbers = [properties[key] or "-" for key in ("evaluations_per_step", "draws", "memory")]
-    return [*numbers, _yes(properties["guided"]), _yes(properties["unsamples"]), properties["invertibility"]]
+        return ["", "", "", "no plan", "", ""]
+    evaluations, draws, memory = (properties[key] or "-" for key in ("evaluations_per_step", "draws", "memory"))
+    ways = _yes(properties["unsamples"]), properties["invertibility"]
+    return [evaluations, draws, *ways, memory, _yes(properties["guided"])]
 
 
 def _yes(value: bool) -> str:

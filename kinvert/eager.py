@@ -22,7 +22,7 @@ from kinvert.rules.base import Rule, StepBuilder
 
 def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noise | None = None) -> Tensor:
     """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
-    check_state(x)
+    x = check_state(x)
     rule, levels = rule.prepare(as_schedule(sigmas))
     draw = bind(default_noise(rule.default_noise) if noise is None else noise, x, clip=rule.noise_clip)
     state: Memory = {"x": x}

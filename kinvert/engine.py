@@ -36,13 +36,14 @@ from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
 from kinvert.denoisers.dtypes import explain
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
+from kinvert.inputs import has_values, plain
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Plan, Stage, Step
 from kinvert.program import Call, Kernel, Pass, Program, outlives, program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Progress:
     """What a callback receives once a step: the state that the step's first evaluation saw, and its result.
 
@@ -124,6 +125,7 @@ def run_state(
     if not callable(denoiser):
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma), got {type(denoiser).__name__}")
     check_coordinates(plan, denoiser)
+    state = {name: plain(value) for name, value in state.items()}
     x = state["x"]
     draw = noise_for(plan, noise, x)
     if torch.compiler.is_compiling():
@@ -139,7 +141,7 @@ def run_state(
 
 def _is_traced(x: Tensor) -> bool:
     """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor, or nobody can say."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_fuse():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_fuse() or not has_values(x):
         return True
     return (
         torch._C._functorch.peek_interpreter_stack() is not None

@@ -31,7 +31,7 @@ from kinvert.denoisers import Denoiser, Guided
 from kinvert.engine import Callback, Constants, FusedRun, Progress, can_fuse, noise_for, run
 from kinvert.noise import Noise
 from kinvert.plan import Plan
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown
 
 Steps = Literal["all", "each"]
 
@@ -59,9 +59,9 @@ def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> 
         ValueError: steps that is neither "all" nor "each".
     """
     check_plan(plan)
-    check_state(x)
+    x = check_state(x)
     if steps not in get_args(Steps):
-        raise ValueError(f"steps must be {one_of(steps, get_args(Steps))}")
+        raise ValueError(unknown("steps", steps, get_args(Steps)))
     return CapturedRun(plan, denoiser, x, steps)
 
 
@@ -74,7 +74,7 @@ def captured_denoiser(denoiser: Denoiser, x: Tensor) -> CapturedDenoiser:
     Returns:
         A denoiser with the same results; its `reason` is None, or says why it runs without a graph.
     """
-    check_state(x)
+    x = check_state(x)
     return CapturedDenoiser(denoiser, x)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from kinvert.devices import widest
 from kinvert.flowtimes import FlowTimes
+from kinvert.inputs import is_number
 
 __all__ = [
     "DiscreteLevels",
@@ -72,7 +73,7 @@ def real(name: str, value: object, *, above: float = -math.inf, below: float = m
         TypeError: not a real number (bool, str and tensors are not).
         ValueError: not finite, or outside the open interval.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+    if not is_number(value):
         got = f"{type(value).__name__} {value!r}"
         raise TypeError(f"{name} must be a number, got {got}; pass a float")
     number = float(value)

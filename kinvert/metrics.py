@@ -25,6 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kinvert.inputs import is_integer
+
 Per = Literal["sample", "channel"]
 
 
@@ -244,9 +246,9 @@ def patch_correlation(z: Tensor, patch: int | None = None, pairs: int = 20) -> T
     _check_images("z", z, 4)
     side = min(z.shape[2:])
     patch = min(8, side // 2) if patch is None else patch
-    if not isinstance(pairs, int) or pairs < 1:
+    if not is_integer(pairs) or pairs < 1:
         raise ValueError(f"pairs must be an int of at least 1, got {pairs!r}")
-    if not isinstance(patch, int) or not 2 <= patch <= side:
+    if not is_integer(patch) or not 2 <= patch <= side:
         raise ValueError(f"patch must be an int from 2 to {side}, the shorter side of z, got {patch!r}")
     values = torch.where(_flat(z)[:, None, None, None], math.nan, _values(z, "sample").reshape(z.shape))
     upper = torch.triu_indices(patch**2, patch**2, offset=1)

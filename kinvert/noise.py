@@ -19,8 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kinvert.inputs import check_beside, has_values, is_integer, plain
 
 NoiseFunction = Callable[[float, float], Tensor]
 
@@ -45,6 +48,8 @@ class White:
 
     def bind(self, x: Tensor) -> NoiseFunction:
         """A fresh stream of noise like `x`, from the seed."""
+        if not has_values(x):
+            return _shapes(self.seed, x)
         return _WhiteStream(self.seed, x)
 
 
@@ -98,6 +103,8 @@ class Brownian:
 
     def bind(self, x: Tensor, levels: tuple[float, ...] = ()) -> NoiseFunction:
         """The path's increments in x's shape, dtype and device; for the same `levels` of a run, the same every time."""
+        if not has_values(x):
+            return _shapes(self.seed, x)
         return _BrownianPath(self, x, levels if self.depth is None else ())
 
 
@@ -273,6 +280,12 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _shapes(seed: int | tuple[int, ...], x: Tensor) -> NoiseFunction:
+    """Noise for a state without values: tensors like it."""
+    _check_seeds(seed, x)
+    return lambda sigma_from, sigma_to: torch.empty_like(x)
+
+
 def _check_seeds(seed: int | tuple[int, ...], x: Tensor) -> None:
     if isinstance(seed, tuple) and len(seed) != x.shape[0]:
         raise ValueError(f"noise got {len(seed)} seeds for a batch of {x.shape[0]}; give one seed, or one per sample")
@@ -295,7 +308,8 @@ class Replay:
                     f"replay ran out of noise at the interval {sigma_from:g} -> {sigma_to:g}: it holds "
                     f"{len(self.tensors)} tensors, the run needs more (compile_plan(...).draws says how many)"
                 )
-            return noise.to(device=x.device, dtype=x.dtype)
+            check_beside("noise", noise, x)
+            return plain(noise).to(device=x.device, dtype=x.dtype)
 
         return draw
 
@@ -353,22 +367,24 @@ def brownian(seed: int | Sequence[int] | None = None, depth: int | None = None) 
     Raises:
         TypeError, ValueError: a seed that is not made of ints, or a depth out of its range.
     """
-    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int)):
+    if depth is not None and not is_integer(depth):
         raise TypeError(f"depth must be an int or None, got {depth!r}")
     if depth is not None and not 1 <= depth <= 40:
         raise ValueError(f"depth must be from 1 to 40, got {depth}; 10 resolves steps of a thousandth of sigma")
-    return Brownian(_as_seed(seed), depth)
+    return Brownian(_as_seed(seed), None if depth is None else int(depth))
 
 
 def _as_seed(seed: Any) -> int | tuple[int, ...]:
     if seed is None:
-        return int(torch.randint(2**63 - 1, ()).item())
-    seeds = tuple(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else (seed,)
-    if not seeds or any(isinstance(one, bool) or not isinstance(one, int) for one in seeds):
+        drawn = torch.randint(2**63 - 1, ())
+        return int(drawn.item()) if has_values(drawn) else 0  # none where every new tensor is fake or on meta
+    many = not isinstance(seed, str) and isinstance(seed, Sequence | np.ndarray) and np.ndim(seed) == 1
+    seeds = tuple(seed) if many else (seed,)
+    if not seeds or not all(map(is_integer, seeds)):
         raise TypeError(f"seed must be an int, a sequence of ints (one per sample) or None, got {seed!r}")
     if not all(-(2**63) <= one < 2**64 for one in seeds):
         raise ValueError(f"seed must have 64 bits, as torch's generators take it, got {seed!r}")
-    return seed if isinstance(seed, int) else seeds
+    return tuple(map(int, seeds)) if many else int(seed)
 
 
 def replay(tensors: Sequence[Tensor]) -> Replay:

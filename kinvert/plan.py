@@ -278,14 +278,21 @@ def _rename(form: Form, names: dict[Symbol, Symbol]) -> Form:
 
 def as_schedule(sigmas: Any) -> tuple[float, ...]:
     """Check a schedule and bring it to the host as floats; see `compile_plan`."""
-    values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+    try:
+        values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+    except (RuntimeError, NotImplementedError):
+        raise TypeError(
+            f"sigmas must have values that can be read, got {_describe(sigmas)}; give a dense tensor on a real device "
+            "(not on meta, not fake), or a list of floats"
+        ) from None
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {_describe(sigmas)}")
     values = list(values)
     try:
         levels = tuple(_number(v) for v in values)
-    except TypeError:
-        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {_describe(sigmas)}") from None
+    except (TypeError, ValueError, RuntimeError):
+        hint = f"; pass it as it is, not in a {type(sigmas).__name__}" if len(values) == 1 else ""
+        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {_describe(sigmas)}{hint}") from None
     if len(levels) < 2:
         raise ValueError(f"sigmas must have at least two noise levels (one step), got {levels}")
     for i, sigma in enumerate(levels):
@@ -323,4 +330,6 @@ def _check_monotone(levels: tuple[float, ...]) -> None:
 
 def _describe(value: Any) -> str:
     shape = getattr(value, "shape", None)
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return f"a {type(value).__name__} of {_describe(value[0])}"
     return f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else repr(value)

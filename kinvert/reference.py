@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kinvert.checks import check_state
 from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.inputs import check_values, is_number
 from kinvert.inversion import invert
 from kinvert.inversion.result import rms
 from kinvert.plan import as_schedule
@@ -72,7 +73,8 @@ def solve_ode(
         ValueError: a noise level that is not positive and finite, a tolerance that float64 cannot meet, NaN or infinity
             in x or from the denoiser, too many evaluations; with the sample and the sigma where it happened.
     """
-    check_state(x)
+    x = check_state(x)
+    check_values("x", x, "the ODE is solved for them")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
     for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
@@ -141,7 +143,7 @@ def split_error(
     Raises:
         TypeError, ValueError: as in `solve_ode` and `invert`; a latent that does not have the image's shape.
     """
-    check_state(image)
+    image = check_state(image)
     schedule, wide = as_schedule(sigmas), image.to(torch.float64)
     guidance: dict[str, Any] = {"cfg": cfg, "positive": positive, "negative": negative}
     exact = invert(denoiser, wide, schedule, sampler=sampler, **guidance)
@@ -204,7 +206,7 @@ def _integrate(drift: _Drift, x: np.ndarray, ends: tuple[float, float], rtol: fl
 
 
 def _check_number(name: str, value: Any, what: str, low: float = 0.0) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}; pass {what}")
     if not (math.isfinite(value) and value > 0 and value >= low):
         raise ValueError(f"{name} must be positive and finite, got {value}; pass {what}")

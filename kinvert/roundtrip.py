@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.checks import check_state
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
 from kinvert.inversion.invert import invert
 from kinvert.levels import FlowTimes
 from kinvert.rules import Rule
+from kinvert.rules.names import unknown
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 
 
@@ -54,7 +56,8 @@ class RoundTrip:
         ]
         for f in fields(self)[4:-1]:
             values = getattr(self, f.name)
-            lines.append(f"  {f.name:<12} mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
+            mean, low, high = (float(value) for value in (values.mean(), values.min(), values.max()))
+            lines.append(f"  {f.name:<12} mean {mean:.4g}, from {low:.4g} to {high:.4g}")
         return "\n".join([*lines, f"  psnr is in dB for a data range of {self.data_range:g}"])
 
 
@@ -96,13 +99,13 @@ def round_trip(
         TypeError, ValueError: as in `unsample` and `sample`.
     """
     if method not in ("unsample", "invert"):
-        raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
+        raise ValueError(unknown("method", method, ("unsample", "invert")))
     if method == "invert" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
+    x = check_state(x)
     coordinates, rule, levels = settle(denoiser, sampler, sigmas)
-    schedule = (
-        FlowTimes(levels) if coordinates == "flow" else levels
-    )  # what they mean, for a denoiser that does not say
+    # what they mean, for a denoiser that does not say
+    schedule = FlowTimes(levels) if coordinates == "flow" else levels
     evaluations = [0, 0]
 
     def counted(direction: int) -> Callback:

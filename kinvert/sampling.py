@@ -30,6 +30,7 @@ from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
 from kinvert.graphs import captured_denoiser
+from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
 from kinvert.moments import check_flow_spread
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
@@ -125,7 +126,7 @@ def sample(
         TypeError, ValueError: an input that cannot work, named with what was got and the fix; a denoiser that returned
             NaN or infinity, with the step and its sigma.
     """
-    check_state(x)
+    x = check_state(x)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = _Job.of(rule, schedule)
@@ -135,7 +136,7 @@ def sample(
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
-        _check_like_x("latent", latent, x)
+        latent = _like_x("latent", latent, x)
         signal = latent if coordinates == "ve" else (1 - schedule[0]) * latent
         kept = _mask_noise(mask_noise, x, signal, job.sigmas[0])
         denoise = Masked(denoise, mask, latent, noise=kept, coordinates=coordinates)
@@ -199,7 +200,7 @@ def unsample(
             other input that cannot work.
         TypeError: as in `sample`.
     """
-    check_state(x)
+    x = check_state(x)
     if not isinstance(normalize, bool) and normalize not in ("sample", "sigma"):
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
@@ -235,14 +236,14 @@ def rising_schedule(
     """
     schedule = as_schedule(sigmas)
     _check_direction(schedule, "unsample reverses it itself")
-    if isinstance(sigma_offset, bool) or not isinstance(sigma_offset, (int, float)):
+    if not is_number(sigma_offset):
         raise TypeError(f"sigma_offset must be a float, got {sigma_offset!r}")
     if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
         raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
     kept = schedule[dropped_steps(schedule, end_at_step) :]
     levels: list[float] = []
     for sigma in reversed(kept):
-        level = sigma + sigma_offset if sigma + sigma_offset < highest else sigma
+        level = sigma + float(sigma_offset) if sigma + sigma_offset < highest else sigma
         levels.append(level if not levels or level > levels[-1] else (levels[-1] + highest) / 2)
     return tuple(levels)
 
@@ -255,11 +256,11 @@ def offset_for(x: Tensor, schedule: tuple[float, ...]) -> float:
 
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
     """How many steps `end_at_step` leaves out: at least one step always runs."""
-    if isinstance(end_at_step, bool) or not isinstance(end_at_step, int):
+    if not is_integer(end_at_step):
         raise TypeError(f"end_at_step must be an int, got {end_at_step!r}")
     if end_at_step < 0:
         raise ValueError(f"end_at_step must not be negative, got {end_at_step}; 0 unsamples all the way")
-    return min(end_at_step, len(schedule) - 2)
+    return min(int(end_at_step), len(schedule) - 2)
 
 
 def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
@@ -275,25 +276,27 @@ def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
     if not getattr(unwrapped(rule), "keep_last", True):
         raise ValueError(
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
-            f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0, keep_last=True)"
+            f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0), which keeps it"
         )
 
 
-def _check_like_x(name: str, value: Any, x: Tensor) -> None:
+def _like_x(name: str, value: Any, x: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        check_beside(name, value, x)
     if not isinstance(value, Tensor) or value.shape != x.shape:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must be a tensor of x's shape {tuple(x.shape)}, got {got}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; convert it, e.g. {name}.to(x)")
-    if not bool(torch.isfinite(value).all()):
+    if has_values(value) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} has {int((~torch.isfinite(value)).sum())} NaN or infinite values; clean the input")
+    return plain(value)
 
 
 def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -> Tensor:
     """The noise of the kept region: as given, or what x has there beside the signal."""
     if given is not None:
-        _check_like_x("mask_noise", given, x)
-        return given
+        return _like_x("mask_noise", given, x)
     warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) - signal.to(wide)) / sigma
@@ -315,11 +318,11 @@ def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) ->
 
 def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
     """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
-    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int)):
+    if max_batch is not None and not is_integer(max_batch):
         raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
     if max_batch is not None and max_batch < 1:
         raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
-    return torch.arange(len(x), device=x.device).split(max_batch or len(x))
+    return torch.arange(len(x), device=x.device).split(int(max_batch or len(x)))
 
 
 @dataclass(frozen=True)
@@ -387,7 +390,7 @@ class _Job:
         if noise is None and self.plan is not None and self.plan.is_stochastic:
             noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
         result = self.run(denoiser, x, noise, callback)
-        if not bool(torch.isfinite(result).all()):
+        if has_values(result) and not bool(torch.isfinite(result).all()):
             raise ValueError(self._first_bad_step(denoiser, x, noise))
         return result
 
@@ -473,7 +476,7 @@ def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:
     dims = tuple(range(latent.ndim)) if how is True else tuple(range(1, latent.ndim))
     varies = latent.numel() > (1 if how is True else len(latent))
     std = wide.std(dims, keepdim=True) if varies else wide.new_zeros(())
-    if not bool((std > 0).all()):  # one read, after the loop
+    if has_values(std) and not bool((std > 0).all()):  # one read, after the loop
         raise ValueError(
             f"normalize={how!r} needs a latent that varies, got standard deviation 0 in shape {tuple(latent.shape)}; "
             "use normalize='sigma'"

@@ -21,10 +21,9 @@ values differ from these by its rounding, of up to 2e-4 where it is amplified
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.inputs import is_integer, is_number
 from kinvert.levels import FlowTimes, Levels, real
+from kinvert.rules.names import REGISTRIES, suggestion, unknown, unknown_sampler, unknown_schedule
 
 # Samplers whose schedule is built with one step more and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
@@ -121,7 +122,7 @@ def ays(n: int, model: str = "sd15") -> Tensor:
     arXiv 2404.14507.
     """
     if model not in ALIGN_YOUR_STEPS:
-        raise ValueError(_unknown("model", model, ALIGN_YOUR_STEPS))
+        raise ValueError(unknown("model", model, ALIGN_YOUR_STEPS))
     table = np.log(ALIGN_YOUR_STEPS[model])
     at = np.linspace(0, 1, _steps(n) + 1)
     sigmas = torch.from_numpy(np.exp(np.interp(at, np.linspace(0, 1, len(table)), table)))
@@ -222,10 +223,7 @@ def linear_quadratic(
             there on the quadratic part would pass below 0 and come back.
     """
     n = _steps(n)
-    if isinstance(levels, (int, float, np.number)):
-        sigma_max = real("levels", levels, above=0)
-    else:
-        sigma_max = _checked(levels).sigma_max
+    sigma_max = real("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
     if n == 1:
         return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
@@ -283,6 +281,7 @@ SCHEDULES: dict[str, ScheduleEntry] = (
     | _entries("bounds", karras, exponential, polyexponential, laplace, kl_optimal)
     | _entries("nothing", vp, ays)
 )
+REGISTRIES["schedule"] = SCHEDULES
 
 
 def schedule(
@@ -317,11 +316,11 @@ def schedule(
         ValueError: unknown name, steps or options out of range, or denoise outside (0, 1].
         TypeError: levels is not a Levels, or an option the schedule does not have.
     """
-    if name not in SCHEDULES:
-        raise ValueError(_unknown("schedule", name, SCHEDULES))
+    if not isinstance(name, str) or name not in SCHEDULES:
+        raise ValueError(unknown_schedule(name))
     entry, steps, levels = SCHEDULES[name], _steps(steps, "steps"), _checked(levels)
     for option in options.keys() - entry.options.keys():
-        raise TypeError(_unknown(f"option of {name}", option, entry.options))
+        raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
     denoise = 1.0 if denoise is None else real("denoise", denoise)
     if not 0 < denoise <= 1:
         hint = "leaves nothing to do" if denoise <= 0 else "is more than all of the noise"
@@ -342,7 +341,7 @@ def schedule(
 
 
 def _steps(n: object, name: str = "n") -> int:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+    if not is_integer(n):
         raise TypeError(f"{name} must be an int, got {type(n).__name__} {n!r}; pass e.g. 20")
     if n < 1:
         raise ValueError(f"{name} must be at least 1, got {n}; pass e.g. 20")
@@ -371,6 +370,8 @@ def _sampler_name(sampler: object) -> str | None:
         raise TypeError(
             f"sampler must be a name or an object with a name, got {type(sampler).__name__}; pass e.g. 'euler'"
         )
+    if isinstance(sampler, str) and sampler not in REGISTRIES["sampler"]:
+        raise ValueError(unknown_sampler(sampler))  # whose schedule it is cannot be guessed
     return name
 
 
@@ -397,9 +398,3 @@ def _of(levels: Levels | float, sigmas: Tensor) -> Tensor:
 
 def _with_zero(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
-
-
-def _unknown(what: str, name: object, known: Sequence[str] | dict[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {what} {name!r}; {hint}choose one of {', '.join(known) or 'none'}"

@@ -368,7 +368,7 @@ def test_a_fixed_point_that_diverges_is_returned_as_it_is() -> None:
 
 X, S = images(), schedule()
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "at": (lambda: ddim_inversion(MIXTURE, X, S, at="cleen"), ValueError, "at must be one of clean, noisy, got 'cleen'; did you mean 'clean'"),  # type: ignore[arg-type]
+    "at": (lambda: ddim_inversion(MIXTURE, X, S, at="cleen"), ValueError, "unknown at 'cleen'; did you mean 'clean'. It must be one of clean, noisy"),  # type: ignore[arg-type]
     "ends at 0": (lambda: ddim_inversion(MIXTURE, X, ki.schedules.karras(5, 0.1, 10)), ValueError, r"stop at sigma_min > 0, e.g. sigmas\[:-1\]"),
     "rising": (lambda: aidi(MIXTURE, X, S.flip(0)), ValueError, r"decreasing.*sigmas.flip\(0\)"),
     "half": (lambda: aidi(MIXTURE, X.half(), S), TypeError, "x must be float32 or float64, got torch.float16"),

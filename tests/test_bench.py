@@ -115,8 +115,12 @@ def test_cells_refuse(settings: dict[str, Any], message: str) -> None:
         ("steps = 3\n[[grid]]\nmodel = 'gaussian'", "'steps' stands outside of the blocks"),
         ("imports = 'own'\nmodel = 'gaussian'", "imports must be a list"),
         ("imports = ['no_such_module']\nmodel = 'gaussian'", "cannot import 'no_such_module': ModuleNotFoundError"),
-        ("model = 'no_such_module:f'", "model 'no_such_module:f' cannot be imported: ModuleNotFoundError"),
-        ("model = 'kinvert:no_such_function'", "cannot be imported: AttributeError"),
+        (
+            "model = 'no_such_module:f'",
+            "model 'no_such_module:f': there is no module 'no_such_module'; is its folder on PYTHONPATH",
+        ),
+        ("model = 'kinvert.bench.no_such:f'", "the package 'kinvert.bench' has no module 'no_such'"),
+        ("model = 'kinvert:unsampel'", "has no function 'unsampel'; did you mean 'unsample'?"),
         ("model = 'kinvert:__version__'", "is not a function"),
     ],
 )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,7 +115,7 @@ def test_demo_is_reproducible_and_overwrites(tmp_path: Path) -> None:
 def test_demo_prints_a_whole_table(tmp_path: Path) -> None:
     out = tmp_path / "a" / "new folder"
     text = succeeds(*SMALL, "--out", out)
-    assert "dpmpp_2m" in text and "latent std" in text and "…" not in text
+    assert "dpmpp_2m" in text and "max error" in text and "…" not in text
     assert str(out / "demo-digits.png") in text
 
 
@@ -169,7 +176,7 @@ def test_half_a_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--samplers", "eulr"], "got 'eulr'; did you mean 'euler'?"),
+        (["--samplers", "eulr"], "unknown sampler 'eulr'; did you mean 'euler'?"),
         (["--samplers", "euler_ancestral"], "euler_ancestral cannot unsample: its step from sigma 0.0001"),
         (["--samplers", "dpmpp_2m_sde"], "negative variance"),
         (["--samplers", ","], "samplers must name at least one"),
@@ -276,6 +283,76 @@ def test_plan_refuses(args: list[str], message: str) -> None:
     assert message in fails("plan", *args)
 
 
+def terminal(width: int, *args: str) -> str:
+    """What a command prints to a terminal of so many columns."""
+    master, slave = pty.openpty()
+    env = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    with subprocess.Popen([sys.executable, "-m", "kinvert", *args], stdout=slave, env=env) as job:
+        os.close(slave)
+        text = b""
+        with suppress(OSError):  # how Linux says that the other side has closed
+            while part := os.read(master, 65536):
+                text += part
+    os.close(master)
+    assert job.returncode == 0
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", text.decode())
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize(("command", "names"), [("samplers", ki.SAMPLERS), ("schedules", ki.SCHEDULES)])
+def test_a_listing_fits_the_terminal(command: str, names: dict[str, Any], width: int) -> None:
+    lines = terminal(width, command).splitlines()
+    assert max(map(len, lines)) <= width
+    assert [line.split()[0] for line in lines if line[:1].strip() and line.split()[0] in names] == list(names)
+    if width == 80:  # a line for each, and what the columns mean
+        assert len(lines) < len(names) + 30
+        assert any("Left out here:" in line and "options" in line for line in lines)
+    else:
+        assert not any("Left out" in line for line in lines) and any("options: " in line for line in lines)
+
+
+def test_a_file_gets_every_column_in_lines_of_their_own() -> None:
+    lines = succeeds("samplers").splitlines()
+    (line,) = [line for line in lines if line.startswith("euler ")]
+    assert line.split()[:6] == ["euler", "1", "1", "-", "yes", "stepwise"] and "s_tmax=inf" in line
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_module_and_command_are_the_same() -> None:
+    result = subprocess.run([sys.executable, "-m", "kinvert", "--help"], capture_output=True, text=True, check=True)
+    assert result.stdout == succeeds("--help").replace("Usage: main", "Usage: kinvert")
+
+
+@pytest.mark.parametrize("args", [["samplers"], ["--help"]])
+def test_closed_stdout_ends_in_a_sentence(args: list[str]) -> None:
+    command = f"{sys.executable} -m kinvert {' '.join(args)} >&-"
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "Error: stdout is closed, so that nothing can be printed; use > /dev/null instead\n"
+
+
+def test_a_wrong_backend_of_matplotlib_matters_to_pictures_only(tmp_path: Path) -> None:
+    code = "import os; os.environ['MPLBACKEND'] = 'bogus'; from kinvert.cli import main; main({})"
+    assert python(code.format("['plan', 'euler']")).returncode == 0
+    result = python(code.format([*SMALL, "--out", str(tmp_path)]))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "'bogus' is not a valid value" in result.stderr and "MPLBACKEND" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["samplers"], ["schedules"], ["plan", "euler"]])
+def test_listings_start_without_matplotlib(args: list[str]) -> None:
+    code = f"""
+import sys
+from kinvert.cli import main
+main({args}, standalone_mode=False)
+assert not {{"matplotlib", "PIL"}} & set(sys.modules)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
 # -- what is installed -------------------------------------------------------------------------------------------------
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
@@ -286,10 +363,10 @@ def test_the_package_does_not_import_the_extras() -> None:
     assert result.stdout.strip() == "set()", result.stderr
 
 
-@pytest.mark.parametrize("missing", ["click", "rich", "matplotlib"])
-def test_the_command_says_which_extra_is_missing(missing: str) -> None:
-    result = python(f"import sys; sys.modules[{missing!r}] = None; from kinvert.cli import main; main()")
-    assert result.returncode == 1
+@pytest.mark.parametrize(("missing", "args", "status"), [("click", [], 1), ("rich", [], 1), ("matplotlib", SMALL, 2)])
+def test_the_command_says_which_extra_is_missing(missing: str, args: list[str], status: int) -> None:
+    result = python(f"import sys; sys.modules[{missing!r}] = None; from kinvert.cli import main; main({args})")
+    assert result.returncode == status
     assert "pip install 'kinvert[cli]'" in result.stderr and missing in result.stderr
     assert "Traceback" not in result.stderr
 

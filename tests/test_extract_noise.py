@@ -369,7 +369,7 @@ def test_deterministic_samplers_are_refused(name: str) -> None:
             "passes its noise through the denoiser, .*for it; take a sampler",
         ),
         (dict(sampler=ki.sampler("heun", s_churn=2)), ValueError, "passes its noise through.*s_churn=0.*invert"),
-        (dict(path="forward"), ValueError, "path must be one of independent, chain, got 'forward'"),
+        (dict(path="forward"), ValueError, "unknown path 'forward'; it must be one of independent, chain"),
         (dict(generator=0), TypeError, "generator must be a torch.Generator or None, got int"),
         (dict(tol="1e-3"), TypeError, "tol must be a float"),
         (dict(tol=0.0), ValueError, "tol must be a positive number"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kinvert.bench.store import dumps, load
+from kinvert.inputs import is_number
 
 Record = dict[str, Any]
 
@@ -64,7 +65,7 @@ def compare(a: Path | str, b: Path | str, *, rtol: float = 0.0) -> Comparison:
     Raises:
         ValueError: as `load`; rtol that is negative or not a number.
     """
-    if not (isinstance(rtol, (int, float)) and rtol >= 0):
+    if not (is_number(rtol) and rtol >= 0):
         raise ValueError(f"rtol must be a number >= 0, got {rtol!r}")
     left, right = ({record["key"]: record for record in load(place)} for place in (a, b))
     common = sorted(left.keys() & right.keys())

@@ -27,6 +27,7 @@ from kinvert.bench.methods import ITERATING, Found, find, restore
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import alone, job_of, problem_of
 from kinvert.bench.tasks import UnfinishedError, run_tasks
+from kinvert.inputs import is_integer
 from kinvert.inversion.result import rms
 
 IMAGES = (".png", ".jpg", ".jpeg")
@@ -139,7 +140,7 @@ def invert_folder(
             cannot be inverted, or a worker that ended early: the other shards are done.
     """
     source, folder = Path(source), Path(folder)
-    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
+    if not is_integer(shard_size) or shard_size < 1:
         raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
     if max_evals is not None and cell.method not in ITERATING:
         raise ValueError(f"max_evals is for {' and '.join(ITERATING)}, which iterate, got method {cell.method!r}")

@@ -23,8 +23,9 @@ from typing import Any
 import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem
+from kinvert.inputs import is_integer, is_number
 from kinvert.rules import Rule
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown, unknown_sampler, unknown_schedule
 
 QUESTIONS = ("reconstruction", "recovery")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -71,14 +72,17 @@ class Cell:
         )
         for name, known in named:
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be {one_of(getattr(self, name), known)}")
+                elsewhere = {"sampler": unknown_sampler, "schedule": unknown_schedule}
+                got = getattr(self, name)
+                raise ValueError(elsewhere[name](got) if name in elsewhere else unknown(name, got, known))
         for name, low in (("steps", 1), ("seed", 0), ("count", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
-        if isinstance(self.cfg, bool) or not isinstance(self.cfg, (int, float)):
+            object.__setattr__(self, name, int(value))
+        if not is_number(self.cfg):
             raise TypeError(f"cfg must be a number, got {self.cfg!r}")
         if not math.isfinite(self.cfg):
             raise ValueError(f"cfg must be finite, got {self.cfg}; 1 turns guidance off")
@@ -149,7 +153,7 @@ class Grid:
         for key in table:
             if key not in known:
                 hint = "; an option belongs to its sampler: sampler = [{name = ..., option = ...}]"
-                raise ValueError(f"a key of a grid must be {one_of(key, known)}{hint if key == 'options' else ''}")
+                raise ValueError(f"{unknown('key of a grid', key, known)}{hint if key == 'options' else ''}")
         if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in table]:
             raise ValueError(f"a grid needs the key {missing[0]!r}, e.g. model = ['mixture', 'digits']")
         return cls(**table)
@@ -190,7 +194,7 @@ def preset(name: str) -> list[Cell]:
     """
     known = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
     if name not in known:
-        raise ValueError(f"preset must be {one_of(name, known)}")
+        raise ValueError(unknown("preset", name, known))
     return read_grid(PRESETS / f"{name}.toml")[0]
 
 

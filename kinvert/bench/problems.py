@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from kinvert import levels, models
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
-from kinvert.rules.base import one_of
+from kinvert.rules.names import nearest, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +66,38 @@ def find_problem(name: str) -> ProblemFunction:
     """
     if not isinstance(name, str) or ":" not in name:
         if name not in PROBLEMS:
-            raise ValueError(f"model must be an entry point 'module:function' or {one_of(name, PROBLEMS)}")
+            raise ValueError(f"{unknown('model', name, PROBLEMS)}, or an entry point 'module:function'")
         return PROBLEMS[name]
     module, _, attribute = name.partition(":")
-    try:
-        found: ProblemFunction = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise ValueError(
-            f"model {name!r} cannot be imported: {type(error).__name__}: {error}; is its folder on PYTHONPATH?"
-        ) from error
+    found = _attribute(name, _imported(name, module), attribute)
     if not callable(found):
         raise ValueError(f"model {name!r} is not a function but {found!r}; see kinvert.bench.Problem")
+    return found
+
+
+def _imported(name: str, module: str) -> ModuleType:
+    """The module of an entry point. One that is not there, and one that fails by itself, are different mistakes."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or module
+        if module == missing or module.startswith(f"{missing}."):
+            package, _, last = missing.rpartition(".")
+            reason = f"there is no module {missing!r}; is its folder on PYTHONPATH?"
+            reason = f"the package {package!r} has no module {last!r}" if package else reason
+            raise ValueError(f"model {name!r}: {reason}") from error
+        raise ValueError(f"model {name!r}: its module needs {missing!r}, which is not installed here") from error
+    except Exception as error:
+        raise ValueError(f"model {name!r}: importing its module failed, {type(error).__name__}: {error}") from error
+
+
+def _attribute(name: str, module: ModuleType, attribute: str) -> ProblemFunction:
+    if not hasattr(module, attribute):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = nearest(attribute, functions)
+        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(functions) or 'none'}"
+        raise ValueError(f"model {name!r}: {module.__file__ or module.__name__} has no function {attribute!r}; {hint}")
+    found: ProblemFunction = getattr(module, attribute)
     return found
 
 

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from kinvert.bench import store
 from kinvert.bench.grid import import_modules
+from kinvert.inputs import is_integer
 
 
 class Task(Protocol):
@@ -62,7 +63,7 @@ def run_tasks(
         UnfinishedError: tasks failed, or processes ended early.
     """
     rank, world = _place()
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+    if not is_integer(workers) or workers < 1:
         raise ValueError(f"workers must be a positive int, got {workers!r}")
     if workers > 1 and world > 1:
         raise ValueError(f"workers must be 1 under torchrun, which started {world} processes, got {workers}")

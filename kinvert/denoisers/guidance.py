@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import copy
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +46,7 @@ from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, working_dtype
+from kinvert.inputs import is_number, plain
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -93,7 +93,7 @@ class Guidance:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""
         bound = self.bind(len(x))
         if bound.negative is None or (_is_one(self.cfg) and not self.pair):
-            result = call(self.denoiser, x, sigma, **_open(bound.positive))
+            result = self._called(x, sigma, _open(bound.positive))
             if isinstance(result, Guided):
                 return result
             if self.pair:
@@ -139,10 +139,34 @@ class Guidance:
         return uncond, cond
 
     def _predict(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
-        result = call(self.denoiser, x, sigma, **conditioning)
+        result = self._called(x, sigma, conditioning)
         if isinstance(result, Guided):
             raise TypeError("denoiser returns Guided, so it is guided already; leave cfg=1 and negative=None")
         return check_output(result, x, "denoiser", "x, sigma, **c")
+
+    def _called(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Any:
+        """What the denoiser returns, as plain tensors; an error of its own gets a note of what it was called with."""
+        try:
+            result: Any = call(self.denoiser, x, sigma, **conditioning)
+        except Exception as error:
+            if conditioning and not getattr(error, "__notes__", None):
+                error.add_note(_note(x, conditioning))
+            raise
+        if isinstance(result, Guided) and all(isinstance(part, Tensor) for part in result):
+            return Guided(plain(result.denoised), plain(result.uncond))
+        return plain(result) if isinstance(result, Tensor) else result
+
+
+def _note(x: Tensor, conditioning: dict[str, Any]) -> str:
+    def described(value: Any) -> str:
+        shape = getattr(value, "shape", None)
+        return type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+    given = ", ".join(f"{key}: {described(value)}" for key, value in conditioning.items())
+    return (
+        f"kinvert called the denoiser for x of shape {tuple(x.shape)} with these keywords of positive or negative: "
+        f"{given}. A tensor needs a row for each item of the batch; other values are passed on as they are."
+    )
 
 
 def guide(
@@ -184,7 +208,7 @@ def guide(
     if not callable(denoiser):
         got = type(denoiser).__name__
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma, **conditioning), got {got}")
-    if not callable(cfg) and (isinstance(cfg, bool) or not isinstance(cfg, numbers.Real)):
+    if not callable(cfg) and not is_number(cfg):
         several = (isinstance(cfg, Tensor) and cfg.ndim) or isinstance(cfg, (list, tuple, np.ndarray))
         fix = "float(cfg)" if isinstance(cfg, Tensor) else "7.5"
         if several:

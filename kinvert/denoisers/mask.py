@@ -30,6 +30,7 @@ from kinvert.denoisers.protocol import (
     expand,
     working_dtype,
 )
+from kinvert.inputs import check_beside, has_values, plain
 
 
 def resize_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -58,8 +59,9 @@ def resize_mask(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.is_complex():
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a real or boolean tensor, got {got}; use torch.as_tensor(mask)")
+    check_beside("mask", mask, x)
     _check_values(mask)
-    values = mask.to(device=x.device, dtype=dtype)
+    values = plain(mask).to(device=x.device, dtype=dtype)
     values = _placed(values, x)
     if x.ndim == 4:
         values = values[(None,) * (4 - values.ndim)]
@@ -74,6 +76,8 @@ def _check_values(mask: Tensor) -> None:
     if not mask.numel():
         got = tuple(mask.shape)
         raise ValueError(f"mask is empty, of shape {got}; mask=None processes everything")
+    if not has_values(mask):
+        return
     low, high = (float(value) for value in mask.aminmax())
     if math.isnan(low):
         raise ValueError("mask contains NaN; values must lie in [0, 1], 1 = process and 0 = keep")

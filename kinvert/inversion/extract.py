@@ -36,13 +36,15 @@ from kinvert.denoisers import Cfg, Denoiser, Guided, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
+from kinvert.inputs import check_values, is_number
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.verdict import check_rows, image_size, tolerance
 from kinvert.noise import replay
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
-from kinvert.rules.base import one_of, options_of
+from kinvert.rules.base import options_of
 from kinvert.rules.flow import unwrapped
+from kinvert.rules.names import unknown
 from kinvert.sampling import sample
 
 Path = Literal["independent", "chain"]
@@ -102,7 +104,7 @@ def extract_noise(
     Image Editing using Text-to-Image Models (2023), arXiv 2311.16711; "chain": Wu and De la Torre, Unifying Diffusion
     Models' Latent Space, with Applications to CycleDiffusion and Guidance (2022), arXiv 2210.05559.
     """
-    _check_arguments(x, path, generator)
+    x = _check_arguments(x, path, generator)
     goal = tolerance(tol, x, TOLERANCES)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, schedule)
@@ -261,17 +263,19 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 # -- checks and report ------------------------------------------------------------------------------------------------
-def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None) -> None:
-    check_state(x)
+def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None) -> Tensor:
+    x = check_state(x)
+    check_values("x", x, "noise is extracted from them")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
     if path not in get_args(Path):
-        raise ValueError(f"path must be {one_of(path, get_args(Path))}")
+        raise ValueError(unknown("path", path, get_args(Path)))
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
             "use torch.Generator().manual_seed(0)"
         )
+    return x
 
 
 def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:

@@ -28,6 +28,7 @@ from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
+from kinvert.inputs import check_values, is_integer
 from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.choice import choose
 from kinvert.inversion.plain import Recorded, rising
@@ -47,8 +48,8 @@ from kinvert.inversion.verdict import ROWS, Widened, check_rows, image_size, rou
 from kinvert.moments import check_flow_spread
 from kinvert.plan import Plan, Step, as_schedule, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
-from kinvert.rules.base import one_of
 from kinvert.rules.flow import unwrapped
+from kinvert.rules.names import unknown
 from kinvert.sampling import batch_parts, with_bar
 
 # Invertible step by step, in the order in which a whole run is tried through them: Euler is the cheapest, the others
@@ -126,10 +127,10 @@ def invert(
             work.
         TypeError: as in `sample`.
     """
-    check_image(x)
+    x = check_image(x)
     check_callback(callback)
     if last_step not in LAST_STEPS:
-        raise ValueError(f"last_step must be {one_of(last_step, LAST_STEPS)}")
+        raise ValueError(unknown("last_step", last_step, LAST_STEPS))
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
     check_invertible(plan, last_step)
@@ -602,11 +603,13 @@ def _check_hard(mask: Tensor) -> None:
         )
 
 
-def check_image(x: Any) -> None:
-    """Raise TypeError or ValueError where `x` is not of shape (batch, *event) with an event to solve for."""
-    check_state(x)
+def check_image(x: Any) -> Tensor:
+    """The image `x` as a plain tensor; TypeError or ValueError where it has no event, or no values, to solve for."""
+    x = check_state(x)
+    check_values("x", x, "an inversion is made of them")
     if x.ndim < 2 or not x.numel():
         raise ValueError(f"x must have shape (batch, *event) with values in each event, got {tuple(x.shape)}")
+    return x
 
 
 def falling(sigmas: Any) -> tuple[float, ...]:
@@ -654,9 +657,9 @@ def _limit(max_evals: int | None, plan: Plan) -> int:
     if max_evals is None:
         return UNLIMITED
     least = 2 * plan.evaluations + 1 + ROWS
-    if isinstance(max_evals, bool) or not isinstance(max_evals, int) or max_evals < least:
+    if not is_integer(max_evals) or max_evals < least:
         raise ValueError(
             f"max_evals must be an int of at least {least}, a run up, one down to check it and {1 + ROWS} more, "
             f"got {max_evals!r}"
         )
-    return max_evals - ROWS
+    return int(max_evals) - ROWS

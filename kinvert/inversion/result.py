@@ -88,19 +88,21 @@ class Inversion:
             f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}",
             f"  converged        {int(self.converged.sum())} of {n} (tolerance {self.tolerance:.3g} of its "
             f"size, an rms error of {_span(self.allowed)}; sampled again)",
-            f"  round-trip error median {self.round_trip_error.median():.3g}, worst {self.round_trip_error[worst]:.3g} "
-            f"(sample {worst})",
-            f"  evaluations      {per_step:.1f} a step and sample (median), {checking:.1f} for this certificate",
+            f"  round-trip error median {float(self.round_trip_error.median()):.3g}, worst "
+            f"{float(self.round_trip_error[worst]):.3g} (sample {worst})",
+            f"  evaluations      {float(per_step):.1f} a step and sample (median), {checking:.1f} for this certificate",
         ]
         if len(self.residuals) == steps:
             step = int(self.residuals.amax(1).argmax())
-            lines.append(f"  residuals        at most {self.residuals.max():.3g} (step {step}, {self._step(step)})")
+            lines.append(
+                f"  residuals        at most {float(self.residuals.max()):.3g} (step {step}, {self._step(step)})"
+            )
         if self.contraction is not None:
             known = self.contraction.nan_to_num(0.0)
             step = int(known.amax(1).argmax())
             lines.append(
-                f"  contraction      of a fixed-point iteration at least about {known.max():.3g} (step {step}, "
-                f"{self._step(step)}), median {self.contraction.nanmedian():.3g}"
+                f"  contraction      of a fixed-point iteration at least about {float(known.max()):.3g} (step {step}, "
+                f"{self._step(step)}), median {float(self.contraction.nanmedian()):.3g}"
             )
         if self.amplification is not None:
             lines.append(f"  amplification    of rounding about {self.amplification:.3g}, predicted")

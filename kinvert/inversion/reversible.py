@@ -65,7 +65,7 @@ def invert_reversible(plan: Plan, denoiser: Denoiser, x: Tensor, memory: Memory 
         ValueError: a Plan without an inverse in closed form; memory of other names or another shape.
         TypeError: see `engine.run_state`.
     """
-    check_state(x)
+    x = check_state(x)
     inverse = explicit_inverse(plan)
     started, spent = started_state(plan, denoiser, x, inverse.sigmas[0]) if memory is None else ({}, 0)
     state = run_state(inverse, denoiser, {"x": x, **(memory or started)})

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kinvert import linalg
-from kinvert.checks import count
+from kinvert.checks import count_field
 from kinvert.denoisers import Denoiser
 from kinvert.inversion.result import rms
 from kinvert.plan import Plan
@@ -179,9 +179,9 @@ class Anderson(Solver):
     last: bool = False
 
     def __post_init__(self) -> None:
-        count("window", self.window, 0)
-        count("max_iterations", self.max_iterations)
-        count("check_every", self.check_every)
+        count_field(self, "window", 0)
+        count_field(self, "max_iterations")
+        count_field(self, "check_every")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
@@ -307,8 +307,8 @@ class NewtonKrylov(Solver):
     least_change: bool = False
 
     def __post_init__(self) -> None:
-        count("krylov", self.krylov)
-        count("max_iterations", self.max_iterations)
+        count_field(self, "krylov")
+        count_field(self, "max_iterations")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""

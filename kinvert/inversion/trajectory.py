@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kinvert import engine, linalg
-from kinvert.checks import count
+from kinvert.checks import count_field
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
@@ -97,8 +97,8 @@ class Sweeps:
     patience: int = 12
 
     def __post_init__(self) -> None:
-        count("window", self.window)
-        count("max_sweeps", self.max_sweeps)
+        count_field(self, "window")
+        count_field(self, "max_sweeps")
 
     def solve(
         self,
@@ -191,8 +191,8 @@ class StepSweeps(Solver):
     patience: int = 6
 
     def __post_init__(self) -> None:
-        count("window", self.window)
-        count("max_sweeps", self.max_sweeps)
+        count_field(self, "window")
+        count_field(self, "max_sweeps")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""

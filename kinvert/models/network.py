@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, silu
 
+from kinvert.inputs import is_integer
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -146,14 +148,15 @@ class EmbeddedDenoiser(nn.Module):
         self.num_classes = self.null_label = arch.num_classes
         self.net = UNet(arch)
 
-    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | int | None = None) -> Tensor:
         """Denoise.
 
         Args:
             x: ``x0 + sigma * eps``, shape ``(batch, 1, H, W)``, with ``x0`` in [-1, 1], in the model's dtype.
             sigma: noise level, shape ``(batch,)``. Beyond [sigma_min / 2, 5 sigma_max], ``F`` is told the nearest
                 level in there; at 0 the result is ``x``.
-            label: classes, int64, shape ``(batch,)``; ``null_label`` entries, like ``None``, are unconditional.
+            label: classes, int64, shape ``(batch,)``, or an int, the class of all; ``null_label`` entries, like
+                ``None``, are unconditional.
 
         Returns:
             The denoised images, shape, dtype and device of ``x``.
@@ -161,9 +164,8 @@ class EmbeddedDenoiser(nn.Module):
         Raises:
             ValueError: a shape, a dtype or a label is not one of these.
         """
-        self._check(x, sigma, label)
-        if label is None:
-            label = torch.full(x.shape[:1], self.null_label, device=x.device)
+        self._check(x, sigma)
+        label = self._labels(x, label)
         sigma = sigma.to(x.dtype)
         s, data = sigma[:, None, None, None], self.sigma_data
         c_in = (s.square() + data**2).rsqrt()
@@ -174,7 +176,7 @@ class EmbeddedDenoiser(nn.Module):
             raise ValueError(f"label must lie in 0..{self.null_label} ({self.null_label}: none)") from e
         return (data * c_in).square() * x + data * s * c_in * f
 
-    def _check(self, x: Tensor, sigma: Tensor, label: Tensor | None) -> None:
+    def _check(self, x: Tensor, sigma: Tensor) -> None:
         dtype = self.net.stem.weight.dtype
         if x.shape[1:] != self.shape:
             raise ValueError(f"x must have shape (batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
@@ -182,9 +184,22 @@ class EmbeddedDenoiser(nn.Module):
             raise ValueError(f"x is {x.dtype}, the model {dtype}; use model.to(x.dtype) or x.to({dtype})")
         if sigma.shape != x.shape[:1]:
             raise ValueError(f"sigma must have shape ({len(x)},), one level an item, got {tuple(sigma.shape)}")
-        if label is not None and (label.shape != x.shape[:1] or label.dtype != torch.int64):
-            got = f"{label.dtype} of shape {tuple(label.shape)}"
-            raise ValueError(f"label must be int64 of shape ({len(x)},), got {got}")
+
+    def _labels(self, x: Tensor, label: Tensor | int | None) -> Tensor:
+        """A class for each image of x."""
+        if label is None:
+            label = self.null_label
+        if is_integer(label):
+            if not 0 <= label <= self.null_label:
+                raise ValueError(f"label must lie in 0..{self.null_label} ({self.null_label}: none), got {label}")
+            return torch.full(x.shape[:1], int(label), device=x.device)
+        if not isinstance(label, Tensor) or label.shape != x.shape[:1] or label.dtype != torch.int64:
+            got = f"{label.dtype} of shape {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
+            raise ValueError(
+                f"label must be int64 of shape ({len(x)},), a class for each image, or one int, got {got}; in positive "
+                "and negative of ki.sample, e.g. positive={'label': torch.tensor([3, 8])}"
+            )
+        return label
 
 
 def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
-from kinvert.rules.base import Rule, StepBuilder, interpolate, one_of, options_of, slope, weighted_sum
+from kinvert.rules.base import Rule, StepBuilder, interpolate, options_of, slope, weighted_sum
 from kinvert.rules.dpm_solver import DPMFast
 from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from kinvert.rules.er_sde import ERSDE
@@ -27,6 +27,7 @@ from kinvert.rules.guided import (
 )
 from kinvert.rules.inverse import DDIMInverse, DirectInversion
 from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
+from kinvert.rules.names import REGISTRIES, suggestion, unknown_sampler
 from kinvert.rules.predictor_corrector import SASolver, UniPC
 from kinvert.rules.rectified import FireFlow, RFSolver
 from kinvert.rules.res import ResMultistep
@@ -117,6 +118,7 @@ class SamplerEntry:
 
 
 SAMPLERS: dict[str, SamplerEntry] = {}
+REGISTRIES["sampler"] = SAMPLERS
 
 
 def register(rule: type[Rule], /, name: str | None = None, **defaults: Any) -> type[Rule]:
@@ -176,12 +178,11 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
             raise TypeError(f"options {', '.join(options)} were given with a finished rule, {name!r}; set them there")
         return name
     if not isinstance(name, str):
-        raise TypeError(f"sampler must be a name or a Rule, got {name!r}; names: {', '.join(SAMPLERS)}")
+        raise TypeError(f"sampler must be a name or a Rule, got {name!r}; e.g. 'euler', ki.SAMPLERS has all names")
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler: it must be {one_of(name, SAMPLERS)}")
+        raise ValueError(unknown_sampler(name))
     entry = SAMPLERS[name]
     for key in options.keys() - entry.options.keys():
-        known = one_of(key, entry.options) if entry.options else "left out: it has none"
-        raise TypeError(f"{name} has no option {key!r}: it must be {known}")
+        raise TypeError(f"{name} has no option {key!r}; {suggestion(key, entry.options)}")
     # Messages speak of the sampler by the name it was asked for.
     return entry.rule(**{**entry.defaults, **options}, named=name)

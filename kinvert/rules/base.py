@@ -8,7 +8,6 @@ exponential Euler step in `log sigma` (DDIM).
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from kinvert.forms import Form
+from kinvert.rules.names import unknown
 
 
 class StepBuilder(ABC):
@@ -145,7 +145,8 @@ def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{label} must be {one_of(value, get_args(kind))}")
+            rule, _, name = label.partition(": ")
+            raise ValueError(f"{rule}: {unknown(name, value, get_args(kind))}")
         return value
     if kind is Rule:
         if not isinstance(value, Rule):
@@ -162,14 +163,6 @@ def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
     if not low <= value <= high:  # also refuses nan
         raise ValueError(f"{label} must be a number from {low:g} to {high:g}, got {value!r}")
     return kind(value)
-
-
-def one_of(name: object, known: Iterable[str]) -> str:
-    """The part of an error message that says which names exist, what was got, and which is nearest."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"one of {', '.join(known)}, got {name!r}{hint}"
 
 
 def slope(x: Form, denoised: Form, sigma: float) -> Form:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kinvert.coordinates import VE_FIX, coordinates_of
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import run
+from kinvert.inputs import plain
 from kinvert.inversion.invert import check_image, check_invertible, falling
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.verdict import image_size, tolerance
@@ -62,6 +63,7 @@ def ddim_path(denoiser: Denoiser, x: Tensor, plan: Plan, positive: Conditioning)
     return states
 
 
+@torch.no_grad()
 def certified(
     plan: Plan,
     x: Tensor,
@@ -73,12 +75,13 @@ def certified(
     memory: dict[str, Tensor] | None = None,
 ) -> Inversion:
     """The result: `back` is what came of the latent, `evaluations` what it cost to find."""
+    x, latent, back = plain(x), plain(latent), plain(back)
     error, goal = rms(back - x), tolerance(None, x)
     allowed = goal * image_size(x, plan.sigmas)
     spent = torch.zeros(len(x), dtype=torch.int64, device=x.device) + evaluations + plan.evaluations
     return Inversion(
         latent=latent,
-        residuals=error[None] if residuals is None else torch.stack(residuals),
+        residuals=error[None] if residuals is None else plain(torch.stack(residuals)),
         converged=error <= allowed,
         evaluations=spent,
         round_trip_error=error,
@@ -87,6 +90,6 @@ def certified(
         sigmas=plan.sigmas,
         checking=plan.evaluations,
         restored=back,
-        noises=noises,
+        noises=tuple(map(plain, noises)),
         memory=memory or {},
     )

@@ -11,7 +11,7 @@ from kinvert.inversion.baselines.common import Conditioning, certified, checked_
 from kinvert.inversion.result import Inversion
 from kinvert.plan import compile_plan
 from kinvert.rules import DDIMInverse, Euler, FireFlow, RFSolver, Rule
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown
 from kinvert.sampling import sample, unsample
 
 
@@ -38,7 +38,7 @@ def ddim_inversion(
     """
     rules: dict[str, Rule] = {"clean": Euler(), "noisy": DDIMInverse()}
     if at not in rules:
-        raise ValueError(f"at must be {one_of(at, rules)}")
+        raise ValueError(unknown("at", at, rules))
     return _unsampled(denoiser, x, sigmas, rules[at], Euler(), cfg, positive, negative)
 
 

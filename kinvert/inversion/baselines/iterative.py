@@ -16,6 +16,7 @@ from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import stage_sigmas
 from kinvert.forms import State
+from kinvert.inputs import plain
 from kinvert.inversion.baselines.common import (
     Conditioning,
     certified,
@@ -57,8 +58,8 @@ def aidi(
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
     2309.04907.
     """
-    count("iterations", iterations)
-    count("window", window, 0)
+    iterations = count("iterations", iterations)
+    window = count("window", window, 0)
     solver = Anderson(window=window, max_iterations=iterations, growth=math.inf, last=True)
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
@@ -88,8 +89,8 @@ def renoise(
 
     Source: Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
     """
-    count("iterations", iterations)
-    count("average", average)
+    iterations = count("iterations", iterations)
+    average = count("average", average)
     if average > iterations:
         raise ValueError(f"average must be at most iterations, {iterations}, got {average}")
     return _solved(denoiser, x, sigmas, Euler(), Averaged(iterations, average), cfg, positive, negative)
@@ -143,9 +144,9 @@ def dpm_solver_inversion(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (the sampler euler) or 2 (dpmpp_2m), got {order!r}")
-    count("iterations", iterations)
-    count("substeps", substeps)
-    positive_number("tau", tau)
+    iterations = count("iterations", iterations)
+    substeps = count("substeps", substeps)
+    tau = positive_number("tau", tau)
     rule: Rule = Euler() if order == 1 else DPMpp2M()
     return _solved(
         denoiser, x, sigmas, rule, Damped(float(tau), iterations, last=True), cfg, positive, negative, substeps
@@ -166,6 +167,7 @@ def _solved(
 ) -> Inversion:
     """Solve the Euler step at every level, from the image up; for 2M, of the state less the step's other terms."""
     plan, bound = checked_plan(x, rule, sigmas), guide(denoiser, cfg, positive, negative)
+    x = plain(x)
 
     def select(index: Tensor) -> Denoiser:
         return bound.select(index, len(x))

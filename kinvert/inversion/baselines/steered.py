@@ -10,6 +10,7 @@ from torch import Tensor
 from kinvert.coordinates import coordinates_of
 from kinvert.denoisers import Denoiser, expand, guide
 from kinvert.engine import check_state
+from kinvert.inputs import is_number
 from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.rules import Euler
@@ -84,7 +85,7 @@ def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, un
     Source: Rout et al. (2024), arXiv 2410.10792, where sigma_end = 0.
     """
     _unit("eta", eta)
-    check_state(image)
+    image = check_state(image)
 
     def steered(x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
         denoised: Any = denoiser(x, sigma, **conditioning)
@@ -100,5 +101,5 @@ def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, un
 
 
 def _unit(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number from 0 (not steered) to 1, got {value!r}")

@@ -83,8 +83,8 @@ def null_text(
     2211.09794.
     """
     plan = checked_plan(x, Euler(), sigmas)
-    count("iterations", iterations)
-    positive_number("lr", lr)
+    iterations = count("iterations", iterations)
+    lr = positive_number("lr", lr)
     fixed = guide(denoiser, cfg, positive, {} if negative is None else negative).negative or {}
     tensors = {key: v for key, v in fixed.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if not tensors:

@@ -1,0 +1,210 @@
+"""What samplers and schedules are called elsewhere, and what to say of a name that nobody here has.
+
+A name is reduced to its letters and digits. Case, separators, a leading `k_` or `sample_` and a trailing `Scheduler`
+say nothing; `++` is `pp`, a word `a` is `ancestral`, a last word `k` or `ka` is `karras`. The rest is looked up among
+the names here and in the tables below; the name of a schedule may follow that of a sampler. Such a name is never
+accepted, since some mean different things in different hosts: it is what the error suggests.
+
+Sources: the lists of AUTOMATIC1111's web UI and of InvokeAI, the scheduler classes of diffusers, the functions of
+k-diffusion.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+REGISTRIES: dict[str, Mapping[str, object]] = {"sampler": {}, "schedule": {}}
+"""The names that there are; each registry enters itself."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a name of another host is here.
+
+    Attributes:
+        sampler, options: a name of `SAMPLERS`, and the options that it needs.
+        schedule, schedule_options: a name of `SCHEDULES`, and its options.
+        note: what else there is to say.
+    """
+
+    sampler: str | None = None
+    options: str = ""
+    schedule: str | None = None
+    schedule_options: str = ""
+    note: str = ""
+
+    @property
+    def rule(self) -> str:
+        """The sampler as an argument."""
+        return f"ki.sampler({self.sampler!r}, {self.options})" if self.options else repr(self.sampler)
+
+    @property
+    def sigmas(self) -> str:
+        """The schedule as a call."""
+        return ", ".join([f"ki.schedule({self.schedule!r}", "...", *filter(None, [self.schedule_options])]) + ")"
+
+
+_ABSENT = "kinvert does not have it"
+_LOW_START = "it is the nearest: the first steps are of lower order, where that one makes Runge-Kutta steps"
+_PAIRS = "two of its steps are one here, so halve their number"
+
+# Reduced names that say something else than the names here, without a "scheduler" or "discretescheduler" at the end.
+SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
+    "ddimcfgpp": Meaning("euler_cfg_pp"),
+    "dpmpp": Meaning("dpmpp_2m"),
+    "dpmpp2s": Meaning("dpmpp_2s_ancestral", "eta=0", note=_PAIRS),
+    "dpmpp3m": Meaning("dpmpp_3m_sde", "eta=0"),
+    "lmsd": Meaning("lms"),
+    "plms": Meaning("ipndm", note=_LOW_START),
+    "restart": Meaning(note=_ABSENT),
+    "tcd": Meaning(note=_ABSENT),
+    # classes of diffusers
+    "cosinedpmsolvermultistep": Meaning("dpmpp_2m_sde", schedule="exponential"),
+    "ddiminverse": Meaning(
+        "euler", note="it runs upwards with ki.unsample and ki.invert; ki.rules.DDIMInverse() is that rule"
+    ),
+    "ddimparallel": Meaning("ddim"),
+    "ddpmparallel": Meaning("ddpm"),
+    "deismultistep": Meaning(
+        "deis", note="it is a polynomial in another variable here, so that results differ a little"
+    ),
+    "dpmsolver": Meaning("dpmpp_2m", note="it is the ++ form, in the denoised image"),
+    "dpmsolvermultistep": Meaning(
+        "dpmpp_2m",
+        note="with solver_type='heun' it is 'res_multistep', with algorithm_type='sde-dpmsolver++' 'dpmpp_2m_sde', "
+        "with solver_order=3 ki.sampler('dpmpp_3m_sde', eta=0), with solver_order=1 'euler'",
+    ),
+    "dpmsolvermultistepinverse": Meaning("dpmpp_2m", note="it runs upwards with ki.unsample and ki.invert"),
+    "dpmsolversde": Meaning("dpmpp_sde"),
+    "dpmsolversinglestep": Meaning("dpmpp_2s_ancestral", "eta=0", note=_PAIRS),
+    "edmdpmsolvermultistep": Meaning("dpmpp_2m", schedule="karras", note="the levels are ki.levels.edm(...)"),
+    "edmeuler": Meaning("euler", schedule="karras", note="the levels are ki.levels.edm(...)"),
+    "flowmatcheuler": Meaning("euler", schedule="normal", note="the levels are ki.levels.flow(shift)"),
+    "flowmatchheun": Meaning("heun", schedule="normal", note="the levels are ki.levels.flow(shift)"),
+    "flowmatchlcm": Meaning("lcm", schedule="normal", note="the levels are ki.levels.flow(shift)"),
+    "pndm": Meaning("ipndm", note=_LOW_START),
+    "unipcmultistep": Meaning("uni_pc_bh2"),
+}
+SCHEDULES_ELSEWHERE: dict[str, Meaning] = {
+    "aligned": Meaning(schedule="ays"),
+    "alignyoursteps": Meaning(schedule="ays"),
+    "alignyourstepsgits": Meaning(note=_ABSENT),
+    "automatic": Meaning(note="it stands for the sampler's own, mostly 'karras', 'exponential' for SDE samplers"),
+    "bongtangent": Meaning(note=_ABSENT),
+    "ddim": Meaning(schedule="ddim_uniform"),
+    "gits": Meaning(note=_ABSENT),
+    "leading": Meaning(schedule="ddim_uniform"),
+    "linspace": Meaning(schedule="normal"),
+    "lu": Meaning(schedule="exponential"),
+    "lulambdas": Meaning(schedule="exponential"),
+    "sgm": Meaning(schedule="sgm_uniform"),
+    "trailing": Meaning(schedule="simple"),
+    "uniform": Meaning(schedule="normal"),
+}
+for _model in ("sd15", "sdxl", "svd"):
+    for _name in ("ays", "alignyoursteps"):
+        SCHEDULES_ELSEWHERE[_name + _model] = Meaning(schedule="ays", schedule_options=f"model={_model!r}")
+
+_WORDS = {"a": "ancestral", "ad": "adaptive", "ka": "karras"}
+_CLASSES = ("discretescheduler", "scheduler")
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """The error message for a name that is not `known`."""
+    return f"unknown {what} {name!r}; {suggestion(name, known)}"
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """The second half of such a message: the nearest of the known names, then all of them."""
+    known = list(known)
+    if not known:
+        return "there are none"
+    near = nearest(name, known)
+    return f"{f'did you mean {near!r}? It' if near else 'it'} must be one of {', '.join(known)}"
+
+
+def unknown_sampler(name: object) -> str:
+    """The error message for a name that is no sampler."""
+    return f"unknown sampler {name!r}{_advice(name, 'sampler')} (all names: ki.SAMPLERS or `kinvert samplers`)"
+
+
+def unknown_schedule(name: object) -> str:
+    """The error message for a name that is no schedule."""
+    return f"unknown schedule {name!r}{_advice(name, 'schedule')} (all names: {', '.join(REGISTRIES['schedule'])})"
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, whatever its case and separators; None if none is like it."""
+    places = {reduced(one): one for one in known}
+    close = difflib.get_close_matches(reduced(str(name)), places, n=1, cutoff=0.5)
+    return places[close[0]] if close else None
+
+
+def reduced(name: str) -> str:
+    """A name without what is written in different ways."""
+    words = re.findall(r"[a-z0-9]+", name.lower().replace("++", "pp"))
+    if len(words) > 1 and words[-1] == "k":
+        words[-1] = "karras"
+    words = [_WORDS.get(word, word) for word in words]
+    while len(words) > 1 and words[0] in ("k", "sample", "diffusion", "sampling", "diffusers"):
+        del words[0]
+    text = "".join(words).replace("dpmsolverpp", "dpmpp")
+    for ending in _CLASSES:
+        text = text.removesuffix(ending)
+    return text
+
+
+def meaning(name: object) -> Meaning | None:
+    """What a name of another host is here: a sampler, a schedule or both; None if that is not known."""
+    text = reduced(str(name))
+    return _sampler(text) or _schedule(text) or _both(text)
+
+
+def _sampler(text: str) -> Meaning | None:
+    known = {reduced(name): Meaning(name) for name in REGISTRIES["sampler"]}
+    known = SAMPLERS_ELSEWHERE | known
+    spellings = (text, text.removeprefix("k"), re.sub("a$", "ancestral", text), re.sub("a$", "ancestral", text[1:]))
+    return next((known[spelling] for spelling in spellings if spelling in known), None)
+
+
+def _schedule(text: str) -> Meaning | None:
+    known = SCHEDULES_ELSEWHERE | {reduced(name): Meaning(schedule=name) for name in REGISTRIES["schedule"]}
+    spelling = text.removeprefix("use").removesuffix("sigmas").removesuffix("schedule")
+    return known.get(text) or known.get(spelling)
+
+
+def _both(text: str) -> Meaning | None:
+    """A sampler with its schedule behind it."""
+    for cut in range(1, len(text)):  # the longest name of a schedule first
+        schedule = _schedule(text[cut:])
+        if schedule is None or schedule.schedule is None:
+            continue
+        found = _sampler(text[:cut])
+        if found is None and (near := nearest(text[:cut], REGISTRIES["sampler"])):
+            found = Meaning(near)
+        if found is not None and found.sampler is not None:
+            return replace(found, schedule=schedule.schedule, schedule_options=schedule.schedule_options)
+    return None
+
+
+def _advice(name: object, wanted: str) -> str:
+    """What to write instead."""
+    found = _schedule(reduced(str(name))) if wanted == "schedule" else None
+    found = found or meaning(name)
+    if found is None:
+        near = nearest(name, REGISTRIES[wanted])
+        found = Meaning(**{wanted: near}) if near else Meaning()
+    note = f"; {found.note}" if found.note else ""
+    if found.sampler and found.schedule:
+        return f"; use sampler={found.rule} with {found.sigmas}{note}"
+    if found.schedule and wanted == "sampler":
+        return f"; it names a schedule: use {found.sigmas} for the sigmas, and a sampler such as 'euler'"
+    if found.sampler and wanted == "schedule":
+        return f"; it names a sampler: use sampler={found.rule}, and a schedule such as 'karras'{note}"
+    if found.options or found.schedule_options:
+        return f"; use {found.rule if found.sampler else found.sigmas}{note}"
+    same = found.sampler or found.schedule
+    return f"; did you mean {same!r}?{note[1:2]}{note[2:3].upper()}{note[3:]}" if same else note
