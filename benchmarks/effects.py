@@ -31,7 +31,7 @@ from kinvert.bench.questions import job_of
 from kinvert.bench.record import versions
 from kinvert.inversion.result import rms
 from kinvert.reference import solve_ode
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -218,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names:
         if name not in EFFECTS:
-            parser.error(f"NAME must be {one_of(name, EFFECTS)}")
+            parser.error(unknown("NAME", name, EFFECTS))
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.names or EFFECTS:

@@ -285,6 +285,8 @@ def _verdicts(rows: list[dict[str, Any]]) -> str:
             if row["verdict"] != common:
                 others.setdefault(row["verdict"], []).append(f"`{row['verb']}`{where}")
     return "; ".join([common, *(f"{said}: {', '.join(where)}" for said, where in others.items())])
+
+
 def flow() -> str:
     """A line for each sampler on flow levels: what it runs as, and what came out down from t = 1 and up to it."""
     report = json.loads((RESULTS / "flow.json").read_text())

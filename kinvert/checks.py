@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, within_one
 from kinvert.denoisers import Guided
-from kinvert.inputs import check_beside, check_dense, is_integer, is_number, plain
+from kinvert.inputs import check_beside, check_dense, has_values, is_integer, is_number, plain
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan, Stage, Step
 

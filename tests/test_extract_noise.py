@@ -302,11 +302,18 @@ def test_report() -> None:
 
 def test_tolerance() -> None:
     x = images()
-    cases = ((x, None, 1e-10, rms(x)), (x.float(), None, 1e-4, rms(x)), (0 * x, None, 1e-10, 0.1), (x, 1e-3, 1e-3, rms(x)))
+    cases = (
+        (x, None, 1e-10, rms(x)),
+        (x.float(), None, 1e-4, rms(x)),
+        (0 * x, None, 1e-10, 0.1),
+        (x, 1e-3, 1e-3, rms(x)),
+    )
     for image, tol, relative, unit in cases:
         found = extract_noise(MIXTURE, image, SIGMAS, tol=tol)
         assert found.tolerance == relative
-        torch.testing.assert_close(found.allowed.double(), relative * torch.as_tensor(unit).expand(3).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            found.allowed.double(), relative * torch.as_tensor(unit).expand(3).double(), rtol=1e-6, atol=0
+        )
 
 
 def test_a_denoiser_that_is_not_a_function_is_found_out() -> None:

@@ -9,7 +9,7 @@ from kinvert.inversion.solvers import Anderson, Damped, NewtonKrylov, Picard, So
 from kinvert.inversion.stepwise import Auto
 from kinvert.inversion.trajectory import Sweeps
 from kinvert.plan import Plan
-from kinvert.rules.base import one_of
+from kinvert.rules.names import unknown
 
 METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
     "auto": Auto,
@@ -33,7 +33,7 @@ def choose(method: object, plan: Plan) -> Solver | Sweeps:
     """
     if not isinstance(method, (Solver, Sweeps)):
         if not isinstance(method, str) or method not in METHODS:
-            raise ValueError(f"method must be a Solver or {one_of(method, METHODS)}")
+            raise ValueError(f"{unknown('method', method, METHODS)}, or a Solver")
         method = METHODS[method]()
     if method == Auto():
         return method

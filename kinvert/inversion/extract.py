@@ -36,7 +36,7 @@ from kinvert.denoisers import Cfg, Denoiser, Guided, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
-from kinvert.inputs import check_values, is_number
+from kinvert.inputs import check_values
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.verdict import check_rows, image_size, tolerance
 from kinvert.noise import replay
@@ -128,7 +128,7 @@ def extract_noise(
         miss = state["x"].to(_wide(x)) - target.to(_wide(x))
         residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
         if callback is not None and seen is not None:
-            copies = (value.clone() for value in seen)
+            copies = seen[0].clone(), seen[1].clone()
             callback(Progress(step.index, step.sigma, step.sigma_next, *copies, evaluations=evaluations))
     again = sample(
         denoiser, states[0], schedule, sampler=plan.rule, cfg=cfg, positive=positive, negative=negative,
