@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import kinvert as ki
 from kinvert import models
+from kinvert.bench.tasks import computing_with
 
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m")
 
@@ -90,6 +91,7 @@ class Demo:
         return {"table": self.table(), "settings": asdict(self.settings), "versions": versions}
 
 
+@computing_with(1)  # the networks are so small that threads only get in each other's way
 def run(settings: Settings, progress: bool = False) -> Demo:
     """Unsample held-out images with each sampler and sample them back.
 

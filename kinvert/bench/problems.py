@@ -79,6 +79,11 @@ def find_problem(name: str) -> ProblemFunction:
     return found
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a model comes with kinvert. It is computed with one thread: its records are equal to the byte."""
+    return getattr(find_problem(name), "__module__", None) == __name__
+
+
 def make_problem(name: str, count: int, seed: int, dtype: torch.dtype) -> Problem:
     """Call the function behind a name, and check what it returns.
 

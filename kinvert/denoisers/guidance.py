@@ -49,7 +49,9 @@ _NEGATIVE_MISSING = (
     "pass the unconditional conditioning, e.g. the embedding of the empty prompt, or negative={{}} "
     "to call the denoiser with no keywords"
 )
-_APART = object()  # what two conditionings that do not stack make together; not an error: torch.compile follows no raise
+_APART = (
+    object()
+)  # what two conditionings that do not stack make together; not an error: torch.compile follows no raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,19 +239,17 @@ def _stack(uncond: Any, cond: Any) -> Any:
     """The conditioning of the batch [uncond, cond], as the denoiser gets it; _APART if there is none."""
     if isinstance(uncond, _Rows) and isinstance(cond, _Rows):
         u, c = uncond.value, cond.value
-        tensors = isinstance(u, Tensor) and isinstance(c, Tensor)
-        same = tensors and (u.shape, u.dtype, u.device) == (c.shape, c.dtype, c.device)
+        if not (isinstance(u, Tensor) and isinstance(c, Tensor)):
+            return _APART
+        same = (u.shape, u.dtype, u.device) == (c.shape, c.dtype, c.device)
         return torch.cat([u, c]) if same else _APART
     if type(uncond) is type(cond) and isinstance(cond, dict) and uncond.keys() == cond.keys():
         return _stacked([(uncond[key], cond[key]) for key in cond], cond)
     if type(uncond) is type(cond) and isinstance(cond, (list, tuple)) and len(uncond) == len(cond):
         return _stacked(list(zip(uncond, cond, strict=True)), cond)
     shared = isinstance(cond, (_Rows, np.ndarray, Mapping, list, tuple)) or (isinstance(cond, Tensor) and cond.ndim)
-    if uncond is cond and not shared:
-        return cond
-    if type(uncond) is type(cond) and isinstance(cond, (str, int, float, bool)) and uncond == cond:
-        return cond
-    return _APART
+    plain = type(uncond) is type(cond) and isinstance(cond, (str, int, float, bool))
+    return cond if (uncond is cond and not shared) or (plain and uncond == cond) else _APART
 
 
 def _stacked(pairs: list[tuple[Any, Any]], like: Any) -> Any:
