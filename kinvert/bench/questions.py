@@ -69,7 +69,7 @@ def alone(cell: Cell) -> Iterator[None]:
     threads = computing_with(1 if is_built_in(cell.model) else None)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), threads:
         warnings.simplefilter("ignore", RuntimeWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at the first forward-mode derivative
+        warnings.filterwarnings("ignore", ".torch.jit.script")  # torch's own, at the first forward-mode derivative
         torch.manual_seed(cell.seed)
         yield
 
