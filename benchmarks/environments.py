@@ -6,7 +6,7 @@ denoiser returns, or a flag of the interpreter. It has a process of its own and 
 result too. It is compared with the baseline (one thread, nothing changed) call by call: values, to a relative 1e-4;
 what is refused, and in which words; `converged`; evaluations; results that keep a graph; inputs that were written to.
 
-    python benchmarks/environments.py                  # all, some ten minutes of two cores
+    python benchmarks/environments.py                  # all, some twenty minutes
     python benchmarks/environments.py threads autocast # these, the others stay as they are in the file
 """
 
@@ -26,6 +26,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -366,6 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="condition", help=f"any of {', '.join(CONDITIONS)}; all by default")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that a condition may take")
+    parser.add_argument("--workers", type=int, default=1, help="conditions at a time; each may use all cores")
     parser.add_argument("--child", choices=list(CONDITIONS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULT, help="where the comparison goes")
     given = parser.parse_args()
@@ -377,18 +379,16 @@ def main() -> None:
     names = given.names or list(CONDITIONS)
     kept = json.loads(given.out.read_text())["rows"] if given.names and given.out.exists() else []
     rows = {row["condition"]: row for row in kept}
-    with tempfile.TemporaryDirectory() as folder:
-        made: dict[str, dict[str, Any]] = {}
-        for name in names:
-            for each in (CONDITIONS[name].like, name):
-                if each not in made:
-                    made[each] = start(each, Path(folder), given.limit)
-            rows[name] = compare(name, made[CONDITIONS[name].like], made[name])
-            print(json.dumps(rows[name]), flush=True)
     versions = {"kinvert": ki.__version__, "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"python": platform.python_version(), "machine": platform.machine()}
-    report = {"versions": versions, "rows": [rows[name] for name in CONDITIONS if name in rows]}
-    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.workers) as pool:
+        needed = dict.fromkeys(each for name in names for each in (CONDITIONS[name].like, name))
+        made = {name: pool.submit(start, name, Path(folder), given.limit) for name in needed}
+        for name in names:
+            rows[name] = compare(name, made[CONDITIONS[name].like].result(), made[name].result())
+            print(json.dumps(rows[name]), flush=True)
+            report = {"versions": versions, "rows": [rows[each] for each in CONDITIONS if each in rows]}
+            given.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
