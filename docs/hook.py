@@ -282,9 +282,9 @@ def versions() -> str:
         found = row["versions"]
         others = ", ".join(f"{name} {version}" for name, version in found.items() if name not in ("python", "torch"))
         lines.append([row["kind"], found["python"], found["torch"], others])
-        lines[-1] += [str(row[what]) for what in ("passed", "failed", "error", "skipped")]
+        lines[-1] += [str(row[what]) for what in ("files", "passed", "failed", "error", "skipped")]
         failed += [f"- {row['kind']}, Python {found['python']}: `{name}`" for name in row["failures"]]
-    head = ["", "Python", "torch", "with", "passed", "failed", "errors", "skipped"]
+    head = ["", "Python", "torch", "with", "files of tests", "passed", "failed", "errors", "skipped"]
     return "\n".join([table(head, lines), "", *(["Failed:", "", *failed] if failed else ["None failed."])])
 
 
