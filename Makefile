@@ -2,7 +2,10 @@
 #   make demo    unsample real images, sample them back, measure, draw (demo/)
 #   make bench   measure how well samplers run backwards, about a minute, and report (bench/, report/report.html)
 #   make test    lint, types and tests
-# Others: make test-slow, make docs, make clean.
+# Others: make test-slow, make docs, make clean; and to run everything in other surroundings, an hour or so each:
+#   make test-threads    the tests with torch's default threads
+#   make test-oldest     the tests with the oldest versions that are allowed, make test-newest with the newest
+#   make environments    the same calls in torch's modes, with other layouts and threads (docs/environments.md)
 #
 # The default is the torch build that CI uses, on the CPU. With a GPU: make demo TORCH='torch>=2.4'
 
@@ -13,7 +16,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test test-slow lint docs clean
+.PHONY: demo bench test test-slow test-threads test-oldest test-newest environments lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/cli
@@ -28,6 +31,15 @@ test: lint
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -q -m slow
+
+test-threads: $(VENV)/dev
+	env -u OMP_NUM_THREADS KINVERT_TEST_THREADS=0 $(BIN)/python -m pytest -q
+
+test-oldest test-newest: test-%:
+	$(PYTHON) tests/versions.py $*
+
+environments: $(VENV)/dev
+	$(BIN)/python benchmarks/environments.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -48,4 +60,4 @@ $(VENV)/%: $(VENV)/torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo bench report site
+	rm -rf $(VENV) .venv-oldest-* .venv-newest-* demo bench report site

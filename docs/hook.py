@@ -1,6 +1,6 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
 `<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
-`<!-- performance -->`, `<!-- dtypes -->` or `<!-- flow -->`.
+`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -26,7 +26,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    for render in (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow):
+    pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
+    for render in (*pages, versions, environments):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -337,6 +338,47 @@ def timed(row: dict[str, Any], rows: list[dict[str, Any]], size: str) -> str:
     """A time, and its ratio to the loop by hand."""
     hand = next(r for r in rows if r["sampler"] == row["sampler"] and r["who"] == "by hand")
     return f"{row[f'us_{size}']:.0f} ({row[f'us_{size}'] / hand[f'us_{size}']:.1f} x)"
+
+
+def versions() -> str:
+    """A line for each environment in which the suite was run, and the names of the tests that failed."""
+    report = json.loads((RESULTS / "versions.json").read_text())
+    lines, failed = [], []
+    for row in report["rows"]:
+        found = row["versions"]
+        others = ", ".join(f"{name} {version}" for name, version in found.items() if name not in ("python", "torch"))
+        lines.append([row["kind"], found["python"], found["torch"], others])
+        lines[-1] += [str(row[what]) for what in ("files", "passed", "failed", "error", "skipped")]
+        failed += [f"- {row['kind']}, Python {found['python']}: `{name}`" for name in row["failures"]]
+    head = ["", "Python", "torch", "with", "files of tests", "passed", "failed", "errors", "skipped"]
+    return "\n".join([table(head, lines), "", *(["Failed:", "", *failed] if failed else ["None failed."])])
+
+
+def environments() -> str:
+    """A line for each condition, and under the table what differs."""
+    report = json.loads((RESULTS / "environments.json").read_text())
+    lines, notes = [], []
+    for row in report["rows"]:
+        what = row["what"] if row["like"] == "baseline" else f"{row['what']} (against `{row['like']}`)"
+        line = [f"`{row['condition']}`", what]
+        for dtype in ("float32", "float64"):
+            found = row.get(dtype)
+            if found is None:
+                line.append("-")
+                continue
+            share = f"{found['differ']} of {found['calls']}" if found["differ"] else "none"
+            worst = found["worst"] if isinstance(found["worst"], str) else f"{found['worst']:.0e}"
+            line.append(f"{share} ({worst})")
+            kinds = ", ".join(f"{n} {kind}" for kind, n in found["kinds"].items())
+            more = "; ".join(f"`{example}`" for example in found["examples"][:2])
+            notes += [f"- `{row['condition']}`, {dtype}: {kinds}. E.g. {more}"] if found["differ"] else []
+        lines.append([*line, row["end"]])
+    head = ["condition", "", "calls that differ in float32 (worst value)", "in float64", "process"]
+    named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    calls = next(row for row in report["rows"] if "float32" in row)["float32"]
+    intro = f"{calls['calls']} calls in each dtype, of which {calls['refused']} are refused, with the same words."
+    source = f"`python benchmarks/environments.py`; {named}, on a CPU."
+    return "\n\n".join([intro, table(head, lines), *(["What differs:", "\n".join(notes)] if notes else []), source])
 
 
 def description(documented: Any) -> str:

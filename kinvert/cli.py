@@ -13,8 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kinvert as ki
 from kinvert import analysis, bench, models
 from kinvert import demo as demos
@@ -122,7 +120,6 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
     figures are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
     """
     _check_matplotlib()
-    torch.set_num_threads(1)  # the networks are so small that threads only get in each other's way
     try:
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         outcome = demos.run(demos.Settings(**options), progress=True)
@@ -226,6 +223,11 @@ def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, opti
 
 # -- the benchmark -----------------------------------------------------------------------------------------------------
 workers = click.option("--workers", type=int, default=1, help="Processes on this machine; or start it with torchrun.")
+threads = click.option(
+    "--threads",
+    type=int,
+    help="torch's threads in each process, for a model of your own. By default torch's, shared among the workers.",
+)
 imports = click.option(
     "--import", "imports", multiple=True, metavar="MODULE", help="Module that registers what is your own; repeatable."
 )
@@ -250,10 +252,17 @@ def bench_group() -> None:
 @click.option("--preset", metavar="NAME", help="A grid that comes along: quick (a minute), standard or full.")
 @click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, a file a cell.")
 @workers
+@threads
 @imports
 @pairs("slurm", "Submit --workers jobs to Slurm, with this parameter of submitit, e.g. timeout_min=60; repeatable.")
 def bench_run(
-    grid: Path | None, preset: str | None, out: Path, workers: int, imports: tuple[str, ...], slurms: Sequence[str]
+    grid: Path | None,
+    preset: str | None,
+    out: Path,
+    workers: int,
+    threads: int | None,
+    imports: tuple[str, ...],
+    slurms: Sequence[str],
 ) -> None:
     """Measure the cells of a grid that are not there yet.
 
@@ -265,10 +274,11 @@ def bench_run(
     cells, more = (bench.preset(preset or "quick"), ()) if grid is None else bench.read_grid(grid)
     imports = (*imports, *more)
     if slurms:
-        jobs = bench.submit_cells(cells, out, workers=workers, imports=imports, **_options_of("--slurm", slurms))
+        parameters = _options_of("--slurm", slurms)
+        jobs = bench.submit_cells(cells, out, workers=workers, threads=threads, imports=imports, **parameters)
         print_lines(*(f"submitted job {job.job_id}" for job in jobs), f"their results go to {out}")
         return
-    records = bench.run(cells, out, workers=workers, imports=imports, progress=True)
+    records = bench.run(cells, out, workers=workers, threads=threads, imports=imports, progress=True)
     refused = sum(record["error"] is not None for record in records)
     print_lines(
         f"{len(records)} of {len(cells)} cells are in {out}, {refused} of them with an error",
@@ -328,6 +338,7 @@ def bench_report(folders: tuple[Path, ...], out: Path) -> None:
 @click.option("--seed", type=int, default=0, help="Seed of the noises of stochastic samplers.")
 @click.option("--shard-size", type=int, default=64, help="Files inverted as one batch and kept in one file.")
 @workers
+@threads
 @imports
 def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> None:
     """Invert a folder of images or latents.
@@ -340,7 +351,7 @@ def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> N
     placed: dict[str, Any] = {
         name: _options_of(f"--{name}", given.pop(f"{name}s")) for name in ("positive", "negative")
     }
-    machinery: dict[str, Any] = {name: given.pop(name) for name in ("max_evals", "shard_size", "workers")}
+    machinery: dict[str, Any] = {name: given.pop(name) for name in ("max_evals", "shard_size", "workers", "threads")}
     cell = bench.Cell(**given, options=options)
     rows = bench.invert_folder(source, out, cell, **placed, **machinery, imports=imports, progress=True)
     claimed = [row["converged"] for row in rows if row["converged"] is not None]

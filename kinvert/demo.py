@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import kinvert as ki
 from kinvert import models
+from kinvert.bench.tasks import computing_with
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,6 +93,7 @@ class Demo:
         return {"table": self.table(), "settings": asdict(self.settings), "versions": versions}
 
 
+@computing_with(1)  # the networks are so small that threads only get in each other's way
 def run(settings: Settings, progress: bool = False) -> Demo:
     """Unsample held-out images with each sampler and sample them back.
 

@@ -194,7 +194,8 @@ def _integrate(drift: _Drift, x: np.ndarray, ends: tuple[float, float], rtol: fl
 
     if ends[0] == ends[1]:
         return x
-    solver = DOP853(drift, ends[0], x, ends[1], rtol=rtol, atol=atol)
+    first = min(abs(ends[1] - ends[0]), rtol**0.125)  # a step h errs by h^8; the guess of scipy < 1.14 leaves the range
+    solver = DOP853(drift, ends[0], x, ends[1], first_step=first, rtol=rtol, atol=atol)
     while solver.status == "running":
         message = solver.step()
     if solver.status == "failed":

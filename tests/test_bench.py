@@ -467,13 +467,13 @@ def test_results_do_not_depend_on_workers_or_on_being_killed(tmp_path: Path, mod
     module.write_text(DEADLY)
     grid = cells(model="own:deadly", seed=[0, 1, 2, 3], steps=3, method=["unsample", "invert"], dtype=["float32"])
     with pytest.raises(bench.UnfinishedError, match=r"(?s)of 8 are not done; the same command.*exit codes .*-9"):
-        bench.run(grid, tmp_path / "two", workers=2)
+        bench.run(grid, tmp_path / "two", workers=2, threads=1)
     done = sorted(path.name for path in (tmp_path / "two").glob("*.json"))
     assert 0 < len(done) < 8 and not (tmp_path / "two" / "results.jsonl").exists()
     times = {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in done}
-    bench.run(grid, tmp_path / "two", workers=2)
+    bench.run(grid, tmp_path / "two", workers=2, threads=1)
     assert times == {name: (tmp_path / "two" / name).stat().st_mtime_ns for name in done}
-    bench.run(grid, tmp_path / "one")
+    bench.run(grid, tmp_path / "one", threads=1)
     one, two = ((tmp_path / name / "results.jsonl").read_bytes() for name in ("one", "two"))
     assert one == two and one.count(b"\n") == 8
     assert bench.compare(tmp_path / "one", tmp_path / "two").same

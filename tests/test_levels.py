@@ -20,7 +20,6 @@ import kinvert as ki
 from kinvert import levels
 from kinvert.levels import DiscreteLevels, EDMLevels, FlowLevels, Levels
 
-torch.set_num_threads(1)
 SD = levels.stable_diffusion()
 ZERO_SNR = levels.stable_diffusion(zero_snr=True)
 ALL = {

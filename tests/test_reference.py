@@ -46,6 +46,20 @@ def test_any_gaussian(mean: float, std: float, a: float, b: float, seed: int) ->
     assert error < 1e-10 * max(1.0, spread) * max(1.0, worst(x))
 
 
+@pytest.mark.parametrize("ends", [(1 / 64, 1.0), (0.01, 80.0), (80.0, 0.01), (1.0, 1.001), (3.0, 1.0)], ids=str)
+def test_the_denoiser_is_asked_between_the_ends_only(ends: tuple[float, float]) -> None:
+    """The first step that scipy before 1.14 chose for itself was tried at e^1019."""
+    wide, seen = ki.denoisers.Gaussian(0.0, 5.0), list[float]()
+
+    def watched(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(float(sigma))
+        return wide(x, sigma)
+
+    x = 5 * noise_like((1, 3))
+    assert worst(solve_ode(watched, x, *ends, rtol=1e-12, atol=1e-14) - wide.ode(x, *ends)) < 1e-10
+    assert min(ends) * (1 - 1e-12) <= min(seen) and max(seen) <= max(ends) * (1 + 1e-12)
+
+
 def test_mixture_there_and_back() -> None:
     x = 10 * noise_like((8, 6), seed=3)
     data = solve_ode(MIXTURE, x, 10, 0.1)

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from kinvert import levels, schedules
 from kinvert.schedules import DISCARD_PENULTIMATE, SCHEDULES, schedule
 
-torch.set_num_threads(1)
 DATA = np.load(Path(__file__).parent / "data" / "schedules.npz")
 CASES = json.loads(DATA["index"].tobytes())
 STORES = {name: DATA[name] for name in ("f4", "f8")}

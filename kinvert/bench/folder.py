@@ -3,7 +3,8 @@
 Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
 ("latents", and "memory/<name>" or "noises/<i>" where they belong to the latents), then its rows to `<key>.json`, which
 says that it is done; the key is a hash of the settings and of the names and contents of its files. When all shards are
-done, their rows make `manifest.jsonl`: file, index in it, shard, row, converged, round_trip_error, evaluations.
+done, their rows make `manifest.jsonl`: file, index in it, shard, row, converged, round_trip_error, evaluations, and
+with how many threads.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kinvert.bench import store
 from kinvert.bench.grid import Cell, content_key
 from kinvert.bench.methods import ITERATING, Found, find, restore
 from kinvert.bench.problems import Problem
-from kinvert.bench.questions import alone, job_of, problem_of
+from kinvert.bench.questions import alone, check_threads, job_of, problem_of
 from kinvert.bench.tasks import UnfinishedError, run_tasks
 from kinvert.inputs import is_integer
 from kinvert.inversion.result import rms
@@ -74,14 +75,16 @@ class Shard:
         positive, negative = _tensors(self.positive), _tensors(self.negative) or None
         guidance = {"cfg": self.cell.cfg, "positive": positive, "negative": negative}
         job = replace(job_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
-        with alone(self.cell.seed):
+        with alone(self.cell):
+            threads = torch.get_num_threads()
             found = find(self.cell.method, job, x)
             restored, _ = restore(job, found)
         tensors = {"latents": found.latent, **{f"memory/{name}": value for name, value in found.memory.items()}}
         tensors |= {f"noises/{i}": value for i, value in enumerate(found.noises)}
         contents = save({name: value.cpu().contiguous() for name, value in tensors.items()})
         store.write(folder / f"{self.key}.safetensors", contents)
-        rows = self._rows([len(batch) for batch in batches], found, rms((restored - x).float()).tolist())
+        errors = rms((restored - x).float()).tolist()
+        rows = [row | {"threads": threads} for row in self._rows([len(batch) for batch in batches], found, errors)]
         store.write(folder / f"{self.key}.json", (store.dumps({"key": self.key, "rows": rows}) + "\n").encode())
 
     def _rows(self, lengths: list[int], found: Found, errors: list[float]) -> list[dict[str, Any]]:
@@ -113,6 +116,7 @@ def invert_folder(
     max_evals: int | None = None,
     shard_size: int = 64,
     workers: int = 1,
+    threads: int | None = None,
     imports: Sequence[str] = (),
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -127,12 +131,12 @@ def invert_folder(
         positive, negative: conditioning, a number or a string for each keyword of the denoiser, for all files alike.
         max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
         shard_size: number of files that are inverted as one batch, and kept in one file.
-        workers, imports, progress: as in `run`.
+        workers, threads, imports, progress: as in `run`.
 
     Returns:
         The rows of the manifest, in the order of the files: file, index (in the file), shard, row (in the shard),
-        converged (None where the method makes no claim), round_trip_error (root mean square), evaluations. None of
-        them, if other processes of torchrun are not ready yet.
+        converged (None where the method makes no claim), round_trip_error (root mean square), evaluations, threads
+        (torch's, that computed it). None of them, if other processes of torchrun are not ready yet.
 
     Raises:
         ValueError: a source without images or latents; a folder with results of other settings; as `run`.
@@ -145,6 +149,7 @@ def invert_folder(
     if max_evals is not None and cell.method not in ITERATING:
         raise ValueError(f"max_evals is for {' and '.join(ITERATING)}, which iterate, got method {cell.method!r}")
     conditioning = _checked("positive", positive or {}), _checked("negative", negative or {})
+    check_threads(threads, [cell])
     cell = replace(cell, question="reconstruction", count=1)
     problem = problem_of(cell.model, 1, 0, cell.dtype)
     paths, files, unread = _files(source, folder), [], []
@@ -162,7 +167,7 @@ def invert_folder(
         for i in range(0, len(files), shard_size)
     ]
     _check_settings(folder, shards[0].settings)
-    run_tasks(shards, folder, workers=workers, imports=imports, progress=progress)
+    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress)
     if not all(store.is_done(folder, shard.key) for shard in shards):
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]

@@ -75,6 +75,11 @@ def find_problem(name: str) -> ProblemFunction:
     return found
 
 
+def is_built_in(name: str) -> bool:
+    """Whether a model comes with kinvert. It is computed with one thread: its records are equal to the byte."""
+    return getattr(find_problem(name), "__module__", None) == __name__
+
+
 def _imported(name: str, module: str) -> ModuleType:
     """The module of an entry point. One that is not there, and one that fails by itself, are different mistakes."""
     try:

@@ -10,7 +10,7 @@ ends where it says.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +21,8 @@ from torch import Tensor
 import kinvert as ki
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, Found, Job, find, generate, restore
-from kinvert.bench.problems import Problem, make_problem
+from kinvert.bench.problems import Problem, is_built_in, make_problem
+from kinvert.bench.tasks import computing_with
 from kinvert.noise import derived_seed
 
 
@@ -62,13 +63,34 @@ def answer(cell: Cell, problem: Problem) -> Run:
 
 
 @contextmanager
-def alone(seed: int) -> Iterator[None]:
-    """Random numbers from the seed, no gradients, and no warnings: what kinvert's say is in the results."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+def alone(cell: Cell) -> Iterator[None]:
+    """Random numbers from the cell's seed, no gradients, one thread for a model that comes with kinvert, and no
+    warnings: what kinvert's say is in the results.
+    """
+    threads = computing_with(1 if is_built_in(cell.model) else None)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), threads:
         warnings.simplefilter("ignore", RuntimeWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at the first forward-mode derivative
-        torch.manual_seed(derived_seed("bench", seed))  # not the stream that the images and latents come from
+        warnings.filterwarnings("ignore", ".torch.jit.script")  # torch's own, at the first forward-mode derivative
+        torch.manual_seed(derived_seed("bench", cell.seed))  # not the stream that the images and latents come from
         yield
+
+
+def check_threads(threads: int | None, cells: Iterable[Cell]) -> None:
+    """Refuse a number of threads that no cell would be computed with.
+
+    Raises:
+        ValueError: that is no number of threads; models that all come with kinvert.
+    """
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a positive int, or None to leave torch's, got {threads!r}")
+    models = sorted({cell.model for cell in cells})
+    if models and all(is_built_in(model) for model in models):
+        raise ValueError(
+            f"threads is for models of your own, got {threads} for {', '.join(models)}; what comes with kinvert is "
+            "computed with one thread, so that records are equal to the byte: leave threads out"
+        )
 
 
 def job_of(cell: Cell, problem: Problem) -> Job:

@@ -36,8 +36,8 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
         where they are no images). What the library refuses is in the record's "error".
     """
     names = ("inversion_evaluations", "sampling_evaluations", "converged", "trajectory", "residuals", "latent", "error")
-    record = {"key": cell.key, "cell": cell.settings, "metrics": {}, "versions": versions(), **dict.fromkeys(names)}
-    with alone(cell.seed):
+    with alone(cell):
+        record = {"key": cell.key, "cell": cell.settings, "metrics": {}, "versions": versions(), **dict.fromkeys(names)}
         try:
             problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
             run = answer(cell, problem)
@@ -59,13 +59,14 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers may depend on besides the cell."""
+    """What the numbers may depend on besides the cell: `threads` are torch's, now."""
     return {
         "kinvert": ki.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
     }
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from kinvert.bench import store
 from kinvert.bench.grid import Cell, unique
+from kinvert.bench.questions import check_threads
 from kinvert.bench.record import measure
 from kinvert.bench.tasks import run_tasks, submit
 
@@ -42,6 +43,7 @@ def run(
     folder: Path | str,
     *,
     workers: int = 1,
+    threads: int | None = None,
     imports: Sequence[str] = (),
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -52,6 +54,8 @@ def run(
         folder: where each cell leaves `<key>.json` (and images `<key>.safetensors`).
         workers: processes on this machine; or run under `torchrun`. Modules that start processes need the guard
             `if __name__ == "__main__":`.
+        threads: torch's threads in each process, for models of your own; None leaves torch's where there is one
+            process, and shares them out among the workers. Models that come with kinvert take one.
         imports: modules that register samplers, methods or problems of your own.
         progress: show a bar with the time left.
 
@@ -63,16 +67,26 @@ def run(
         ValueError: as `run_tasks`; a damaged file in the folder.
         UnfinishedError: a cell failed, or a worker ended early. The same call again does what is left.
     """
-    folder, tasks = Path(folder), [Measurement(cell) for cell in unique(cells)]
-    run_tasks(tasks, folder, workers=workers, imports=imports, progress=progress)
+    folder, cells = Path(folder), unique(cells)
+    check_threads(threads, cells)
+    tasks = [Measurement(cell) for cell in cells]
+    run_tasks(tasks, folder, workers=workers, threads=threads, imports=imports, progress=progress)
     keys = [task.key for task in tasks]
     store.merge(folder, keys)
     return [store.read(folder / f"{key}.json") for key in sorted(keys) if store.is_done(folder, key)]
 
 
 def submit_cells(
-    cells: Iterable[Cell], folder: Path | str, *, workers: int, imports: Sequence[str] = (), **parameters: Any
+    cells: Iterable[Cell],
+    folder: Path | str,
+    *,
+    workers: int,
+    threads: int | None = None,
+    imports: Sequence[str] = (),
+    **parameters: Any,
 ) -> list[Any]:
     """Submit cells to Slurm; see `submit`. `run` with the same cells merges the results once the jobs have ended."""
-    tasks = [Measurement(cell) for cell in unique(cells)]
-    return submit(tasks, Path(folder), workers=workers, imports=imports, **parameters)
+    cells = unique(cells)
+    check_threads(threads, cells)
+    tasks = [Measurement(cell) for cell in cells]
+    return submit(tasks, Path(folder), workers=workers, threads=threads, imports=imports, **parameters)

@@ -8,8 +8,9 @@ where it was when the same command is given again. Process r of n takes every n-
   folder; they do not talk to each other;
 * the jobs of a Slurm array, by `submit`.
 
-Tasks depend on nothing but themselves, and every process computes with one thread, so results do not depend on the
-number of processes.
+Tasks depend on nothing but themselves, so results do not depend on the number of processes, as long as every process
+computes with the same number of threads: rounding depends on it. It is the caller's choice. Without one a single
+process leaves torch's threads as they are, and `workers` share them, so that they do not fight over the cores.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +48,27 @@ class UnfinishedError(RuntimeError):
     """Some tasks were not done; the message says which and why. The same run again does what is left."""
 
 
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Set torch's number of threads for a while, for operations in this process; None leaves it."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
 def run_tasks(
-    tasks: Sequence[Task], folder: Path, *, workers: int = 1, imports: Sequence[str] = (), progress: bool = False
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    workers: int = 1,
+    threads: int | None = None,
+    imports: Sequence[str] = (),
+    progress: bool = False,
 ) -> None:
     """Do the tasks that are not done yet.
 
@@ -55,6 +76,8 @@ def run_tasks(
         tasks: what to do.
         folder: where the results are and go.
         workers: number of processes on this machine; must be 1 under torchrun.
+        threads: torch's threads in each process; None leaves them as they are where workers is 1, and gives each of
+            several workers its share, at least one. A task may still choose for itself.
         imports: modules that register what the tasks need, imported in every process.
         progress: show a bar with the time left, on stderr.
 
@@ -72,14 +95,15 @@ def run_tasks(
     except OSError as error:
         raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     if workers == 1:  # by position, not by what is left: the others may have begun
-        failures = _work(tasks[rank::world], folder, imports, progress and rank == 0)
+        failures = _work(tasks[rank::world], folder, imports, threads, progress and rank == 0)
         if failures:
             raise UnfinishedError(_complaint(failures, len(tasks)))
         return
     left = [task for task in tasks if not store.is_done(folder, task.key)]
     context = multiprocessing.get_context("spawn")
     shares = [left[r::workers] for r in range(min(workers, len(left)))]
-    processes = [context.Process(target=_worker, args=(share, folder, tuple(imports))) for share in shares]
+    each = threads or max(1, torch.get_num_threads() // workers)  # not of what is left: a resumed run has the same
+    processes = [context.Process(target=_worker, args=(share, folder, tuple(imports), each)) for share in shares]
     _wait(processes, tasks, folder, progress)
     failures = [f"{task}" for task in left if not store.is_done(folder, task.key)]
     if failures:
@@ -92,6 +116,7 @@ def submit(
     folder: Path,
     *,
     workers: int,
+    threads: int | None = None,
     imports: Sequence[str] = (),
     cluster: str | None = None,
     **parameters: Any,
@@ -101,6 +126,7 @@ def submit(
     Args:
         tasks, folder, imports: as in `run_tasks`; the folder must be common to all machines.
         workers: number of jobs.
+        threads: torch's threads in each job; None leaves what they are on its machine, e.g. all cores of the job.
         cluster: None for Slurm where there is one; "local" for processes on this machine.
         **parameters: of `submitit.AutoExecutor.update_parameters`, e.g. `timeout_min=60, slurm_partition="gpu"`.
 
@@ -119,7 +145,8 @@ def submit(
     executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
     executor.update_parameters(name="kinvert", **parameters)
     jobs: list[Any] = executor.map_array(
-        _worker, *zip(*((list(tasks[r::workers]), folder, tuple(imports)) for r in range(workers)), strict=True)
+        _worker,
+        *zip(*((list(tasks[r::workers]), folder, tuple(imports), threads) for r in range(workers)), strict=True),
     )
     return jobs
 
@@ -135,13 +162,13 @@ def _place() -> tuple[int, int]:
     return rank, world
 
 
-def _work(tasks: Sequence[Task], folder: Path, imports: Sequence[str], progress: bool) -> list[str]:
-    """Do tasks in this process, with one thread; returns what failed and why."""
+def _work(
+    tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int | None, progress: bool
+) -> list[str]:
+    """Do tasks in this process; returns what failed and why."""
     import_modules(imports)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     failures = []
-    try:
+    with computing_with(threads):
         done = [task for task in tasks if store.is_done(folder, task.key)]
         skip = {task.key for task in done}
         with tqdm(total=len(tasks), initial=len(done), unit="cell", disable=None if progress else True) as bar:
@@ -155,14 +182,12 @@ def _work(tasks: Sequence[Task], folder: Path, imports: Sequence[str], progress:
                 except Exception as error:  # the others can still be done
                     failures.append(f"{task}: {type(error).__name__}: {error}")
                 bar.update()
-    finally:
-        torch.set_num_threads(threads)
     return failures
 
 
-def _worker(tasks: Sequence[Task], folder: Path, imports: Sequence[str]) -> None:
+def _worker(tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int | None) -> None:
     """A process of its own."""
-    failures = _work(tasks, folder, imports, progress=False)
+    failures = _work(tasks, folder, imports, threads, progress=False)
     if failures:
         sys.exit("\n".join(failures))
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -53,10 +53,9 @@ _NEGATIVE_MISSING = (
     "pass the unconditional conditioning, e.g. the embedding of the empty prompt, or negative={{}} "
     "to call the denoiser with no keywords"
 )
-
-
-class _ApartError(Exception):
-    """Two conditionings that do not stack."""
+_APART = (
+    object()
+)  # what two conditionings that do not stack make together; not an error: torch.compile follows no raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,19 +118,18 @@ class Guidance:
         if self.bound:
             return self
         negative = None if self.negative is None else _bind(self.negative, batch)
-        return replace(self, positive=_bind(self.positive, batch), negative=negative, bound=True)
+        return Guidance(self.denoiser, self.cfg, _bind(self.positive, batch), negative, self.pair, bound=True)
 
     def _each(self, function: Callable[[_Rows], Any]) -> Guidance:
         negative = None if self.negative is None else _each(function, self.negative)
-        return replace(self, positive=_each(function, self.positive), negative=negative)
+        return Guidance(self.denoiser, self.cfg, _each(function, self.positive), negative, self.pair, self.bound)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(U, C), from one call if the conditionings stack."""
-        try:
-            both = _stack(negative, positive)
-        except _ApartError:
+        both = _stack(negative, positive)
+        if both is _APART:
             first = [self._predict(x, sigma, _open(negative))]
             keep(first)
             return first[0], self._predict(x, sigma, _open(positive))
@@ -288,23 +286,28 @@ def _open(conditioning: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stack(uncond: Any, cond: Any) -> Any:
-    """The conditioning of the batch [uncond, cond], as the denoiser gets it; raises _ApartError if there is none."""
+    """The conditioning of the batch [uncond, cond], as the denoiser gets it; _APART if there is none."""
     if isinstance(uncond, _Rows) and isinstance(cond, _Rows):
         u, c = uncond.value, cond.value
         if not (isinstance(u, Tensor) and isinstance(c, Tensor)):
-            raise _ApartError
-        if (u.shape, u.dtype, u.device) != (c.shape, c.dtype, c.device):
-            raise _ApartError
-        return torch.cat([u, c])
+            return _APART
+        same = (u.shape, u.dtype, u.device) == (c.shape, c.dtype, c.device)
+        return torch.cat([u, c]) if same else _APART
     if type(uncond) is type(cond) and isinstance(cond, dict) and uncond.keys() == cond.keys():
-        stacked = iter([_stack(uncond[key], cond[key]) for key in cond])
-        return _map(lambda member: next(stacked), cond)
+        return _stacked([(uncond[key], cond[key]) for key in cond], cond)
     if type(uncond) is type(cond) and isinstance(cond, (list, tuple)) and len(uncond) == len(cond):
-        others = iter(uncond)
-        return _map(lambda member: _stack(next(others), member), cond)
+        return _stacked(list(zip(uncond, cond, strict=True)), cond)
     shared = isinstance(cond, (_Rows, np.ndarray, Mapping, list, tuple)) or (isinstance(cond, Tensor) and cond.ndim)
-    if uncond is cond and not shared:
-        return cond
-    if type(uncond) is type(cond) and isinstance(cond, (str, int, float, bool)) and uncond == cond:
-        return cond
-    raise _ApartError
+    plain = type(uncond) is type(cond) and isinstance(cond, (str, int, float, bool))
+    return cond if (uncond is cond and not shared) or (plain and uncond == cond) else _APART
+
+
+def _stacked(pairs: list[tuple[Any, Any]], like: Any) -> Any:
+    """A dict, list or tuple like another of what the pairs make together; _APART if one of them does not stack."""
+    members = []
+    for uncond, cond in pairs:
+        members.append(_stack(uncond, cond))
+        if members[-1] is _APART:
+            return _APART
+    rest = iter(members)
+    return _map(lambda member: next(rest), like)

@@ -81,9 +81,8 @@ def expand(sigma: Tensor, x: Tensor) -> Tensor:
 
 def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     """Whether a tensor of `shape` broadcasts to exactly `target`."""
-    return len(shape) <= len(target) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(target), strict=False)
-    )
+    last = target[len(target) - len(shape) :]  # of the same length: torch.compile of torch 2.4 zips no other
+    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, last, strict=True))
 
 
 def check_output(output: Any, x: Tensor, name: str, call: str) -> Tensor:
