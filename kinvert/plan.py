@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
@@ -176,12 +176,22 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
         from kinvert.coordinates import flow_sampler  # here, because it tries rules by compiling them
 
         resolved, coordinates = flow_sampler(resolved), "flow"
-    return _compile(resolved, resolved.name, as_schedule(sigmas), coordinates)
+    return _compile(resolved, _identity(resolved), as_schedule(sigmas), coordinates)
+
+
+def _identity(rule: Rule) -> tuple[object, ...]:
+    """What rules that are equal can differ in: their names, and their code, of which a notebook may bring a new one."""
+    methods = [value for cls in type(rule).__mro__ for value in vars(cls).values()]
+    code = tuple([f.__code__ for method in methods if hasattr(f := getattr(method, "fget", method), "__code__")])
+    values = [getattr(rule, f.name) for f in fields(rule)]
+    return rule.name, code, *[_identity(value) for value in values if isinstance(value, Rule)]
 
 
 @functools.lru_cache(maxsize=128)
-def _compile(rule: Rule, name: str, sigmas: tuple[float, ...], coordinates: Literal["flow"] | None) -> Plan:
-    """The name is there for the cache: rules that are equal but for it have Plans that say their own."""
+def _compile(
+    rule: Rule, identity: tuple[object, ...], sigmas: tuple[float, ...], coordinates: Literal["flow"] | None
+) -> Plan:
+    """The identity is there for the cache alone."""
     rule, sigmas = rule.prepare(sigmas)
     auxiliary = tuple(name for name, _ in compile_auxiliary(rule, sigmas[0]).memory)
     steps = []

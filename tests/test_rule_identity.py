@@ -12,7 +12,7 @@ import pytest
 
 import kinvert as ki
 from kinvert.rules import Flow, McCallumFoster, RungeKutta, register
-from kinvert.rules.base import options_of
+from kinvert.rules.base import interpolate, options_of
 from kinvert.rules.tableau import TABLEAUS
 
 SIGMAS = (10.0, 3.0, 1.0, 0.5)
@@ -69,7 +69,36 @@ def test_a_rule_by_its_own_name_is_the_plain_rule() -> None:
     for name, entry in ki.SAMPLERS.items():
         if name == entry.rule.name:
             assert ki.sampler(name) == entry.rule(**entry.defaults)
-    assert ki.sampler("ddim") != ki.sampler("euler_ancestral", eta=0.0)  # they answer to different names
+    assert ki.sampler("ddim") == ki.sampler("euler_ancestral", eta=0.0)  # the same rule, by another name
+
+
+def test_an_edited_rule_is_compiled_anew() -> None:
+    """A notebook cell that is run again, or autoreload, puts another method in place of the old one."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(ki.Rule):
+        name = "mine"
+        ode_order = 1
+
+        def step(self, s: Any) -> Any:
+            return interpolate(s.x, self.aim(s), s.sigma_next / s.sigma)
+
+        def aim(self, s: Any) -> Any:
+            return s.denoise(s.x, s.sigma)
+
+    for rule in (Mine(), McCallumFoster(Mine())):
+        before = ki.compile_plan(rule, SIGMAS)
+        assert ki.compile_plan(rule, SIGMAS) is before
+        aim, Mine.aim = Mine.aim, lambda self, s: 0.5 * s.denoise(s.x, s.sigma)
+        assert ki.compile_plan(rule, SIGMAS).steps != before.steps
+        Mine.aim = aim
+        assert ki.compile_plan(rule, SIGMAS) is before
+
+
+def test_a_rule_prints_what_was_changed() -> None:
+    assert repr(ki.sampler("heun")) == "Heun()"
+    assert repr(ki.sampler("heun", s_churn=3)) == "Heun(s_churn=3.0)"
+    assert repr(Flow(ki.sampler("dpmpp_2m"))) == "Flow(rule=DPMpp2M())"
 
 
 def test_plans_are_of_the_rule_that_was_asked_for() -> None:

@@ -90,8 +90,18 @@ class Rule(ABC):
     default_noise: ClassVar[Literal["white", "brownian"]] = "white"
     noise_clip: ClassVar[float] = 0.0
 
-    named: str = field(default="", kw_only=True, repr=False)
-    """What the rule was asked for as, where `name` is to be that: part of the rule, so that copies keep it."""
+    named: str = field(default="", kw_only=True, repr=False, compare=False)
+    """What the rule was asked for as, where `name` is to be that: a field, so that copies keep it."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.__repr__ = Rule.__repr__  # type: ignore[method-assign] # else every dataclass gets one that lists it all
+
+    def __repr__(self) -> str:
+        """The rule with the options that are not at their default."""
+        options = [(f.name, getattr(self, f.name), f.default) for f in options_of(self)]
+        changed = [f"{name}={value!r}" for name, value, default in options if value != default]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     @abstractmethod
     def step(self, s: StepBuilder) -> Form:
