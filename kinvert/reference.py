@@ -88,7 +88,7 @@ def solve_ode(
     for i in range(len(x)):
         one = x[i : i + 1].to(torch.float64)
         drift = _Drift(bound.select(torch.tensor([i], device=x.device), len(x)), one, max_evals, f"sample {i}: ")
-        end = _integrate(drift, one.reshape(-1).cpu().numpy(), ends, rtol, atol)
+        end = _integrate(drift, one.reshape(-1).cpu().numpy(), ends, float(rtol), float(atol))
         out[i] = torch.from_numpy(end).reshape(x.shape[1:])
     return out
 

@@ -29,6 +29,7 @@ from kinvert.denoisers import Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine import Callback, Progress, run
+from kinvert.forms import State
 from kinvert.graphs import captured_denoiser
 from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
 from kinvert.moments import check_flow_spread
@@ -138,7 +139,7 @@ def sample(
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
         latent = _like_x("latent", latent, x)
         signal = latent if coordinates == "ve" else (1 - schedule[0]) * latent
-        kept = _mask_noise(mask_noise, x, signal, job.sigmas[0])
+        kept = _mask_noise(mask_noise, x, signal, schedule[0])  # of x itself, wherever the sampler starts
         denoise = Masked(denoise, mask, latent, noise=kept, coordinates=coordinates)
     elif latent is not None or mask_noise is not None:
         name = "mask_noise" if latent is None else "latent"
@@ -218,8 +219,9 @@ def unsample(
     denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
         denoise = Masked(denoise, mask, x, coordinates=coordinates)
-    if coordinates == "flow" and rising[0] - kept[-1] > 1.01 * OFFSET:
-        x = (1 - rising[0]) / (1 - kept[-1]) * x  # the same image at the time where the run starts
+    # The same image at the time where the run starts: to the last digit where a mask keeps it.
+    if coordinates == "flow" and (mask is not None or rising[0] - kept[-1] > 1.01 * OFFSET):
+        x = (1 - rising[0]) / (1 - kept[-1]) * x
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
     return _normalize(latent, normalize, job.sigmas[-1])
 
@@ -379,20 +381,26 @@ class _Job:
     def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
         """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
         if self.plan is not None and not uses_evaluations(self.plan):
-            keep_last = (
-                "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
-            )
-            raise ValueError(
-                f"{self.rule.name} would return x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
-                f"{self.sigmas[-1]:g} in {len(self.plan.steps)} step(s) no evaluation of the denoiser enters its "
-                f"result; give a longer schedule, or use {keep_last}'euler' or 'heun'"
-            )
+            self.refuse_idle(self.plan)
         if noise is None and self.plan is not None and self.plan.is_stochastic:
             noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
         result = self.run(denoiser, x, noise, callback)
         if has_values(result) and not bool(torch.isfinite(result).all()):
             raise ValueError(self._first_bad_step(denoiser, x, noise))
         return result
+
+    def refuse_idle(self, plan: Plan) -> None:
+        """Refuse a run that returns x as it came; upwards, a multiple of it is what the node returns, and is warned of."""
+        keeps = "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
+        message = (
+            f"{self.rule.name} returns x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
+            f"{self.sigmas[-1]:g} in {len(plan.steps)} step(s) no evaluation of the denoiser enters its result; give a "
+            f"longer schedule, or use {keeps}'euler' or 'heun'"
+        )
+        if plan.is_rising and any(step.x.alias() != State("x") for step in plan.steps):
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
+        else:
+            raise ValueError(message)
 
     def check_unsampling(self, noise: Noise | None, down: _Job) -> None:
         """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""

@@ -65,7 +65,7 @@ def test_classifiers_are_small() -> None:
 def test_bad_calls_of_classifiers() -> None:
     with pytest.raises(ValueError, match="dtype must be floating point, got torch.int64"):
         classifier.load("digits", dtype=torch.int64)
-    with pytest.raises(ValueError, match="no embedded model is called 'cifar'"):
+    with pytest.raises(ValueError, match="unknown model 'cifar'; it must be one of digits, mnist"):
         classifier.load("cifar")
     model = classifier.load("digits")
     for images in (noise(1, 1, 8, 9, dtype=torch.float32), noise(1, 1, 8, 8)):

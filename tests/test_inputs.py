@@ -200,6 +200,7 @@ def test_every_way_up_returns_plain_tensors(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*not inverted")
 @pytest.mark.filterwarnings("ignore:.*magnifies rounding")
+@pytest.mark.filterwarnings("ignore:.*below the rounding of")
 @pytest.mark.parametrize(
     "job",
     [

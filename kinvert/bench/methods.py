@@ -211,7 +211,7 @@ def _found(result: ki.Inversion | Found, job: Job) -> Found:
     stepwise = len(result.residuals) == len(job.sigmas) - 1 and not result.memory and not result.noises
     return Found(
         result.latent,
-        (result.evaluations - result.checking).tolist(),
+        (result.evaluations - result.checking - (0 if result.row_checks is None else result.row_checks)).tolist(),
         result.converged.tolist(),
         result.residuals if stepwise else None,
         result.memory,

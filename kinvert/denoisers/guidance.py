@@ -150,8 +150,8 @@ class Guidance:
             if conditioning and not getattr(error, "__notes__", None):
                 error.add_note(_note(x, conditioning))
             raise
-        if isinstance(result, Guided) and all(isinstance(part, Tensor) for part in result):
-            return Guided(plain(result.denoised), plain(result.uncond))
+        if isinstance(result, Guided) and not all(type(part) is Tensor for part in result):
+            return Guided(*[plain(part) if isinstance(part, Tensor) else part for part in result])
         return plain(result) if isinstance(result, Tensor) else result
 
 

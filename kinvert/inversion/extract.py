@@ -146,6 +146,7 @@ def extract_noise(
         allowed=allowed,
         sigmas=plan.sigmas,
         checking=plan.evaluations,
+        row_checks=asked,
         noises=tuple(noises),
         warnings=(*_missed(error, allowed), *_unusual(plan, noises)),
     )

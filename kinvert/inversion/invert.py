@@ -26,6 +26,7 @@ from kinvert.analysis import amplification
 from kinvert.checks import check_callback
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
+from kinvert.devices import has_float64
 from kinvert.engine import Callback, Memory, check_state, run, run_state
 from kinvert.forms import State
 from kinvert.inputs import check_values, is_integer
@@ -157,7 +158,9 @@ def invert(
         job = _Job(plan, part, x[index], goal, limit, callback, index, inside)
         parts.append(_invert(job, solver))
     found = Inversion.join(parts)
-    return replace(found, evaluations=found.evaluations + asked, warnings=(*notes, *found.warnings))
+    return replace(
+        found, evaluations=found.evaluations + asked, row_checks=asked, warnings=(*notes, *found.warnings)
+    )
 
 
 def _invert(job: _Job, solver: Solver | Sweeps) -> Inversion:
@@ -404,7 +407,7 @@ def _solve_again(
     edge between two modes of the data. Returns the residuals of the steps, better or not.
     """
     plan, x, narrow = job.plan, job.wide, job.wide.dtype
-    if job.x.dtype == torch.float32 and x.device.type != "mps":
+    if job.x.dtype == torch.float32 and has_float64(x.device):
         job = replace(job, states=torch.float64)
         x = job.wide
     allowed, starts = allowed.to(x), [state[index].to(x) for state in found.states]

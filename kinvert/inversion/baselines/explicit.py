@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from kinvert.denoisers import Denoiser, guide
@@ -104,6 +105,7 @@ def fireflow(
     return _unsampled(denoiser, x, sigmas, FireFlow(), FireFlow(), cfg, positive, negative)
 
 
+@torch.no_grad()
 def _unsampled(
     denoiser: Denoiser,
     x: Tensor,
