@@ -35,8 +35,11 @@ test-slow: $(VENV)/dev
 test-threads: $(VENV)/dev
 	env -u OMP_NUM_THREADS KINVERT_TEST_THREADS=0 $(BIN)/python -m pytest -q
 
-test-oldest test-newest: test-%:
-	$(PYTHON) tests/versions.py $*
+test-oldest:
+	$(PYTHON) tests/versions.py oldest
+
+test-newest:
+	$(PYTHON) tests/versions.py newest
 
 environments: $(VENV)/dev
 	$(BIN)/python benchmarks/environments.py
