@@ -390,7 +390,7 @@ class _Job:
         return result
 
     def refuse_idle(self, plan: Plan) -> None:
-        """Refuse a run that returns x as it came; upwards, a multiple of it is what the node returns, and is warned of."""
+        """Refuse a run that returns x as it came; warn of a multiple of it upwards, which is what the node returns."""
         keeps = "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
         message = (
             f"{self.rule.name} returns x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import kinvert as ki
 from kinvert import bench
-from kinvert.bench import METHODS, PROBLEMS, Cell, Grid, store
+from kinvert.bench import METHODS, PROBLEMS, Cell, Grid, report, store
 from kinvert.bench.problems import make_problem
 from kinvert.bench.questions import job_of
 from kinvert.cli import main
@@ -372,10 +372,35 @@ def test_a_cell_depends_on_nothing_but_itself() -> None:
 def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
     text = store.dumps({"a": [math.inf, -math.inf, math.nan, 1.0], "b": {"c": math.inf}})
     assert text == '{"a":["inf","-inf","nan",1.0],"b":{"c":"inf"}}'
-    record = {"key": "0" * 16, "cell": {}, "metrics": {"psnr": [math.inf, -math.inf, 1.0], "ssim": [math.nan]}}
+    record = {
+        "key": store.content_key({}),
+        "cell": {},
+        "metrics": {"psnr": [math.inf, -math.inf, 1.0], "ssim": [math.nan]},
+    }
     store.write(tmp_path / f"{record['key']}.json", store.dumps(record).encode())
     (read,) = bench.load(tmp_path)
     assert read["metrics"]["psnr"] == [math.inf, -math.inf, 1.0] and math.isnan(read["metrics"]["ssim"][0])
+
+
+@pytest.mark.parametrize("place", ["file", "cell", "key", "metrics"])
+def test_a_record_is_that_of_its_cell(place: str, tmp_path: Path) -> None:
+    """A file under the name of another cell, an edited record and one cut short are not taken as a result."""
+    two = cells(steps=[3, 4])
+    records = {record["cell"]["steps"]: record for record in bench.run(two, tmp_path)}
+    record = dict(records[4])
+    if place == "cell":
+        record["cell"] = record["cell"] | {"steps": 5}
+    elif place == "key":
+        record["key"] = records[3]["key"]
+    elif place == "metrics":
+        del record["metrics"]
+    where = tmp_path / f"{records[3 if place == 'file' else 4]['key']}.json"
+    where.write_text(store.dumps(record))
+    for read in (lambda: bench.run(two, tmp_path), lambda: report.write([tmp_path], tmp_path / "report")):
+        with pytest.raises(ValueError, match=rf"{where}.*delete it, and the same `kinvert bench` computes it again"):
+            read()
+    where.unlink()
+    assert {record["cell"]["steps"] for record in bench.run(two, tmp_path)} == {3, 4}
 
 
 def test_load_returns_what_was_measured(tmp_path: Path) -> None:

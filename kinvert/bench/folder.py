@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kinvert.bench import store
-from kinvert.bench.grid import Cell, content_key
+from kinvert.bench.grid import Cell
 from kinvert.bench.methods import ITERATING, Found, find, restore
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import alone, check_threads, job_of, problem_of
@@ -65,7 +65,7 @@ class Shard:
     @property
     def key(self) -> str:
         """A hash of the settings and the files."""
-        return content_key([self.settings, self.files])
+        return store.content_key([self.settings, self.files])
 
     def run(self, folder: Path) -> None:
         """Invert the files, and write the latents, then the rows."""

@@ -8,10 +8,8 @@ methods or problems of the user's own. The presets are such files, in `kinvert/b
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import itertools
-import json
 import math
 import sys
 import tomllib
@@ -23,6 +21,7 @@ from typing import Any
 import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem
+from kinvert.bench.store import content_key
 from kinvert.inputs import is_integer, is_number
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown, unknown_sampler, unknown_schedule
@@ -225,12 +224,6 @@ def describe(settings: Mapping[str, Any]) -> str:
 def unique(cells: Iterable[Cell]) -> list[Cell]:
     """Every cell once, in the order of their first appearance."""
     return list(dict.fromkeys(cells))
-
-
-def content_key(content: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON of `content`."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _listed(name: str, values: Any) -> list[Any]:

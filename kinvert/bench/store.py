@@ -6,6 +6,7 @@ written as the strings "inf", "-inf" and "nan", and read back as floats.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -48,9 +49,19 @@ def read(path: Path) -> dict[str, Any]:
     """One result file.
 
     Raises:
-        ValueError: a file that is damaged.
+        ValueError: a file that is damaged, or holds the result of another cell than its name says.
     """
-    return _parse(path.read_bytes(), path, f"delete it, and the same `kinvert bench` computes it again: rm {path}")
+    fix = f"delete it, and the same `kinvert bench` computes it again: rm {path}"
+    record = _parse(path.read_bytes(), path, fix)
+    if record["key"] != path.stem:
+        raise ValueError(f"{path} holds the result of another cell, {record['key']}; {fix}")
+    return record
+
+
+def content_key(content: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON of `content`."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def dumps(record: Any) -> str:
@@ -93,8 +104,10 @@ def _read_place(place: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
 def _parse(content: bytes, path: Path, fix: str) -> dict[str, Any]:
     try:
         record = _decoded(json.loads(content))
-        if not isinstance(record["key"], str) or not isinstance(record["cell"], dict):
-            raise TypeError("its key and cell are of the wrong type")
+        if not isinstance(record["cell"], dict) or not isinstance(record["metrics"], dict):
+            raise TypeError("its cell and metrics are of the wrong type")
+        if record["key"] != content_key(record["cell"]):
+            raise ValueError("its key is not that of its cell")
         return dict(record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result ({type(error).__name__}: {error}); {fix}") from error
