@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, within_one
+from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, flow_sampler, is_in_flow
 from kinvert.denoisers import Guided
 from kinvert.inputs import check_beside, check_dense, has_values, is_integer, is_number, plain
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan, Stage, Step
+from kinvert.rules.flow import within_one
 
 
 def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
@@ -161,10 +162,15 @@ def check_coordinates(plan: Plan, denoiser: Any) -> None:
     if torch.compiler.is_compiling():  # which does not follow it
         return
     model = coordinates_of(denoiser)
-    if model == "ve" and plan.coordinates == "flow":
+    if model == "ve" and (plan.coordinates == "flow" or is_in_flow(plan.rule)):
         raise ValueError(
             "the Plan is for flow times, but the denoiser takes sigmas of variance-exploding coordinates; build the "
             f"denoiser in flow time, {FLOW_FIX}, or convert the schedule, {VE_FIX}"
         )
     if model == "flow":
         within_one(plan.sigmas)
+        if flow_sampler(plan.rule) != plan.rule:
+            raise ValueError(
+                f"the Plan of {plan.rule.name} is one for variance-exploding coordinates, but the denoiser takes flow "
+                f"times; use ki.compile_plan(ki.flow_sampler({plan.rule.name!r}, levels), sigmas)"
+            )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 from kinvert.plan import as_schedule, compile_plan
@@ -32,7 +32,8 @@ from kinvert.rules import (
     Seeds3,
 )
 from kinvert.rules import sampler as resolve_sampler
-from kinvert.rules.flow import ROUNDING
+from kinvert.rules.base import options_of
+from kinvert.rules.flow import within_one
 
 Coordinates = Literal["ve", "flow"]
 # Formulas in the log signal-to-noise ratio, which is log((1 - t) / t) in flow time, as hosts have them.
@@ -86,7 +87,7 @@ def settle(denoiser: Any, sampler: str | Rule, sigmas: Any) -> Setting:
     """
     rule, schedule = resolve_sampler(sampler), as_schedule(sigmas)
     model, times = coordinates_of(denoiser), coordinates_of(sigmas)
-    needed: Coordinates | None = "flow" if _is_in_flow(rule) else None
+    needed: Coordinates | None = "flow" if is_in_flow(rule) else None
     coordinates = model or times or needed or "ve"
     if times == "flow" and coordinates == "ve":
         raise ValueError(
@@ -104,26 +105,13 @@ def settle(denoiser: Any, sampler: str | Rule, sigmas: Any) -> Setting:
     return Setting("flow", flow_sampler(rule, levels_of(denoiser)), within_one(schedule))
 
 
-def within_one(schedule: tuple[float, ...]) -> tuple[float, ...]:
-    """Flow times, where 1 and a rounding is 1.
-
-    Raises:
-        ValueError: a time above 1.
-    """
-    if max(schedule) > 1 + ROUNDING:
-        raise ValueError(
-            f"sigmas must be flow times in [0, 1] for this denoiser, got {max(schedule):g}; convert them by "
-            'ki.levels.ve_to_flow(sigmas), or build the denoiser with coordinates="ve"'
-        )
-    return tuple(min(t, 1.0) for t in schedule)
-
-
 def flow_sampler(sampler: str | Rule, levels: HasPercents | None = None) -> Rule:
     """The rule that a sampler is on a flow model in flow time: what ComfyUI runs there, by one name for all.
 
     `sample`, `unsample`, `invert`, `extract_noise` and `round_trip` apply it where the coordinates are "flow".
 
-    * A rule with an option `flow` (ancestral samplers, `lcm`, `euler_cfg_pp`, RF-Solver): with `flow=True`.
+    * A rule with an option `flow` (ancestral samplers, `lcm`, `euler_cfg_pp`, RF-Solver, EDICT): with `flow=True`;
+      BDIA with `coordinates="ve"`.
     * A rule in the log signal-to-noise ratio, or another that draws noise: through `rules.Flow`, which starts at the
       time of 0.01 % of sampling in place of 1. `sa_solver` is stochastic from 20 % to 80 % of sampling, unless its
       interval was set.
@@ -141,9 +129,9 @@ def flow_sampler(sampler: str | Rule, levels: HasPercents | None = None) -> Rule
         ValueError: a sampler that cannot be right in flow time, with the fix.
     """
     rule = resolve_sampler(sampler)
-    if _is_in_flow(rule):
+    if is_in_flow(rule):
         return rule
-    options = {f.name: f.default for f in fields(rule)}
+    options = {f.name: f.default for f in options_of(rule)}
     if "flow" in options:
         return _with(rule, flow=True)
     if getattr(rule, "coordinates", None) == "vp":
@@ -170,6 +158,11 @@ def levels_of(denoiser: Any) -> HasPercents | None:
     return found if callable(getattr(found, "percent_to_sigma", None)) else None
 
 
+def is_in_flow(rule: Rule) -> bool:
+    """Whether a rule is one for flow times alone."""
+    return isinstance(rule, Flow) or getattr(rule, "flow", False) is True
+
+
 def _inner(value: Any) -> Any:
     """A denoiser without what was put around it: bound arguments, guidance, masks."""
     while True:
@@ -183,18 +176,11 @@ def _inner(value: Any) -> Any:
             return value
 
 
-def _is_in_flow(rule: Rule) -> bool:
-    return isinstance(rule, Flow) or getattr(rule, "flow", False) is True
-
-
 def _draws(rule: Rule) -> bool:
     """Whether a rule draws noise: on a schedule to try it, or by churn, which may be for other levels."""
     return getattr(rule, "s_churn", 0.0) > 0 or compile_plan(rule, TRIAL).is_stochastic
 
 
 def _with(rule: Rule, **options: Any) -> Rule:
-    """The rule with other options, by the name that it was asked for."""
-    changed = replace(rule, **options)
-    if changed.name != rule.name:
-        object.__setattr__(changed, "name", rule.name)
-    return changed
+    """The rule with options that not every rule has."""
+    return replace(rule, **options)

@@ -76,16 +76,13 @@ def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
     """Refuse a rule through `Flow` that blows up: its steps in sigma = t / (1 - t) are huge where t is near 1.
 
     Raises:
-        ValueError: unit Gaussian data would come out more than twice as wide as they should; for a rule in flow time as
-            it is, that is a RuntimeWarning.
+        ValueError: Gaussian data N(1, 1) would come out more than twice as wide as they should, or with a mean that is
+            off by more than their width; for a rule in flow time as it is, that is a RuntimeWarning.
     """
-    if plan is None or coordinates == "ve":
-        return
-    ratio = _spread(plan)
-    if ratio <= 2.0:
+    what = None if plan is None or coordinates == "ve" else _fault(plan)
+    if plan is None or what is None:
         return
     name, high = plan.rule.name, max(plan.sigmas)
-    what = f"makes unit Gaussian data {ratio:.3g} times too wide on this schedule"
     fix = (
         "use a sampler such as 'euler', 'heun' or 'dpmpp_2m', more steps, or a schedule that stays further below t = 1 "
         "(unsample: end_at_step=1)"
@@ -94,16 +91,21 @@ def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
         warnings.warn(f"{name} {what}; {fix}", RuntimeWarning, stacklevel=4)
         return
     if not isinstance(flow_sampler(plan.rule.rule), Flow):
-        fix = f"pass sampler={name!r} without Flow, which runs in flow time as it is"
+        fix = f"use sampler={name!r} without Flow, which runs in flow time by its name"
     sigma = high / (1.0 - high)
     raise ValueError(f"{name} through Flow {what}: its steps are in sigma = t / (1 - t), up to {sigma:.3g}; {fix}")
 
 
 @functools.lru_cache(maxsize=128)
-def _spread(plan: Plan) -> float:
-    """How many times too wide unit Gaussian data come out of a Plan in flow time."""
-    wanted = gaussian_law(plan.sigmas[-1], coordinates="flow")
-    return gaussian_moments(plan, coordinates="flow").std / wanted.std
+def _fault(plan: Plan) -> str | None:
+    """What a Plan in flow time does to Gaussian data N(1, 1), where that is far from their law."""
+    wanted = gaussian_law(plan.sigmas[-1], 1.0, coordinates="flow")
+    found = gaussian_moments(plan, 1.0, coordinates="flow")
+    if found.std > 2.0 * wanted.std:
+        return f"makes unit Gaussian data {found.std / wanted.std:.3g} times too wide on this schedule"
+    if abs(found.mean - wanted.mean) > wanted.std:
+        return f"moves the mean of Gaussian data from {wanted.mean:.3g} to {found.mean:.3g} on this schedule"
+    return None
 
 
 def _value(form: Form, values: dict[str, Any], like: np.ndarray) -> Any:

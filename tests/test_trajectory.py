@@ -197,7 +197,7 @@ def test_a_denoiser_that_fails_is_not_called_solved() -> None:
 
 def test_a_lost_run_is_told_apart_from_a_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the warning calls the smallest singular value of the run's derivative is that; the space is the whole one."""
-    monkeypatch.setattr(sys.modules["kinvert.inversion.invert"], "BASES", ())
+    monkeypatch.setattr(sys.modules["kinvert.inversion.whole_run"], "BASES", ())
     plan, x = ki.compile_plan("ipndm", schedule(10)), images(1)
     with pytest.warns(RuntimeWarning, match="solved as a whole run") as caught:
         found = ki.invert(MIXTURE, x, schedule(10), sampler="ipndm")

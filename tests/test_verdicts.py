@@ -13,7 +13,7 @@ from torch import Tensor
 import kinvert as ki
 from kinvert.bench.problems import make_problem
 from kinvert.inversion import baselines
-from kinvert.inversion.invert import METHODS
+from kinvert.inversion.choice import METHODS
 from kinvert.inversion.result import Inversion, rms
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invert|.* magnifies rounding|tol=):RuntimeWarning")

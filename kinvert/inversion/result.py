@@ -26,8 +26,8 @@ class Inversion:
         evaluations: denoiser evaluations spent on sample i, shape (batch,), int64; a guided pair counts as one.
         checking: those of `evaluations` that went into the certificate, per sample: the run that checks the latent, and
             the contraction.
-        row_checks: those of `evaluations` that told whether the denoiser mixes the samples of its batch, three of the
-            first sample and one of the second, shape (batch,); None where nobody asked.
+        row_checks: those of `evaluations` that told whether the denoiser mixes the samples of its batch, shape
+            (batch,): three of the first sample and one of the second; None where nobody asked.
         round_trip_error: root mean square of `sample(latent) - image`, shape (batch,); where there was a mask, over
             the processed region. float32 where the image is in half precision.
         tolerance: what `converged` was judged by, in parts of the size of the image.

@@ -23,7 +23,6 @@ Acceleration (2009); here one secant model for every evaluation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,51 +30,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kinvert import engine, linalg
+from kinvert import linalg
 from kinvert.checks import count_field
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
 from kinvert.inversion.plain import Recorded
-from kinvert.inversion.result import rms
+from kinvert.inversion.solution import Judge, Solution, indices
 from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like
 from kinvert.plan import Plan
 
 ROOM = 10  # differences for which memory is taken at once
-
-
-@dataclass(frozen=True, eq=False)
-class Judge:
-    """What is asked of the round trips of some samples.
-
-    Attributes:
-        size: what the errors are in units of, shape (batch,).
-        share: the root of the share of the values that count; those behind a mask do not. Shape (batch,).
-        enough: the error that will do, shape (batch,).
-        error: of the images of the samples `index`.
-        run: the image that the sampler makes of the latents of the samples `index`.
-    """
-
-    size: Tensor
-    share: Tensor
-    enough: Tensor
-    error: Callable[[Tensor, Tensor], Tensor]
-    run: Callable[[Tensor, Tensor], Tensor]
-
-    @classmethod
-    def of(cls, plan: Plan, select: Select, x: Tensor, goal: float) -> Judge:
-        """All values count, and `goal` of their rms will do."""
-        size = rms(x)
-
-        def error(restored: Tensor, index: Tensor) -> Tensor:
-            return rms(restored - x[index]).nan_to_num(math.inf)
-
-        return cls(size, torch.ones_like(size), goal * size, error, lambda u, i: engine.run(plan, select(i), u))
-
-    def verify(self, latent: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The round trip of the samples `index`, and its error."""
-        restored = self.run(latent, index)
-        return restored, self.error(restored, index)
 
 
 @dataclass(frozen=True)
@@ -227,72 +192,9 @@ class StepSweeps(Solver):
             if len(places) < len(todo):
                 run.keep(places)
                 residual, todo = run.residual(), [todo[place] for place in places]
-            equation.evaluations[run.index] += _index([sum(levels) for levels in todo], y)
+            equation.evaluations[run.index] += indices([sum(levels) for levels in todo], y)
             run.sweep(residual, todo)
         return root
-
-
-@dataclass(eq=False)
-class Solution:
-    """The best latent of every sample, what the sampler makes of it, and the cost, the check included.
-
-    Attributes:
-        latent, restored: shape (batch, *event).
-        errors: rms of the round trip, the least so far.
-        trial: the latent with the least residual, which may be better.
-        residuals: of the trial's evaluations, the largest rms in units of max(size, sigma).
-        open: whether the trial has not been run yet.
-        evaluations: of the denoiser.
-    """
-
-    x: Tensor
-    latent: Tensor
-    restored: Tensor
-    errors: list[float]
-    trial: Tensor
-    residuals: list[float]
-    open: list[bool]
-    evaluations: list[int]
-
-    @classmethod
-    def empty(cls, x: Tensor) -> Solution:
-        """Nothing found yet."""
-        none = [math.inf] * len(x)
-        return cls(x, x.clone(), x.clone(), list(none), x.clone(), list(none), [True] * len(x), [0] * len(x))
-
-    def take(self, plain: Recorded, judge: Judge) -> None:
-        """What a plain run found, and its check."""
-        self.latent, self.restored = plain.latent.to(self.x.dtype), plain.restored.to(self.x.dtype)
-        self.errors = judge.error(plain.restored, _index(list(range(len(self.x))), self.x)).tolist()
-
-    def improve(self, run: _Run, sizes: list[float]) -> None:
-        """Take over the latents with a smaller residual, which are not checked yet."""
-        samples = run.samples
-        better = [place for place, size in enumerate(sizes) if size < self.residuals[samples[place]]]
-        where = [samples[place] for place in better]
-        if better:
-            self.trial[_index(where, self.x)] = run.latent[_index(better, self.x)]
-        for place, i in zip(better, where, strict=True):
-            self.residuals[i], self.open[i] = sizes[place], True
-
-    def check(self, plan: Plan, judge: Judge, samples: list[int]) -> None:
-        """Run the sampler on the trials of some samples, and keep those that are better than the latents."""
-        samples = [i for i in samples if self.open[i]]
-        if not samples:
-            return
-        index = _index(samples, self.x)
-        latent = self.trial[index]
-        restored, error = judge.verify(latent, index)
-        errors = error.tolist()
-        better = [
-            place for place, i in enumerate(samples) if errors[place] < self.errors[i] or self.errors[i] == math.inf
-        ]
-        places = _index(better, self.x)
-        self.latent[index[places]], self.restored[index[places]] = latent[places], restored[places].to(self.x.dtype)
-        for place, i in enumerate(samples):
-            self.errors[i] = min(self.errors[i], errors[place])
-            self.open[i] = False
-            self.evaluations[i] += plan.evaluations
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,7 +264,7 @@ class _Run:
         self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
         self.dY, self.dD = self.x.new_zeros(n, k, 0, m), self.x.new_zeros(n, rows, 0, m)
         self.samples = list(range(n))
-        self.index = _index(self.samples, x)
+        self.index = indices(self.samples, x)
         self.denoiser = select(self.index)
         self.sweeps = 0
 
@@ -385,7 +287,7 @@ class _Run:
 
     def keep(self, places: list[int]) -> None:
         """Go on with some rows only."""
-        index = _index(places, self.x)
+        index = indices(places, self.x)
         for name in ("x", "Y", "D", "dY", "dD"):
             setattr(self, name, getattr(self, name)[index])
         self.samples = [self.samples[place] for place in places]
@@ -432,7 +334,7 @@ class _Run:
         if known:
             self.D += self._change(dY, dD, residual)
         places = [[row for row, levels in enumerate(todo) if levels[k]] for k in range(len(self.a))]
-        uploaded = _index([row for rows in places for row in rows], self.x)
+        uploaded = indices([row for rows in places for row in rows], self.x)
         for k, rows in reversed(list(enumerate(uploaded.split([len(rows) for rows in places])))):
             own, couple = self.rows(k), self.C[k, self.rows(k)]
             self.D[:, own] = D[:, own]
@@ -473,7 +375,3 @@ class _Run:
     def weights(self, system: Tensor, right: Tensor) -> Tensor:
         """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
         return linalg.solve(linalg.ridged(system, self.noise), right)
-
-
-def _index(places: list[int], x: Tensor) -> Tensor:
-    return torch.tensor(places, dtype=torch.int64, device=x.device)

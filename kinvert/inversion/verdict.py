@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
+from kinvert.inputs import is_number
 from kinvert.inversion.result import rms
 from kinvert.noise import white
 
@@ -34,7 +35,7 @@ def tolerance(tol: float | None, x: Tensor, defaults: Mapping[torch.dtype, float
     """
     if tol is None:
         return defaults.get(x.dtype, 8 * torch.finfo(x.dtype).eps)
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+    if not is_number(tol):
         raise TypeError(f"tol must be a float or None, got {tol!r}")
     if not 0 < tol < math.inf:
         raise ValueError(

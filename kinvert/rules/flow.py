@@ -24,6 +24,24 @@ from kinvert.rules.base import Rule, StepBuilder, option
 ROUNDING = 1e-6  # a time above 1 by so much, a rounding in float32, is 1
 
 
+def within_one(times: tuple[float, ...], name: str = "sigmas") -> tuple[float, ...]:
+    """Flow times, where 1 and a rounding is 1.
+
+    Raises:
+        ValueError: a time above 1: just above it, as the offset of a host's node makes it, or sigmas.
+    """
+    high = max(times)
+    if high > 1 + ROUNDING:
+        fix = (
+            "use sigmas.clamp(max=1), and torch.unique_consecutive of it if that makes two of them 1"
+            if high < 1.01
+            else "use ki.levels.ve_to_flow(sigmas), or run in the coordinates that they are of: a denoiser with "
+            'coordinates="ve", a sampler without Flow'
+        )
+        raise ValueError(f"{name}: flow times must lie in [0, 1], got {high:.7g}; {fix}")
+    return tuple(min(t, 1.0) for t in times)
+
+
 @dataclass(frozen=True)
 class Flow(Rule):
     """`rule` in variance-exploding coordinates, on a schedule and a state in flow time t.
@@ -66,11 +84,7 @@ class Flow(Rule):
                 f"sampler={self.name!r} without Flow, which runs in flow time, or a denoiser with "
                 'coordinates="ve" and the schedule ki.levels.flow_to_ve(times.clamp(max=1 - 1e-4))'
             )
-        if max(sigmas) > 1 + ROUNDING:
-            raise ValueError(
-                f"{self.name}: flow times must lie in [0, 1], got {max(sigmas):.10g}; convert sigmas by "
-                "ki.levels.ve_to_flow(sigmas), or pass the sampler without Flow"
-            )
+        sigmas = within_one(sigmas, self.name)
         next_to_1 = max((t for t in sigmas if t < 1), default=0.0)
         start = self.start if next_to_1 < self.start else (1.0 + next_to_1) / 2
         rule, levels = self.rule.prepare(tuple(_noise_level(t if t < 1 else start) for t in sigmas))

@@ -32,7 +32,8 @@ class EDICT(Rule):
 
     `w = sqrt((1 + sigma^2) / (1 + sigma_next^2))`: the network gets the variance-preserving latent as it is, X at
     sigma_next, with the timestep of sigma. `evaluate_at="sigma_next"` evaluates X at its own level instead, without w:
-    not as published, but with the variance of the forward process where the data have none, and in any unit of x.
+    not as published, but with the variance of the forward process where the data have none, and in any unit of x. With
+    `flow=True` the levels are flow times, whose latent as it is has `w = 1`.
 
     With `alternate` every other step moves y first, by the slope at x, and then x, as the released code does unless it
     is told otherwise (its `leapfrog_steps`). Either way a step to 0 returns its first denoised image.
@@ -44,6 +45,7 @@ class EDICT(Rule):
     p: float = option(0.93, low=0.01, high=1.0)
     evaluate_at: Literal["sigma", "sigma_next"] = "sigma"
     alternate: bool = False
+    flow: bool = False
 
     name: ClassVar[str] = "edict"
     ode_order: ClassVar[int] = 1
@@ -62,7 +64,8 @@ class EDICT(Rule):
         x = x + width * slope(y, denoised, s.sigma)
         sigma, seen = s.sigma_next, x
         if self.evaluate_at == "sigma":
-            sigma, seen = s.sigma, math.hypot(1.0, s.sigma) / math.hypot(1.0, s.sigma_next) * x
+            sigma = s.sigma
+            seen = x if self.flow else math.hypot(1.0, s.sigma) / math.hypot(1.0, s.sigma_next) * x
         y = y + width * slope(seen, s.denoise(seen, sigma), sigma)
         if swap:
             x, y = y, x
