@@ -81,8 +81,9 @@ class Widened:
 def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Raise ValueError for a denoiser that mixes the rows of its batch, from one row beside two different neighbours.
 
-    Both calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
-    part. One that is not a function of its input is said to be none.
+    All calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
+    part; a `FewBatches` fills them up with the neighbour. One that is not a function of its input is said to be none.
+    Where there is no memory for two rows nothing is asked.
 
     Args:
         denoiser: with `select(index, batch)`, as `guide` returns it.
@@ -98,15 +99,18 @@ def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     size = float(image_size(x[:1], sigmas))
     level = min(sigmas[:-1], key=lambda s: abs(math.log(s / size)))
     u = (x[:2] + level * white(0).bind(x[:2])(level, 0.0)).to(x.dtype)
-    noise_levels = stage_sigmas([level], u)[0]
+    noise_levels = stage_sigmas([level], u)[0].clone()  # a compiled network asks where a tensor starts
 
     def first_row(neighbour: int) -> Tensor:
-        index = torch.tensor([0, neighbour], device=x.device)
+        index = torch.tensor([neighbour, 0], device=x.device)
         out = denoiser.select(index, len(x))(u[index], noise_levels)
         spent.index_add_(0, index, torch.ones_like(index))
-        return (out.denoised if isinstance(out, Guided) else out)[:1].to(torch.promote_types(x.dtype, torch.float32))
+        return (out.denoised if isinstance(out, Guided) else out)[1:].to(torch.promote_types(x.dtype, torch.float32))
 
-    one = first_row(1)
+    try:
+        one = first_row(1)
+    except torch.cuda.OutOfMemoryError:
+        return spent
 
     def differs(other: Tensor) -> float:
         return float(rms(one - other) / rms(one).clamp(min=size))
