@@ -446,6 +446,9 @@ def test_messages() -> None:
         ValueError, match=r"heun: flow times must lie in \[0, 1\], got 1.0001; use sigmas.clamp\(max=1\)"
     ):
         ki.compile_plan(heun, [1.0001, 0.5])
+    for rule in (heun, ki.sampler("lcm", flow=True)):
+        with pytest.raises(ValueError, match="is for flow time already; use it without Flow"):
+            Flow(rule)
     laplace = ki.schedule("laplace", 3, LEVELS)
     with pytest.raises(ValueError, match=r"drop the repeated ones, torch.unique_consecutive\(sigmas\)"):
         ki.sample(IN_FLOW, X, laplace)
