@@ -271,3 +271,17 @@ def test_a_masked_image_is_judged_where_it_is_processed() -> None:
         torch.testing.assert_close(found.round_trip_error, off, rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(found.allowed, 1e-7 * images()[:, 2].abs().clamp(min=0.1), rtol=1e-9, atol=0)
     assert found.allowed.shape == (2,)
+
+
+def test_no_memory_for_two_rows_is_no_reason_to_fail() -> None:
+    """`max_batch=1` is for networks that fill the memory with one sample."""
+
+    def large(x: Tensor, sigma: Tensor) -> Tensor:
+        if len(x) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return MIXTURE(x, sigma)
+
+    found = ki.invert(large, images(3), SIGMAS, max_batch=1)
+    assert found.converged.all() and found.row_checks is not None and not found.row_checks.any()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ki.invert(large, images(3), SIGMAS)

@@ -28,13 +28,18 @@ ROWS = 4
 """The most evaluations of a sample that `check_rows` takes."""
 
 
-def tolerance(tol: float | None, x: Tensor, defaults: Mapping[torch.dtype, float] = TOLERANCES) -> float:
-    """What a round trip may miss in parts of the image's size: `tol`, or what x's dtype allows.
+def tolerance(
+    tol: float | None,
+    x: Tensor,
+    defaults: Mapping[torch.dtype, float] = TOLERANCES,
+    network: torch.dtype | None = None,
+) -> float:
+    """What a round trip may miss in parts of the image's size: `tol`, or what the dtypes of x and the network allow.
 
     In half precision that is 8 eps: 0.0078 in float16, 0.0625 in bfloat16.
     """
     if tol is None:
-        return defaults.get(x.dtype, 8 * torch.finfo(x.dtype).eps)
+        return max(defaults.get(dtype, 8 * torch.finfo(dtype).eps) for dtype in (x.dtype, network or x.dtype))
     if not is_number(tol):
         raise TypeError(f"tol must be a float or None, got {tol!r}")
     if not 0 < tol < math.inf:
@@ -51,18 +56,27 @@ def image_size(x: Tensor, sigmas: Sequence[float], region: Tensor | None = None)
     return torch.where(size > 0, size, sigmas[-2])
 
 
-def rounding_note(tol: float, x: Tensor) -> list[str]:
-    """A warning where the rounding of x's dtype alone is beyond the tolerance, with the number and the fix."""
-    eps = torch.finfo(x.dtype).eps
-    if tol >= eps:
-        return []
-    wider = "; give x in float64, x.double()" if x.dtype == torch.float32 else "; give x in float32, x.float()"
-    note = (
-        f"tol={tol:.2g} is below the rounding of {x.dtype}, {eps:.2g} of the image's size, so that few images or none "
-        f"can reach it{wider if x.dtype != torch.float64 else ''}, or leave tol out"
-    )
-    warnings.warn(note, RuntimeWarning, stacklevel=4)
-    return [note]
+def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtype) -> list[str]:
+    """A warning where rounding, of x or of the network, is beyond the tolerance or sets it, with number and fix."""
+    eps, rough = torch.finfo(x.dtype).eps, torch.finfo(network).eps
+    note = ""
+    if rough > eps and tol is None:
+        note = (
+            f"the network computes in {network}, whose rounding is {rough:.2g}, so that tol is {goal:.2g} of the "
+            f"image's size instead of {tolerance(None, x):.2g} for x in {x.dtype}; give the network in "
+            "x's dtype, or tol"
+        )
+    elif goal < max(eps, rough):
+        dtype = network if rough > eps else x.dtype
+        wider = "; give x in float64, x.double()" if x.dtype == torch.float32 else "; give x in float32, x.float()"
+        wider = f"; give the network in {x.dtype}" if rough > eps else wider if x.dtype != torch.float64 else ""
+        note = (
+            f"tol={goal:.2g} is below the rounding of {dtype}, {max(eps, rough):.2g} of the image's size, so that few "
+            f"images or none can reach it{wider}, or leave tol out"
+        )
+    if note:
+        warnings.warn(note, RuntimeWarning, stacklevel=4)
+    return [note] if note else []
 
 
 @dataclass(frozen=True, eq=False)
