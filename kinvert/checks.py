@@ -29,11 +29,12 @@ def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor
                 f"the sampler needs a pair Guided(denoised, uncond) of the denoiser, got {type(out).__name__} {where}; "
                 "pass negative= (and positive=, cfg=) to sample, or return ki.Guided"
             )
-        return _checked(out.denoised, x, where), _checked(out.uncond, x, where)
-    return _checked(out.denoised if isinstance(out, Guided) else out, x, where), None
+        return checked_output(out.denoised, x, where), checked_output(out.uncond, x, where)
+    return checked_output(out.denoised if isinstance(out, Guided) else out, x, where), None
 
 
-def _checked(out: Any, x: Tensor, where: str) -> Tensor:
+def checked_output(out: Any, x: Tensor, where: str) -> Tensor:
+    """A tensor that the denoiser returned for x, checked by its type, shape and dtype."""
     if not isinstance(out, Tensor):
         raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
     if out.shape != x.shape:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
@@ -84,6 +85,9 @@ def settle(denoiser: Any, sampler: str | Rule, sigmas: Any) -> Setting:
 
     Raises:
         ValueError: a denoiser, a schedule and a rule that do not belong together, with the fix; a flow time above 1.
+
+    Warns:
+        RuntimeWarning: a schedule from exactly 1 of which nothing says what it is, and a sampler to which it matters.
     """
     rule, schedule = resolve_sampler(sampler), as_schedule(sigmas)
     model, times = coordinates_of(denoiser), coordinates_of(sigmas)
@@ -101,6 +105,14 @@ def settle(denoiser: Any, sampler: str | Rule, sigmas: Any) -> Setting:
             f"pass the sampler without Flow or flow=True, or build the denoiser in flow time, {FLOW_FIX}"
         )
     if coordinates == "ve":
+        if model is None and max(schedule) == 1.0 and not isinstance(rule, DPMAdaptive) and flow_sampler(rule) != rule:
+            warnings.warn(
+                f"sigmas start at exactly 1, as flow times do, and nothing says what they are; {rule.name} takes them "
+                "as sigmas of variance-exploding coordinates; for a flow model pass ki.levels.FlowTimes(sigmas), else "
+                'set `coordinates = "ve"` on the denoiser',
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return Setting("ve", rule, schedule)
     return Setting("flow", flow_sampler(rule, levels_of(denoiser)), within_one(schedule))
 

@@ -11,19 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from kinvert.checks import check_state, checked_noise
+from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep
 from kinvert.engine import Memory, evaluate, stage_sigmas
 from kinvert.forms import Form
 from kinvert.noise import Noise, NoiseFunction, bind, default_noise
-from kinvert.plan import Interval, Stage, Step, as_schedule
+from kinvert.plan import Interval, Stage, Step
 from kinvert.rules.base import Rule, StepBuilder
 
 
 def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noise | None = None) -> Tensor:
     """Run a rule step by step on tensors, without compiling it: slower, easy to debug, the same result to rounding."""
     x = check_state(x)
-    rule, levels = rule.prepare(as_schedule(sigmas))
+    _, rule, schedule = settle(denoiser, rule, sigmas)  # in flow time as the verbs
+    rule, levels = rule.prepare(schedule)
     draw = bind(default_noise(rule.default_noise) if noise is None else noise, x, clip=rule.noise_clip)
     state: Memory = {"x": x}
     for index in range(len(levels) - 1):

@@ -108,5 +108,27 @@ def _fault(plan: Plan) -> str | None:
     return None
 
 
+def check_kept(plan: Plan | None, coordinates: Coordinates) -> None:
+    """Refuse a run upwards that loses what a mask keeps: the denoised image is constant there, and x must stay with it.
+
+    Raises:
+        ValueError: a CFG++ sampler, whose unconditional image no mask changes; a Plan whose x would move away.
+    """
+    if plan is None:
+        return
+    start = Moments(gaussian_law(plan.sigmas[0], 1.0, coordinates=coordinates).mean, 0.0)
+    wanted = gaussian_law(plan.sigmas[-1], 1.0, coordinates=coordinates).mean
+    off = math.inf if plan.is_guided else abs(gaussian_moments(plan, 1.0, 0.0, coordinates, start).mean - wanted)
+    if off > 0.01:
+        why = (
+            "its unconditional image is not masked"
+            if plan.is_guided
+            else f"where the mask keeps the image, the result would be off by {off:.2g} times the image"
+        )
+        raise ValueError(
+            f"{plan.rule.name} cannot unsample with a mask: {why}; use 'euler', 'heun' or 'dpmpp_2m', or leave mask out"
+        )
+
+
 def _value(form: Form, values: dict[str, Any], like: np.ndarray) -> Any:
     return sum((c * values[symbol.kind][symbol.key] for symbol, c in form), start=0.0 * like)

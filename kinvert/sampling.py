@@ -32,7 +32,7 @@ from kinvert.engine import Callback, Progress, run
 from kinvert.forms import State
 from kinvert.graphs import captured_denoiser
 from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
-from kinvert.moments import check_flow_spread
+from kinvert.moments import check_flow_spread, check_kept
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
@@ -181,8 +181,8 @@ def unsample(
         sigmas: the *sampling* schedule, decreasing, usually ending in 0; it is reversed here.
         sampler: a deterministic sampler, by name or as a rule.
         end_at_step: leave out this many steps at the noisy end; at least one step always runs.
-        mask: 1 = unsample, 0 = keep x; shapes as in `sample`. In the kept region the result is x, up to the
-            rounding that the run amplifies (about 1e-2 in float32).
+        mask: 1 = unsample, 0 = keep x; shapes as in `sample`. In the kept region the result is x, `(1 - t) x` in flow
+            time, up to the rounding that the run amplifies (about 1e-2 in float32); samplers that lose it are refused.
         normalize: True subtracts the mean and divides by the unbiased standard deviation of the whole batch tensor,
             as the node does; "sample" does so for each sample; "sigma" divides by the last noise level.
         sigma_offset: added to every entry of the reversed schedule. None is the node's 1e-4 where x's dtype allows it,
@@ -218,6 +218,7 @@ def unsample(
     guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided)
     denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
+        check_kept(job.plan, coordinates)
         denoise = Masked(denoise, mask, x, coordinates=coordinates)
     # The same image at the time where the run starts: to the last digit where a mask keeps it.
     if coordinates == "flow" and (mask is not None or rising[0] - kept[-1] > 1.01 * OFFSET):

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ def mixture(dim: int = 6, seed: int = 0) -> ki.denoisers.GaussianMixture:
 def guided_mixture(dim: int = 6) -> ki.Denoiser:
     """A denoiser for CFG++: another mixture as the unconditional branch."""
     cond, uncond = mixture(dim), mixture(dim, seed=1)
-    return lambda x, sigma: ki.Guided(cond(x, sigma), uncond(x, sigma))  # type: ignore[return-value]
+
+    def pair(x: Tensor, sigma: Tensor) -> Any:
+        return ki.Guided(cond(x, sigma), uncond(x, sigma))
+
+    pair.coordinates = "ve"  # type: ignore[attr-defined]
+    return pair
 
 
 def cost_alike(a: Tensor, b: Tensor) -> bool:

@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,21 @@ def test_a_denoiser_that_does_not_say_takes_what_the_schedule_says() -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-3)  # where Flow starts depends on the shift
     trips = [ki.round_trip(d, X, TIMES, sampler="heun") for d in (IN_FLOW, lambda x, t: IN_FLOW(x, t))]
     assert torch.equal(trips[0].reconstruction, trips[1].reconstruction)
+
+
+def test_a_schedule_from_1_that_nobody_explains_is_warned_of() -> None:
+    """Only where it matters to the sampler."""
+
+    def denoiser(x: Tensor, t: Tensor) -> Any:
+        return IN_FLOW(x, t)
+
+    with pytest.warns(RuntimeWarning, match=r"start at exactly 1.*euler_ancestral.*ki.levels.FlowTimes\(sigmas\)"):
+        ki.sample(denoiser, X, TIMES.tolist(), sampler="euler_ancestral")
+    ki.sample(denoiser, X, TIMES.tolist(), sampler="heun")
+    ki.sample(denoiser, X, FlowTimes(TIMES.tolist()), sampler="euler_ancestral")
+    ki.sample(denoiser, X, TIMES[1:].tolist(), sampler="euler_ancestral")
+    denoiser.coordinates = "ve"  # type: ignore[attr-defined]
+    ki.sample(denoiser, X, TIMES.tolist(), sampler="euler_ancestral")
 
 
 # -- schedules that say it ------------------------------------------------------------------------------------------------
@@ -312,6 +328,7 @@ def test_law_down(name: str) -> None:
 
 
 UPWARDS = [name for name in PLANS if ki.analysis.properties(name).unsamples and name != "er_sde"]
+DETERMINISTIC = {name for name in ki.SAMPLERS if name == "dpm_adaptive" or not ki.compile_plan(name, [2, 1, 0.5]).draws}
 # Too wide at few steps: the first step up, from 1e-4, is long in log t.
 WIDE_UP = {
     "uni_pc": 0.2, "uni_pc_bh2": 6.0, "exp_heun_2_x0": 0.2, "res_4s_krogstad": 0.3, "res_5s_hochbruck-ostermann": 7.0,
@@ -429,6 +446,9 @@ def test_messages() -> None:
         ValueError, match=r"heun: flow times must lie in \[0, 1\], got 1.0001; use sigmas.clamp\(max=1\)"
     ):
         ki.compile_plan(heun, [1.0001, 0.5])
+    for rule in (heun, ki.sampler("lcm", flow=True)):
+        with pytest.raises(ValueError, match="is for flow time already; use it without Flow"):
+            Flow(rule)
     laplace = ki.schedule("laplace", 3, LEVELS)
     with pytest.raises(ValueError, match=r"drop the repeated ones, torch.unique_consecutive\(sigmas\)"):
         ki.sample(IN_FLOW, X, laplace)
@@ -472,6 +492,26 @@ def test_masks_in_flow_time(sampler: str) -> None:
         torch.testing.assert_close(
             latent[..., 4:], torch.zeros(()).to(X).expand(latent[..., 4:].shape), rtol=0, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("name", sorted(ki.SAMPLERS))
+def test_unsampling_keeps_what_the_mask_keeps(name: str) -> None:
+    """x in VE coordinates, (1 - t) x in flow time; or an error says why not."""
+    mask = torch.zeros(8, 8)
+    mask[:, :4] = 1
+    sigmas = ki.schedule("karras", 20, ki.levels.stable_diffusion())
+    for denoiser, levels, kept in (
+        (Gaussian(MEAN, STD), sigmas, 1.0),
+        (IN_FLOW, ki.schedule("normal", 40, LEVELS), 0.0),
+    ):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of latents that are too wide
+                latent = ki.unsample(denoiser, X, levels, sampler=name, mask=mask, negative={})
+        except ValueError as error:
+            assert "cannot unsample with a mask" in str(error) or name not in DETERMINISTIC or "too wide" in str(error)
+        else:
+            assert float((latent - kept * X)[..., 4:].abs().max()) < 0.03
 
 
 def test_reversible_rules_take_the_state_as_it_is() -> None:

@@ -193,9 +193,15 @@ def test_every_sampler_returns_a_plain_tensor(name: str) -> None:
         assert is_plain(run_eager(ki.sampler(name), spy, IMAGE, SIGMAS))
 
 
+def loses_what_a_mask_keeps(name: str) -> bool:
+    """Which `unsample` refuses with a mask."""
+    return name in ("edict", "ddim_inverse") or "cfg" in name
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_every_way_up_returns_plain_tensors(name: str) -> None:
-    assert is_plain(ki.unsample(spy, IMAGE, SIGMAS, sampler=name, mask=torch.ones(4, 4).as_subclass(Image), **GUIDED))
+    mask = None if loses_what_a_mask_keeps(name) else torch.ones(4, 4).as_subclass(Image)
+    assert is_plain(ki.unsample(spy, IMAGE, SIGMAS, sampler=name, mask=mask, **GUIDED))
 
 
 @pytest.mark.filterwarnings("ignore:.*not inverted")
@@ -304,6 +310,7 @@ def test_a_shape_goes_through_every_sampler(name: str, kind: str) -> None:
             result = ki.sample(half, x, sigmas, sampler=name, noise=noise, latent=x, max_batch=1, **options)
             assert (result.shape, result.dtype, result.device, type(result)) == (x.shape, x.dtype, x.device, type(x))
         if name in DETERMINISTIC:
+            options["mask"] = None if loses_what_a_mask_keeps(name) else options["mask"]
             assert ki.unsample(half, x, sigmas, sampler=name, normalize=True, **options).shape == x.shape
 
 

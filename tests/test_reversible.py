@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ import kinvert as ki
 from kinvert import analysis
 from kinvert.engine import Memory, run_state
 from kinvert.inversion.reversible import invert_reversible
+from kinvert.rules.base import options_of
 from kinvert.rules.reversible import BDIA, EDICT, McCallumFoster
 
 MIXTURE = mixture()
@@ -122,7 +122,8 @@ def test_edict_and_bdia_are_as_published(steps: int) -> None:
         (BDIA(gamma=0.5), published_bdia(x, sigmas, 0.5)),
     ]
     for rule, published in pairs:
-        assert rule == ki.sampler(rule.name, **dataclasses.asdict(rule))  # by name, too
+        options = {option.name: getattr(rule, option.name) for option in options_of(rule)}
+        assert rule == ki.sampler(rule.name, **options)  # by name, too
         torch.testing.assert_close(ki.run(ki.compile_plan(rule, sigmas), MIXTURE, x), published, rtol=0, atol=1e-10)
 
 

@@ -163,13 +163,13 @@ def test_only_open_samples_are_evaluated() -> None:
 
     x = torch.cat([images(3), 4 * images(2)])
     found = ki.invert(counting, x, schedule(10), sampler="dpmpp_2m")
-    assert found.converged.all() and rows == int(found.evaluations.sum())
+    assert found.converged.all() and found.row_checks is not None
+    assert rows == int(found.evaluations.sum()) - 1  # to see whether it mixes rows, a sample is put beside itself
     assert found.evaluations.unique().numel() > 1
     for i in range(len(x)):
         alone = ki.invert(MIXTURE, x[i : i + 1], schedule(10), sampler="dpmpp_2m")
         torch.testing.assert_close(alone.latent[0], found.latent[i], rtol=1e-8, atol=1e-8)
-        mixed = (3, 1, 0, 0, 0)[i]  # evaluations that tell whether rows are mixed
-        assert cost_alike(alone.evaluations, found.evaluations[i] - mixed)
+        assert cost_alike(alone.evaluations, found.evaluations[i] - found.row_checks[i])
 
 
 def test_the_budget_is_kept() -> None:
@@ -206,7 +206,8 @@ def test_a_lost_run_is_told_apart_from_a_fold(monkeypatch: pytest.MonkeyPatch) -
     assert float(value) == pytest.approx(float(torch.linalg.svdvals(derivative)[-1]), rel=0.05)
     assert float(without) == pytest.approx(0.1 / 10.0, rel=0.05)
     solved = Sweeps().solve(plan, lambda index: MIXTURE, x, found.tolerance, budget=2**62)
-    assert int(found.evaluations) == solved.evaluations[0] + (x.shape[1] + 1) * plan.evaluations
+    plain = 2 * plan.evaluations  # which is tried last, up and down
+    assert int(found.evaluations) == solved.evaluations[0] + plain + (x.shape[1] + 1) * plan.evaluations
 
 
 COUNT_READS = """
@@ -236,7 +237,8 @@ assert count("euler", "anderson", peek=True)[1] >= reads + calls, "the count mus
 seldom_calls, seldom = count("euler", Anderson(check_every=3))
 assert seldom < reads and seldom_calls >= calls, ("every third iteration", reads, seldom)
 calls, reads = count("dpmpp_2m", "auto", dtype=torch.float64)  # in float32 the last sweeps are of a few levels
-assert reads <= calls / 8 + 8, ("one read a sweep", calls, reads)
+few = 12  # a run: of rows that mix (2), the tolerance and the check (2), what is left for bases (3) and verdicts (3)
+assert reads <= calls / 8 + few, ("one read a sweep", calls, reads)
 calls, reads = count("heun", "newton")
 assert reads <= calls, ("one read a product or trial step", calls, reads)
 print("counted")

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.devices import widest
+
 Cfg = float | Sequence[float] | Callable[[Tensor], Tensor]
 """A guidance scale; one for each step; or a function of sigma, of shape (batch,), that returns one for each sample."""
 
@@ -49,7 +51,7 @@ class StepCfg:
     def _on(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Values and edges, copied to a device once."""
         if sigma.device not in self._buffers:
-            wide = torch.float32 if sigma.device.type == "mps" else torch.float64
+            wide = widest(sigma.device)
             near = 1.0 - NEAR if self.from_below else 1.0 + NEAR
             with torch.inference_mode(False):  # what is cached must serve autograd later
                 self._buffers[sigma.device] = (

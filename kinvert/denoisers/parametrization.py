@@ -100,13 +100,18 @@ class Preconditioned:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"from_{self.prediction}({name}, levels={self.levels!r}, {option}={value!r}{dtype})"
 
+    @property
+    def network_dtype(self) -> torch.dtype | None:
+        """What the network is called in; None: in x's dtype, as far as is known."""
+        return self.dtype or dtype_of(self.model)
+
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
         """The denoised x, from x (batch, *event) and sigma (batch,)."""
         c_in, c_skip, c_out = self._scales(expand(sigma, x))
         wide = x.to(working_dtype(x))
         # The nearest training level is found with all the digits sigma came with.
         t = self._timestep(sigma.to(torch.promote_types(sigma.dtype, wide.dtype)))
-        dtype = self.dtype or dtype_of(self.model) or x.dtype
+        dtype = self.network_dtype or x.dtype
         t = t.to(torch.promote_types(dtype, torch.float32))
         output = self.model((c_in * wide).to(dtype), t, **conditioning)
         output = check_output(output, x, "model", "x, t, **c").to(wide.dtype)

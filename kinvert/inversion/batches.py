@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.checks import checked_output
 from kinvert.denoisers import Denoiser, Guided
 
 
@@ -46,10 +47,11 @@ class FewBatches:
         """What it says of all of them. Repeated samples are asked about and forgotten."""
         count = len(x)
         more = self.size(count) - count
-        out: Tensor | Guided = self._with(more, count, x.device)(_filled(x, more), _filled(sigma, more))
-        if not more:
-            return out
-        return Guided(out.denoised[:count], out.uncond[:count]) if isinstance(out, Guided) else out[:count]
+        given, where = _filled(x, more), "in an evaluation of the inversion"
+        out = self._with(more, count, x.device)(given, _filled(sigma, more))
+        if isinstance(out, Guided):
+            return Guided(*(checked_output(part, given, where)[:count] for part in out))
+        return checked_output(out, given, where)[:count]
 
     def _with(self, more: int, count: int, device: torch.device) -> Denoiser:
         """The denoiser of these samples and `more` copies of the first."""

@@ -37,6 +37,7 @@ from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
 from kinvert.inputs import check_values
+from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.result import Inversion, rms
 from kinvert.inversion.verdict import check_rows, image_size, tolerance
 from kinvert.noise import replay
@@ -110,7 +111,7 @@ def extract_noise(
     plan = compile_plan(rule, schedule)
     _check_plan(plan, schedule)
     bound: Denoiser = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
-    asked = check_rows(bound, x, plan.sigmas)
+    asked = check_rows(FewBatches(bound, len(x), fixed=True), x, plan.sigmas)
     normal = _normal(x, generator)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)

@@ -87,7 +87,8 @@ def invert(
             is not in the range of D has none; the nearest result is returned and not called converged.
         tol: rms of `sample(latent) - x` to reach, in parts of the size of each image, `max(rms(x), sigmas[-1])`, both
             over the processed region; by default 1e-9 in float64, 1e-5 in float32 and 8 eps in half precision (0.0078
-            in float16, 0.0625 in bfloat16).
+            in float16, 0.0625 in bfloat16). Where an adapter (`from_eps`, ...) calls its network in a coarser dtype,
+            that dtype's default is taken, with a RuntimeWarning.
         max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit. With more of
             them no sample comes out worse: attempts of 2, 5, 11, ... runs are made, as many as there are evaluations
             for, and the best is returned.
@@ -127,25 +128,26 @@ def invert(
     check_invertible(plan, last_step)
     check_flow_spread(plan, coordinates)
     solver = choose(method, plan)
-    goal = tolerance(tol, x)
+    network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
+    goal = tolerance(tol, x, network=network)
     limit = _limit(max_evals, plan)
     bound: Any = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
     if mask is not None:
         bound = Masked(bound, mask, x, coordinates=coordinates)
         _check_hard(bound.mask)
     region = None if mask is None else bound.mask.expand_as(x)
-    notes = rounding_note(goal, x)
+    notes = rounding_note(tol, goal, x, network)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     indices = batch_parts(x, max_batch)
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
-    rows = FewBatches(bound, largest, fixed=True) if fixed_batch else bound
+    rows = FewBatches(bound, largest if fixed_batch else 2, fixed=True)
     asked = check_rows(rows, x[:1] if fixed_batch and largest == 1 else x, plan.sigmas)
     parts = []
     for index in indices:
         part = FewBatches(bound.select(index, len(x)), largest, fixed_batch)
         inside = None if region is None else region[index]
-        job = Job(plan, part, x[index], goal, limit, callback, index, inside)
+        job = Job(plan, part, x[index], goal, limit, callback, index, inside, network=network)
         parts.append(_invert(job, solver))
     found = Inversion.join(parts)
     return replace(found, evaluations=found.evaluations + asked, row_checks=asked, warnings=(*notes, *found.warnings))

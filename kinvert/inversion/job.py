@@ -41,6 +41,7 @@ class Job:
     samples: Tensor
     region: Tensor | None = None
     states: torch.dtype = torch.float32
+    network: torch.dtype = torch.float64
 
     @cached_property
     def wide(self) -> Tensor:
@@ -54,8 +55,8 @@ class Job:
 
     @property
     def eps(self) -> float:
-        """The relative precision of x, and of what the denoiser is shown."""
-        return torch.finfo(self.x.dtype).eps
+        """The relative precision of x, of what the denoiser is shown, and of what is known to compute in `network`."""
+        return max(torch.finfo(self.x.dtype).eps, torch.finfo(self.network).eps)
 
     @property
     def aim(self) -> float:

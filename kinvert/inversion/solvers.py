@@ -92,7 +92,8 @@ class Equation:
 
     def derivative(self, u: Tensor, f: Tensor, v: Tensor, index: Tensor) -> Tensor:
         """`F'(u) v` by a finite difference, given `f = f(u)`: one evaluation, and the denoiser stays a black box."""
-        size = rms(u).maximum(self.size[index]) * self.eps**0.5 / rms(v).clamp(min=torch.finfo(u.dtype).tiny)
+        length = rms(v)
+        size = rms(u).maximum(self.size[index]) * self.eps**0.5 / torch.where(length > 0, length, 1.0)
         size = like(size, u)
         return (f - self.residual(u + size * v, index)) / size
 

@@ -28,13 +28,18 @@ ROWS = 4
 """The most evaluations of a sample that `check_rows` takes."""
 
 
-def tolerance(tol: float | None, x: Tensor, defaults: Mapping[torch.dtype, float] = TOLERANCES) -> float:
-    """What a round trip may miss in parts of the image's size: `tol`, or what x's dtype allows.
+def tolerance(
+    tol: float | None,
+    x: Tensor,
+    defaults: Mapping[torch.dtype, float] = TOLERANCES,
+    network: torch.dtype | None = None,
+) -> float:
+    """What a round trip may miss in parts of the image's size: `tol`, or what the dtypes of x and the network allow.
 
     In half precision that is 8 eps: 0.0078 in float16, 0.0625 in bfloat16.
     """
     if tol is None:
-        return defaults.get(x.dtype, 8 * torch.finfo(x.dtype).eps)
+        return max(defaults.get(dtype, 8 * torch.finfo(dtype).eps) for dtype in (x.dtype, network or x.dtype))
     if not is_number(tol):
         raise TypeError(f"tol must be a float or None, got {tol!r}")
     if not 0 < tol < math.inf:
@@ -51,18 +56,27 @@ def image_size(x: Tensor, sigmas: Sequence[float], region: Tensor | None = None)
     return torch.where(size > 0, size, sigmas[-2])
 
 
-def rounding_note(tol: float, x: Tensor) -> list[str]:
-    """A warning where the rounding of x's dtype alone is beyond the tolerance, with the number and the fix."""
-    eps = torch.finfo(x.dtype).eps
-    if tol >= eps:
-        return []
-    wider = "; give x in float64, x.double()" if x.dtype == torch.float32 else "; give x in float32, x.float()"
-    note = (
-        f"tol={tol:.2g} is below the rounding of {x.dtype}, {eps:.2g} of the image's size, so that few images or none "
-        f"can reach it{wider if x.dtype != torch.float64 else ''}, or leave tol out"
-    )
-    warnings.warn(note, RuntimeWarning, stacklevel=4)
-    return [note]
+def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtype) -> list[str]:
+    """A warning where rounding, of x or of the network, is beyond the tolerance or sets it, with number and fix."""
+    eps, rough = torch.finfo(x.dtype).eps, torch.finfo(network).eps
+    note = ""
+    if rough > eps and tol is None:
+        note = (
+            f"the network computes in {network}, whose rounding is {rough:.2g}, so that tol is {goal:.2g} of the "
+            f"image's size instead of {tolerance(None, x):.2g} for x in {x.dtype}; give the network in "
+            "x's dtype, or tol"
+        )
+    elif goal < max(eps, rough):
+        dtype = network if rough > eps else x.dtype
+        wider = "; give x in float64, x.double()" if x.dtype == torch.float32 else "; give x in float32, x.float()"
+        wider = f"; give the network in {x.dtype}" if rough > eps else wider if x.dtype != torch.float64 else ""
+        note = (
+            f"tol={goal:.2g} is below the rounding of {dtype}, {max(eps, rough):.2g} of the image's size, so that few "
+            f"images or none can reach it{wider}, or leave tol out"
+        )
+    if note:
+        warnings.warn(note, RuntimeWarning, stacklevel=4)
+    return [note] if note else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +95,9 @@ class Widened:
 def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Raise ValueError for a denoiser that mixes the rows of its batch, from one row beside two different neighbours.
 
-    Both calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
-    part. One that is not a function of its input is said to be none.
+    All calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
+    part; a `FewBatches` fills them up with the neighbour. One that is not a function of its input is said to be none.
+    Where there is no memory for two rows nothing is asked.
 
     Args:
         denoiser: with `select(index, batch)`, as `guide` returns it.
@@ -98,15 +113,18 @@ def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     size = float(image_size(x[:1], sigmas))
     level = min(sigmas[:-1], key=lambda s: abs(math.log(s / size)))
     u = (x[:2] + level * white(0).bind(x[:2])(level, 0.0)).to(x.dtype)
-    noise_levels = stage_sigmas([level], u)[0]
+    noise_levels = stage_sigmas([level], u)[0].clone()  # a compiled network asks where a tensor starts
 
     def first_row(neighbour: int) -> Tensor:
-        index = torch.tensor([0, neighbour], device=x.device)
+        index = torch.tensor([neighbour, 0], device=x.device)
         out = denoiser.select(index, len(x))(u[index], noise_levels)
         spent.index_add_(0, index, torch.ones_like(index))
-        return (out.denoised if isinstance(out, Guided) else out)[:1].to(torch.promote_types(x.dtype, torch.float32))
+        return (out.denoised if isinstance(out, Guided) else out)[1:].to(torch.promote_types(x.dtype, torch.float32))
 
-    one = first_row(1)
+    try:
+        one = first_row(1)
+    except torch.cuda.OutOfMemoryError:
+        return spent
 
     def differs(other: Tensor) -> float:
         return float(rms(one - other) / rms(one).clamp(min=size))

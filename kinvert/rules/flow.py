@@ -57,6 +57,11 @@ class Flow(Rule):
     rule: Rule
     start: float = option(0.9999, low=0.5, high=1.0 - 1e-9)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.rule, Flow) or getattr(self.rule, "flow", False) is True:
+            raise ValueError(f"Flow: {self.rule!r} is for flow time already; use it without Flow")
+
     @functools.cached_property  # a name that is given takes its place
     def name(self) -> str:  # type: ignore[override]
         """The name of the wrapped rule."""

@@ -64,7 +64,7 @@ class Seeds2(_Seeds):
         if s.sigma_next == 0:
             return denoised
         g = (1.0 + self.eta) * log_step(s.sigma, s.sigma_next)
-        m = s.sigma ** (1.0 - self.r) * s.sigma_next**self.r
+        m = s.sigma * (s.sigma_next / s.sigma) ** self.r
         noise_m, noise_next = self.noise_path(s, m, s.sigma_next)
         x_m = interpolate(s.x, denoised, math.exp(-self.r * g)) + noise_m
         b = -math.expm1(-g) / (2.0 * self.r) if self.solver_type == "phi_1" else g * phi(2, -g) / self.r
@@ -97,7 +97,7 @@ class Seeds3(_Seeds):
         if s.sigma_next == 0:
             return denoised
         h = log_step(s.sigma, s.sigma_next)
-        a, b = (s.sigma ** (1.0 - r) * s.sigma_next**r for r in (self.r_1, self.r_2))
+        a, b = (s.sigma * (s.sigma_next / s.sigma) ** r for r in (self.r_1, self.r_2))
         noise_a, noise_b, noise_next = self.noise_path(s, a, b, s.sigma_next)
         g, g_a, g_b = ((1.0 + self.eta) * r * h for r in (1.0, self.r_1, self.r_2))
         x_a = interpolate(s.x, denoised, math.exp(-g_a)) + noise_a
