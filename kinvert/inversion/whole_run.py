@@ -62,20 +62,26 @@ def whole_run(job: Job, sweeps: Sweeps) -> Inversion:
     if job.callback is not None:
         restored = job.again(latent)
         spent += once
-    notes = []
+    checking = once * (2 if job.callback else 1)
+    notes = _verdicts(job, latent, error, spent)
+    return job.result(Trajectory([latent], error[None], spent), restored, notes, checking=checking)
+
+
+def _verdicts(job: Job, latent: Tensor, error: Tensor, spent: Tensor) -> list[str]:
+    """What is to be said of the samples that were not inverted; evaluations that go into it are added to `spent`."""
+    plan, x, notes = job.plan, job.wide, []
     for i in (error > job.tol * job.judge.size).nonzero()[:, 0].tolist():
         index = torch.tensor([i], device=x.device)
         note = f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run"
         again = _run_map(plan, restrict(job.select, index))
-        value = least_stretch(job, again, latent[index], x[index], once, spent[i : i + 1])
+        value = least_stretch(job, again, latent[index], x[index], plan.evaluations, spent[i : i + 1])
         if value is not None:
             note += (
                 f"; the smallest singular value of its derivative is {value:.2g}, without a denoiser it would be "
                 f"{plan.sigmas[-1] / plan.sigmas[0]:.2g}"
             )
         notes.append(note)
-    checking = once * (2 if job.callback else 1)
-    return job.result(Trajectory([latent], error[None], spent), restored, notes, checking=checking)
+    return notes
 
 
 def _run_map(plan: Plan, select: Select) -> Callable[[Tensor, Tensor], Tensor]:
