@@ -290,7 +290,7 @@ def as_schedule(sigmas: Any) -> tuple[float, ...]:
     """Check a schedule and bring it to the host as floats; see `compile_plan`."""
     try:
         values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, AttributeError):  # the last is torch 2.4 for a fake tensor
         raise TypeError(
             f"sigmas must have values that can be read, got {_describe(sigmas)}; give a dense tensor on a real device "
             "(not on meta, not fake), or a list of floats"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def test_exact_inversion_with_a_float32_module() -> None:
         exact = ki.invert(denoiser, x, sigmas, sampler="dpmpp_2m", tol=1e-9, max_evals=50)
     assert not exact.converged.any()
     assert re.match(r"tol=1e-09 is below the rounding of torch.float32.*torch.float64, or leave", exact.warnings[0])
-    found = ki.invert(denoiser, x, sigmas, sampler="dpmpp_2m", tol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rounding decides whether both samples come to within 1e-6
+        found = ki.invert(denoiser, x, sigmas, sampler="dpmpp_2m", tol=1e-6)
     back = ki.sample(denoiser, found.latent, sigmas, sampler="dpmpp_2m")
     assert x.dtype == found.latent.dtype == torch.float64
     assert float((back - x).abs().max()) < 1e-5
