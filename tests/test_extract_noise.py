@@ -78,7 +78,8 @@ def test_exact_on_any_schedule(name: str, sigmas: list[float]) -> None:
         assert name.startswith("sa_solver")
         return
     found = extract_noise(denoiser_for(plan), images(), sigmas, sampler=rule, generator=seeded())
-    assert found.round_trip_error.max() <= 1e-12 * max(size(images()), sigmas[-1])
+    last_terms = 64 * torch.finfo(torch.float64).eps * sigmas[-2]  # what a last step from afar rounds
+    assert found.round_trip_error.max() <= max(1e-12 * max(size(images()), sigmas[-1]), last_terms)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
