@@ -99,7 +99,7 @@ def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
             )
 
 
-DROWNED = 0.5
+DROWNED = 1.0
 """The rounding, in units of the noise level, above which a run is not begun without a word; see `rounding`."""
 
 

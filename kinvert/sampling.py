@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kinvert.adaptive import ends, run_adaptive
-from kinvert.checks import DROWNED, check_state, rounding, warn_if_drowned
+from kinvert.checks import check_state, rounding, warn_if_drowned
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep, lay_out
@@ -186,8 +186,8 @@ def unsample(
         normalize: True subtracts the mean and divides by the unbiased standard deviation of the whole batch tensor,
             as the node does; "sample" does so for each sample; "sigma" divides by the last noise level.
         sigma_offset: added to every entry of the reversed schedule. None is the node's 1e-4 where x's dtype allows it,
-            else the smallest one for which `eps rms(x) / (first level)` is at most 0.5 (`checks.rounding`): for images
-            in [-1, 1] about 0.015 in bfloat16, 0.002 in float16.
+            else the one that makes the first level `2 eps`, 0.016 in bfloat16 and 0.002 in float16, where rounding is
+            half the noise for data of size 1 (`checks.rounding`).
         noise: only for samplers with churn.
 
     Returns:
@@ -207,14 +207,13 @@ def unsample(
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     kept = schedule[dropped_steps(schedule, end_at_step) :]
     _check_direction(schedule, "unsample reverses it itself")
-    least = offset_for(x, schedule)
-    offset = least if sigma_offset is None else sigma_offset
+    offset = offset_for(x.dtype, schedule) if sigma_offset is None else sigma_offset
     rising = rising_schedule(schedule, end_at_step, offset, 1.0 if coordinates == "flow" else math.inf)
     _check_keeps_last(rule, rising)
     job = _Job.of(rule, rising)
     job.check_unsampling(noise, _Job.of(rule, kept))
     check_flow_spread(job.plan, coordinates)
-    warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={least:.2g}, the default here")
+    warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={rounding(x, 0.5):.2g}")
     guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided)
     denoise = _bound(guided, x, max_batch, graph)
     if mask is not None:
@@ -251,10 +250,12 @@ def rising_schedule(
     return tuple(levels)
 
 
-def offset_for(x: Tensor, schedule: tuple[float, ...]) -> float:
-    """The offset that `unsample` adds by default: the least that x's dtype allows, from 1e-4 to a tenth of sigma."""
-    needed = rounding(x, 1.0) / DROWNED - schedule[-1]
-    return max(OFFSET, min(1.01 * needed, 0.1 * schedule[0])) if math.isfinite(needed) else OFFSET
+def offset_for(dtype: torch.dtype, schedule: tuple[float, ...]) -> float:
+    """The offset that `unsample` adds by default: what the dtype allows for data of size 1, 1e-4 to a tenth of sigma.
+
+    It does not ask for the size of x: what one item of a batch gets must not depend on the others.
+    """
+    return max(OFFSET, min(2 * torch.finfo(dtype).eps - schedule[-1], 0.1 * schedule[0]))
 
 
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
