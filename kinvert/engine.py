@@ -31,6 +31,7 @@ from kinvert.checks import (
     check_plan,
     check_state,  # noqa: F401 - offered here too
     checked_noise,
+    warn_if_drowned,
 )
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
@@ -71,6 +72,7 @@ Memory = dict[str, Tensor]
 BLOCK = 2048
 """A product with one result is made in pieces of so many columns, if they divide the rows: on a CPU 15 to 40 % faster
 than in one piece. Products with several results are slower in pieces."""
+HALVES = (torch.bfloat16, torch.float16)
 _CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int]] = WeakKeyDictionary()
 
 
@@ -97,7 +99,12 @@ def run(
         TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
             dtype (float32 is accepted for half-precision states), or that fails on x's dtype.
         ValueError: a denoiser or noise source that returns another shape than x's.
+
+    Warns:
+        RuntimeWarning: a run upwards in half precision whose rounding drowns it, with the number (one read of x).
     """
+    if isinstance(plan, Plan) and plan.is_rising and isinstance(x, Tensor) and x.dtype in HALVES and not _is_traced(x):
+        warn_if_drowned(x, plan.sigmas[0], "the first slope of the way up", "or a higher first level", stacklevel=3)
     return run_state(plan, denoiser, {"x": x}, noise, callback)["x"]
 
 

@@ -28,7 +28,7 @@ from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
-from kinvert.engine import Callback, Progress, run
+from kinvert.engine import Callback, Progress, run_state
 from kinvert.forms import State
 from kinvert.graphs import captured_denoiser
 from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
@@ -367,7 +367,7 @@ class _Job:
 
     def run(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
         if self.plan is not None:
-            return run(self.plan, denoiser, x, noise, callback)
+            return run_state(self.plan, denoiser, {"x": x}, noise, callback)["x"]
         assert isinstance(self.rule, DPMAdaptive)
         if self.sigmas[0] == self.sigmas[1]:
             raise ValueError(

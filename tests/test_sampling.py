@@ -428,6 +428,13 @@ def test_an_offset_that_drowns_the_latent_is_named_with_the_number() -> None:
         ki.sample(lambda y, s: y, x, [0.005, 0.001], mask=torch.ones(6), latent=x)
 
 
+def test_a_plan_upwards_that_drowns_is_named_too() -> None:
+    x, plan = torch.ones(2, 6, dtype=torch.bfloat16), ki.compile_plan("euler", [1e-4, 1.0, 10.0])
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match=r"78 sigma.*or a higher first level"):
+        ki.run(plan, lambda y, sigma: y, x)
+    ki.run(plan, lambda y, sigma: y, x.float())
+
+
 def test_half_precision_finds_the_latent() -> None:
     """On the embedded digits, with the default offset; with the node's, bfloat16 is off by more than 3 sigma."""
     from kinvert import models

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers import Denoiser, Guided
-from kinvert.engine import Callback, run
+from kinvert.engine import Callback, run, run_state
 from kinvert.plan import Plan, compile_plan
 
 
@@ -48,7 +48,7 @@ class Recorded:
     @classmethod
     def of(cls, up: Plan, plan: Plan, denoiser: Denoiser, x: Tensor, callback: Callback | None = None) -> Recorded:
         """Run up from x, and down again."""
-        latent = run(up, denoiser, x)
+        latent = run_state(up, denoiser, {"x": x})["x"]  # `run` would warn of what is a candidate only
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
 
