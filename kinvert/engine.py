@@ -103,7 +103,13 @@ def run(
     Warns:
         RuntimeWarning: a run upwards in half precision whose rounding drowns it, with the number (one read of x).
     """
-    if isinstance(plan, Plan) and plan.is_rising and isinstance(x, Tensor) and x.dtype in HALVES and not _is_traced(x):
+    if (
+        isinstance(plan, Plan)
+        and plan.is_rising
+        and isinstance(x, Tensor)
+        and x.dtype in HALVES
+        and not _is_transformed()
+    ):
         warn_if_drowned(x, plan.sigmas[0], "the first slope of the way up", "or a higher first level", stacklevel=3)
     return run_state(plan, denoiser, {"x": x}, noise, callback)["x"]
 
@@ -146,15 +152,16 @@ def run_state(
         raise said from error
 
 
+def _is_transformed() -> bool:
+    """Whether someone vectorises or compiles the run, so that no value can be read, or nobody can say."""
+    return torch.compiler.is_compiling() or not can_fuse() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_traced(x: Tensor) -> bool:
     """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor, or nobody can say."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not can_fuse() or not has_values(x):
+    if torch.is_grad_enabled() or _is_transformed() or not has_values(x):
         return True
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or (type(x) is not Tensor and is_traceable_wrapper_subclass(x))
-    )
+    return forward_ad._current_level >= 0 or (type(x) is not Tensor and is_traceable_wrapper_subclass(x))
 
 
 @functools.cache

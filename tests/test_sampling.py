@@ -430,8 +430,10 @@ def test_an_offset_that_drowns_the_latent_is_named_with_the_number() -> None:
 
 def test_a_plan_upwards_that_drowns_is_named_too() -> None:
     x, plan = torch.ones(2, 6, dtype=torch.bfloat16), ki.compile_plan("euler", [1e-4, 1.0, 10.0])
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match=r"78 sigma.*or a higher first level"):
-        ki.run(plan, lambda y, sigma: y, x)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.warns(RuntimeWarning, match=r"78 sigma.*or a higher first level"):
+            ki.run(plan, lambda y, sigma: y, x)
+    torch.func.vmap(lambda one: ki.run(plan, lambda y, sigma: y, one))(x[None])  # nothing can be read there
     ki.run(plan, lambda y, sigma: y, x.float())
 
 
