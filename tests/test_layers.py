@@ -21,6 +21,8 @@ LAYERS = [
     {"program"},
     {"moments", "schedules", "denoisers", "analysis", "noise", "metrics"},
     {"checks"},
+    {"advance"},
+    {"fused"},
     {"engine"},
     {"adaptive", "eager", "graphs"},
     {"sampling"},
