@@ -16,33 +16,26 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from kinvert.adaptive import ends, run_adaptive
 from kinvert.checks import check_state, rounding, warn_if_drowned
 from kinvert.coordinates import settle
-from kinvert.denoisers import Cfg, Denoiser, Guided, Masked, guide, step_cfg
-from kinvert.denoisers.buffers import call_to_keep, lay_out
-from kinvert.denoisers.guidance import Guidance
-from kinvert.engine import Callback, Progress, run_state
-from kinvert.forms import State
-from kinvert.graphs import captured_denoiser
+from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
+from kinvert.engine import Callback
 from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
 from kinvert.moments import check_flow_spread, check_kept
-from kinvert.noise import Noise, NoiseSource, default_noise, white
-from kinvert.plan import Plan, as_schedule, compile_plan
-from kinvert.rules import DPMAdaptive, Rule
-from kinvert.rules import sampler as resolve_sampler
+from kinvert.noise import Noise
+from kinvert.parts import in_parts
+from kinvert.plan import as_schedule
+from kinvert.ready import Ready
+from kinvert.rules import Rule
 from kinvert.rules.flow import unwrapped
 
 Normalize = bool | Literal["sample", "sigma"]
 OFFSET = 1e-4  # the node's
-OUTPUTS = ("denoised", "uncond")
-DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
 
 
 P = ParamSpec("P")
@@ -130,10 +123,10 @@ def sample(
     x = check_state(x)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
-    job = _Job.of(rule, schedule)
+    job = Ready.of(rule, schedule)
     check_flow_spread(job.plan, coordinates)
     guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=job.is_guided)
-    denoise = _bound(guided, x, max_batch, graph)
+    denoise = in_parts(guided, x, max_batch, graph)
     if mask is not None:
         if latent is None:
             raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
@@ -210,12 +203,12 @@ def unsample(
     offset = offset_for(x.dtype, schedule) if sigma_offset is None else sigma_offset
     rising = rising_schedule(schedule, end_at_step, offset, 1.0 if coordinates == "flow" else math.inf)
     _check_keeps_last(rule, rising)
-    job = _Job.of(rule, rising)
-    job.check_unsampling(noise, _Job.of(rule, kept))
+    job = Ready.of(rule, rising)
+    job.check_unsampling(noise, Ready.of(rule, kept))
     check_flow_spread(job.plan, coordinates)
     warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={rounding(x, 0.5):.2g}")
     guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided)
-    denoise = _bound(guided, x, max_batch, graph)
+    denoise = in_parts(guided, x, max_batch, graph)
     if mask is not None:
         check_kept(job.plan, coordinates)
         denoise = Masked(denoise, mask, x, coordinates=coordinates)
@@ -304,177 +297,6 @@ def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -
     warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) - signal.to(wide)) / sigma
-
-
-def _bound(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
-    """The denoiser in parts of a batch, or as a graph, or both."""
-    whole: Denoiser = denoiser
-    parts = batch_parts(x, max_batch)
-    if len(parts) > 1:
-        whole = _InParts(len(parts[0]), [denoiser.select(index, len(x)) for index in parts])
-    if graph:
-        captured = captured_denoiser(whole, x)
-        if captured.reason is not None:
-            warnings.warn(f"running without a graph: {captured.reason}", RuntimeWarning, stacklevel=4)
-        return captured
-    return whole
-
-
-def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
-    """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
-    if max_batch is not None and not is_integer(max_batch):
-        raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
-    return torch.arange(len(x), device=x.device).split(int(max_batch or len(x)))
-
-
-@dataclass(frozen=True)
-class _InParts:
-    """A denoiser that is called for `size` samples at a time, each time with their conditioning."""
-
-    size: int
-    denoisers: list[Guidance]
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        outputs: list[Any] = []
-        for denoiser, *part in zip(self.denoisers, x.split(self.size), sigma.split(self.size), strict=True):
-            outputs.append(call_to_keep(denoiser, *map(lay_out, part)))
-        if isinstance(outputs[0], Guided):
-            return Guided(*map(torch.cat, zip(*outputs, strict=True)))
-        return torch.cat(outputs)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A sampler on a schedule, ready to run: by its Plan, or by the controller of `dpm_adaptive`, which has none."""
-
-    rule: Rule
-    sigmas: tuple[float, ...]
-    plan: Plan | None
-
-    @classmethod
-    def of(cls, sampler: str | Rule, schedule: tuple[float, ...]) -> _Job:
-        rule = resolve_sampler(sampler)
-        if isinstance(rule, DPMAdaptive):
-            return cls(rule, ends(schedule), None)
-        plan = compile_plan(rule, schedule)
-        return cls(rule, plan.sigmas, plan)
-
-    @property
-    def is_guided(self) -> bool:
-        return self.plan is not None and self.plan.is_guided
-
-    def run(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
-        if self.plan is not None:
-            return run_state(self.plan, denoiser, {"x": x}, noise, callback)["x"]
-        assert isinstance(self.rule, DPMAdaptive)
-        if self.sigmas[0] == self.sigmas[1]:
-            raise ValueError(
-                f"{self.rule.name} runs between the positive levels of sigmas and needs two of them, got "
-                f"{self.sigmas[0]:g} alone; give a longer schedule, or another sampler for a single step to 0"
-            )
-        return run_adaptive(self.rule, denoiser, x, self.sigmas, noise, callback)[0]
-
-    def with_bar(self, callback: Callback | None, verb: str) -> Callback:
-        steps = None if self.plan is None else len(self.plan.steps)
-        return with_bar(callback, f"{verb} {self.rule.name}", steps, self.sigmas[-1])
-
-    def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
-        """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
-        if self.plan is not None and not uses_evaluations(self.plan):
-            self.refuse_idle(self.plan)
-        if noise is None and self.plan is not None and self.plan.is_stochastic:
-            noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
-        result = self.run(denoiser, x, noise, callback)
-        if has_values(result) and not bool(torch.isfinite(result).all()):
-            raise ValueError(self._first_bad_step(denoiser, x, noise))
-        return result
-
-    def refuse_idle(self, plan: Plan) -> None:
-        """Refuse a run that returns x as it came; warn of a multiple of it upwards, which is what the node returns."""
-        keeps = "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
-        message = (
-            f"{self.rule.name} returns x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
-            f"{self.sigmas[-1]:g} in {len(plan.steps)} step(s) no evaluation of the denoiser enters its result; give a "
-            f"longer schedule, or use {keeps}'euler' or 'heun'"
-        )
-        if plan.is_rising and any(step.x.alias() != State("x") for step in plan.steps):
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
-        else:
-            raise ValueError(message)
-
-    def check_unsampling(self, noise: Noise | None, down: _Job) -> None:
-        """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
-        rule = unwrapped(self.rule)
-        name, eta = rule.name, getattr(rule, "eta", 0.0)
-        fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
-        fix += f"a deterministic sampler such as {DETERMINISTIC}"
-        steps = () if self.plan is None else self.plan.steps
-        for step in steps:
-            if step.forgets_x:
-                raise ValueError(
-                    f"{name} cannot unsample: its step from sigma {step.sigma:g} up to {step.sigma_next:g} forgets x, "
-                    f"so the result would not depend on the image; {fix}"
-                )
-        draws = max(0 if plan is None else plan.draws for plan in (self.plan, down.plan))
-        if draws and noise is None:
-            raise ValueError(
-                f"{name} draws noise {draws} times on this schedule, so no latent alone gives the image; {fix}"
-                + (", or switch churn off (s_churn=0)" if getattr(rule, "s_churn", 0.0) else "")
-            )
-
-    def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
-        """Run again, reading every value, to say where the first NaN or infinity came from."""
-        if not bool(torch.isfinite(x).all()):
-            return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
-        found: list[str] = []
-
-        def checked(state: Tensor, sigma: Tensor) -> Any:
-            out = denoiser(state, sigma)
-            good_in = bool(torch.isfinite(state).all())
-            parts = out if isinstance(out, tuple) else (out,)
-            if not found and not (good_in and all(bool(torch.isfinite(part).all()) for part in parts)):
-                what = "the denoiser returned NaN or infinity" if good_in else "the state overflowed"
-                found.append(f"{what} at sigma {float(sigma[0]):g}")
-            return out
-
-        def locate(step: Progress) -> None:
-            if len(found) == 1:
-                found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
-
-        # A noise function of the caller's cannot be called again from the start.
-        self.run(checked, x, noise if noise is None or isinstance(noise, NoiseSource) else white(0), locate)
-        where = " ".join(found) or "the result overflowed"
-        return (
-            f"{self.rule.name}: {where}; x is {x.dtype} with largest value {float(x.abs().max()):.3g}. Check the "
-            "denoiser at this sigma, or run it in a wider dtype (float32)"
-        )
-
-
-def uses_evaluations(plan: Plan) -> bool:
-    """Whether the final x depends on anything that the denoiser returns."""
-    names = frozenset[str]()  # of the values that do
-    for step in plan.steps:
-        rows = ("x", step.x), *step.memory
-        names = frozenset(n for n, form in rows if any(s.kind in OUTPUTS or s.key in names for s, _ in form))
-    return "x" in names
-
-
-def with_bar(callback: Callback | None, description: str, steps: int | None, last: float) -> Callback:
-    """The callback with a progress bar, which is closed with the step to the level `last`."""
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=steps, desc=description)
-
-    def update(step: Progress) -> None:
-        bar.update()
-        if step.sigma_next == last:
-            bar.close()
-        if callback is not None:
-            callback(step)
-
-    return update
 
 
 def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:

@@ -25,6 +25,7 @@ LAYERS = [
     {"fused"},
     {"engine"},
     {"adaptive", "eager", "graphs"},
+    {"parts", "ready"},
     {"sampling"},
     {"inversion"},
     {"roundtrip", "reference"},

@@ -41,11 +41,12 @@ from kinvert.inversion.trajectory import Sweeps
 from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
 from kinvert.inversion.whole_run import whole_run
 from kinvert.moments import check_flow_spread
+from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
+from kinvert.ready import with_bar
 from kinvert.rules import Rule
 from kinvert.rules.flow import unwrapped
 from kinvert.rules.names import unknown
-from kinvert.sampling import batch_parts, with_bar
 
 LAST_STEPS = ("error", "least_change")
 

@@ -1,0 +1,160 @@
+"""A sampler on a schedule, ready to run: what has no meaning is refused before it, and NaN after it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.adaptive import ends, run_adaptive
+from kinvert.denoisers import Denoiser
+from kinvert.engine import Callback, Progress, run_state
+from kinvert.forms import State
+from kinvert.inputs import has_values
+from kinvert.noise import Noise, NoiseSource, default_noise, white
+from kinvert.plan import Plan, compile_plan
+from kinvert.rules import DPMAdaptive, Rule
+from kinvert.rules import sampler as resolve_sampler
+from kinvert.rules.flow import unwrapped
+
+OUTPUTS = ("denoised", "uncond")
+DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A sampler on a schedule, ready to run: by its Plan, or by the controller of `dpm_adaptive`, which has none."""
+
+    rule: Rule
+    sigmas: tuple[float, ...]
+    plan: Plan | None
+
+    @classmethod
+    def of(cls, sampler: str | Rule, schedule: tuple[float, ...]) -> Ready:
+        """Compile a sampler for a schedule."""
+        rule = resolve_sampler(sampler)
+        if isinstance(rule, DPMAdaptive):
+            return cls(rule, ends(schedule), None)
+        plan = compile_plan(rule, schedule)
+        return cls(rule, plan.sigmas, plan)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the denoiser must return a pair (CFG++)."""
+        return self.plan is not None and self.plan.is_guided
+
+    def run(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
+        """The result, unchecked."""
+        if self.plan is not None:
+            return run_state(self.plan, denoiser, {"x": x}, noise, callback)["x"]
+        assert isinstance(self.rule, DPMAdaptive)
+        if self.sigmas[0] == self.sigmas[1]:
+            raise ValueError(
+                f"{self.rule.name} runs between the positive levels of sigmas and needs two of them, got "
+                f"{self.sigmas[0]:g} alone; give a longer schedule, or another sampler for a single step to 0"
+            )
+        return run_adaptive(self.rule, denoiser, x, self.sigmas, noise, callback)[0]
+
+    def with_bar(self, callback: Callback | None, verb: str) -> Callback:
+        """The callback with a progress bar."""
+        steps = None if self.plan is None else len(self.plan.steps)
+        return with_bar(callback, f"{verb} {self.rule.name}", steps, self.sigmas[-1])
+
+    def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
+        """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
+        if self.plan is not None and not uses_evaluations(self.plan):
+            self.refuse_idle(self.plan)
+        if noise is None and self.plan is not None and self.plan.is_stochastic:
+            noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
+        result = self.run(denoiser, x, noise, callback)
+        if has_values(result) and not bool(torch.isfinite(result).all()):
+            raise ValueError(self._first_bad_step(denoiser, x, noise))
+        return result
+
+    def refuse_idle(self, plan: Plan) -> None:
+        """Refuse a run that returns x as it came; warn of a multiple of it upwards, which is what the node returns."""
+        keeps = "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
+        message = (
+            f"{self.rule.name} returns x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
+            f"{self.sigmas[-1]:g} in {len(plan.steps)} step(s) no evaluation of the denoiser enters its result; give a "
+            f"longer schedule, or use {keeps}'euler' or 'heun'"
+        )
+        if plan.is_rising and any(step.x.alias() != State("x") for step in plan.steps):
+            warnings.warn(message, RuntimeWarning, stacklevel=5)
+        else:
+            raise ValueError(message)
+
+    def check_unsampling(self, noise: Noise | None, down: Ready) -> None:
+        """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
+        rule = unwrapped(self.rule)
+        name, eta = rule.name, getattr(rule, "eta", 0.0)
+        fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
+        fix += f"a deterministic sampler such as {DETERMINISTIC}"
+        steps = () if self.plan is None else self.plan.steps
+        for step in steps:
+            if step.forgets_x:
+                raise ValueError(
+                    f"{name} cannot unsample: its step from sigma {step.sigma:g} up to {step.sigma_next:g} forgets x, "
+                    f"so the result would not depend on the image; {fix}"
+                )
+        draws = max(0 if plan is None else plan.draws for plan in (self.plan, down.plan))
+        if draws and noise is None:
+            raise ValueError(
+                f"{name} draws noise {draws} times on this schedule, so no latent alone gives the image; {fix}"
+                + (", or switch churn off (s_churn=0)" if getattr(rule, "s_churn", 0.0) else "")
+            )
+
+    def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
+        """Run again, reading every value, to say where the first NaN or infinity came from."""
+        if not bool(torch.isfinite(x).all()):
+            return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
+        found: list[str] = []
+
+        def checked(state: Tensor, sigma: Tensor) -> Any:
+            out = denoiser(state, sigma)
+            good_in = bool(torch.isfinite(state).all())
+            parts = out if isinstance(out, tuple) else (out,)
+            if not found and not (good_in and all(bool(torch.isfinite(part).all()) for part in parts)):
+                what = "the denoiser returned NaN or infinity" if good_in else "the state overflowed"
+                found.append(f"{what} at sigma {float(sigma[0]):g}")
+            return out
+
+        def locate(step: Progress) -> None:
+            if len(found) == 1:
+                found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
+
+        # A noise function of the caller's cannot be called again from the start.
+        self.run(checked, x, noise if noise is None or isinstance(noise, NoiseSource) else white(0), locate)
+        where = " ".join(found) or "the result overflowed"
+        return (
+            f"{self.rule.name}: {where}; x is {x.dtype} with largest value {float(x.abs().max()):.3g}. Check the "
+            "denoiser at this sigma, or run it in a wider dtype (float32)"
+        )
+
+
+def uses_evaluations(plan: Plan) -> bool:
+    """Whether the final x depends on anything that the denoiser returns."""
+    names = frozenset[str]()  # of the values that do
+    for step in plan.steps:
+        rows = ("x", step.x), *step.memory
+        names = frozenset(n for n, form in rows if any(s.kind in OUTPUTS or s.key in names for s, _ in form))
+    return "x" in names
+
+
+def with_bar(callback: Callback | None, description: str, steps: int | None, last: float) -> Callback:
+    """The callback with a progress bar, which is closed with the step to the level `last`."""
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=steps, desc=description)
+
+    def update(step: Progress) -> None:
+        bar.update()
+        if step.sigma_next == last:
+            bar.close()
+        if callback is not None:
+            callback(step)
+
+    return update
