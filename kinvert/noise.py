@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.inputs import check_beside, has_values, is_integer, plain
+from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
 
 NoiseFunction = Callable[[float, float], Tensor]
 
@@ -403,7 +403,7 @@ def clipped(source: Noise, std: float) -> Clipped:
     Raises:
         TypeError, ValueError: `std` is not a positive, finite number.
     """
-    if isinstance(std, bool) or not isinstance(std, (int, float)):
+    if not is_number(std):
         raise TypeError(f"std must be a number of standard deviations, got {std!r}")
     if not 0 < std < math.inf:
         raise ValueError(f"std must be positive and finite, got {std}; leave the source as it is to clip nothing")

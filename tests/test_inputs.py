@@ -65,6 +65,8 @@ FLOATS: dict[str, Callable[[Any], Any]] = {
     "eta": lambda v: ki.sample(GAUSSIAN, X, SIGMAS, sampler=ki.sampler("dpmpp_2m_sde", eta=v), noise=ki.noise.white(0)),
     "rho": lambda v: ki.schedules.karras(5, v, 10.0, rho=v + 1),
     "rtol": lambda v: solve_ode(GAUSSIAN, X.double(), 1.0, 2.0, rtol=v, atol=v),
+    "cfg of a step": lambda v: ki.sample(GAUSSIAN, X, SIGMAS, cfg=[v] + [1.5] * (len(SIGMAS) - 2), negative={}),
+    "std of clipped noise": lambda v: ki.sample(GAUSSIAN, X, SIGMAS, sampler="ddpm", noise=ki.noise.clipped(ki.noise.white(0), v)),
     "eta of rf_inversion": lambda v: baselines.rf_inversion(GAUSSIAN, X, SIGMAS[:-1], eta=v, noise=X).latent,
 }  # fmt: skip
 

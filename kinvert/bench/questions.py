@@ -23,6 +23,7 @@ from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, Found, Job, find, generate, restore
 from kinvert.bench.problems import Problem, is_built_in, make_problem
 from kinvert.bench.tasks import computing_with
+from kinvert.inputs import is_integer
 from kinvert.noise import derived_seed
 
 
@@ -83,7 +84,7 @@ def check_threads(threads: int | None, cells: Iterable[Cell]) -> None:
     """
     if threads is None:
         return
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    if not is_integer(threads) or threads < 1:
         raise ValueError(f"threads must be a positive int, or None to leave torch's, got {threads!r}")
     models = sorted({cell.model for cell in cells})
     if models and all(is_built_in(model) for model in models):

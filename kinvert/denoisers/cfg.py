@@ -11,7 +11,6 @@ undoes.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kinvert.devices import widest
+from kinvert.inputs import is_number
 
 Cfg = float | Sequence[float] | Callable[[Tensor], Tensor]
 """A guidance scale; one for each step; or a function of sigma, of shape (batch,), that returns one for each sample."""
@@ -84,7 +84,7 @@ def step_cfg(cfg: Any, sigmas: Sequence[float], run: Sequence[float] | None = No
             "is for the noisiest step"
         )
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if not is_number(value):
             raise TypeError(f"cfg must be made of Python numbers, got {value!r} for a step; pass floats, e.g. 7.5")
         if not math.isfinite(value):
             raise ValueError(f"cfg must be finite, got {value} for a step; 1 turns guidance off")
