@@ -21,7 +21,7 @@ import torch
 
 import kinvert as ki
 from kinvert import models
-from kinvert.inversion.result import rms
+from kinvert.tensors import rms
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,9 +26,9 @@ import kinvert as ki
 from kinvert import models
 from kinvert.analysis import amplification
 from kinvert.engine import run_state
-from kinvert.inversion.result import rms
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.noise import white
+from kinvert.tensors import rms
 
 RESULT = Path(__file__).parent / "results" / "reversible.json"
 RULES: dict[str, dict[str, Any]] = {

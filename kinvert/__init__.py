@@ -6,7 +6,6 @@ Diffusion samplers and noise schedules as data, `unsample` (run a sampler backwa
 
 from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
-from kinvert import graphs as graphs
 from kinvert import inversion as inversion
 from kinvert import levels as levels
 from kinvert import metrics as metrics
@@ -17,6 +16,7 @@ from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
+from kinvert.engine import graphs as graphs
 from kinvert.engine import run as run
 from kinvert.inversion import Inversion as Inversion
 from kinvert.inversion import extract_noise as extract_noise

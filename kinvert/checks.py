@@ -1,130 +1,72 @@
-"""What a run demands of the state, of what the denoiser returns and of noise: errors that name the fix.
+"""What people pass: numbers and tensors of every origin, taken or refused by one rule each.
 
-Types, shapes and dtypes are looked at, no value is read: nothing here waits for a device.
+NumPy's integers and floats are numbers like Python's; a bool is none. A state, a mask or a noise is a dense tensor, of
+a floating point format that torch can calculate in. A subclass of `torch.Tensor` (an image of MONAI or fastai, an
+`nn.Parameter`) is taken as the plain tensor that it holds: the denoiser sees, and every function returns, plain
+tensors. Tensors without values, on the device "meta" or fake, go where only shapes are asked for.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any
+import numbers
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, flow_sampler
-from kinvert.denoisers import Guided
-from kinvert.inputs import check_beside, check_dense, has_values, is_integer, is_number, plain
-from kinvert.noise import NoiseFunction
-from kinvert.plan import Interval, Plan, Stage, Step
-from kinvert.rules.flow import within_one
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
-    """What the denoiser returned for x, checked by its type, shape and dtype (no value is read)."""
-    where = f"in step {step.index} (sigma {stage.sigma:g})"
-    if stage.guided:
-        if not isinstance(out, Guided):
-            raise TypeError(
-                f"the sampler needs a pair Guided(denoised, uncond) of the denoiser, got {type(out).__name__} {where}; "
-                "pass negative= (and positive=, cfg=) to sample, or return ki.Guided"
-            )
-        return checked_output(out.denoised, x, where), checked_output(out.uncond, x, where)
-    return checked_output(out.denoised if isinstance(out, Guided) else out, x, where), None
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether `value` is an integer, of Python or of NumPy; a bool is not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def checked_output(out: Any, x: Tensor, where: str) -> Tensor:
-    """A tensor that the denoiser returned for x, checked by its type, shape and dtype."""
-    if not isinstance(out, Tensor):
-        raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
-    if out.shape != x.shape:
-        raise ValueError(f"the denoiser must return x's shape {tuple(x.shape)}, got {tuple(out.shape)} {where}")
-    widened = x.dtype.itemsize < 4 and out.dtype == torch.float32
-    if out.dtype != x.dtype and not widened:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a real number, of Python or of NumPy; a bool is not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether there is anything to read: tensors on "meta" and fake ones have a shape only."""
+    return not (x.is_meta or isinstance(x, FakeTensor))
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor that a subclass holds, with the same memory and the same graph.
+
+    Subclasses that take over torch's operations (fake and distributed tensors) hold none; they stay what they are.
+    """
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    return x.as_subclass(Tensor)
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise TypeError where samplers cannot calculate with `x`: sparse or nested layouts, floats of 8 bits."""
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout)
+        fix = "pad it to one shape" if x.is_nested else f"use {name}.to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; {fix}")
+    if x.is_floating_point() and x.dtype not in FLOATS:
         raise TypeError(
-            f"the denoiser must return x's dtype {x.dtype}, got {out.dtype} {where}; convert x to the network's dtype, "
-            "or return denoised.to(x.dtype)"
+            f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it, e.g. {name}.float()"
         )
-    return plain(out)
 
 
-def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
-    """Draw noise for an interval and check its type and shape."""
-    n = draw(*interval)
-    if isinstance(n, Tensor):
-        check_beside("noise", n, x)
-    if not isinstance(n, Tensor) or n.shape != x.shape:
-        got = f"shape {tuple(n.shape)}" if isinstance(n, Tensor) else type(n).__name__
-        raise ValueError(
-            f"noise({interval.sigma_from:g}, {interval.sigma_to:g}) must return a tensor of x's shape "
-            f"{tuple(x.shape)}, got {got}"
-        )
-    return plain(n)
+def check_beside(name: str, value: Tensor, x: Tensor) -> None:
+    """Raise TypeError or ValueError where `value` cannot be used with the state x: not dense, or without x's values."""
+    check_dense(name, value)
+    if has_values(x) and not has_values(value):
+        raise ValueError(f"{name} has a shape but no values (meta or fake), and x, on {x.device}, has; give it values")
 
 
-def check_state(x: Any) -> Tensor:
-    """The state `x`, a dense floating point tensor of shape (batch, *event), as a plain tensor.
-
-    Raises:
-        TypeError, ValueError: x is something else.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating point tensor, got {x.dtype}; convert it, e.g. x.float()")
-    check_dense("x", x)
-    if x.ndim == 0 or x.shape[0] == 0:
-        raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
-    return plain(x)
-
-
-def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
-    """Raise TypeError or ValueError where `state` is not what the Plan starts from; see `engine.run_state`."""
-    check_state(state.get("x"))
-    needed = plan.steps[0].reads | {"x"}
-    if state.keys() != needed:
-        raise ValueError(
-            f"the Plan of {plan.rule.name} starts from {', '.join(sorted(needed))}, got {', '.join(sorted(state))}; "
-            "plan.closed starts from x and the auxiliary state, compile_plan's from x alone"
-        )
-    x = state["x"]
-    for name in needed - {"x"}:
-        value = state[name]
-        if not isinstance(value, Tensor) or value.dtype != x.dtype:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"the auxiliary state {name!r} must be a tensor of x's dtype {x.dtype}, got {got}")
-        if value.shape != x.shape:
-            raise ValueError(
-                f"the auxiliary state {name!r} must have x's shape {tuple(x.shape)}, got {tuple(value.shape)}"
-            )
-
-
-DROWNED = 1.0
-"""The rounding, in units of the noise level, above which a run is not begun without a word; see `rounding`."""
-
-
-def rounding(x: Tensor, sigma: float) -> float:
-    """What rounding leaves of a slope `(x - D) / sigma`, in units of sigma: `eps rms(x) / sigma`, eps of x's dtype.
-
-    A run that starts at a small level, or divides by one, has this error in its first step, and carries it along: on
-    the embedded digits in bfloat16 (20 steps, levels 0.002 to 80, rms 0.85) latents were off by 1.4 sigma where it is
-    66, by 0.4 where it is 1.3, and by 0.2 where it is 0.7. One read of x; 0 for one without values.
-    """
+def check_values(name: str, x: Tensor, why: str) -> None:
+    """Raise ValueError where `x` has no values and they are needed."""
     if not has_values(x):
-        return 0.0
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    return float(wide.square().mean().sqrt()) * torch.finfo(x.dtype).eps / sigma
-
-
-def warn_if_drowned(x: Tensor, sigma: float, what: str, fix: str, stacklevel: int = 4) -> None:
-    """Say so, with the number, where rounding must drown what is divided by sigma."""
-    if sigma > 0 and (error := rounding(x, sigma)) > DROWNED:
-        warnings.warn(
-            f"{what} at sigma {sigma:g} in {x.dtype} has a rounding error of up to {error:.2g} sigma (eps rms(x) / "
-            f"sigma), which can drown it; use float32, x.float(), {fix}",
-            RuntimeWarning,
-            stacklevel=stacklevel,
-        )
+        raise ValueError(f"{name} has a shape but no values (meta or fake), and {why}; give it values")
 
 
 def count(name: str, value: Any, low: int = 1) -> int:
@@ -150,28 +92,3 @@ def check_callback(callback: Any) -> None:
     """Raise TypeError where a callback cannot be called, before the run instead of after its first step."""
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable as callback(progress) once a step, got {type(callback).__name__}")
-
-
-def check_plan(plan: Any) -> None:
-    """Raise TypeError where `plan` is a sampler that is not compiled yet, or something else."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}; use ki.compile_plan(sampler, sigmas)")
-
-
-def check_coordinates(plan: Plan, denoiser: Any) -> None:
-    """Raise ValueError where a denoiser says that it takes other numbers than those of the Plan."""
-    if torch.compiler.is_compiling():  # which does not follow it
-        return
-    model = coordinates_of(denoiser)
-    if model == "ve" and plan.coordinates == "flow":  # a rule spelled out for flow time may be run on any numbers here
-        raise ValueError(
-            "the Plan is for flow times, but the denoiser takes sigmas of variance-exploding coordinates; build the "
-            f"denoiser in flow time, {FLOW_FIX}, or convert the schedule, {VE_FIX}"
-        )
-    if model == "flow":
-        within_one(plan.sigmas)
-        if flow_sampler(plan.rule) != plan.rule:
-            raise ValueError(
-                f"the Plan of {plan.rule.name} is one for variance-exploding coordinates, but the denoiser takes flow "
-                f"times; use ki.compile_plan(ki.flow_sampler({plan.rule.name!r}, levels), sigmas)"
-            )

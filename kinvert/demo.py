@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -27,6 +25,7 @@ from tqdm import tqdm
 import kinvert as ki
 from kinvert import models
 from kinvert.bench.tasks import computing_with
+from kinvert.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,7 +175,7 @@ def save(demo: Demo, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {suffix: folder / f"demo-{demo.settings.model}.{suffix}" for suffix in contents}
     for suffix, path in paths.items():
-        _write(path, contents[suffix])
+        write_file(path, contents[suffix])
     return paths
 
 
@@ -194,18 +193,6 @@ def to_json(data: Any) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(data), indent=2, allow_nan=False, default=lambda named: named.name) + "\n"
-
-
-def _write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            content(file)
-        partial.replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-        raise
 
 
 # -- picture -----------------------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.checks import is_number
 from kinvert.devices import widest
 from kinvert.flowtimes import FlowTimes
-from kinvert.inputs import is_number
 
 __all__ = [
     "DiscreteLevels",

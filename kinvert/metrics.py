@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kinvert.inputs import is_integer
+from kinvert.checks import is_integer
+from kinvert.tensors import wide_dtype
 
 Per = Literal["sample", "channel"]
 
@@ -370,7 +371,7 @@ def _flat_error(reconstruction: Tensor, original: Tensor) -> Tensor:
         )
     if not original.isfinite().all():
         raise ValueError("original must be finite, got a NaN or an infinity in it")
-    wide = torch.promote_types(original.dtype, torch.float32)
+    wide = wide_dtype(original.dtype)
     return (reconstruction.to(wide) - original.to(wide)).reshape(len(original), -1)
 
 

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
+from kinvert.checks import check_beside, has_values, is_integer, is_number, plain
+from kinvert.tensors import wide_dtype
 
 NoiseFunction = Callable[[float, float], Tensor]
 
@@ -116,7 +117,7 @@ class _BrownianPath:
         self.depth = Brownian.DEPTH if source.depth is None else source.depth
         self.depths = _depths(levels)
         self.dtype = x.dtype
-        self.zero = torch.zeros(x.shape, dtype=_wide(x), device=x.device)
+        self.zero = torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
         self.anchors: dict[int, Tensor] = {}  # W at 2^j, or at 0
         self.normals: dict[int, tuple[tuple[int, int], Tensor]] = {}  # level -> (cell, its normal)
         self.values: dict[float, Tensor] = {}  # the latest few W(sigma)
@@ -223,7 +224,7 @@ def _seeded_normal(seed: int | tuple[int, ...], x: Tensor) -> Callable[..., Tens
     seeds = [_derive(_BROWNIAN, one) for one in (seed if isinstance(seed, tuple) else (seed,))]
 
     def normal(*place: int, out: Tensor | None = None) -> Tensor:
-        out = torch.empty(x.shape, dtype=_wide(x), device=x.device) if out is None else out
+        out = torch.empty(x.shape, dtype=wide_dtype(x.dtype), device=x.device) if out is None else out
         for part, one in zip(out if isinstance(seed, tuple) else (out,), seeds, strict=True):
             part.normal_(generator=generator.manual_seed(_mix(one, *place)))
         return out
@@ -276,10 +277,6 @@ def _key(purpose: str) -> int:
 _WHITE, _BROWNIAN = _key("white"), _key("brownian")
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _shapes(seed: int | tuple[int, ...], x: Tensor) -> NoiseFunction:
     """Noise for a state without values: tensors like it."""
     _check_seeds(seed, x)
@@ -327,7 +324,7 @@ class Clipped:
 
         def clip(sigma_from: float, sigma_to: float) -> Tensor:
             noise = draw(sigma_from, sigma_to)
-            wide = noise.to(_wide(noise)).reshape(len(noise), -1)
+            wide = noise.to(wide_dtype(noise.dtype)).reshape(len(noise), -1)
             if wide.shape[1] > 1:
                 limit = self.std * wide.std(1, keepdim=True)
                 wide = torch.maximum(torch.minimum(wide, limit), -limit)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.checks import is_integer
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
-from kinvert.graphs import captured_denoiser
-from kinvert.inputs import is_integer
+from kinvert.engine.graphs import captured_denoiser
 
 
 def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:

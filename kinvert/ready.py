@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.adaptive import ends, run_adaptive
+from kinvert.checks import has_values
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Progress, run_state
+from kinvert.engine.adaptive import ends, run_adaptive
 from kinvert.forms import State
-from kinvert.inputs import has_values
 from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DPMAdaptive, Rule

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_state
+from kinvert.checks import check_values, is_number
 from kinvert.denoisers import Denoiser, Guided, guide
-from kinvert.inputs import check_values, is_number
+from kinvert.engine.contract import check_state
 from kinvert.inversion import invert
-from kinvert.inversion.result import rms
 from kinvert.plan import as_schedule
 from kinvert.rules import Rule
+from kinvert.tensors import rms
 
 SMALLEST_RTOL = 1e-13  # about 450 roundings
 

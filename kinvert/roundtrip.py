@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
-from kinvert.checks import check_state
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
+from kinvert.engine.contract import check_state
 from kinvert.inversion.invert import invert
 from kinvert.levels import FlowTimes
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
+from kinvert.tensors import wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ def round_trip(
     clean = None if mask is None else x
     shared["cfg"] = kept_cfg(cfg, len(back) - 1)
     reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
-    flat = latent.reshape(len(latent), -1).to(torch.promote_types(latent.dtype, torch.float32))
+    flat = latent.reshape(len(latent), -1).to(wide_dtype(latent.dtype))
     flat = flat if normalize else flat / sigma
     return RoundTrip(
         latent=latent,

@@ -21,11 +21,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_state, rounding, warn_if_drowned
+from kinvert.checks import check_beside, has_values, is_integer, is_number, plain
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback
-from kinvert.inputs import check_beside, has_values, is_integer, is_number, plain
+from kinvert.engine.contract import check_state, rounding, warn_if_drowned
 from kinvert.moments import check_flow_spread, check_kept
 from kinvert.noise import Noise
 from kinvert.parts import in_parts
@@ -33,6 +33,7 @@ from kinvert.plan import as_schedule
 from kinvert.ready import Ready
 from kinvert.rules import Rule
 from kinvert.rules.flow import unwrapped
+from kinvert.tensors import wide_dtype
 
 Normalize = bool | Literal["sample", "sigma"]
 OFFSET = 1e-4  # the node's
@@ -109,7 +110,7 @@ def sample(
         progress: show a progress bar.
         max_batch: the most samples that are evaluated at once; the batch is split, with its conditioning, for each call
             of the denoiser (with guidance a call may get twice as many rows). It bounds the denoiser's memory; the
-            result is the same. Beyond that a run needs a few states (`kinvert.program`).
+            result is the same. Beyond that a run needs a few states (`kinvert.engine.kernels`).
         graph: record the denoiser as a CUDA graph and launch that for each evaluation, see `ki.graphs`. Where that
             cannot be done, a RuntimeWarning says why and the denoiser is called as usual.
 
@@ -295,7 +296,7 @@ def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -
     if given is not None:
         return _like_x("mask_noise", given, x)
     warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     return (x.to(wide) - signal.to(wide)) / sigma
 
 
@@ -304,7 +305,7 @@ def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:
         return latent
     if how == "sigma":
         return latent / sigma
-    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    wide = latent.to(wide_dtype(latent.dtype))
     dims = tuple(range(latent.ndim)) if how is True else tuple(range(1, latent.ndim))
     varies = latent.numel() > (1 if how is True else len(latent))
     std = wide.std(dims, keepdim=True) if varies else wide.new_zeros(())

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.inputs import is_integer, is_number
+from kinvert.checks import is_integer, is_number
 from kinvert.levels import FlowTimes, Levels, real
 from kinvert.rules.names import REGISTRIES, suggestion, unknown, unknown_sampler, unknown_schedule
 

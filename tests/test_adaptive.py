@@ -12,7 +12,7 @@ from recordings import Case, Counted, RecordedNoise, array, index, recorded_deno
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adaptive import AdaptiveInfo, run_adaptive
+from kinvert.engine.adaptive import AdaptiveInfo, run_adaptive
 from kinvert.rules.adaptive import DPMAdaptive
 
 CASES = [case for case in index()["samplers"] if case["sampler"] == "dpm_adaptive"]

@@ -14,7 +14,7 @@ from problems import mixture, noise_like, order_slope
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.eager import run_eager
+from kinvert.engine.eager import run_eager
 from kinvert.inversion.baselines import (
     BASELINES,
     aidi,
@@ -30,8 +30,8 @@ from kinvert.inversion.baselines import (
     sample_null_text,
     steer,
 )
-from kinvert.inversion.result import rms
 from kinvert.rules import DDIMInverse, DirectInversion
+from kinvert.tensors import rms
 
 MIXTURE = mixture()
 GAUSSIAN = ki.denoisers.Gaussian(0.3, 0.7)

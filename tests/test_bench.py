@@ -23,9 +23,10 @@ from kinvert.bench import METHODS, PROBLEMS, Cell, Grid, report, store
 from kinvert.bench.problems import make_problem
 from kinvert.bench.questions import job_of
 from kinvert.cli import main
+from kinvert.files import write_file
 from kinvert.inversion.choice import choose
-from kinvert.inversion.result import rms
 from kinvert.rules import Rule, StepBuilder, register
+from kinvert.tensors import rms
 
 SMALL = {"model": "gaussian", "steps": 3, "count": 2}
 
@@ -377,7 +378,7 @@ def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
         "cell": {},
         "metrics": {"psnr": [math.inf, -math.inf, 1.0], "ssim": [math.nan]},
     }
-    store.write(tmp_path / f"{record['key']}.json", store.dumps(record).encode())
+    write_file(tmp_path / f"{record['key']}.json", store.dumps(record).encode())
     (read,) = bench.load(tmp_path)
     assert read["metrics"]["psnr"] == [math.inf, -math.inf, 1.0] and math.isnan(read["metrics"]["ssim"][0])
 
@@ -443,7 +444,7 @@ def test_half_a_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        store.write(tmp_path / "file", b"half")
+        write_file(tmp_path / "file", b"half")
     assert not list(tmp_path.iterdir())
 
 

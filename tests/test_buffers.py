@@ -16,7 +16,7 @@ import kinvert as ki
 from kinvert.analysis import properties
 from kinvert.denoisers import Guided
 from kinvert.denoisers.buffers import keep, lay_out
-from kinvert.eager import run_eager
+from kinvert.engine.eager import run_eager
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 SHAPE = (2, 6)

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 import kinvert as ki
 from kinvert import engine
 from kinvert.engine import advance, combine, run_state, stage_sigmas
+from kinvert.engine.kernels import program
 from kinvert.forms import Form, State
-from kinvert.program import program
 from kinvert.rules import Rule
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)

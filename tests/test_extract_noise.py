@@ -15,8 +15,8 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert.inversion.extract import Path, extract_noise
-from kinvert.inversion.result import rms
 from kinvert.models import held_out, load
+from kinvert.tensors import rms
 
 SIGMAS = ki.schedules.karras(8, 0.1, 10)[:-1]
 MIXTURE, GUIDED = mixture(), guided_mixture()

@@ -18,9 +18,9 @@ from recordings import Case, RecordedNoise, array, index, recorded_denoiser, rel
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adaptive import run_adaptive
 from kinvert.coordinates import coordinates_of
 from kinvert.denoisers import Gaussian, Masked, from_eps, from_velocity, guide
+from kinvert.engine.adaptive import run_adaptive
 from kinvert.inversion.baselines import BASELINES
 from kinvert.levels import FlowTimes
 from kinvert.moments import gaussian_law, gaussian_moments

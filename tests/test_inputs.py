@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kinvert as ki
 from kinvert.bench import Cell
-from kinvert.checks import count, positive_number
-from kinvert.eager import run_eager
+from kinvert.checks import count, has_values, is_integer, is_number, plain, positive_number
 from kinvert.engine import Progress
-from kinvert.inputs import has_values, is_integer, is_number, plain
+from kinvert.engine.eager import run_eager
 from kinvert.inversion import baselines
 from kinvert.reference import solve_ode
 

@@ -21,9 +21,9 @@ from kinvert.bench.problems import make_problem
 from kinvert.engine import run_state
 from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Sweeps
 from kinvert.inversion.choice import METHODS, choose
-from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation
 from kinvert.inversion.stepwise import levels_of, step_map
+from kinvert.tensors import rms
 
 # The first forward-mode derivative of a process makes torch use a function of its own that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -17,7 +17,7 @@ from problems import guided_mixture, mixture, noise_like, order_slope, schedules
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.eager import run_eager
+from kinvert.engine.eager import run_eager
 
 # The sampler that chooses its own steps has no Plan; test_adaptive.py has its tests.
 RULES = {name: ki.sampler(name) for name in ki.SAMPLERS if name != "dpm_adaptive"}

@@ -11,7 +11,7 @@ from recordings import Case, array, index, load, relative_error
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adaptive import run_adaptive
+from kinvert.engine.adaptive import run_adaptive
 
 LATENT_SCALE = {"sd15": 0.18215, "sdxl": 0.13025, "sd21v": 0.18215, "zsnr": 0.18215}
 # Samplers that the node runs with results that are no inversion (it returns the last denoised image, or NaN), or

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '
 
 from kinvert.bench import drawing, figures, report, store, tables
 from kinvert.bench.grid import content_key
+from kinvert.files import write_file
 
 ORDERS = {"euler": 1, "heun": 2, "o_belm": 2}
 EVIL = "<script>alert('&')</script>"
@@ -408,7 +409,7 @@ def test_records_are_read_from_folders_and_files(tmp_path: Path) -> None:
     found = everything(tmp_path)[:4]
     for one in found:
         arrays = one.pop("arrays", None)
-        store.write(tmp_path / f"{one['key']}.json", store.dumps(one).encode())
+        write_file(tmp_path / f"{one['key']}.json", store.dumps(one).encode())
         if arrays:
             one["arrays"] = arrays
     assert store.merge(tmp_path, [one["key"] for one in found])

@@ -14,10 +14,10 @@ from torch import Tensor
 import kinvert as ki
 from kinvert import models
 from kinvert.inversion import StepSweeps, Sweeps
-from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import StepEquation
 from kinvert.inversion.stepwise import Auto, invert_steps
 from kinvert.inversion.trajectory import equations
+from kinvert.tensors import rms
 
 MIXTURE = mixture()
 GUIDED = ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp"]

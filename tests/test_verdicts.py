@@ -14,7 +14,8 @@ import kinvert as ki
 from kinvert.bench.problems import make_problem
 from kinvert.inversion import baselines
 from kinvert.inversion.choice import METHODS
-from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.result import Inversion
+from kinvert.tensors import rms
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invert|.* magnifies rounding|tol=):RuntimeWarning")
 MIXTURE = mixture()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kinvert.bench.store import dumps, load
-from kinvert.inputs import is_number
+from kinvert.checks import is_number
 
 Record = dict[str, Any]
 

@@ -27,6 +27,7 @@ from kinvert import metrics
 from kinvert.models import EmbeddedDenoiser
 from kinvert.models.classifier import Classifier
 from kinvert.models.classifier import load as load_classifier
+from kinvert.tensors import wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     """
     if a.shape != b.shape:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be equal, (batch, *event)")
-    flat = [x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b)]
+    flat = [x.reshape(len(x), -1).to(wide_dtype(x.dtype)) for x in (a, b)]
     u, v = (x / x.norm(dim=1, keepdim=True) for x in flat)
     # Half angles by differences: the arc cosine loses half the digits near 0 and pi.
     angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))

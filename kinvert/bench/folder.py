@@ -28,8 +28,9 @@ from kinvert.bench.methods import ITERATING, Found, find, restore
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import alone, check_threads, job_of, problem_of
 from kinvert.bench.tasks import UnfinishedError, run_tasks
-from kinvert.inputs import is_integer
-from kinvert.inversion.result import rms
+from kinvert.checks import is_integer
+from kinvert.files import write_file
+from kinvert.tensors import rms
 
 IMAGES = (".png", ".jpg", ".jpeg")
 LATENTS = (".safetensors", ".npy", ".pt")
@@ -82,10 +83,10 @@ class Shard:
         tensors = {"latents": found.latent, **{f"memory/{name}": value for name, value in found.memory.items()}}
         tensors |= {f"noises/{i}": value for i, value in enumerate(found.noises)}
         contents = save({name: value.cpu().contiguous() for name, value in tensors.items()})
-        store.write(folder / f"{self.key}.safetensors", contents)
+        write_file(folder / f"{self.key}.safetensors", contents)
         errors = rms((restored - x).float()).tolist()
         rows = [row | {"threads": threads} for row in self._rows([len(batch) for batch in batches], found, errors)]
-        store.write(folder / f"{self.key}.json", (store.dumps({"key": self.key, "rows": rows}) + "\n").encode())
+        write_file(folder / f"{self.key}.json", (store.dumps({"key": self.key, "rows": rows}) + "\n").encode())
 
     def _rows(self, lengths: list[int], found: Found, errors: list[float]) -> list[dict[str, Any]]:
         places = [(name, i) for (name, _), length in zip(self.files, lengths, strict=True) for i in range(length)]
@@ -171,7 +172,7 @@ def invert_folder(
     if not all(store.is_done(folder, shard.key) for shard in shards):
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
-    store.write(folder / MANIFEST, "".join(store.dumps(row) + "\n" for row in rows).encode())
+    write_file(folder / MANIFEST, "".join(store.dumps(row) + "\n" for row in rows).encode())
     if unread:
         raise UnfinishedError(complaint)
     return rows
@@ -199,7 +200,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists() or not any(folder.glob("*.safetensors")):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            store.write(path, (store.dumps(settings) + "\n").encode())
+            write_file(path, (store.dumps(settings) + "\n").encode())
         except OSError as error:
             raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     before = json.loads(path.read_text())

@@ -22,7 +22,7 @@ import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem
 from kinvert.bench.store import content_key
-from kinvert.inputs import is_integer, is_number
+from kinvert.checks import is_integer, is_number
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown, unknown_sampler, unknown_schedule
 

@@ -23,7 +23,7 @@ from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, Found, Job, find, generate, restore
 from kinvert.bench.problems import Problem, is_built_in, make_problem
 from kinvert.bench.tasks import computing_with
-from kinvert.inputs import is_integer
+from kinvert.checks import is_integer
 from kinvert.noise import derived_seed
 
 

@@ -21,8 +21,8 @@ from kinvert.bench.methods import sees_states
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import Run, alone, answer, problem_of
 from kinvert.bench.truth import truth
-from kinvert.inversion.result import rms
 from kinvert.models import EmbeddedDenoiser
+from kinvert.tensors import rms
 
 KEPT = 4  # samples of which the arrays are kept
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latent / sigma

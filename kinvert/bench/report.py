@@ -19,6 +19,7 @@ from typing import Any
 from kinvert.bench import figures, store, tables
 from kinvert.bench.grid import describe
 from kinvert.bench.tables import COLUMNS, SETTINGS, Record, Row
+from kinvert.files import write_file
 
 TITLE = "How reversible are samplers?"
 PAGE = Path(__file__).parent / "page.html"
@@ -54,12 +55,12 @@ def write(source: Iterable[Record | Path | str], out: Path | str) -> Path:
         except figures.NothingToDrawError:
             continue
         images[name] = figures.encode(figure, "svg")
-        store.write(out / "figures" / f"{name}.svg", images[name])
-        store.write(out / "figures" / f"{name}.png", figures.encode(figure, "png"))
+        write_file(out / "figures" / f"{name}.svg", images[name])
+        write_file(out / "figures" / f"{name}.png", figures.encode(figure, "png"))
     if found := tables.rows(records):
-        store.write(out / "leaderboard.md", tables.markdown(found).encode())
-        store.write(out / "leaderboard.tex", tables.latex(found).encode())
-    store.write(out / "report.html", page(records, images).encode())
+        write_file(out / "leaderboard.md", tables.markdown(found).encode())
+        write_file(out / "leaderboard.tex", tables.latex(found).encode())
+    write_file(out / "report.html", page(records, images).encode())
     return out / "report.html"
 
 

@@ -14,6 +14,7 @@ from kinvert.bench.grid import Cell, unique
 from kinvert.bench.questions import check_threads
 from kinvert.bench.record import measure
 from kinvert.bench.tasks import run_tasks, submit
+from kinvert.files import write_file
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Measurement:
         """Measure, and write the arrays, then the record."""
         record, arrays = measure(self.cell)
         if arrays:
-            store.write(folder / f"{self.key}.safetensors", save(arrays))
-        store.write(folder / f"{self.key}.json", (store.dumps(record) + "\n").encode())
+            write_file(folder / f"{self.key}.safetensors", save(arrays))
+        write_file(folder / f"{self.key}.json", (store.dumps(record) + "\n").encode())
 
     def __str__(self) -> str:
         return str(self.cell)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from kinvert.files import write_file
 
 NON_FINITE = {str(value): value for value in (math.inf, -math.inf, math.nan)}
 MERGED = "results.jsonl"
@@ -69,26 +69,11 @@ def dumps(record: Any) -> str:
     return json.dumps(_encoded(record), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file that is complete or not there at all, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-        raise
-
-
 def merge(folder: Path, keys: Iterable[str]) -> bool:
     """Write `results.jsonl`, every record of the folder on a line, sorted by key, once all of `keys` are there."""
     if not all(is_done(folder, key) for key in keys):
         return False
-    write(folder / MERGED, "".join(dumps(record) + "\n" for record in load(folder)).encode())
+    write_file(folder / MERGED, "".join(dumps(record) + "\n" for record in load(folder)).encode())
     return True
 
 

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from kinvert.bench import store
 from kinvert.bench.grid import import_modules
-from kinvert.inputs import is_integer
+from kinvert.checks import is_integer
 
 
 class Task(Protocol):

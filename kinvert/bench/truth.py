@@ -23,8 +23,8 @@ from kinvert.bench.grid import Cell
 from kinvert.bench.methods import find
 from kinvert.bench.problems import Problem
 from kinvert.bench.questions import Run, job_of, problem_of
-from kinvert.inversion.result import rms
 from kinvert.reference import solve_ode
+from kinvert.tensors import rms
 
 
 def truth(cell: Cell, run: Run) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.checks import is_number
 from kinvert.devices import widest
-from kinvert.inputs import is_number
 
 Cfg = float | Sequence[float] | Callable[[Tensor], Tensor]
 """A guidance scale; one for each step; or a function of sigma, of shape (batch,), that returns one for each sample."""

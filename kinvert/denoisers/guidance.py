@@ -42,11 +42,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert.checks import is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, working_dtype
-from kinvert.inputs import is_number, plain
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "

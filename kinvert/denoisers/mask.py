@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kinvert.checks import check_beside, has_values, plain
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.protocol import (
     Denoiser,
@@ -30,7 +31,6 @@ from kinvert.denoisers.protocol import (
     expand,
     working_dtype,
 )
-from kinvert.inputs import check_beside, has_values, plain
 
 
 def resize_mask(mask: Tensor, x: Tensor) -> Tensor:

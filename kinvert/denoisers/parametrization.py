@@ -40,6 +40,7 @@ from torch import Tensor
 
 from kinvert.denoisers.dtypes import checked_dtype, dtype_of
 from kinvert.denoisers.protocol import check_output, expand, working_dtype
+from kinvert.tensors import wide_dtype
 
 if TYPE_CHECKING:
     from kinvert.levels import Levels
@@ -112,7 +113,7 @@ class Preconditioned:
         # The nearest training level is found with all the digits sigma came with.
         t = self._timestep(sigma.to(torch.promote_types(sigma.dtype, wide.dtype)))
         dtype = self.network_dtype or x.dtype
-        t = t.to(torch.promote_types(dtype, torch.float32))
+        t = t.to(wide_dtype(dtype))
         output = self.model((c_in * wide).to(dtype), t, **conditioning)
         output = check_output(output, x, "model", "x, t, **c").to(wide.dtype)
         return (c_skip * wide + c_out * output).to(x.dtype)

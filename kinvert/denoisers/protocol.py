@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kinvert.tensors import wide_dtype
+
 
 class Guided(NamedTuple):
     """What a denoiser returns to CFG++ samplers: they step to D along the slope of U.
@@ -58,7 +60,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {got}; use x.float()")
-    return torch.promote_types(x.dtype, torch.float32)
+    return wide_dtype(x.dtype)
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:

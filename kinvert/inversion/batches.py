@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import checked_output
 from kinvert.denoisers import Denoiser, Guided
+from kinvert.engine.contract import checked_output
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import count_field
-from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Equation, NewtonKrylov, Operator, Root, Solver, gmres
+from kinvert.tensors import rms
 
 
 @dataclass(frozen=True)

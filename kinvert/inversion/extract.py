@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
+from kinvert.checks import check_values
 from kinvert.coordinates import Coordinates, settle
 from kinvert.denoisers import Cfg, Denoiser, Guided, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
-from kinvert.inputs import check_values
 from kinvert.inversion.batches import FewBatches
-from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.result import Inversion
 from kinvert.inversion.verdict import check_rows, image_size, tolerance
 from kinvert.noise import replay
 from kinvert.plan import Plan, Step, compile_plan
@@ -47,6 +47,7 @@ from kinvert.rules.base import options_of
 from kinvert.rules.flow import unwrapped
 from kinvert.rules.names import unknown
 from kinvert.sampling import sample
+from kinvert.tensors import rms, wide_dtype
 
 Path = Literal["independent", "chain"]
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # half precision: as in `verdict`
@@ -126,7 +127,7 @@ def extract_noise(
         state, seen = tape.advance(step, state, drawn, stage_levels)
         evaluations += len(step.stages)
         noises += drawn
-        miss = state["x"].to(_wide(x)) - target.to(_wide(x))
+        miss = state["x"].to(wide_dtype(x.dtype)) - target.to(wide_dtype(x.dtype))
         residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
         if callback is not None and seen is not None:
             copies = seen[0].clone(), seen[1].clone()
@@ -135,7 +136,7 @@ def extract_noise(
         denoiser, states[0], schedule, sampler=plan.rule, cfg=cfg, positive=positive, negative=negative,
         noise=replay(noises),
     )  # fmt: skip
-    error = rms(again.to(_wide(x)) - x.to(_wide(x)))
+    error = rms(again.to(wide_dtype(x.dtype)) - x.to(wide_dtype(x.dtype)))
     allowed = goal * image_size(x, plan.sigmas)
     return Inversion(
         latent=states[0],
@@ -189,7 +190,9 @@ def _step_noises(
     noises = [combine(form, known, target) for form in _law(rule, step, conditioned)]
     if solved is not None:
         noises[solved] = torch.zeros_like(target)
-        gap = target.to(_wide(target)) - tape.advance(step, state, noises, levels)[0]["x"].to(_wide(target))
+        gap = target.to(wide_dtype(target.dtype)) - tape.advance(step, state, noises, levels)[0]["x"].to(
+            wide_dtype(target.dtype)
+        )
         noises[solved] = (gap / step.x[Noise(solved)]).to(target.dtype)
     return noises
 
@@ -241,7 +244,7 @@ def _has_noise(form: Form) -> bool:
 def _states(plan: Plan, coordinates: Coordinates, x: Tensor, path: Path, normal: Callable[[], Tensor]) -> list[Tensor]:
     """States at the levels of the Plan, noisiest first, in x's dtype; the last is x."""
     levels = [((1.0 - sigma) if coordinates == "flow" else 1.0, sigma) for sigma in plan.sigmas]
-    states = [x.to(_wide(x))]
+    states = [x.to(wide_dtype(x.dtype))]
     for i in reversed(range(len(levels) - 1)):
         (a, sigma), (a_from, sigma_from) = levels[i], levels[-1 if path == "independent" else i + 1]
         signal = a / a_from
@@ -255,13 +258,9 @@ def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor
     device = x.device if generator is None else generator.device
 
     def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=_wide(x), device=device).to(x.device)
+        return torch.randn(x.shape, generator=generator, dtype=wide_dtype(x.dtype), device=device).to(x.device)
 
     return draw
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 # -- checks and report ------------------------------------------------------------------------------------------------
@@ -337,7 +336,7 @@ def _missed(error: Tensor, allowed: Tensor) -> list[str]:
 def _unusual(plan: Plan, noises: list[Tensor]) -> list[str]:
     """A warning about maps that are far from the unit variance that the sampler would draw."""
     steps = [step for step in plan.steps for _ in step.noises]
-    sizes = torch.stack([rms(n.to(_wide(n))[None])[0] for n in noises]).tolist()
+    sizes = torch.stack([rms(n.to(wide_dtype(n.dtype))[None])[0] for n in noises]).tolist()
     worst = max(range(len(sizes)), key=lambda k: abs(math.log(max(sizes[k], 1e-300))))
     if 0.1 <= sizes[worst] <= 10.0:
         return []

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import amplification
-from kinvert.checks import check_callback
+from kinvert.checks import check_callback, check_values, is_integer
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, check_state
 from kinvert.forms import State
-from kinvert.inputs import check_values, is_integer
 from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.choice import choose
 from kinvert.inversion.job import UNLIMITED, Job

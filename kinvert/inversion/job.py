@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Memory, run, run_state
-from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.result import Inversion
 from kinvert.inversion.solution import Judge
 from kinvert.inversion.solvers import Equation, Select
 from kinvert.inversion.stepwise import Trajectory, smallest_singular_value
 from kinvert.inversion.verdict import Widened, image_size
 from kinvert.plan import Plan
+from kinvert.tensors import is_half, rms
 
 UNLIMITED = 2**62
 
@@ -51,7 +52,7 @@ class Job:
     @property
     def is_half(self) -> bool:
         """Whether a round trip is mostly rounding, so that the plain run may be as good."""
-        return self.x.dtype.itemsize < 4
+        return is_half(self.x.dtype)
 
     @property
     def eps(self) -> float:

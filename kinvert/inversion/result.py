@@ -125,15 +125,6 @@ class Inversion:
         return ", ".join(parts) + f", KS distance to a normal {float(metrics.ks(z).median()):.3f}"
 
 
-def rms(x: Tensor, region: Tensor | None = None) -> Tensor:
-    """Root mean square per sample, of all values or where `region` is 1; shape (batch,), float32 for halves."""
-    wide = x.reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of halves
-    if region is None:
-        return wide.square().mean(1).sqrt()
-    inside = region.reshape(len(x), -1).to(wide)
-    return ((wide.square() * inside).sum(1) / inside.sum(1).clamp(min=1)).sqrt()
-
-
 def _span(values: Tensor) -> str:
     low, high = f"{values.min():.3g}", f"{values.max():.3g}"
     return low if low == high else f"{low} to {high}"

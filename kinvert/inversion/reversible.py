@@ -20,8 +20,8 @@ from torch import Tensor
 from kinvert.analysis import explicit_inverse
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Memory, advance, check_state, run_state, stage_sigmas
-from kinvert.inversion.result import rms
 from kinvert.plan import Plan, compile_auxiliary
+from kinvert.tensors import rms
 
 
 @dataclass(frozen=True, eq=False)

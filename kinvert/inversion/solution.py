@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kinvert import engine
 from kinvert.inversion.plain import Recorded
-from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Select
 from kinvert.plan import Plan
+from kinvert.tensors import rms
 
 if TYPE_CHECKING:
     from kinvert.inversion.trajectory import _Run

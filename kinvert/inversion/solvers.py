@@ -25,8 +25,8 @@ from torch import Tensor
 from kinvert import linalg
 from kinvert.checks import count_field
 from kinvert.denoisers import Denoiser
-from kinvert.inversion.result import rms
 from kinvert.plan import Plan
+from kinvert.tensors import per_sample, rms, wide_dtype
 
 Select = Callable[[Tensor], Denoiser]
 """The denoiser of some samples of the batch: `select(index)` with index of shape (n,)."""
@@ -94,7 +94,7 @@ class Equation:
         """`F'(u) v` by a finite difference, given `f = f(u)`: one evaluation, and the denoiser stays a black box."""
         length = rms(v)
         size = rms(u).maximum(self.size[index]) * self.eps**0.5 / torch.where(length > 0, length, 1.0)
-        size = like(size, u)
+        size = per_sample(size, u)
         return (f - self.residual(u + size * v, index)) / size
 
 
@@ -109,7 +109,7 @@ class Root:
         """Take over what is better; returns which of `index` improved."""
         best = self.residual[index]
         better = residual < best
-        self.put(index, torch.where(like(better, u), u, self.u[index]), torch.where(better, residual, best))
+        self.put(index, torch.where(per_sample(better, u), u, self.u[index]), torch.where(better, residual, best))
         return better
 
     def put(self, index: Tensor, u: Tensor, residual: Tensor) -> None:
@@ -224,7 +224,7 @@ class Anderson(Solver):
     def _extrapolate(dU: Tensor, dF: Tensor, f: Tensor, tau: Tensor) -> Tensor:
         """`(dU + tau dF) gamma` with gamma the regularised least-squares solution; zero rows are unused slots."""
         dtype = f.dtype
-        dU, dF, f, tau = (a.to(torch.promote_types(dtype, torch.float32)) for a in (dU, dF, f, tau))
+        dU, dF, f, tau = (a.to(wide_dtype(dtype)) for a in (dU, dF, f, tau))
         scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
         unit = dF / scale[:, :, None]
         gram, ridge = linalg.gram(unit, unit), 10 * torch.finfo(f.dtype).eps
@@ -365,7 +365,7 @@ def gmres(
     Source: Saad and Schultz, GMRES: A Generalized Minimal Residual Algorithm for Nonsymmetric Linear Systems (1986).
     """
     dtype, (n, m) = b.dtype, b.shape
-    b = b.to(torch.promote_types(dtype, torch.float32))  # the small systems are not solved in half precision
+    b = b.to(wide_dtype(dtype))  # the small systems are not solved in half precision
     finfo = torch.finfo(b.dtype)
     size, x = b.norm(dim=1), torch.zeros_like(b)
     most = min(krylov, m)
@@ -404,14 +404,9 @@ def line_search(
         trial = origin[waiting] + direction[waiting] * 0.5**halving
         f = equation.residual(trial, active[waiting])
         better = root.keep(active[waiting], trial, rms(f).nan_to_num(math.inf, math.inf))
-        residual[active[waiting]] = torch.where(like(better, f), f, residual[active[waiting]])
+        residual[active[waiting]] = torch.where(per_sample(better, f), f, residual[active[waiting]])
         moved[waiting] |= better
         waiting = waiting[(~better & (equation.affords(active[waiting]) >= 1)).nonzero()[:, 0]]
         if not len(waiting):
             break
     return moved
-
-
-def like(value: Tensor, x: Tensor) -> Tensor:
-    """A value a sample, shaped to go with x of shape (n, *event)."""
-    return value.reshape(-1, *(1,) * (x.ndim - 1))

@@ -20,11 +20,11 @@ from kinvert.coefficients import lagrange
 from kinvert.denoisers import Guided
 from kinvert.engine import advance, stage_sigmas
 from kinvert.inversion.continuation import Continuation
-from kinvert.inversion.result import rms
 from kinvert.inversion.solvers import Anderson, Equation, NewtonKrylov, Root, Select, Solver, StepEquation, gmres
 from kinvert.inversion.trajectory import StepSweeps, equations
 from kinvert.noise import white
 from kinvert.plan import Plan, Step
+from kinvert.tensors import rms
 
 LEAST_CHANGE = NewtonKrylov(krylov=60, forcing=1e-9, max_iterations=30, halvings=10, least_change=True)
 """For a step to sigma = 0, `x' = D(x)`, which many states may solve: each iteration finds the whole change anew."""

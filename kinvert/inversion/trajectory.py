@@ -37,8 +37,9 @@ from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
 from kinvert.inversion.plain import Recorded
 from kinvert.inversion.solution import Judge, Solution, indices
-from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation, like
+from kinvert.inversion.solvers import Equation, Root, Select, Solver, StepEquation
 from kinvert.plan import Plan
+from kinvert.tensors import per_sample, wide_dtype
 
 ROOM = 10  # differences for which memory is taken at once
 
@@ -162,7 +163,7 @@ class StepSweeps(Solver):
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
         assert isinstance(equation, StepEquation)
-        y, wide = equation.value, torch.promote_types(equation.value.dtype, torch.float32)
+        y, wide = equation.value, wide_dtype(equation.value.dtype)
         run = _Run(equation.plan, equation.select, y, self.window, wide)
         if equation.forecast is None:
             run.start_at(start.flatten(1).to(wide))
@@ -179,7 +180,7 @@ class StepSweeps(Solver):
             worst = sizes.amax(1)
             better = root.keep(run.index, run.latent, worst)
             said = run.D[:, 0].reshape(-1, *run.shape).to(y.dtype)
-            equation.said[run.index] = torch.where(like(better, said), said, equation.said[run.index])
+            equation.said[run.index] = torch.where(per_sample(better, said), said, equation.said[run.index])
             halved = worst < mark[run.index] / 2
             mark[run.index] = torch.where(halved, worst, mark[run.index])
             since[run.index] = torch.where(halved, sweep, since[run.index])

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.checks import is_number
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
-from kinvert.inputs import is_number
-from kinvert.inversion.result import rms
 from kinvert.noise import white
+from kinvert.tensors import rms, wide_dtype
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 MIXING = {torch.float64: 1e-6, torch.float32: 1e-3}  # half precision: 1e-2
@@ -119,7 +119,7 @@ def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
         index = torch.tensor([neighbour, 0], device=x.device)
         out = denoiser.select(index, len(x))(u[index], noise_levels)
         spent.index_add_(0, index, torch.ones_like(index))
-        return (out.denoised if isinstance(out, Guided) else out)[1:].to(torch.promote_types(x.dtype, torch.float32))
+        return (out.denoised if isinstance(out, Guided) else out)[1:].to(wide_dtype(x.dtype))
 
     try:
         one = first_row(1)

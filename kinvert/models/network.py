@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, silu
 
-from kinvert.inputs import is_integer
+from kinvert.checks import is_integer
 
 
 @dataclass(frozen=True)

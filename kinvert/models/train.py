@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
+from kinvert.files import write_file
 from kinvert.models.network import Architecture, EmbeddedDenoiser
 from kinvert.sampling import sample
 from kinvert.schedules import karras
@@ -138,9 +139,7 @@ def held_out_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Te
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file beside ``path`` and move it there: a reader never sees half a checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    write_file(path, serialise({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
 def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) -> EmbeddedDenoiser:

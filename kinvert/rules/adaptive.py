@@ -31,7 +31,7 @@ class DPMAdaptive(Rule):
     goes to the `down` of the ancestral split and noise fills up. `order` evaluations a trial.
 
     Of a schedule only its first and its last positive level count, and **the result is at the last positive level**.
-    It has no Plan, since a Plan has fixed steps: `kinvert.adaptive.run_adaptive` runs it.
+    It has no Plan, since a Plan has fixed steps: `kinvert.engine.adaptive.run_adaptive` runs it.
 
     Source: Lu et al., DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps
     (2022), arXiv 2206.00927, Appendix C; the PID controller by K. Crowson, k-diffusion (2022).

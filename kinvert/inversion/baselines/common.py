@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kinvert.checks import plain
 from kinvert.coordinates import VE_FIX, coordinates_of
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import run
-from kinvert.inputs import plain
 from kinvert.inversion.invert import check_image, check_invertible, falling
-from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.result import Inversion
 from kinvert.inversion.verdict import image_size, tolerance
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
+from kinvert.tensors import is_half, rms
 
 Conditioning = Mapping[str, Any] | None
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -42,7 +43,7 @@ def in_ve(method: Method) -> Method:
 def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
     """The Plan of the sampler that a method belongs to, checked: it must be one that can be inverted."""
     check_image(x)
-    if x.dtype.itemsize < 4:
+    if is_half(x.dtype):
         raise TypeError(f"x must be float32 or float64, got {x.dtype}; use x.float() and a network in float32")
     plan = compile_plan(rule, falling(sigmas))
     check_invertible(plan)

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import count, positive_number
+from kinvert.checks import count, plain, positive_number
 from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import stage_sigmas
 from kinvert.forms import State
-from kinvert.inputs import plain
 from kinvert.inversion.baselines.common import (
     Conditioning,
     certified,
@@ -24,13 +23,14 @@ from kinvert.inversion.baselines.common import (
     ddim_up,
     in_ve,
 )
-from kinvert.inversion.result import Inversion, rms
+from kinvert.inversion.result import Inversion
 from kinvert.inversion.solvers import Anderson, Damped, Equation, Root, Solver
 from kinvert.inversion.stepwise import invert_steps
 from kinvert.inversion.verdict import image_size, tolerance
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import DPMpp2M, Euler, Rule
 from kinvert.sampling import sample
+from kinvert.tensors import rms
 
 
 @in_ve

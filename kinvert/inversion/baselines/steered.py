@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert.checks import is_number
 from kinvert.coordinates import coordinates_of
 from kinvert.denoisers import Denoiser, expand, guide
 from kinvert.engine import check_state
-from kinvert.inputs import is_number
 from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.rules import Euler

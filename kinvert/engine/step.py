@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_outputs, checked_noise
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep
+from kinvert.engine.contract import check_outputs, checked_noise
+from kinvert.engine.kernels import outlives
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Stage, Step
-from kinvert.program import outlives
+from kinvert.tensors import wide_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def combine(form: Form, known: dict[Symbol, Tensor], like: Tensor) -> Tensor:
     alias = form.alias()
     if alias is not None and known[alias].dtype == like.dtype:
         return known[alias]
-    wide = torch.float32 if like.dtype.itemsize < 4 else like.dtype
+    wide = wide_dtype(like.dtype)
     total: Tensor | None = None
     for symbol, c in form:
         total = known[symbol].to(wide) * c if total is None else total.add_(known[symbol], alpha=c)
@@ -95,7 +96,7 @@ def combine(form: Form, known: dict[Symbol, Tensor], like: Tensor) -> Tensor:
 
 def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
     """Noise levels as the denoiser gets them, shape (stages, batch), on x's device: one upload for the whole run."""
-    dtype = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    dtype = wide_dtype(x.dtype)
     column = torch.tensor(sigmas, dtype=torch.float64).to(dtype).to(x.device)
     return column[:, None].expand(-1, x.shape[0]).contiguous()
 

@@ -17,19 +17,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kinvert.advance import Callback, Memory, Progress, advance, combine, evaluate, stage_sigmas
-from kinvert.checks import (
-    check_callback,
-    check_coordinates,
-    check_memory,
-    check_plan,
-    check_state,
-    warn_if_drowned,
-)
+from kinvert.checks import check_callback, has_values, plain
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.dtypes import explain
-from kinvert.fused import BLOCK, Constants, FusedRun, can_fuse, fused_loop
-from kinvert.inputs import has_values, plain
+from kinvert.engine.contract import check_coordinates, check_memory, check_plan, check_state, warn_if_drowned
+from kinvert.engine.fused import BLOCK, Constants, FusedRun, can_fuse, fused_loop
+from kinvert.engine.step import Callback, Memory, Progress, advance, combine, evaluate, stage_sigmas
 from kinvert.noise import Noise as NoiseLike
 from kinvert.noise import NoiseFunction, bind, default_noise
 from kinvert.plan import Plan

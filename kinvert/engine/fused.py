@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, lerp
 from torch.autograd import forward_ad
 
-from kinvert.advance import Callback, Memory, Progress, stage_sigmas
-from kinvert.checks import check_outputs, checked_noise
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
+from kinvert.engine.contract import check_outputs, checked_noise
+from kinvert.engine.kernels import Call, Kernel, Pass, Program, program
+from kinvert.engine.step import Callback, Memory, Progress, stage_sigmas
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan
-from kinvert.program import Call, Kernel, Pass, Program, program
+from kinvert.tensors import is_half, wide_dtype
 
 BLOCK = 2048
 """A product with one result is made in pieces of so many columns, if they divide the rows: on a CPU 15 to 40 % faster
@@ -57,7 +58,7 @@ class Constants:
     @classmethod
     def of(cls, plan: Plan, x: Tensor) -> Constants:
         """Upload the numbers for a state like `x`."""
-        code = program(plan, half=x.dtype.itemsize < 4)
+        code = program(plan, half=is_half(x.dtype))
         sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
         levels = (level.clone() for level in sigmas.unbind(0))  # a compiled network asks where a tensor starts
         passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
@@ -237,7 +238,7 @@ class FusedRun:
             elif op == "blend" and values[a].dtype == values[b].dtype:
                 torch.lerp(values[a], values[b], weight, out=values[out])
             else:
-                wide = torch.zeros_like(self.x, dtype=torch.promote_types(self.x.dtype, torch.float32))
+                wide = torch.zeros_like(self.x, dtype=wide_dtype(self.x.dtype))
                 for slot, c in terms:
                     wide.add_(values[slot], alpha=c)
                 values[out].copy_(wide)

@@ -1,0 +1,24 @@
+"""Old import paths: a module that was moved answers from its new place for one version, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["moved"]
+
+
+def moved(old: str, new: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of the module `old`, which answers with the names of the module `new`."""
+
+    def find(name: str) -> Any:
+        value = getattr(importlib.import_module(new), name)  # dunder names too, so that tools can inspect the module
+        if not name.startswith("__"):
+            warnings.warn(
+                f"{old} is now {new}; the old name goes with the next version", DeprecationWarning, stacklevel=2
+            )
+        return value
+
+    return find

@@ -1,0 +1,398 @@
+r"""A Plan as kernel calls: where each value of a run lives, and in how many passes over memory it is computed.
+
+A run keeps its values in *slots*. Slots 0, 1, ... are rows, which the engine allocates once and
+overwrites from step to step; slots -1, -2, ... hold tensors that are not the engine's own (the caller's x, what the
+denoiser returned) and are never written to. The linear combinations of a Plan become
+
+* chains of `lerp` and scaled `add`, in place where the old value is not needed any more. Terms that sum to 1 (x,
+  denoised values) are interpolated one after the other, positive weights first, so that no partial sum vanishes; the
+  rest (noise, slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes.
+* `mix`: one product of a small matrix with neighbouring rows, for all rows of an update at once. k terms and m results
+  take k + m passes, and 2 for every denoised value, which has to be copied into a row first. On a CPU it is as fast as
+  the chain at 4 terms and faster from 5 on, so a Plan with a row of more than `CHAIN` terms is computed so.
+
+For `mix` the rows are laid out as [side A | ring | side B]. A side has the new x and the memory that is computed anew
+in each step; an update reads one side and the ring and writes the other side. The ring has what lives on as it is:
+noise, denoised values, past slopes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Literal, NamedTuple
+
+from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
+from kinvert.plan import Interval, Plan, Stage, Step
+
+CHAIN = 3  # the most terms for which a chain is preferred
+
+
+class Kernel(NamedTuple):
+    """One operation that writes the slot `out`.
+
+    "lerp": `a + weight (b - a)`; "add": `a + weight b`; "scale": `weight a`. "sum": the sum of `terms` (slot,
+    coefficient), in float32 where the state is in half precision; "blend": the same as a lerp if that can be. "mix":
+    the product of matrix number `b` with the rows of side `a` and the ring, into `out` and the slots after it.
+    """
+
+    op: Literal["lerp", "add", "scale", "sum", "blend", "mix"]
+    out: int
+    a: int = 0
+    b: int = 0
+    weight: float = 0.0
+    terms: tuple[tuple[int, float], ...] = ()
+
+
+class Call(NamedTuple):
+    """One evaluation: kernels that prepare the input, its slot, and the slots of what the denoiser returns.
+
+    `outlives`: they are read after another evaluation.
+    """
+
+    stage: Stage
+    kernels: tuple[Kernel, ...]
+    input: int
+    denoised: int
+    uncond: int | None
+    outlives: bool
+
+
+class Pass(NamedTuple):
+    """One step: noises to draw into rows, evaluations, the kernels of the update, and slots that are done with."""
+
+    step: Step
+    draws: tuple[tuple[int, Interval], ...]
+    calls: tuple[Call, ...]
+    kernels: tuple[Kernel, ...]
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A Plan, ready for the engine.
+
+    Attributes:
+        rows: number of rows, each as large as x.
+        side: number of rows of a side; 0 where there is no `mix`.
+        foreign: number of slots for tensors that are not the engine's.
+        start: slot of each value of the initial state.
+        end: slot and scale of each value of the final state.
+        passes: the steps.
+        matrices: the rows of coefficients of each `mix`.
+        held: the most denoised values that are kept, outside the rows, while the denoiser is called again.
+    """
+
+    rows: int
+    side: int
+    foreign: int
+    start: dict[str, int]
+    end: dict[str, tuple[int, float]]
+    passes: tuple[Pass, ...]
+    matrices: tuple[tuple[tuple[float, ...], ...], ...]
+    held: int
+
+    @property
+    def memory(self) -> int:
+        """Tensors of x's size that a run needs besides x and what the denoiser itself needs: rows and kept values."""
+        return self.rows + self.held
+
+    def place(self, slot: int) -> int:
+        """Where the row of a slot lies in memory, [side A | ring | side B]; slots count side A, side B, ring."""
+        return _place(slot, self.side, self.rows)
+
+
+def _place(slot: int, side: int, rows: int) -> int:
+    if slot < side:
+        return slot
+    return slot + rows - 2 * side if slot < 2 * side else slot - side
+
+
+class _Value(NamedTuple):
+    """A value is `scale` times what its slot holds, which moves by `weight` where x and D are moved by 1."""
+
+    slot: int
+    scale: float = 1.0
+    weight: float = 1.0
+
+
+Known = dict[Symbol, _Value]
+_coefficient = itemgetter(0)
+
+
+@dataclass
+class _Pool:
+    """Slots that are taken and given back; `step` is 1 for rows and -1 for the others."""
+
+    next: int
+    step: int
+    free: list[int] = field(default_factory=list)
+
+    def take(self) -> int:
+        if self.free:
+            return self.free.pop()
+        self.next += self.step
+        return self.next - self.step
+
+
+@functools.lru_cache(maxsize=64)
+def program(plan: Plan, half: bool = False) -> Program:
+    """The kernel calls of a Plan: chains alone or, where a row has many terms, products too.
+
+    half: the state is in half precision. A lerp computes in float32 and rounds once; longer combinations are "sum"s.
+    """
+    longest = max(len(form) for step in plan.steps for form in _rows(step))
+    return (_Mixed(plan) if longest > CHAIN and not half else _Chained(plan, half)).program()
+
+
+def _rows(step: Step) -> list[Form]:
+    return [*(stage.input for stage in step.stages), step.x, *(form for _, form in step.memory)]
+
+
+def outlives(step: Step, stage: int) -> bool:
+    """Whether what a stage returns is read after another evaluation, or handed out as it is."""
+    rows = [step.x, *(form for _, form in step.memory)]
+    if stage == len(step.stages) - 1:
+        return any(form.alias() in (Denoised(stage), Uncond(stage)) for form in rows)
+    rows += [later.input for later in step.stages[stage + 2 :]]
+    return any(form[Denoised(stage)] or form[Uncond(stage)] for form in rows)
+
+
+def _chain(out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
+    """The kernels for a form, from the slot `first` on, by default the one with the largest coefficient."""
+    terms = _by_slot(form, known)
+    moving = sorted([(c, slot) for slot, (c, value) in terms.items() if _moves(value)], key=_coefficient, reverse=True)
+    others = sorted([(c, v.slot) for c, v in terms.values() if not _moves(v)], key=_coefficient, reverse=True)
+    if not terms:
+        return [Kernel("sum", out)]
+    start, a = (terms[first][0], first) if first is not None else (moving or others)[0]
+    rest = [(c, slot) for c, slot in moving if slot != a]
+    total = start + sum([c for c, _ in rest])
+    size = sum([abs(c) for c, _ in terms.values()])
+    if not (len(rest) < len(moving) and start > 0 and abs(total - 1.0) <= 1e-12 * size):
+        scaled = [Kernel("scale", out, a, weight=start)]
+        return scaled + [Kernel("add", out, out, slot, c) for c, slot in rest + others if slot != a]
+    kernels, before, left = list[Kernel](), start, [c for c, _ in rest]
+    for i, (c, slot) in enumerate(rest, start=1):
+        reached = 1.0 - sum(left[i:])  # partial sums, that end at 1
+        # The smaller weight is passed on: near 1 it would lose its digits in float32.
+        if before < c:
+            kernels.append(Kernel("lerp", out, slot, a, before / reached))
+        else:
+            kernels.append(Kernel("lerp", out, a, slot, c / reached))
+        a, before = out, reached
+    for c, slot in others:
+        kernels.append(Kernel("add", out, a, slot, c))
+        a = out
+    return kernels or [Kernel("scale", out, a, weight=1.0)]
+
+
+def _by_slot(form: Form, known: Known) -> dict[int, tuple[float, _Value]]:
+    """The terms of a form by their slots; one slot may have several names."""
+    terms: dict[int, tuple[float, _Value]] = {}
+    for symbol, c in form:
+        value = known[symbol]
+        c *= value.scale  # noqa: PLW2901
+        terms[value.slot] = (terms[value.slot][0] + c if value.slot in terms else c, value)
+    return terms
+
+
+def _moves(value: _Value) -> bool:
+    """Whether a value moves with x and D, so that it may be interpolated."""
+    return abs(value.weight - 1.0) < 1e-9
+
+
+def _weight(form: Form, known: Known) -> float:
+    return sum(c * known[s].scale * known[s].weight for s, c in form)
+
+
+class _Chained:
+    """Assigns slots and writes down the kernels; every combination is a chain."""
+
+    fixed = 0  # rows below are not given back
+
+    def __init__(self, plan: Plan, half: bool = False) -> None:
+        self.plan, self.half = plan, half
+        self.rows, self.foreign = _Pool(0, 1), _Pool(-1, -1)
+        self.held = 0
+
+    def program(self) -> Program:
+        names = sorted(self.plan.steps[0].reads | {"x"})
+        self.state = {State(name): _Value(self.home(name)) for name in names}
+        self.start = {name: self.state[State(name)].slot for name in names}
+        passes = tuple([self.step(step) for step in self.plan.steps])
+        end = {str(symbol.key): (value.slot, value.scale) for symbol, value in self.state.items()}
+        return Program(self.rows.next, 0, -1 - self.foreign.next, self.start, end, passes, (), self.held)
+
+    def home(self, name: str) -> int:
+        """The slot of a value of the initial state: it stays the caller's."""
+        return self.foreign.take()
+
+    def step(self, step: Step) -> Pass:
+        known = dict(self.state)
+        draws, calls, scratch = [], [], list[int]()
+        for r, interval in enumerate(step.noises):
+            known[Noise(r)] = _Value(self.rows.take(), weight=0.0)
+            draws.append((known[Noise(r)].slot, interval))
+        for k, stage in enumerate(step.stages):
+            alias, kernels = stage.input.alias(), list[Kernel]()
+            if alias is not None and known[alias].scale == 1.0:
+                slot = known[alias].slot
+            else:
+                slot, kernels = self.prepare(stage.input, known, scratch)
+            initial = set(self.start.values()) if step is self.plan.steps[0] else set()
+            self.held = max(self.held, len({v.slot for v in known.values() if v.slot < 0} - initial))
+            for symbol in (Denoised(k), Uncond(k))[: 1 + stage.guided]:
+                known[symbol] = _Value(self.output(symbol, step))
+            uncond = known[Uncond(k)].slot if stage.guided else None
+            calls.append(Call(stage, tuple(kernels), slot, known[Denoised(k)].slot, uncond, outlives(step, k)))
+        kernels = self.update(step, known)
+        live = {value.slot for value in self.state.values()}
+        done = ({value.slot for value in known.values()} | set(scratch)) - live
+        dead = tuple(slot for slot in done if slot < 0)
+        self.foreign.free += dead
+        self.rows.free += [slot for slot in done if slot >= self.fixed]
+        return Pass(step, tuple(draws), tuple(calls), tuple(kernels), dead)
+
+    def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
+        """The slot and the kernels of a denoiser's input."""
+        scratch.append(self.rows.take())
+        return scratch[-1], self.combine(scratch[-1], form, known)
+
+    def combine(self, out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
+        kernels = _chain(out, form, known, first)
+        if not self.half:
+            return kernels
+        terms = tuple((known[s].slot, c) for s, c in form)
+        if len(kernels) == 1 and kernels[0].op == "lerp":
+            return [kernels[0]._replace(op="blend", terms=terms)]
+        return [Kernel("sum", out, terms=terms)]
+
+    def output(self, symbol: Symbol, step: Step) -> int:
+        """The slot of what the denoiser returns."""
+        return self.foreign.take()
+
+    def update(self, step: Step, known: Known) -> list[Kernel]:
+        """The new state: memory first, then x, each in place of an old row that nothing reads after it if it can be."""
+        rows = [*step.memory, ("x", step.x)]
+        kernels: list[Kernel] = []
+        self.state = {State(name): known[alias] for name, form in rows if (alias := form.alias()) is not None}
+        computed = [(name, form) for name, form in rows if form.alias() is None]
+        for i, (name, form) in enumerate(computed):
+            kept = {known[s].slot for _, later in computed[i + 1 :] for s, _ in later}
+            kept |= {value.slot for value in self.state.values()}
+            old = [
+                s for s, c in form if known[s].slot >= 0 and known[s].slot not in kept and c > 0 and _moves(known[s])
+            ]
+            first = known[max(old, key=lambda s: form[s])].slot if old else None
+            out = self.rows.take() if first is None else first
+            kernels += self.combine(out, form, known, first)
+            self.state[State(name)] = _Value(out, weight=_weight(form, known))
+        return kernels
+
+
+class _Mixed(_Chained):
+    """The same with `Mix` for updates, and for inputs of more than `CHAIN` terms."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        rows = [(name, form.alias(), form) for step in plan.steps for name, form in step.memory]
+        shifted = {alias.key for _, alias, _ in rows if alias is not None and alias.kind == "state"} - {"x"}
+        fresh = {name for name, alias, _ in rows if alias is None or alias == State("x")}
+        self.side = ("x", *sorted(fresh - shifted))
+        self.fixed = 2 * len(self.side)
+        self.rows = _Pool(self.fixed, 1)
+        self.now = 0
+        self.mixes: list[tuple[int, list[dict[int, float]]]] = []  # the side that is read, and the rows
+
+    def program(self) -> Program:
+        chained = super().program()
+        matrices = tuple([self.matrix(*mix) for mix in self.mixes])
+        return replace(chained, side=len(self.side), matrices=matrices)
+
+    def home(self, name: str) -> int:
+        """The slot of a value of the initial state, which is copied into its row."""
+        return self.side.index(name) if name in self.side else self.rows.take()
+
+    def step(self, step: Step) -> Pass:
+        """Settle first which rows the product computes, and which denoised values it has to find in the ring."""
+        self.kept = [(name, form) for name, form in step.memory if name not in self.side]
+        self.mixed = {name: form for name, form in (("x", step.x), *step.memory) if name in self.side}
+        in_ring = {alias for _, form in self.kept if (alias := form.alias()) is not None}
+        in_ring |= {s for stage in step.stages if len(stage.input) > CHAIN for s, _ in stage.input}
+        if step is self.plan.steps[-1] and all(form.alias() for form in self.mixed.values()):
+            self.mixed = {}
+        for name, form in self.kept:
+            replaced = [s for s, _ in form if s.kind == "denoised" and s not in in_ring]
+            if form.alias() is None and replaced:
+                self.mixed = {key: _eliminate(row, replaced[-1], form, name) for key, row in self.mixed.items()}
+        self.in_ring = in_ring | {s for row in self.mixed.values() for s, _ in row}
+        return super().step(step)
+
+    def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
+        """The denoiser's input lies where the next x will be."""
+        out = (1 - self.now) * len(self.side)
+        return out, _chain(out, form, known) if len(form) <= CHAIN else [self.mix(out, [form], known)]
+
+    def output(self, symbol: Symbol, step: Step) -> int:
+        """A row of the ring for what a product needs."""
+        return self.rows.take() if symbol in self.in_ring else self.foreign.take()
+
+    def update(self, step: Step, known: Known) -> list[Kernel]:
+        """Past values stay where they are, new ones enter the ring, and one product computes the rest."""
+        kernels: list[Kernel] = []
+        state: Known = {}
+        known = dict(known)
+        for name, form in self.kept:
+            alias = form.alias()
+            if alias is not None and known[alias].slot >= self.fixed:
+                state[State(name)] = known[alias]
+                continue
+            out, unit = self.rows.take(), 1.0
+            chain = _chain(out, form, known)
+            if len(chain) > 1 and chain[0].op == "scale":  # saves a pass: the value in units of its first coefficient
+                (_, _, a, _, unit, _), *rest = chain
+                chain = [k._replace(a=a if i == 0 else out, weight=k.weight / unit) for i, k in enumerate(rest)]
+            kernels += chain
+            state[State(name)] = known[_new(name)] = _Value(out, unit, _weight(form, known) / unit)
+        if self.mixed:
+            out = (1 - self.now) * len(self.side)
+            forms = [self.mixed.get(name, Form({})) for name in self.side]
+            kernels.append(self.mix(out, forms, known))
+            for i, name in enumerate(self.side):
+                if name in self.mixed:
+                    state[State(name)] = _Value(out + i, weight=_weight(forms[i], known))
+            self.now = 1 - self.now
+        else:
+            state |= {State(name): known[form.alias()] for name, form in (("x", step.x), *step.memory)}  # type: ignore[index]
+        self.state = state
+        return kernels
+
+    def mix(self, out: int, forms: list[Form], known: Known) -> Kernel:
+        """The kernel for some forms at once; its matrix is written down when the number of rows is known."""
+        rows = [{slot: c for slot, (c, _) in _by_slot(form, known).items()} for form in forms]
+        self.mixes.append((self.now, rows))
+        return Kernel("mix", out, self.now, len(self.mixes) - 1)
+
+    def matrix(self, now: int, rows: list[dict[int, float]]) -> tuple[tuple[float, ...], ...]:
+        """The coefficients in the order of the rows in memory, from the side that is read to the end of the ring."""
+        total, side = self.rows.next, len(self.side)
+        dense = []
+        for row in rows:
+            line = [0.0] * (total - side)
+            for slot, c in row.items():
+                line[_place(slot, side, total) - side * now] = c
+            dense.append(tuple(line))
+        return tuple(dense)
+
+
+def _new(name: str) -> Symbol:
+    return Symbol("new", name)
+
+
+def _eliminate(row: Form, symbol: Symbol, form: Form, name: str) -> Form:
+    """`row` with `symbol` expressed by the new value `name`, which is `form`."""
+    factor = row[symbol] / form[symbol]
+    terms = {s: row[s] - factor * form[s] for s in {**row.terms, **form.terms} if s != symbol}
+    return Form({**terms, _new(name): factor})
