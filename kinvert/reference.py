@@ -82,12 +82,12 @@ def solve_ode(
     _check_number("rtol", rtol, f"at least {SMALLEST_RTOL:g}, what float64 can meet", SMALLEST_RTOL)
     _check_number("atol", atol, "an absolute tolerance, e.g. 1e-12")
     _check_number("max_evals", max_evals, "a number of evaluations")
-    bound = guide(denoiser, cfg, positive, negative)
+    bound = guide(denoiser, cfg, positive, negative, batch=len(x))
     ends = math.log(sigma_from), math.log(sigma_to)
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     for i in range(len(x)):
         one = x[i : i + 1].to(torch.float64)
-        drift = _Drift(bound.select(torch.tensor([i], device=x.device), len(x)), one, max_evals, f"sample {i}: ")
+        drift = _Drift(bound.take(torch.tensor([i], device=x.device)), one, max_evals, f"sample {i}: ")
         end = _integrate(drift, one.reshape(-1).cpu().numpy(), ends, float(rtol), float(atol))
         out[i] = torch.from_numpy(end).reshape(x.shape[1:])
     return out

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from kinvert.inversion.choice import choose
 from safetensors.torch import load_file
 
 import kinvert as ki
@@ -24,7 +25,6 @@ from kinvert.bench.problems import make_problem
 from kinvert.bench.questions import job_of
 from kinvert.cli import main
 from kinvert.files import write_file
-from kinvert.inversion.choice import choose
 from kinvert.rules import Rule, StepBuilder, register
 from kinvert.tensors import rms
 

@@ -152,13 +152,13 @@ class Masked:
         if self.noise is not None:
             _check_like("noise", self.noise, self.background)
 
-    def select(self, index: Tensor, batch: int) -> Masked:
-        """The same for the samples `index`, shape (n,), of the batch; the denoiser must offer `select` too."""
+    def take(self, index: Tensor) -> Masked:
+        """Return the masked denoiser of the rows `index`, shape (n,); the denoiser inside must offer `take`."""
         inner: Any = self.denoiser
-        of_each = self.mask.ndim == self.background.ndim and len(self.mask) == batch  # else it is for every sample
-        mask = self.mask[index] if of_each else self.mask
+        of_each = self.mask.ndim == self.background.ndim and len(self.mask) == len(self.background)
+        mask = self.mask[index] if of_each else self.mask  # another mask is one for all rows
         noise = None if self.noise is None else self.noise[index]
-        return Masked(inner.select(index, batch), mask, self.background[index], noise, self.coordinates)
+        return Masked(inner.take(index), mask, self.background[index], noise, self.coordinates)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
         """The masked prediction, from x of the background's shape and sigma (batch,)."""

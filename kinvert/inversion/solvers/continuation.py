@@ -25,8 +25,12 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import count_field
-from kinvert.inversion.solvers import Equation, NewtonKrylov, Operator, Root, Solver, gmres
+from kinvert.inversion.problem import Guess, Problem, Root, Search
+from kinvert.inversion.solvers.base import Solver
+from kinvert.inversion.solvers.newton import NewtonKrylov, Operator, gmres
 from kinvert.tensors import rms
+
+__all__ = ["Continuation"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +59,20 @@ class Continuation(Solver):
         """The same, closer to the curve."""
         return replace(self, accuracy=self.accuracy / 10)
 
-    def solve(self, equation: Equation, start: Tensor) -> Root:
+    def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""
-        curve = _Curve(self, equation, start)
-        everyone = torch.arange(len(start), device=start.device)
+        search = Search(problem, guess.u)
+        curve, everyone = _Curve(self, search, guess.u), search.everyone
         here = torch.cat([curve.start / curve.scale, torch.zeros_like(curve.scale)], 1)
         curve.value(here, everyone)  # the start is the best iterate so far
-        active = everyone[equation.affords(everyone) >= 3]  # what a tangent costs at least
+        active = everyone[search.affords(everyone) >= 3]  # what a tangent costs at least
         tangent = torch.zeros_like(here)
         tangent[:, -1] = 1.0
         tangent[active] = curve.tangent(here[active], tangent[active], active)
         length = torch.full_like(curve.scale, self.length)
         for _ in range(self.max_points):
-            active = equation.open(active, curve.root.residual)
-            active = active[(length[active, 0] > 1e-6 * self.length) & (equation.affords(active) >= 2)]
+            active = search.open(active)
+            active = active[(length[active, 0] > 1e-6 * self.length) & (search.affords(active) >= 2)]
             if not len(active):
                 break
             last, border = here[active], tangent[active]
@@ -81,22 +85,21 @@ class Continuation(Solver):
             length[easy] = (1.5 * length[easy]).clamp(max=self.longest)
             arrived = good & (ahead[:, -1] >= 1)
             curve.finish(last[arrived], ahead[arrived], active[arrived])
-            going = good & ~arrived & (equation.affords(active) >= 3)
+            going = good & ~arrived & (search.affords(active) >= 3)
             here[active[going]] = ahead[going]
             tangent[active[going]] = curve.tangent(ahead[going], chord[going], active[going])
             active = active[going | ~good]
-        return curve.root
+        return search.root()
 
 
 class _Curve:
     """The curve H(z) = 0 of every sample, z = (u / scale, t) of shape (n, m + 1), so that a unit of u has rms 1."""
 
-    def __init__(self, settings: Continuation, equation: Equation, start: Tensor) -> None:
-        self.settings, self.equation, self.shape = settings, equation, start.shape[1:]
+    def __init__(self, settings: Continuation, search: Search, start: Tensor) -> None:
+        self.settings, self.search, self.shape = settings, search, start.shape[1:]
         self.start = start.reshape(len(start), -1)
-        size = rms(start).maximum(equation.size)
+        size = rms(start).maximum(search.size)
         self.scale = size[:, None] * math.sqrt(self.start.shape[1])
-        self.root = Root(start.clone(), torch.full_like(self.start[:, 0], math.inf))
 
     def point(self, z: Tensor, index: Tensor) -> Tensor:
         """u of shape (n, *event)."""
@@ -105,8 +108,8 @@ class _Curve:
     def value(self, z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """H and dH/dt in units of the scale, and y - F(u)."""
         u, t = self.point(z, index), z[:, -1:]
-        residual = self.equation.residual(u, index)
-        self.root.keep(index, u, rms(residual).nan_to_num(math.inf, math.inf))
+        residual = self.search.evaluate(u, index)
+        self.search.keep(index, u, rms(residual).nan_to_num(math.inf, math.inf))
         moved, f = u.flatten(1) - self.start[index], -residual.flatten(1)
         return ((1 - t) * moved + t * f) / self.scale[index], (f - moved) / self.scale[index], residual
 
@@ -116,7 +119,7 @@ class _Curve:
         def apply(v: Tensor, todo: Tensor) -> Tensor:
             part, t = index[todo], z[todo, -1:]
             direction = v[:, :-1].reshape(-1, *self.shape)
-            along = self.equation.derivative(self.point(z[todo], part), f[todo], direction, part).flatten(1)
+            along = self.search.differentiate(self.point(z[todo], part), f[todo], direction, part).flatten(1)
             rows = (1 - t) * v[:, :-1] + t * along + slope[todo] * v[:, -1:]
             return torch.cat([rows, (border[todo] * v).sum(1, keepdim=True)], 1)
 
@@ -130,7 +133,7 @@ class _Curve:
         apply = self.bordered(z, slope, f, border, index)
         left = -apply(border, torch.arange(len(index), device=index.device))
         left[:, -1] += 1
-        affords = self.equation.affords(index)
+        affords = self.search.affords(index)
         tangent = border + gmres(apply, left, self.settings.krylov, 2 * self.settings.forcing, affords)[0]
         return tangent / tangent.norm(dim=1, keepdim=True)
 
@@ -141,7 +144,7 @@ class _Curve:
         before = torch.full_like(z[:, 0], math.inf)
         todo = torch.arange(len(index), device=index.device)
         for iteration in range(6):
-            todo = todo[self.equation.affords(index[todo]) >= 2]
+            todo = todo[self.search.affords(index[todo]) >= 2]
             if not len(todo):
                 break
             h, slope, f = self.value(z[todo], index[todo])
@@ -155,18 +158,18 @@ class _Curve:
                 break
             apply = self.bordered(z[todo], slope, f, border[todo], index[todo])
             left = torch.cat([-h, torch.zeros_like(h[:, :1])], 1)
-            affords = self.equation.affords(index[todo])
+            affords = self.search.affords(index[todo])
             z[todo] += gmres(apply, left, self.settings.krylov, self.settings.forcing, affords)[0]
         return z, count
 
     def finish(self, before: Tensor, after: Tensor, index: Tensor) -> None:
         """Newton's method on F itself, from where the chord between two points of the curve meets t = 1."""
-        able = self.equation.affords(index) >= 1
+        able = self.search.affords(index) >= 1
         before, after, index = before[able], after[able], index[able]
         if not len(index):
             return
         crossing = torch.lerp(before, after, (1 - before[:, -1:]) / (after[:, -1:] - before[:, -1:]))
-        part = self.equation.part(index)
-        found = self.settings.newton.solve(part, self.point(crossing, index))
-        self.equation.evaluations[index] += part.evaluations
-        self.root.keep(index, found.u, found.residual)
+        part = self.search.problem.take(index, self.search.evaluations)
+        found = self.settings.newton.solve(part, Guess(self.point(crossing, index)))
+        self.search.evaluations[index] += found.evaluations
+        self.search.keep(index, found.u, found.residual)

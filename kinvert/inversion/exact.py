@@ -1,18 +1,10 @@
 r"""`invert`: the latent that this sampler, on this schedule, maps to this image.
 
-One-step rules are inverted step by step (`stepwise`). A multistep rule needs values at noisier states that are still
-unknown, so its run is solved as a whole (`trajectory`). What that leaves is tried with the sampler as a black box: with
-S its run, and E the run of Euler's method on the same schedule, whose inverse is had step by step (another one-step
-sampler where Euler's does not do), z is sought with `S(E^{-1}(z)) = image`, by Anderson's acceleration of
-`z <- z + image - S(E^{-1}(z))`. S is nearly singular, since it contracts whole regions of noise to one image, but so is
-E, and `S E^{-1}` is close to the identity. Algebraically reversible rules are undone in closed form (`reversible`).
-
-Every result is judged by sampling it again.
+Check the input, choose a route and a root finder (`routes`), solve, and certify by sampling the latent again.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,25 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.analysis import amplification
 from kinvert.checks import check_callback, check_values, is_integer
 from kinvert.coordinates import settle
-from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
+from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, check_state
 from kinvert.forms import State
+from kinvert.inversion.back import WayBack
 from kinvert.inversion.batches import FewBatches
-from kinvert.inversion.choice import choose
-from kinvert.inversion.job import UNLIMITED, Job
+from kinvert.inversion.certificate import certify, warn_of
 from kinvert.inversion.result import Inversion
-from kinvert.inversion.reversible import invert_reversible
+from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
-from kinvert.inversion.step_by_step import step_by_step
-from kinvert.inversion.stepwise import (
-    Trajectory,
-)
-from kinvert.inversion.trajectory import Sweeps
+from kinvert.inversion.task import UNLIMITED, Task
 from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
-from kinvert.inversion.whole_run import whole_run
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
@@ -46,6 +32,8 @@ from kinvert.ready import with_bar
 from kinvert.rules import Rule
 from kinvert.rules.flow import unwrapped
 from kinvert.rules.names import unknown
+
+__all__ = ["check_image", "check_invertible", "falling", "invert"]
 
 LAST_STEPS = ("error", "least_change")
 
@@ -57,7 +45,7 @@ def invert(
     sigmas: Any,
     *,
     sampler: str | Rule = "euler",
-    method: str | Solver | Sweeps = "auto",
+    method: str | Solver = "auto",
     last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
@@ -127,68 +115,42 @@ def invert(
     plan = compile_plan(rule, falling(schedule))
     check_invertible(plan, last_step)
     check_flow_spread(plan, coordinates)
-    solver = choose(method, plan)
+    route, solver = choose(method, plan)
     network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
     goal = tolerance(tol, x, network=network)
     limit = _limit(max_evals, plan)
-    bound: Any = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
+    scales = step_cfg(cfg, schedule)
+    bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
+    region = None
     if mask is not None:
-        bound = Masked(bound, mask, x, coordinates=coordinates)
-        _check_hard(bound.mask)
-    region = None if mask is None else bound.mask.expand_as(x)
-    notes = rounding_note(tol, goal, x, network)
+        bound = masked = Masked(bound, mask, x, coordinates=coordinates)
+        _check_hard(masked.mask)
+        region = masked.mask.expand_as(x)
+    before = rounding_note(tol, goal, x, network)
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     indices = batch_parts(x, max_batch)
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
-    rows = FewBatches(bound, largest if fixed_batch else 2, fixed=True)
-    asked = check_rows(rows, x[:1] if fixed_batch and largest == 1 else x, plan.sigmas)
+    asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
+    back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
     parts = []
     for index in indices:
-        part = FewBatches(bound.select(index, len(x)), largest, fixed_batch)
+        part = FewBatches(bound.take(index), largest, fixed_batch)
         inside = None if region is None else region[index]
-        job = Job(plan, part, x[index], goal, limit, callback, index, inside, network=network)
-        parts.append(_invert(job, solver))
-    found = Inversion.join(parts)
-    return replace(found, evaluations=found.evaluations + asked, row_checks=asked, warnings=(*notes, *found.warnings))
+        task = Task(plan, part, x[index], goal, limit, callback, index, inside, network=network)
+        found = route.solve(task, solver)
+        warn_of(f"invert({plan.rule.name})", found.failures, stacklevel=4)
+        parts.append(certify(plan, task.x, goal, found, back, inside))
+    joined = Inversion.join(parts)
+    evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)
+    return replace(joined, evaluations=evaluations, row_checks=asked, warnings=notes)
 
 
-def _invert(job: Job, solver: Solver | Sweeps) -> Inversion:
-    if job.plan.auxiliary:
-        return _undo(job)
-    if job.plan.is_multistep or isinstance(solver, Sweeps):
-        return whole_run(job, solver if isinstance(solver, Sweeps) else Sweeps())
-    return step_by_step(job, solver)
-
-
-def _undo(job: Job) -> Inversion:
-    """Undo an algebraically reversible sampler in closed form."""
-    plan, x = job.plan, job.wide
-    # Two digits of each sample's size, in units of a noise level, will do.
-    sizes = {float(f"{size:.1e}") for size in (job.judge.size / plan.sigmas[0]).tolist()}
-    # Around one image the data are narrower than as a whole: a tenth predicts what was measured of trained networks.
-    growth = max(max(amplification(plan, std=0.1 * size * plan.sigmas[0])) for size in sizes)
-    rounding = growth * job.eps
-    notes = []
-    if rounding > job.tol:
-        notes.append(
-            f"{plan.rule.name} magnifies rounding about {growth:.2g} times on this schedule: expect errors of "
-            f"{rounding:.2g} of the image's size in {job.x.dtype}, more than the tolerance {job.tol:.2g}; use a higher "
-            "precision or fewer steps"
-        )
-        warnings.warn(notes[0], RuntimeWarning, stacklevel=5)
-    everyone = torch.arange(len(x), device=x.device)
-    undone = invert_reversible(plan, job.select(everyone), x)
-    restored = job.again(undone.latent, undone.memory)
-    error = job.error(restored)
-    lost = (error > job.tol * job.judge.size).nonzero()[:, 0].tolist()
-    notes += [f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost]
-    spent = torch.full_like(everyone, undone.evaluations + plan.closed.evaluations)
-    none = x.new_zeros(1, len(x))  # nothing was solved, so nothing is left over
-    found = Trajectory([undone.latent], none, spent)
-    checking = plan.closed.evaluations
-    memory = {name: value.to(job.x.dtype) for name, value in undone.memory.items()}
-    return job.result(found, restored, notes, checking=checking, memory=memory, amplification=growth)
+def _check_rows(bound: BoundDenoiser, x: Tensor, plan: Plan, fixed: int | None) -> Tensor:
+    """Find out whether the denoiser mixes the rows of its batch; return the evaluations of each sample."""
+    if fixed == 1:  # no two rows are ever evaluated together
+        return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return check_rows(FewBatches(bound, fixed or 2, fixed=True), x, plan.sigmas)
 
 
 def _check_hard(mask: Tensor) -> None:
