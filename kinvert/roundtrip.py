@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.checks import check_choice
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
@@ -17,7 +18,6 @@ from kinvert.engine.contract import check_state
 from kinvert.inversion.invert import invert
 from kinvert.levels import FlowTimes
 from kinvert.rules import Rule
-from kinvert.rules.names import unknown
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 from kinvert.tensors import wide_dtype
 
@@ -99,8 +99,7 @@ def round_trip(
     Raises:
         TypeError, ValueError: as in `unsample` and `sample`.
     """
-    if method not in ("unsample", "invert"):
-        raise ValueError(unknown("method", method, ("unsample", "invert")))
+    check_choice("method", method, ("unsample", "invert"))
     if method == "invert" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
     x = check_state(x)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kinvert.checks import check_choice
 from kinvert.inversion.continuation import Continuation
 from kinvert.inversion.solvers import Anderson, Damped, NewtonKrylov, Picard, Solver
 from kinvert.inversion.stepwise import Auto
 from kinvert.inversion.trajectory import Sweeps
 from kinvert.plan import Plan
-from kinvert.rules.names import unknown
 
 METHODS: dict[str, Callable[[], Solver | Sweeps]] = {
     "auto": Auto,
@@ -32,9 +32,8 @@ def choose(method: object, plan: Plan) -> Solver | Sweeps:
         ValueError: an unknown name; a method that would not be used for this sampler, with those that would.
     """
     if not isinstance(method, (Solver, Sweeps)):
-        if not isinstance(method, str) or method not in METHODS:
-            raise ValueError(f"{unknown('method', method, METHODS)}, or a Solver")
-        method = METHODS[method]()
+        check_choice("method", method, METHODS, ", or a Solver")
+        method = METHODS[str(method)]()
     if method == Auto():
         return method
     name = plan.rule.name

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.inversion.solvers import Equation, NewtonKrylov, Operator, Root, Solver, gmres
 from kinvert.tensors import rms
 
@@ -48,8 +48,8 @@ class Continuation(Solver):
     newton: NewtonKrylov = field(default_factory=lambda: NewtonKrylov(krylov=60, max_iterations=20))
 
     def __post_init__(self) -> None:
-        count_field(self, "krylov")
-        count_field(self, "max_points")
+        check_count_field(self, "krylov")
+        check_count_field(self, "max_points")
 
     def finer(self) -> Continuation:
         """The same, closer to the curve."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kinvert import linalg
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.denoisers import Denoiser
 from kinvert.plan import Plan
 from kinvert.tensors import per_sample, rms, wide_dtype
@@ -180,9 +180,9 @@ class Anderson(Solver):
     last: bool = False
 
     def __post_init__(self) -> None:
-        count_field(self, "window", 0)
-        count_field(self, "max_iterations")
-        count_field(self, "check_every")
+        check_count_field(self, "window", 0)
+        check_count_field(self, "max_iterations")
+        check_count_field(self, "check_every")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
@@ -308,8 +308,8 @@ class NewtonKrylov(Solver):
     least_change: bool = False
 
     def __post_init__(self) -> None:
-        count_field(self, "krylov")
-        count_field(self, "max_iterations")
+        check_count_field(self, "krylov")
+        check_count_field(self, "max_iterations")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kinvert import linalg
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.denoisers import Guided
 from kinvert.engine import stage_sigmas
 from kinvert.forms import Denoised, State, Symbol, Uncond
@@ -63,8 +63,8 @@ class Sweeps:
     patience: int = 12
 
     def __post_init__(self) -> None:
-        count_field(self, "window")
-        count_field(self, "max_sweeps")
+        check_count_field(self, "window")
+        check_count_field(self, "max_sweeps")
 
     def solve(
         self,
@@ -157,8 +157,8 @@ class StepSweeps(Solver):
     patience: int = 6
 
     def __post_init__(self) -> None:
-        count_field(self, "window")
-        count_field(self, "max_sweeps")
+        check_count_field(self, "window")
+        check_count_field(self, "max_sweeps")
 
     def solve(self, equation: Equation, start: Tensor) -> Root:
         """See `Solver`."""
