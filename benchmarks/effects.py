@@ -29,8 +29,8 @@ from kinvert import bench
 from kinvert.bench import METHODS, Cell, Grid
 from kinvert.bench.questions import job_of
 from kinvert.bench.record import versions
+from kinvert.checks import unknown
 from kinvert.reference import solve_ode
-from kinvert.rules.names import unknown
 from kinvert.tensors import rms
 
 RESULTS = Path(__file__).parent / "results"

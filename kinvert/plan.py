@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
+from kinvert.checks import describe
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import Rule, StepBuilder
@@ -292,17 +293,17 @@ def as_schedule(sigmas: Any) -> tuple[float, ...]:
         values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
     except (RuntimeError, NotImplementedError, AttributeError):  # the last is torch 2.4 for a fake tensor
         raise TypeError(
-            f"sigmas must have values that can be read, got {_describe(sigmas)}; give a dense tensor on a real device "
+            f"sigmas must have values that can be read, got {describe(sigmas)}; give a dense tensor on a real device "
             "(not on meta, not fake), or a list of floats"
         ) from None
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {_describe(sigmas)}")
+        raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {describe(sigmas)}")
     values = list(values)
     try:
         levels = tuple(_number(v) for v in values)
     except (TypeError, ValueError, RuntimeError):
         hint = f"; pass it as it is, not in a {type(sigmas).__name__}" if len(values) == 1 else ""
-        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {_describe(sigmas)}{hint}") from None
+        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {describe(sigmas)}{hint}") from None
     if len(levels) < 2:
         raise ValueError(f"sigmas must have at least two noise levels (one step), got {levels}")
     for i, sigma in enumerate(levels):
@@ -336,10 +337,3 @@ def _check_monotone(levels: tuple[float, ...]) -> None:
                 f"sigmas must be strictly monotone, got sigmas[{i}] = {a:g} -> sigmas[{i + 1}] = {b:g} in a "
                 f"{'rising' if rising else 'falling'} schedule; sort them, e.g. sigmas.sort(descending=True).values"
             )
-
-
-def _describe(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        return f"a {type(value).__name__} of {_describe(value[0])}"
-    return f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else repr(value)

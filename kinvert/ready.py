@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import has_values
+from kinvert.checks import check_finite, has_values
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Progress, run_state
 from kinvert.engine.adaptive import ends, run_adaptive
@@ -109,8 +109,7 @@ class Ready:
 
     def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
         """Run again, reading every value, to say where the first NaN or infinity came from."""
-        if not bool(torch.isfinite(x).all()):
-            return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
+        check_finite("x", x)
         found: list[str] = []
 
         def checked(state: Tensor, sigma: Tensor) -> Any:

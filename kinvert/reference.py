@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_values, is_number
+from kinvert.checks import check_finite, check_number, check_values
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.engine.contract import check_state
 from kinvert.inversion import invert
@@ -75,13 +75,13 @@ def solve_ode(
     """
     x = check_state(x)
     check_values("x", x, "the ODE is solved for them")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
+    check_finite("x", x)
     for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
-        _check_number(name, sigma, "a noise level; the ODE is singular at 0, stop at the last positive level")
-    _check_number("rtol", rtol, f"at least {SMALLEST_RTOL:g}, what float64 can meet", SMALLEST_RTOL)
-    _check_number("atol", atol, "an absolute tolerance, e.g. 1e-12")
-    _check_number("max_evals", max_evals, "a number of evaluations")
+        fix = "pass a noise level; the ODE is singular at 0, stop at the last positive level"
+        check_number(name, sigma, above=0, fix=fix)
+    check_number("rtol", rtol, low=SMALLEST_RTOL, fix=f"pass at least {SMALLEST_RTOL:g}, what float64 can meet")
+    check_number("atol", atol, above=0, fix="pass an absolute tolerance, e.g. 1e-12")
+    check_number("max_evals", max_evals, above=0, fix="pass a number of evaluations")
     bound = guide(denoiser, cfg, positive, negative, batch=len(x))
     ends = math.log(sigma_from), math.log(sigma_to)
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
@@ -204,10 +204,3 @@ def _integrate(drift: _Drift, x: np.ndarray, ends: tuple[float, float], rtol: fl
         )
     y: np.ndarray = solver.y
     return y
-
-
-def _check_number(name: str, value: Any, what: str, low: float = 0.0) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}; pass {what}")
-    if not (math.isfinite(value) and value > 0 and value >= low):
-        raise ValueError(f"{name} must be positive and finite, got {value}; pass {what}")

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_integer, is_number
-from kinvert.levels import FlowTimes, Levels, real
-from kinvert.rules.names import REGISTRIES, suggestion, unknown, unknown_sampler, unknown_schedule
+from kinvert.checks import check_choice, check_integer, check_number, is_number, suggestion
+from kinvert.levels import FlowTimes, Levels
+from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
 
 # Samplers whose schedule is built with one step more and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
@@ -55,7 +55,7 @@ def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tens
     arXiv 2206.00364, eq. 5.
     """
     n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
-    rho = real("rho", rho, above=0)
+    rho = check_number("rho", rho, above=0)
     return _between(_linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho, low, high)
 
 
@@ -70,7 +70,7 @@ def polyexponential(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0
     `ln sigma_j = ln sigma_min + (1 - u_j)^rho ln(sigma_max / sigma_min)`.
     """
     n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
-    ramp = _linspace(1, 0, n) ** real("rho", rho, above=0)
+    ramp = _linspace(1, 0, n) ** check_number("rho", rho, above=0)
     return _between(low * (ramp * math.log(high / low)).exp(), low, high)
 
 
@@ -81,8 +81,8 @@ def vp(n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3)
     Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al.
     2021, arXiv 2011.13456.
     """
-    beta_d, beta_min = real("beta_d", beta_d, above=0), real("beta_min", beta_min, above=0)
-    t = _linspace(1, real("eps_s", eps_s, above=0, below=1), _steps(n))
+    beta_d, beta_min = check_number("beta_d", beta_d, above=0), check_number("beta_min", beta_min, above=0)
+    t = _linspace(1, check_number("eps_s", eps_s, above=0, below=1), _steps(n))
     return _with_zero((beta_d * t**2 / 2 + beta_min * t).expm1().sqrt())
 
 
@@ -94,7 +94,7 @@ def laplace(n: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: f
     Source: Improved Noise Schedule for Diffusion Training, Hang et al. 2024, arXiv 2407.03297.
     """
     n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
-    mu, beta = real("mu", mu), real("beta", beta, above=0)
+    mu, beta = check_number("mu", mu), check_number("beta", beta, above=0)
     offset = 0.5 - _linspace(0, 1, n)
     log = mu - beta * offset.sign() * (1 - 2 * offset.abs() + 1e-5).log()
     return log.exp().clamp(low, high)
@@ -121,8 +121,7 @@ def ays(n: int, model: str = "sd15") -> Tensor:
     Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
     arXiv 2404.14507.
     """
-    if model not in ALIGN_YOUR_STEPS:
-        raise ValueError(unknown("model", model, ALIGN_YOUR_STEPS))
+    check_choice("model", model, ALIGN_YOUR_STEPS)
     table = np.log(ALIGN_YOUR_STEPS[model])
     at = np.linspace(0, 1, _steps(n) + 1)
     sigmas = torch.from_numpy(np.exp(np.interp(at, np.linspace(0, 1, len(table)), table)))
@@ -186,7 +185,7 @@ def beta(n: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tenso
     from scipy import special  # here, because it takes a tenth of torch's own import time
 
     n, table = _steps(n), _checked(levels).sigmas
-    alpha, beta = real("alpha", alpha, above=0), real("beta", beta, above=0)
+    alpha, beta = check_number("alpha", alpha, above=0), check_number("beta", beta, above=0)
     quantiles = special.betaincinv(alpha, beta, 1 - np.arange(n) / n)
     index = np.rint(quantiles * (len(table) - 1)).astype(np.int64)
     kept = np.diff(index, prepend=-1) != 0
@@ -223,13 +222,13 @@ def linear_quadratic(
             there on the quadratic part would pass below 0 and come back.
     """
     n = _steps(n)
-    sigma_max = real("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
+    sigma_max = check_number("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
     if n == 1:
         return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
     if k >= n:
         raise ValueError(f"linear_steps must be below n = {n}, got {k}; leave it out for n // 2")
-    theta = real("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
+    theta = check_number("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
     m, delta = n - k, k - theta * n
     a, b = delta / (k * m**2), theta / k - 2 * delta / m**2
     j = torch.arange(n, dtype=torch.float64, device="cpu")
@@ -321,7 +320,7 @@ def schedule(
     entry, steps, levels = SCHEDULES[name], _steps(steps, "steps"), _checked(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
-    denoise = 1.0 if denoise is None else real("denoise", denoise)
+    denoise = 1.0 if denoise is None else check_number("denoise", denoise)
     if not 0 < denoise <= 1:
         hint = "leaves nothing to do" if denoise <= 0 else "is more than all of the noise"
         raise ValueError(f"denoise must be in (0, 1], got {denoise}, which {hint}; 1 is all of it")
@@ -341,15 +340,11 @@ def schedule(
 
 
 def _steps(n: object, name: str = "n") -> int:
-    if not is_integer(n):
-        raise TypeError(f"{name} must be an int, got {type(n).__name__} {n!r}; pass e.g. 20")
-    if n < 1:
-        raise ValueError(f"{name} must be at least 1, got {n}; pass e.g. 20")
-    return int(n)
+    return check_integer(name, n, fix="pass e.g. 20")
 
 
 def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    low, high = real("sigma_min", sigma_min, above=0), real("sigma_max", sigma_max, above=0)
+    low, high = check_number("sigma_min", sigma_min, above=0), check_number("sigma_max", sigma_max, above=0)
     if low >= high:
         raise ValueError(f"sigma_min must be below sigma_max, got {low} >= {high}; swap them")
     return low, high

@@ -26,12 +26,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kinvert.checks import check_choice
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.engine import Callback, Constants, FusedRun, Progress, can_fuse, noise_for, run
 from kinvert.engine.contract import check_plan, check_state, checked_noise
 from kinvert.noise import Noise
 from kinvert.plan import Plan
-from kinvert.rules.names import unknown
 from kinvert.tensors import wide_dtype
 
 Steps = Literal["all", "each"]
@@ -61,8 +61,7 @@ def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> 
     """
     check_plan(plan)
     x = check_state(x)
-    if steps not in get_args(Steps):
-        raise ValueError(unknown("steps", steps, get_args(Steps)))
+    check_choice("steps", steps, get_args(Steps))
     return CapturedRun(plan, denoiser, x, steps)
 
 

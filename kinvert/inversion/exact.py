@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_callback, check_values, is_integer
+from kinvert.checks import check_callback, check_choice, check_decreasing, check_values, is_integer
 from kinvert.coordinates import settle
 from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, check_state
@@ -31,7 +31,6 @@ from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.ready import with_bar
 from kinvert.rules import Rule
 from kinvert.rules.flow import unwrapped
-from kinvert.rules.names import unknown
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
 
@@ -109,8 +108,7 @@ def invert(
     """
     x = check_image(x)
     check_callback(callback)
-    if last_step not in LAST_STEPS:
-        raise ValueError(unknown("last_step", last_step, LAST_STEPS))
+    check_choice("last_step", last_step, LAST_STEPS)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
     check_invertible(plan, last_step)
@@ -175,8 +173,7 @@ def check_image(x: Any) -> Tensor:
 def falling(sigmas: Any) -> tuple[float, ...]:
     """The schedule as floats; ValueError where it rises."""
     schedule = as_schedule(sigmas)
-    if schedule[0] < schedule[-1]:
-        raise ValueError("sigmas must be the decreasing sampling schedule, got a rising one; use sigmas.flip(0)")
+    check_decreasing("sigmas", schedule)
     return schedule
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
-from kinvert.checks import check_values
+from kinvert.checks import check_choice, check_decreasing, check_finite, check_values
 from kinvert.coordinates import Coordinates, settle
 from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
@@ -49,7 +49,6 @@ from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
 from kinvert.rules.base import options_of
 from kinvert.rules.flow import unwrapped
-from kinvert.rules.names import unknown
 from kinvert.tensors import rms, wide_dtype
 
 Path = Literal["independent", "chain"]
@@ -283,10 +282,8 @@ def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor
 def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, noise: Any) -> Tensor:
     x = check_state(x)
     check_values("x", x, "noise is extracted from them")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
-    if path not in get_args(Path):
-        raise ValueError(unknown("path", path, get_args(Path)))
+    check_finite("x", x)
+    check_choice("path", path, get_args(Path))
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
@@ -303,11 +300,7 @@ def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, n
 def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
     """Refuse, before the first evaluation, a Plan that cannot be made to end at a given image."""
     name, last = plan.rule.name, plan.steps[-1]
-    if plan.is_rising:
-        raise ValueError(
-            f"sigmas must be the decreasing sampling schedule, got a rising one from {plan.sigmas[0]:g} to "
-            f"{plan.sigmas[-1]:g}; use sigmas.flip(0)"
-        )
+    check_decreasing("sigmas", plan.sigmas)
     if not plan.is_stochastic:
         raise ValueError(
             f"{name} draws no noise on this schedule, so there is none to extract; use invert (exact) or unsample, or "

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kinvert.checks import suggestion
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from kinvert.rules.base import Rule, StepBuilder, interpolate, options_of, slope, weighted_sum
@@ -27,7 +28,7 @@ from kinvert.rules.guided import (
 )
 from kinvert.rules.inverse import DDIMInverse, DirectInversion
 from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
-from kinvert.rules.names import REGISTRIES, suggestion, unknown_sampler
+from kinvert.rules.names import REGISTRIES, unknown_sampler
 from kinvert.rules.predictor_corrector import SASolver, UniPC
 from kinvert.rules.rectified import FireFlow, RFSolver
 from kinvert.rules.res import ResMultistep

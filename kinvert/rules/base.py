@@ -9,14 +9,13 @@ exponential Euler step in `log sigma` (DDIM).
 from __future__ import annotations
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from kinvert.checks import is_integer, is_number, unknown
 from kinvert.forms import Form
-from kinvert.rules.names import unknown
 
 
 class StepBuilder(ABC):
@@ -166,8 +165,7 @@ def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"{label} must be True or False, got {value!r}")
         return value
-    wanted = numbers.Integral if kind is int else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, wanted):
+    if not (is_integer(value) if kind is int else is_number(value)):
         raise TypeError(f"{label} must be {'an int' if kind is int else 'a float'}, got {value!r}")
     low, high = bounds.get("low", -math.inf), bounds.get("high", math.inf)
     if not low <= value <= high:  # also refuses nan

@@ -11,10 +11,11 @@ k-diffusion.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from kinvert.checks import nearest, reduced
 
 REGISTRIES: dict[str, Mapping[str, object]] = {"sampler": {}, "schedule": {}}
 """The names that there are; each registry enters itself."""
@@ -108,23 +109,6 @@ for _model in ("sd15", "sdxl", "svd"):
     for _name in ("ays", "alignyoursteps"):
         SCHEDULES_ELSEWHERE[_name + _model] = Meaning(schedule="ays", schedule_options=f"model={_model!r}")
 
-_WORDS = {"a": "ancestral", "ad": "adaptive", "ka": "karras"}
-_CLASSES = ("discretescheduler", "scheduler")
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The error message for a name that is not `known`."""
-    return f"unknown {what} {name!r}; {suggestion(name, known)}"
-
-
-def suggestion(name: object, known: Iterable[str]) -> str:
-    """The second half of such a message: the nearest of the known names, then all of them."""
-    known = list(known)
-    if not known:
-        return "there are none"
-    near = nearest(name, known)
-    return f"{f'did you mean {near!r}? It' if near else 'it'} must be one of {', '.join(known)}"
-
 
 def unknown_sampler(name: object) -> str:
     """The error message for a name that is no sampler."""
@@ -134,27 +118,6 @@ def unknown_sampler(name: object) -> str:
 def unknown_schedule(name: object) -> str:
     """The error message for a name that is no schedule."""
     return f"unknown schedule {name!r}{_advice(name, 'schedule')} (all names: {', '.join(REGISTRIES['schedule'])})"
-
-
-def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, whatever its case and separators; None if none is like it."""
-    places = {reduced(one): one for one in known}
-    close = difflib.get_close_matches(reduced(str(name)), places, n=1, cutoff=0.5)
-    return places[close[0]] if close else None
-
-
-def reduced(name: str) -> str:
-    """A name without what is written in different ways."""
-    words = re.findall(r"[a-z0-9]+", name.lower().replace("++", "pp"))
-    if len(words) > 1 and words[-1] == "k":
-        words[-1] = "karras"
-    words = [_WORDS.get(word, word) for word in words]
-    while len(words) > 1 and words[0] in ("k", "sample", "diffusion", "sampling", "diffusers"):
-        del words[0]
-    text = "".join(words).replace("dpmsolverpp", "dpmpp")
-    for ending in _CLASSES:
-        text = text.removesuffix(ending)
-    return text
 
 
 def meaning(name: object) -> Meaning | None:
