@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from kinvert.torch_hooks import is_fake
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +32,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def has_values(x: Tensor) -> bool:
     """Whether there is anything to read: tensors on "meta" and fake ones have a shape only."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
+    return not (x.is_meta or is_fake(x))
 
 
 def plain(x: Tensor) -> Tensor:
