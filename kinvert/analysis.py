@@ -164,8 +164,7 @@ def _unsamples(rule: Rule) -> bool:
         up = compile_plan(rule, REFERENCE[::-1])
     except ValueError:  # the variance of an SDE's noise is negative upwards
         return False
-    keeps_last = getattr(rule, "keep_last", True)
-    return keeps_last and not up.is_stochastic and not any(step.forgets_x for step in up.steps)
+    return rule.keeps_last and not up.is_stochastic and not any(step.forgets_x for step in up.steps)
 
 
 def _invertibility(plan: Plan) -> Invertibility:
