@@ -138,7 +138,7 @@ def _is_traced(x: Tensor) -> bool:
 
 def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
     """The run as it is read off the Plan: a new tensor for every value."""
-    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], state["x"])
+    sigmas = stage_sigmas(plan.stage_levels, state["x"])
     first = 0
     for step in plan.steps:
         levels = sigmas[first : first + len(step.stages)]

@@ -113,7 +113,7 @@ def extract_noise(
     asked = check_rows(FewBatches(bound, len(x), fixed=True), x, plan.sigmas)
     normal = _normal(x, generator)
     states = _states(plan, coordinates, x, path, normal)
-    levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    levels = stage_sigmas(plan.stage_levels, x)
     state: Memory = {"x": states[0]}
     noises: list[Tensor] = []
     residuals: list[Tensor] = []
