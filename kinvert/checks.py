@@ -207,10 +207,8 @@ def reduced(name: str) -> str:
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
 def has_values(x: Tensor) -> bool:
-    """Whether there is anything to read: tensors on "meta" and fake ones have a shape only."""
-    return not (x.is_meta or is_fake(x))
     """Tell whether `x` can be read: tensors on "meta" and fake ones have only a shape."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
+    return not (x.is_meta or is_fake(x))
 
 
 def plain(x: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ from kinvert.parts import in_parts
 from kinvert.plan import as_schedule
 from kinvert.ready import Ready
 from kinvert.rules import Rule
-from kinvert.rules.flow import unwrapped
 from kinvert.tensors import wide_dtype
 
 Normalize = bool | Literal["sample", "sigma"]
@@ -285,7 +284,7 @@ def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
 
 def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
     """Refuse a sampler that discards its last step, before its Plan is made: that may fail for the same option."""
-    if not getattr(unwrapped(rule), "keep_last", True):
+    if not rule.keeps_last:
         raise ValueError(
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
             f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0), which keeps it"

@@ -83,8 +83,8 @@ class Cell:
         given = dict(self.options)
         if not given:  # building a rule takes long
             return ()
-        rule, defaults = ki.sampler(self.sampler, **given), ki.SAMPLERS[self.sampler].options
-        return tuple((key, getattr(rule, key)) for key in sorted(given) if getattr(rule, key) != defaults[key])
+        options, defaults = ki.sampler(self.sampler, **given).options, ki.SAMPLERS[self.sampler].options
+        return tuple((key, options[key]) for key in sorted(given) if options[key] != defaults[key])
 
     @property
     def rule(self) -> Rule:

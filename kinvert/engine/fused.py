@@ -50,7 +50,7 @@ class Constants:
     def of(cls, plan: Plan, x: Tensor) -> Constants:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=is_half(x.dtype))
-        sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        sigmas = stage_sigmas(plan.stage_levels, x)
         levels = (level.clone() for level in sigmas.unbind(0))  # a compiled network asks where a tensor starts
         passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
         blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0

@@ -108,7 +108,7 @@ def _plain_loop(
     plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None
 ) -> Memory:
     """Run a Plan as it is written: a new tensor for every value."""
-    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], state["x"])
+    sigmas = stage_sigmas(plan.stage_levels, state["x"])
     first = 0
     for step in plan.steps:
         levels = sigmas[first : first + len(step.stages)]

@@ -30,7 +30,6 @@ from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.ready import with_bar
 from kinvert.rules import Rule
-from kinvert.rules.flow import unwrapped
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
 
@@ -180,8 +179,9 @@ def falling(sigmas: Any) -> tuple[float, ...]:
 def check_invertible(plan: Plan, last_step: str | None = None) -> None:
     """Raise ValueError where the run of a Plan cannot be inverted."""
     name = plan.rule.name
-    has_eta = getattr(unwrapped(plan.rule), "eta", 0.0)
-    fix = f"ki.sampler({name!r}, eta=0)" if has_eta else "a deterministic sampler such as 'heun'"
+    fix = (
+        f"ki.sampler({name!r}, eta=0)" if "eta" in plan.rule.noise_options else "a deterministic sampler such as 'heun'"
+    )
     if plan.is_stochastic:
         raise ValueError(
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "

@@ -47,8 +47,6 @@ from kinvert.noise import White, replay
 from kinvert.parts import in_parts
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
-from kinvert.rules.base import options_of
-from kinvert.rules.flow import unwrapped
 from kinvert.tensors import rms, wide_dtype
 
 Path = Literal["independent", "chain"]
@@ -129,7 +127,7 @@ def extract_noise(
     asked = check_rows(FewBatches(cut, min(len(x), max_batch or len(x)), fixed=True), x, plan.sigmas)
     normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
-    levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    levels = stage_sigmas(plan.stage_levels, x)
     state: Memory = {"x": states[0]}
     noises: list[Tensor] = []
     residuals: list[Tensor] = []
@@ -310,7 +308,7 @@ def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
         return
     where = f"{name}: the last step, from sigma {last.sigma:g} to {last.sigma_next:g},"
     if any(_has_noise(form) for form in (last.x, *(stage.input for stage in last.stages))):
-        churn = "switch churn off (s_churn=0) and use invert, or " if getattr(plan.rule, "s_churn", 0.0) else ""
+        churn = "switch churn off (s_churn=0) and use invert, or " if "s_churn" in plan.rule.noise_options else ""
         raise ValueError(
             f"{where} passes its noise through the denoiser, so it cannot be solved for it; {churn}take a sampler that "
             "adds its noise last, such as 'euler_ancestral'"
@@ -322,7 +320,7 @@ def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
     """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
-    options = ", ".join(f.name for f in options_of(unwrapped(plan.rule)))
+    options = ", ".join(plan.rule.options)
     if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
         return f"set its options so that its last step draws noise (it has {options})"
     return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"
