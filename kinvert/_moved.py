@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["moved", "renamed"]
+__all__ = ["moved", "moved_names", "renamed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,3 +50,25 @@ def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return call
 
     return decorate
+
+
+def moved_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that stays, some names of which moved or changed.
+
+    Args:
+        module: its name.
+        names: old name -> full new name, e.g. {"Job": "kinvert.bench.methods.Setup"}.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new, _, attribute = names[name].rpartition(".")
+        warnings.warn(
+            f"{module}.{name} is now {names[name]}; the old name goes with the next version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(new), attribute)
+
+    return find

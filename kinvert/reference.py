@@ -111,6 +111,25 @@ class ErrorSplit:
     round_off: Tensor
     converged: Tensor
 
+    @classmethod
+    def of(cls, latent: Tensor, fine: Tensor, exact: Tensor, ode: Tensor, converged: Tensor) -> ErrorSplit:
+        """Split the error of latents whose four versions are known, each of shape (batch, *event), in float64.
+
+        Args:
+            latent: what the method found in the image's dtype.
+            fine: what it found in float64.
+            exact: the sampler's exact inverse.
+            ode: the solution of the ODE.
+            converged: whether the exact inverse was found, bool, shape (batch,).
+        """
+        return cls(
+            total=rms(latent - ode),
+            discretisation=rms(exact - ode),
+            solver=rms(fine - exact),
+            round_off=rms(latent - fine),
+            converged=converged,
+        )
+
     def __str__(self) -> str:
         lines = [f"error of {len(self.total)} latents, exact inverse found for {int(self.converged.sum())}"]
         for name in ("total", "discretisation", "solver", "round_off"):
@@ -153,13 +172,7 @@ def split_error(
         got = [tuple(latent.shape) for latent in found]
         raise ValueError(f"find must return a latent of image's shape {tuple(image.shape)}, got {got[0]} and {got[1]}")
     narrow, fine = (latent.to(torch.float64) for latent in found)
-    return ErrorSplit(
-        total=rms(narrow - ode),
-        discretisation=rms(exact.latent - ode),
-        solver=rms(fine - exact.latent),
-        round_off=rms(narrow - fine),
-        converged=exact.converged,
-    )
+    return ErrorSplit.of(narrow, fine, exact.latent, ode, exact.converged)
 
 
 class _Drift:

@@ -354,7 +354,7 @@ def schedule(
     return _of(levels, sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :])
 
 
-def _steps(n: object, name: str = "n") -> int:
+def _steps(n: object, name: str = "steps") -> int:
     return check_integer(name, n, fix="pass e.g. 20")
 
 
