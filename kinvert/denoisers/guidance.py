@@ -45,7 +45,7 @@ from kinvert.checks import check_number, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
-from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, working_dtype
+from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, take_rows, working_dtype
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -120,7 +120,7 @@ class Guidance:
         def cut(value: Any) -> Any:
             return _each(lambda rows: rows.take(index), value)
 
-        denoiser = self.denoiser.take(index) if hasattr(self.denoiser, "take") else self.denoiser
+        denoiser = take_rows(self.denoiser, index)
         negative = None if self.negative is None else cut(self.negative)
         return replace(self, denoiser=denoiser, positive=cut(self.positive), negative=negative, batch=len(index))
 

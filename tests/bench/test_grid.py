@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from cells import SMALL, cells
-from kinvert.inversion.choice import choose
 
 import kinvert as ki
 from kinvert import bench
 from kinvert.bench import METHODS, PROBLEMS, Cell
+from kinvert.inversion.routes import choose
 
 
 def test_key_is_a_hash_of_the_settings() -> None:
