@@ -42,6 +42,10 @@ class FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
         return FewBatches(self.denoiser.take(index), self.largest, self.fixed)
 
+    def steady(self) -> FewBatches:
+        """Return the same, called with the largest batch size only, so that a network answers as it does there."""
+        return FewBatches(self.denoiser, self.largest, fixed=True)
+
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """What it says of all of them. Repeated samples are asked about and forgotten."""
         count = len(x)

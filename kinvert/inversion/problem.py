@@ -22,6 +22,10 @@ from kinvert.tensors import per_sample, rms
 __all__ = ["Guess", "Judge", "Problem", "Reason", "Root", "Search"]
 
 
+NEAR = 3.0
+"""A residual of so many floors may be noise."""
+
+
 class Reason(IntEnum):
     """Why the search for a latent ended, per sample.
 
@@ -84,6 +88,8 @@ class Problem:
         plan: the Plan that F runs, one step or many, if F is one; sweeps need it.
         denoiser: the denoiser of the batch that F calls; sweeps call it themselves.
         judge: how the roots of a whole run are judged; None judges all values by `tolerance`.
+        floor: rms residual that the noise of F alone leaves, shape (batch,); None if no noise is known. A sample is
+            solved as well as F allows if its residual is below the floor, or near it and no longer falls.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -95,6 +101,7 @@ class Problem:
     plan: Plan | None = field(default=None, repr=False)
     denoiser: BoundDenoiser | None = field(default=None, repr=False)
     judge: Judge | None = field(default=None, repr=False)
+    floor: Tensor | None = field(default=None, repr=False)
 
     def call(self, u: Tensor, index: Tensor) -> tuple[Tensor, int | Tensor]:
         """Return F(u) of the samples `index`, and the evaluations that it took of each."""
@@ -110,6 +117,7 @@ class Problem:
             budget=(self.budget - spent)[index],
             denoiser=None if self.denoiser is None else self.denoiser.take(index),
             judge=None if self.judge is None else self.judge.take(index),
+            floor=None if self.floor is None else self.floor[index],
         )
 
     @cached_property
@@ -173,6 +181,7 @@ class Root:
         denoised: D at `u`, shape (batch, *event); None if the solver does not know it.
         reason: a `Reason` for each sample, int64, shape (batch,).
         reached: F(u), shape (batch, *event); None if the solver did not keep it.
+        floor: rms residual that the noise of F leaves, shape (batch,), 0 if F is exact; None if nobody measured it.
     """
 
     u: Tensor
@@ -181,6 +190,7 @@ class Root:
     denoised: Tensor | None
     reason: Tensor
     reached: Tensor | None = None
+    floor: Tensor | None = None
 
 
 class Search:
@@ -196,6 +206,7 @@ class Search:
         self.u, self.residual = start.clone(), start.new_full((len(start),), math.inf)
         self.evaluations = torch.zeros(len(start), dtype=torch.int64, device=start.device)
         self.size = rms(problem.value).maximum(problem.tolerance)  # never 0
+        self.floor = problem.floor
 
     def call(self, u: Tensor, index: Tensor) -> Tensor:
         """Return F(u) of the samples `index`, and count what it costs."""
@@ -221,7 +232,14 @@ class Search:
 
     def is_open(self, index: Tensor, residual: Tensor) -> Tensor:
         """Tell which of the samples `index`, with these residuals, are unsolved and within budget."""
-        return (residual > self.problem.tolerance[index]) & (self.affords(index) >= 1)
+        enough = self.problem.tolerance[index]
+        if self.floor is not None:
+            enough = enough.maximum(self.floor[index])
+        return (residual > enough) & (self.affords(index) >= 1)
+
+    def is_near_floor(self, index: Tensor, residual: Tensor) -> Tensor | None:
+        """Tell which of the samples `index`, with these residuals, are near the noise of F; None if none is known."""
+        return None if self.floor is None else residual <= NEAR * self.floor[index]
 
     def open_rows(self, index: Tensor, residual: Tensor) -> Tensor:
         """Return the positions in `index` that are unsolved and within budget. It reads the device."""
@@ -247,6 +265,8 @@ class Search:
         poor = self.affords(self.everyone) < 1
         reason = torch.where(poor, int(Reason.BUDGET), int(Reason.STALLED))
         reason = torch.where(self.residual.isfinite(), reason, int(Reason.NOT_FINITE))
+        near = self.is_near_floor(self.everyone, self.residual)
+        reason = reason if near is None else torch.where(near & (self.floor > 0), int(Reason.PRECISION), reason)
         enough = self.problem.tolerance if self.problem.judge is None else self.problem.judge.enough
         reason = torch.where(self.residual <= enough, int(Reason.CONVERGED), reason)
-        return Root(self.u, self.residual, self.evaluations, denoised, reason, reached)
+        return Root(self.u, self.residual, self.evaluations, denoised, reason, reached, self.floor)

@@ -70,7 +70,8 @@ class StepByStep:
         first, *others = [*self._sizes(task, solver), None]  # None: the plain run
         found, restored = _plain(task, up) if first is None else self._attempt(task, solver, first)
         for size in others:
-            index = (task.is_lost(task.error(restored)) | (size is None and task.is_half)).nonzero()[:, 0]
+            wanted = task.is_lost(task.error(restored)) & ~_is_settled(found)
+            index = (wanted | (size is None and task.is_half)).nonzero()[:, 0]
             if len(index) and (size is not None or up is not None):
                 some = task.take(index)
                 trial, images = _plain(some, up) if size is None else self._attempt(some, solver, size)
@@ -133,7 +134,7 @@ class StepByStep:
                 break
             allowed[:, index] = finer[:, index]
             trial, images = _solve_again(
-                task.take(index), solver, found, allowed[:, index], index, (budget - found.evaluations)[index]
+                task.take(index).steady(), solver, found, allowed[:, index], index, (budget - found.evaluations)[index]
             )
             residuals[:, index] = trial.residuals
             self._take_better(task, found, restored, index, trial, images, equal=True)
@@ -173,14 +174,14 @@ class StepByStep:
             levels, spent = levels_of(task.plan, y)[step.index], found.evaluations[i : i + 1]
             rows, zero = task.solving.take(index), torch.zeros_like(spent)
             problem = step_problem(task.plan, step, rows, y, levels, y.new_zeros(1), zero, task.eps)
-            value = measure_fold(task, problem, u, spent)
+            ended = Reason.STALLED if found.reasons is None else Reason(int(found.reasons[step.index, i]))
+            value = None if ended == Reason.PRECISION else measure_fold(task, problem, u, spent)
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)
             fine = residual <= max(
                 float(allowed[step.index, i]), self.rounded * task.eps * float(task.unit(step.sigma)[i])
             )
-            ended = Reason.STALLED if found.reasons is None else Reason(int(found.reasons[step.index, i]))
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
             reasons[i] = _reason(ended, fine, folded)
         return reasons, notes
@@ -188,13 +189,21 @@ class StepByStep:
 
 def _reason(ended: Reason, fine: bool, folded: bool) -> Reason:
     """Return why a sample was not inverted, from how its worst step ended."""
-    if ended == Reason.NOT_FINITE:
+    if ended in (Reason.NOT_FINITE, Reason.PRECISION):
         return ended
     if fine:
         return Reason.PRECISION
     if ended == Reason.BUDGET:
         return ended
     return Reason.FOLD if folded else Reason.STALLED
+
+
+def _is_settled(found: Trajectory) -> Tensor:
+    """Tell which samples are solved as well as the network's noise allows, shape (batch,)."""
+    if found.reasons is None:
+        return torch.zeros_like(found.evaluations, dtype=torch.bool)
+    noisy = found.reasons == Reason.PRECISION
+    return ((found.reasons == Reason.CONVERGED) | noisy).all(0) & noisy.any(0)
 
 
 def _plain(task: Task, up: Plan | None) -> tuple[Trajectory, Tensor]:

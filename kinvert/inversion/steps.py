@@ -48,12 +48,15 @@ class Trajectory:
         residuals: rms of `step(state) - next state`, shape (steps, batch).
         evaluations: spent on each sample, int64, shape (batch,).
         reasons: a `Reason` for each step and sample, int64, shape (steps, batch); None if no step was solved by itself.
+        noise: what the denoiser's answers are uncertain by, in parts of their rms, as far as a search met it; 0 if none
+            did, shape (batch,).
     """
 
     states: list[Tensor]
     residuals: Tensor
     evaluations: Tensor
     reasons: Tensor | None = None
+    noise: Tensor | None = None
 
 
 def invert_steps(
@@ -84,6 +87,7 @@ def invert_steps(
     residuals: list[Tensor] = []
     reasons: list[Tensor] = []
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    noise, unit = torch.zeros_like(rms(x)), rms(x)
     for step in reversed(plan.steps):
         left = budget - evaluations - step.index * len(step.stages)  # the steps to come need one residual each
         problem = step_problem(plan, step, denoiser, states[0], levels[step.index], tolerance(step), left, eps)
@@ -95,16 +99,20 @@ def invert_steps(
             guess, spent = forecast(problem, known, plan.sigmas[0]), 0
         else:
             guess, spent = raised(problem, denoiser), 1
-        problem = replace(problem, budget=left - spent) if spent else problem
+        r = step.sigma_next / step.sigma
+        problem = replace(problem, budget=left - spent, floor=(1.0 - r) * noise * unit)
         root = (solver if step.sigma_next else LEAST_CHANGE).solve(problem, guess)
         denoised = problem.denoised(root.u) if root.denoised is None else root.denoised
         if denoised is not None:
             known = [(math.log(step.sigma / plan.sigmas[0]), denoised), *known[:2]]
+            unit = rms(denoised).clamp(min=torch.finfo(x.dtype).tiny)
+        if root.floor is not None:
+            noise = noise.maximum(root.floor / ((1.0 - r) * unit).clamp(min=torch.finfo(x.dtype).tiny))
         states.insert(0, root.u)
         residuals.insert(0, root.residual)
         reasons.insert(0, root.reason)
         evaluations += root.evaluations + spent
-    return Trajectory(states, torch.stack(residuals), evaluations, torch.stack(reasons))
+    return Trajectory(states, torch.stack(residuals), evaluations, torch.stack(reasons), noise)
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser
 from kinvert.engine import Callback, Memory, run, run_state
+from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.problem import Judge, Problem
 from kinvert.inversion.solvers.newton import smallest_singular_value
 from kinvert.inversion.verdict import Widened, image_size
@@ -42,7 +43,7 @@ class Task:
     """
 
     plan: Plan
-    denoiser: BoundDenoiser
+    denoiser: FewBatches
     x: Tensor
     tol: float
     limit: int
@@ -111,6 +112,13 @@ class Task:
             region=None if self.region is None else self.region[index],
             callback=None,
         )
+
+    def steady(self) -> Task:
+        """Return the task with the network called as the run that checks the latent calls it: with the whole batch.
+
+        A network's answers may change with the batch size, in their last digits or more.
+        """
+        return replace(self, denoiser=self.denoiser.steady())
 
     def sample(self, latent: Tensor, memory: Memory | None = None) -> Tensor:
         """Return what the sampler makes of a latent of the whole batch, in x's dtype."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from kinvert.inversion.noise_floor import measure_noise
 from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson
 from kinvert.inversion.solvers.base import Solver
@@ -34,8 +35,8 @@ class Sequence(Solver):
     def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""
         search, denoised, todo = Search(problem, guess.u), None, None
-        for attempt in self.attempts:
-            index = search.everyone if todo is None else search.open(todo)
+        for k, attempt in enumerate(self.attempts):
+            index = search.everyone if todo is None else self._left(search, todo, first=k == 1)
             if not len(index):
                 break
             whole = todo is None  # the first solver takes all samples: nothing to cut
@@ -48,6 +49,25 @@ class Sequence(Solver):
             denoised = self._known(denoised, found, problem, search, better, whole)
             todo = index
         return search.root(denoised)
+
+    @staticmethod
+    def _left(search: Search, todo: Tensor, first: bool) -> Tensor:
+        """Return the samples that are open, without those whose residual is the noise of F: no solver improves them.
+
+        The noise is measured when the first solver leaves something, unless the problem knows it.
+        """
+        index = search.open(todo)
+        near = search.is_near_floor(index, search.residual[index])
+        index = index if near is None else index[(~near).nonzero()[:, 0]]
+        if first and len(index):
+            able = index[(search.affords(index) >= 4).nonzero()[:, 0]]
+            floor = torch.zeros_like(search.residual) if search.floor is None else search.floor.clone()
+            if len(able):
+                floor[able] = floor[able].maximum(measure_noise(search, able))
+            search.floor = floor
+            index = search.open(index)
+        near = search.is_near_floor(index, search.residual[index])
+        return index if near is None else index[(~near).nonzero()[:, 0]]
 
     @staticmethod
     def _known(

@@ -150,7 +150,12 @@ class _StepCourse(_Course):
         self.mark[index] = torch.where(halved, worst, self.mark[index])
         self.since[index] = torch.where(halved, sweep, self.since[index])
         going = search.is_open(index, worst) & (sweep - self.since[index] < settings.patience)
-        wanted = sizes > self.problem.tolerance[index, None].maximum(settings.focus * worst[:, None])
+        near = search.is_near_floor(index, worst)
+        if near is not None:  # noise ends there, and what still halves is no noise
+            going &= ~(near & (sweep > self.since[index]))
+        enough = self.problem.tolerance[index]
+        enough = enough if search.floor is None else enough.maximum(search.floor[index])
+        wanted = sizes > enough[:, None].maximum(settings.focus * worst[:, None])
         todo: list[list[bool]] = (wanted & going[:, None]).tolist()
         return todo
 

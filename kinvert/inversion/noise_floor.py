@@ -1,0 +1,42 @@
+r"""How exactly a function answers: its noise, told from its shape by a second difference.
+
+A network that computes in half precision, or that answers differently each time, is not a smooth function. Of
+
+    F(u + e) + F(u - e) - 2 F(u)
+
+a smooth F leaves `e^2 F''`, which is small next to e if e is small; noise leaves `sqrt(6)` times itself, however small e
+is. So where a search no longer comes closer, two evaluations tell whether that is noise.
+
+Source: More and Wild, Estimating Computational Noise (2011), with one difference table over all values of a sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kinvert.inversion.problem import Search
+from kinvert.noise import white
+from kinvert.tensors import per_sample, rms
+
+__all__ = ["measure_noise"]
+
+MOST = 10.0  # noise explains a residual that is at most so many second differences
+
+LONGEST = 0.01  # of e in parts of the size: shorter than that, a smooth F leaves little even where it bends
+ROUGH = 0.2  # a second difference above this part of e is noise; that of a smooth F is of order e
+
+
+def measure_noise(search: Search, index: Tensor) -> Tensor:
+    """Return the noise that the best iterates of the samples `index` are lost in, as an rms residual; 0 if F is smooth.
+
+    It takes three evaluations of F. A noisy F leaves about the residual that the search ended at, which is returned.
+    """
+    u, residual = search.u[index], search.residual[index]
+    direction = white(0).bind(u[:1])(1.0, 0.0).expand_as(u)  # the same for every sample
+    length = torch.where(residual.isfinite(), residual.minimum(LONGEST * search.size[index]), 0.0) / rms(direction)
+    e = direction * per_sample(length, u)
+    center = search.call(u, index)
+    second = search.call(u + e, index) + search.call(u - e, index) - 2 * center
+    rough = (rms(second) > ROUGH * rms(e)) & (residual <= MOST * rms(second))
+    return torch.where(rough & residual.isfinite(), residual, 0.0)
