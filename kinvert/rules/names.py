@@ -23,10 +23,6 @@ __all__ = [
     "SCHEDULES_ELSEWHERE",
     "Meaning",
     "meaning",
-    "nearest",
-    "reduced",
-    "suggestion",
-    "unknown",
     "unknown_sampler",
     "unknown_schedule",
 ]
@@ -130,12 +126,12 @@ _CLASSES = ("discretescheduler", "scheduler")
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Return the error message for a name that is not `known`."""
+    """The error message for a name that is not `known`."""
     return f"unknown {what} {name!r}; {suggestion(name, known)}"
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """Return the second half of that message: the nearest of the known names, then all of them."""
+    """The second half of such a message: the nearest of the known names, then all of them."""
     known = list(known)
     if not known:
         return "there are none"
@@ -154,14 +150,14 @@ def unknown_schedule(name: object) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """Return the known name that is most similar to `name`, ignoring case and separators, or None."""
+    """The known name that is most like `name`, whatever its case and separators; None if none is like it."""
     places = {reduced(one): one for one in known}
     close = difflib.get_close_matches(reduced(str(name)), places, n=1, cutoff=0.5)
     return places[close[0]] if close else None
 
 
 def reduced(name: str) -> str:
-    """Reduce a name to a spelling that all hosts share; see the module."""
+    """A name without what is written in different ways."""
     words = re.findall(r"[a-z0-9]+", name.lower().replace("++", "pp"))
     if len(words) > 1 and words[-1] == "k":
         words[-1] = "karras"
