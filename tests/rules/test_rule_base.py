@@ -57,6 +57,14 @@ def test_public_name_survives_copies(way: str, renamed: str) -> None:
             assert found == rule and hash(found) == hash(rule)
 
 
+def test_public_name_survives_replace() -> None:
+    assert dataclasses.replace(ki.sampler("ddim"), s_noise=1.0).name == "ddim"
+    assert (
+        dataclasses.replace(ki.sampler("rk4"), tableau=TABLEAUS[0]).name == "midpoint"
+    )  # its own name changes with it
+    assert dataclasses.replace(Flow(ki.sampler("ddim")), start=0.9).name == "ddim"
+
+
 def vars_of(rule: ki.Rule) -> dict[str, Any]:
     return {f.name: getattr(rule, f.name) for f in options_of(rule)}
 
