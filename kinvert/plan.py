@@ -384,6 +384,7 @@ def _check_monotone(levels: tuple[float, ...]) -> None:
 
 
 def _describe(value: Any) -> str:
+    """Return a short text about a value that is no schedule, for an error message."""
     shape = getattr(value, "shape", None)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         return f"a {type(value).__name__} of {_describe(value[0])}"

@@ -23,6 +23,10 @@ __all__ = [
     "SCHEDULES_ELSEWHERE",
     "Meaning",
     "meaning",
+    "nearest",
+    "reduced",
+    "suggestion",
+    "unknown",
     "unknown_sampler",
     "unknown_schedule",
 ]
@@ -126,12 +130,12 @@ _CLASSES = ("discretescheduler", "scheduler")
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The error message for a name that is not `known`."""
+    """Return the error message for a name that is not `known`."""
     return f"unknown {what} {name!r}; {suggestion(name, known)}"
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
-    """The second half of such a message: the nearest of the known names, then all of them."""
+    """Return the second half of that message: the nearest of the known names, then all of them."""
     known = list(known)
     if not known:
         return "there are none"
@@ -150,14 +154,14 @@ def unknown_schedule(name: object) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, whatever its case and separators; None if none is like it."""
+    """Return the known name that is most similar to `name`, ignoring case and separators, or None."""
     places = {reduced(one): one for one in known}
     close = difflib.get_close_matches(reduced(str(name)), places, n=1, cutoff=0.5)
     return places[close[0]] if close else None
 
 
 def reduced(name: str) -> str:
-    """A name without what is written in different ways."""
+    """Reduce a name to a spelling that all hosts share; see the module."""
     words = re.findall(r"[a-z0-9]+", name.lower().replace("++", "pp"))
     if len(words) > 1 and words[-1] == "k":
         words[-1] = "karras"
