@@ -8,6 +8,7 @@ exponential Euler step in `log sigma` (DDIM).
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -213,11 +214,17 @@ class Rule(ABC):
         return self, sigmas
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _types_of(type(self))
         for f in options_of(self):
             label = f"{type(self).__name__}: {f.name}"
             checked = _check_option(label, getattr(self, f.name), hints[f.name], f.metadata)
             object.__setattr__(self, f.name, checked)  # in the type of the field, so that equal rules are equal
+
+
+@functools.lru_cache(maxsize=256)
+def _types_of(rule: type[Rule]) -> dict[str, Any]:
+    """Return the declared types of a rule's fields; evaluating the annotations takes most of the time to build it."""
+    return get_type_hints(rule)
 
 
 def options_of(rule: Rule | type[Rule]) -> tuple[Field[Any], ...]:
