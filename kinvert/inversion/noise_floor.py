@@ -19,12 +19,26 @@ from kinvert.inversion.problem import Search
 from kinvert.noise import white
 from kinvert.tensors import per_sample, rms
 
-__all__ = ["measure_noise"]
+__all__ = ["LONGEST", "NOISY", "is_noise", "measure_noise"]
+
+NOISY = "what is left is the denoiser's own noise, rounding or randomness; use a wider dtype of the network, or a larger tol"
 
 MOST = 10.0  # noise explains a residual that is at most so many second differences
 
 LONGEST = 0.01  # of e in parts of the size: shorter than that, a smooth F leaves little even where it bends
 ROUGH = 0.2  # a second difference above this part of e is noise; that of a smooth F is of order e
+
+
+def is_noise(second: Tensor, length: Tensor, residual: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """Tell whether a second difference is noise that explains a residual.
+
+    Args:
+        second: rms of the second difference.
+        length: rms of e.
+        residual: rms of the residual that may be noise.
+        gain: by how much the residual magnifies the noise of the second difference.
+    """
+    return (second > ROUGH * length) & (residual <= MOST * gain * second)
 
 
 def measure_noise(search: Search, index: Tensor) -> Tensor:
@@ -38,5 +52,4 @@ def measure_noise(search: Search, index: Tensor) -> Tensor:
     e = direction * per_sample(length, u)
     center = search.call(u, index)
     second = search.call(u + e, index) + search.call(u - e, index) - 2 * center
-    rough = (rms(second) > ROUGH * rms(e)) & (residual <= MOST * rms(second))
-    return torch.where(rough & residual.isfinite(), residual, 0.0)
+    return torch.where(is_noise(rms(second), rms(e), residual) & residual.isfinite(), residual, 0.0)

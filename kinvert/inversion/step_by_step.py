@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinvert.devices import has_float64
 from kinvert.inversion.certificate import Found
+from kinvert.inversion.noise_floor import NOISY
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Reason
 from kinvert.inversion.solvers import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Solver
@@ -176,6 +177,8 @@ class StepByStep:
             problem = step_problem(task.plan, step, rows, y, levels, y.new_zeros(1), zero, task.eps)
             ended = Reason.STALLED if found.reasons is None else Reason(int(found.reasons[step.index, i]))
             value = None if ended == Reason.PRECISION else measure_fold(task, problem, u, spent)
+            if ended == Reason.PRECISION:
+                note += f"; {NOISY}"
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)

@@ -13,6 +13,7 @@ from torch import Tensor
 from kinvert.denoisers import BoundDenoiser
 from kinvert.engine import run
 from kinvert.inversion.certificate import Found
+from kinvert.inversion.noise_floor import NOISY
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Guess, Problem, Reason
 from kinvert.inversion.solvers import Anderson, Solver, Sweeps
@@ -62,13 +63,14 @@ class WholeRun:
         budget = task.limit - once * (task.callback is not None)
         latent, restored = x.clone(), torch.full_like(x, torch.nan)
         error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), torch.zeros_like(task.problem.budget)
-        unsolved = torch.ones_like(spent, dtype=torch.bool)
+        ended = torch.full_like(spent, int(Reason.STALLED))
         if plan.sigmas[-1] > 0:  # a step to 0 forgets x
             plain = Recorded.of(up, plan, task.denoiser, task.x) if up and limited else None
-            latent, restored, error, spent, unsolved = _sweep(task, solver, plain, budget)
+            latent, restored, error, spent, ended = _sweep(task, solver, plain, budget)
         for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
             least = ThroughBase.least(task, base)
-            wanted = task.is_lost(error) & unsolved & error.isfinite()  # infinite only where the denoiser fails
+            unsolved = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION)
+            wanted = task.is_lost(error) & unsolved & error.isfinite()  # infinite only if the denoiser fails
             index = (wanted & (budget - spent >= least)).nonzero()[:, 0]
             if not len(index):
                 continue
@@ -80,7 +82,7 @@ class WholeRun:
             latent[where], restored[where], error[where] = (
                 part[better] for part in (best.latent, best.restored, best.error)
             )
-        index = (task.is_lost(error) | task.is_half).nonzero()[:, 0]
+        index = (task.is_lost(error) & (ended != Reason.PRECISION) | task.is_half).nonzero()[:, 0]
         if up and not limited and len(index):
             one = task.take(index)
             plain = Recorded.of(up, plan, one.denoiser, one.x)
@@ -90,18 +92,22 @@ class WholeRun:
         if task.callback is not None:
             restored = task.sample(latent)
             spent += once
-        reasons, notes = self._explain(task, latent, error, spent, budget)
+        reasons, notes = self._explain(task, latent, error, spent, ended, budget)
         checking = once * (2 if task.callback else 1)
         return Found(latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes)
 
     def _explain(
-        self, task: Task, latent: Tensor, error: Tensor, spent: Tensor, budget: int
+        self, task: Task, latent: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int
     ) -> tuple[dict[int, Reason], list[str]]:
         """Return, for each sample that was not inverted, why, and what to tell; what that costs is added to `spent`."""
         plan, x, reasons, notes = task.plan, task.wide, dict[int, Reason](), list[str]()
         for i in task.failed(error):
             index = torch.tensor([i], device=x.device)
             note = f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run"
+            if ended[i] == Reason.PRECISION:
+                notes.append(f"{note}; {NOISY}")
+                reasons[i] = Reason.PRECISION
+                continue
             poor, some = budget - int(spent[i]) < 2 * plan.evaluations, task.take(index)
             rows, y, zero = some.solving, x[index], torch.zeros_like(spent[i : i + 1])
             problem = Problem(partial(_run_rows, plan, rows), y, rms(y), zero, plan.evaluations, task.eps)
@@ -138,4 +144,4 @@ def _sweep(
     root = solver.solve(problem, guess)
     restored = root.reached if root.reached is not None else task.sample(root.u).to(x.dtype)
     cost = root.evaluations + spent + (root.reached is None) * task.plan.evaluations
-    return root.u, restored, task.error(restored), cost, root.reason != Reason.CONVERGED
+    return root.u, restored, task.error(restored), cost, root.reason

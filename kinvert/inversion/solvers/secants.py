@@ -22,6 +22,8 @@ from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import stage_sigmas
 from kinvert.inversion.couplings import Couplings
 from kinvert.inversion.problem import Guess
+from kinvert.noise import white
+from kinvert.tensors import rms
 
 __all__ = ["Secants"]
 
@@ -90,6 +92,18 @@ class Secants:
         self.Y[rows, k] = u
         for part, value in enumerate(self._outputs(out)):
             self.D[rows, k * self.outputs + part] = value.flatten(1).to(u.dtype)
+
+    def probe(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
+        """Return the rms of the second difference of D at evaluation k, over steps of rms `length`; two evaluations."""
+        y = self.Y[rows, k]
+        direction = white(0).bind(y[:1])(1.0, 0.0).expand_as(y)
+        e = direction * (length / rms(direction[:1]))[:, None]
+        denoiser, sigma = self.whole.take(self.index[rows]), self.sigmas[k, : len(rows)]
+        total = -2 * self.D[rows, k * self.outputs]
+        for u in (y + e, y - e):
+            out = denoiser(u.reshape(-1, *self.shape).to(self.dtype), sigma)
+            total = total + self._outputs(out)[0].flatten(1).to(total.dtype)
+        return rms(total)
 
     def _outputs(self, out: Tensor | Guided) -> tuple[Tensor, ...]:
         if isinstance(out, Guided):

@@ -15,12 +15,15 @@ import torch
 
 from kinvert import linalg
 from kinvert.checks import check_count_field
+from kinvert.inversion.noise_floor import LONGEST, is_noise
 from kinvert.inversion.problem import Guess, Judge, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.secants import Secants
 from kinvert.tensors import per_sample, rms, wide_dtype
 
 __all__ = ["StepSweeps", "Sweeps"]
+
+STALLED = 3  # sweeps without a halved residual after which the noise of the denoiser is measured, again and again
 
 
 class _Course:
@@ -194,6 +197,7 @@ class _VerifiedCourse(_Course):
         if guess.reached is not None:
             self.search.residual = self.judge.error(x - guess.reached, self.search.everyone)
             self.errors = self.search.residual.tolist()
+        self.noisy = [False] * n
         self.pause, self.gap = [self.started + cost] * n, [cost] * n
 
     def look(self, sweep: int) -> list[list[bool]]:
@@ -214,13 +218,38 @@ class _VerifiedCourse(_Course):
         for i in paused:
             self.gap[i] *= 2
             self.pause[i] = self.spent[i] + self.gap[i]
+        self._probe(samples, sizes, [self._stalls(i, sweep) for i in samples])
         todo = []
         for place, i in enumerate(samples):
-            going = not self._is_done(i) and sweep - self.since[i] < self.settings.patience
+            going = not self._is_done(i) and not self.noisy[i] and sweep - self.since[i] < self.settings.patience
             going &= self.spent[i] + 2 * self.problem.cost <= self.budget[i]
             enough = max(self.asked[i], self.settings.focus * worst[place])
             todo.append([going and size > enough for size in sizes[place]])
         return todo
+
+    def _stalls(self, i: int, sweep: int) -> bool:
+        """Tell whether sample i no longer comes closer, so that its noise should be measured."""
+        affordable = self.spent[i] + 2 + 2 * self.problem.cost <= self.budget[i]
+        waited = sweep - self.since[i]
+        return not self._is_done(i) and waited > 0 and waited % STALLED == 0 and affordable
+
+    def _probe(self, samples: list[int], sizes: list[list[float]], stalls: list[bool]) -> None:
+        """Find out which of the samples that stall are lost in the noise of the denoiser."""
+        groups: dict[int, list[int]] = {}
+        for place, (stalled, levels) in enumerate(zip(stalls, sizes, strict=True)):
+            if stalled and math.isfinite(max(levels)):
+                groups.setdefault(levels.index(max(levels)), []).append(place)
+        for k, places in groups.items():
+            rows = torch.tensor(places, device=self.trial.device)
+            unit = self.run.unit[self.run.index[rows], k]
+            residual = torch.tensor([sizes[place][k] for place in places], device=unit.device, dtype=unit.dtype) * unit
+            gain = max(1.0, float(self.run.C[k].square().sum().sqrt()))
+            length = (residual / gain).minimum(LONGEST * unit)
+            noisy = is_noise(self.run.probe(k, rows, length), length, residual, gain).tolist()
+            for place, found in zip(places, noisy, strict=True):
+                self.noisy[samples[place]] = found
+                self.spent[samples[place]] += 2
+            self.search.evaluations[self.run.index[rows]] += 2
 
     def _is_done(self, i: int) -> bool:
         """Tell whether a verified latent of sample i will do."""
@@ -267,4 +296,6 @@ class _VerifiedCourse(_Course):
         root = self.search.root(reached=self.reached)
         done = torch.tensor([self._is_done(i) for i in everyone], device=root.reason.device)
         reason = torch.where((root.reason == Reason.CONVERGED) & ~done, int(Reason.STALLED), root.reason)
+        noisy = torch.tensor(self.noisy, device=root.reason.device)
+        reason = torch.where(noisy & (reason == Reason.STALLED), int(Reason.PRECISION), reason)
         return replace(root, reason=reason)
