@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kinvert as ki
 from kinvert.denoisers.dtypes import FLOATS, explain
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LEVELS = ki.levels.stable_diffusion()
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 
