@@ -12,12 +12,12 @@ A network is not told sigma but a *time* t, and every family of models has its o
 * flow (Esser et al. 2024, arXiv 2403.03206): `x = (1 - s) x0 + s eps`; the noise level is the *flow
   time* s in [0, 1] itself, with the shift `Sh(u) = a u / (1 + (a - 1) u)` and t = multiplier * s.
 
-A `Levels` holds the table (ascending, float64) and both maps. Discrete and edm levels are sigmas of
-the variance-exploding (VE) coordinates `x = x0 + sigma * eps`. Flow levels are flow times s;
-`flow_to_ve` and `ve_to_flow` convert by sigma = s / (1 - s); schedules of flow times are `FlowTimes`.
+A `Levels` holds the table (ascending, float64) and both maps. Discrete and edm levels are sigmas of the
+variance-exploding (VE) coordinates `x = x0 + sigma * eps`. Flow levels are flow times s; `flow_to_ve` and `ve_to_flow`
+convert by sigma = s / (1 - s); schedules of flow times are `FlowTimes`.
 
-Tables are kept in float64 and never rounded. Hosts round them to float32: every schedule picks the
-same entries from both, and the tables differ by float32 rounding alone.
+Tables are kept in float64 and never rounded. Hosts round them to float32: every schedule picks the same entries from
+both, and the tables differ by float32 rounding alone.
 """
 
 from __future__ import annotations
@@ -81,10 +81,9 @@ def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
 class Levels(ABC):
     """The noise levels of one model (abstract; the functions of this module build one).
 
-    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in
-    float64 and return float64 for float64, integers and numbers, float32 for the rest (bfloat16
-    could not hold the index 999). They never wait for the device, so a negative sigma, or a NaN,
-    gives NaN instead of an error.
+    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in float64 and return
+    float64 for float64, integers and numbers, float32 for the rest (bfloat16 could not hold the index 999). They never
+    wait for the device, so a negative sigma, or a NaN, gives NaN instead of an error.
 
     Attributes:
         sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
@@ -153,8 +152,7 @@ class DiscreteLevels(Levels):
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
         """Index of the level nearest in ln sigma; a tie (to within 1e-6) goes to the lower index.
 
-        With `quantize=False`: the index interpolated linearly in ln sigma, clamped to [0, M - 1],
-        as k-diffusion does.
+        With `quantize=False`: the index interpolated linearly in ln sigma, clamped to [0, M - 1], as k-diffusion does.
         """
         wide, dtype = _widen("sigma", sigma)
         _, log, edges = self._on(wide)
@@ -217,9 +215,8 @@ class EDMLevels(Levels):
 class FlowLevels(Levels):
     """Rectified-flow levels: flow times s in (0, 1], with `Sh(u) = a u / (1 + (a - 1) u)`.
 
-    `sigma(t) = Sh(t / multiplier)` applies the shift a and `timestep(s) = multiplier * s` does not
-    undo it: the network is told the shifted time. So the maps are inverse only for a = 1, as in the
-    hosts.
+    `sigma(t) = Sh(t / multiplier)` applies the shift a and `timestep(s) = multiplier * s` does not undo it: the network
+    is told the shifted time. So the maps are inverse only for a = 1, as in the hosts.
 
     Attributes:
         shift: a.
@@ -258,8 +255,8 @@ def _shifted(u: Tensor, shift: float) -> Tensor:
 def stable_diffusion(zero_snr: bool = False) -> DiscreteLevels:
     """Stable Diffusion 1, 2 and XL: 1000 betas from 0.00085 to 0.012, uniform in sqrt(beta).
 
-    `zero_snr` rescales to zero terminal SNR, see `from_alphas_cumprod`. Source: High-Resolution
-    Image Synthesis with Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752.
+    `zero_snr` rescales to zero terminal SNR, see `from_alphas_cumprod`. Source: High-Resolution Image Synthesis with
+    Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752.
     """
     return from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, zero_snr=zero_snr)
 
@@ -268,8 +265,7 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], zero_snr: bool = Fa
     """Levels of a DDPM with forward variances `betas`: abar_j = prod_{i <= j} (1 - beta_i).
 
     Raises:
-        ValueError: not 1-D with two values or more, or a beta outside (0, 1); with zero_snr the
-            last may be 1.
+        ValueError: not 1-D with two values or more, or a beta outside (0, 1); with zero_snr the last may be 1.
     """
     return from_alphas_cumprod(np.cumprod(1 - _array("betas", betas)), zero_snr=zero_snr)
 
@@ -279,13 +275,13 @@ def from_alphas_cumprod(
 ) -> DiscreteLevels:
     """Levels `sqrt((1 - abar) / abar)` of cumulative products abar, read in float64.
 
-    `zero_snr` shifts and scales sqrt(abar) so that its first value stays and its last becomes 0,
-    and then sets the last abar to 4.9e-8, so that sigma_max is finite (4518.76). Source: Common
-    Diffusion Noise Schedules and Sample Steps are Flawed, Lin et al. 2023, arXiv 2305.08891.
+    `zero_snr` shifts and scales sqrt(abar) so that its first value stays and its last becomes 0, and then sets the last
+    abar to 4.9e-8, so that sigma_max is finite (4518.76). Source: Common Diffusion Noise Schedules and Sample Steps are
+    Flawed, Lin et al. 2023, arXiv 2305.08891.
 
     Raises:
-        ValueError: not 1-D with two values or more, or not strictly descending in (0, 1); with
-            zero_snr the last may be 0, but not next to 0: such levels are rescaled already.
+        ValueError: not 1-D with two values or more, or not strictly descending in (0, 1); with zero_snr the last may be
+            0, but not next to 0: such levels are rescaled already.
     """
     abar = _array("alphas_cumprod", alphas_cumprod)
     positive = abar[-1] >= 0 if zero_snr else abar[-1] > 0
@@ -319,8 +315,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
     """Continuous EDM levels; the table is 1000 sigmas, uniform in ln sigma.
 
     Stable Video Diffusion has sigma_max = 700; Playground 2.5 has sigma_max = 80, sigma_data = 0.5.
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022,
-    arXiv 2206.00364.
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022, arXiv 2206.00364.
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
@@ -336,8 +331,8 @@ def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
     """Rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
 
     Values are flow times, and a denoiser that is built from these levels takes them as they are.
-    Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al.
-    2024, arXiv 2403.03206.
+    Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al. 2024, arXiv
+    2403.03206.
 
     Raises:
         ValueError: unless shift > 0 and multiplier > 0.

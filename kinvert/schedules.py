@@ -1,22 +1,20 @@
 r"""Sigma schedules: which noise levels a sampler visits.
 
-A schedule of n steps is a 1-D float64 CPU tensor, decreasing, of n + 1 values
-`sigma_0 > ... > sigma_n = 0`. Exceptions: `laplace` ends without the 0, `ddim_uniform` and `beta`
-may have another number of steps, and `simple` (n > M) and `laplace` (clamping) may repeat values;
-each says so. A repeated sigma is a step of length 0, which multistep samplers divide by.
+A schedule of n steps is a 1-D float64 CPU tensor, decreasing, of n + 1 values `sigma_0 > ... > sigma_n = 0`.
+Exceptions: `laplace` ends without the 0, `ddim_uniform` and `beta` may have another number of steps, and `simple` (n >
+M) and `laplace` (clamping) may repeat values; each says so. A repeated sigma is a step of length 0, which multistep
+samplers divide by.
 
-Symbols: n steps, j the index of a value, `u_j = j / (n - 1)` (0 for n = 1), [sigma_min, sigma_max]
-the bounds, and of a model's `Levels`: the table T of length M (ascending) and the maps t(sigma),
-sigma(t).
+Symbols: n steps, j the index of a value, `u_j = j / (n - 1)` (0 for n = 1), [sigma_min, sigma_max] the bounds, and of a
+model's `Levels`: the table T of length M (ascending) and the maps t(sigma), sigma(t).
 
-Errors, by every function: TypeError for an n that is not an int, a number that is not one, or a
-levels that is not a `Levels`; ValueError for n < 1, unless 0 < sigma_min < sigma_max, for a shape
-parameter (rho, alpha, beta, ...) that is not positive and finite, and where a docstring says so.
+Errors, by every function: TypeError for an n that is not an int, a number that is not one, or a levels that is not a
+`Levels`; ValueError for n < 1, unless 0 < sigma_min < sigma_max, for a shape parameter (rho, alpha, beta, ...) that is
+not positive and finite, and where a docstring says so.
 
-`schedule` takes the names that ComfyUI and k-diffusion use and applies ComfyUI's rules for
-denoise < 1 and for samplers that drop the penultimate sigma. The hosts compute in float32: their
-values differ from these by its rounding, of up to 2e-4 where it is amplified
-(`kl_optimal` with a large sigma_max, `vp` at small times).
+`schedule` takes the names that ComfyUI and k-diffusion use and applies ComfyUI's rules for denoise < 1 and for samplers
+that drop the penultimate sigma. The hosts compute in float32: their values differ from these by its rounding, of up to
+2e-4 where it is amplified (`kl_optimal` with a large sigma_max, `vp` at small times).
 """
 
 from __future__ import annotations
@@ -51,8 +49,8 @@ def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tens
     """Uniform in sigma^(1/rho), then 0.
 
     `sigma_j = (A + u_j (B - A))^rho` with A = sigma_max^(1/rho) and B = sigma_min^(1/rho).
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022,
-    arXiv 2206.00364, eq. 5.
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022, arXiv 2206.00364, eq.
+    5.
     """
     n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
     rho = check_number("rho", rho, above=0)
@@ -78,8 +76,8 @@ def vp(n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3)
     """Uniform in the time of the variance-preserving SDE, then 0.
 
     `sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)` at n times t from 1 to eps_s.
-    Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al.
-    2021, arXiv 2011.13456.
+    Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al. 2021, arXiv
+    2011.13456.
     """
     beta_d, beta_min = check_number("beta_d", beta_d, above=0), check_number("beta_min", beta_min, above=0)
     t = _linspace(1, check_number("eps_s", eps_s, above=0, below=1), _steps(n))
@@ -89,8 +87,8 @@ def vp(n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3)
 def laplace(n: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: float = 0.5) -> Tensor:
     """Quantiles of a Laplace law of ln sigma, clamped to the bounds; n values, without a 0.
 
-    `ln sigma_j = mu - beta sign(1/2 - u_j) ln(1 - 2 |1/2 - u_j| + 1e-5)`: n - 1 steps, the last one
-    to about sigma_min. Clamping repeats values where the law reaches past a bound.
+    `ln sigma_j = mu - beta sign(1/2 - u_j) ln(1 - 2 |1/2 - u_j| + 1e-5)`: n - 1 steps, the last one to about sigma_min.
+    Clamping repeats values where the law reaches past a bound.
     Source: Improved Noise Schedule for Diffusion Training, Hang et al. 2024, arXiv 2407.03297.
     """
     n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
@@ -103,11 +101,10 @@ def laplace(n: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: f
 def kl_optimal(n: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in the angle atan sigma, then 0.
 
-    `sigma_j = tan((1 - u_j) atan sigma_max + u_j atan sigma_min)`: uniform time on the cosine
-    schedule (Nichol and Dhariwal 2021, arXiv 2102.09672, without its offset). n = 1 gives
-    [sigma_max, 0], where the hosts divide 0 by 0 and give NaN.
-    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
-    arXiv 2404.14507.
+    `sigma_j = tan((1 - u_j) atan sigma_max + u_j atan sigma_min)`: uniform time on the cosine schedule (Nichol and
+    Dhariwal 2021, arXiv 2102.09672, without its offset). n = 1 gives [sigma_max, 0], where the hosts divide 0 by 0 and
+    give NaN.
+    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024, arXiv 2404.14507.
     """
     n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
     return _between(_linspace(math.atan(high), math.atan(low), n).tan(), low, high)
@@ -116,10 +113,8 @@ def kl_optimal(n: int, sigma_min: float, sigma_max: float) -> Tensor:
 def ays(n: int, model: str = "sd15") -> Tensor:
     """Align Your Steps: published sigmas, interpolated log-linearly to n + 1 values, the last 0.
 
-    n = 10 is the published table itself. `model` is "sd15", "sdxl" or "svd" (Stable Video
-    Diffusion).
-    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
-    arXiv 2404.14507.
+    n = 10 is the published table itself. `model` is "sd15", "sdxl" or "svd" (Stable Video Diffusion).
+    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024, arXiv 2404.14507.
     """
     check_choice("model", model, ALIGN_YOUR_STEPS)
     table = np.log(ALIGN_YOUR_STEPS[model])
@@ -131,8 +126,8 @@ def ays(n: int, model: str = "sd15") -> Tensor:
 def normal(n: int, levels: Levels) -> Tensor:
     """Uniform in network time: sigma(t) at n times from t(sigma_max) to t(sigma_min), then 0.
 
-    Where the last of them is 0 already (sigma <= 1e-5): n + 1 values and no other 0. Flow levels
-    with a shift apply it twice at the low end, as the hosts do: their two maps are not inverse.
+    Where the last of them is 0 already (sigma <= 1e-5): n + 1 values and no other 0. Flow levels with a shift apply it
+    twice at the low end, as the hosts do: their two maps are not inverse.
     """
     n, (start, end) = _steps(n), _time_range(levels)
     if abs(float(levels.sigma(end))) <= ZERO:
@@ -162,8 +157,8 @@ def simple(n: int, levels: Levels) -> Tensor:
 def ddim_uniform(n: int, levels: Levels) -> Tensor:
     """Levels 1, 1 + s, 1 + 2 s, ... with the stride s = max(floor(M / n), 1), downwards, then 0.
 
-    That is ceil((M - 1) / s) steps, not always n (M = 1000: n = 30 gives 31), and it starts below
-    sigma_max. Where T[1] is 0 already (<= 1e-5), s is that of n + 1 and no other 0 follows.
+    That is ceil((M - 1) / s) steps, not always n (M = 1000: n = 30 gives 31), and it starts below sigma_max. Where T[1]
+    is 0 already (<= 1e-5), s is that of n + 1 and no other 0 follows.
     Source: Denoising Diffusion Implicit Models, Song et al. 2021, arXiv 2010.02502.
     """
     n, table = _steps(n), _checked(levels).sigmas
@@ -176,11 +171,10 @@ def ddim_uniform(n: int, levels: Levels) -> Tensor:
 def beta(n: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Levels at the quantiles of a Beta(alpha, beta) law, then 0.
 
-    `T[round(Q(1 - j / n) (M - 1))]`, rounding half to even, Q the quantile function. An index
-    equal to the one before is dropped, so a large n gives fewer steps (M = 1000: n = 1000 gives
-    847).
-    Source: Beta Sampling is All You Need: Efficient Image Generation Strategy for Diffusion Models
-    using Stepwise Spectral Analysis, Lee et al. 2024, arXiv 2407.12173.
+    `T[round(Q(1 - j / n) (M - 1))]`, rounding half to even, Q the quantile function. An index equal to the one before
+    is dropped, so a large n gives fewer steps (M = 1000: n = 1000 gives 847).
+    Source: Beta Sampling is All You Need: Efficient Image Generation Strategy for Diffusion Models using Stepwise
+    Spectral Analysis, Lee et al. 2024, arXiv 2407.12173.
     """
     from scipy import special  # here, because it takes a tenth of torch's own import time
 
@@ -205,10 +199,9 @@ def linear_quadratic(
 ) -> Tensor:
     """Linear from sigma_max for half of the steps, then quadratic down to 0.
 
-    `sigma_j = sigma_max (1 - y_j)`; y rises linearly from 0 to theta = threshold_noise in
-    k = linear_steps (default n // 2) steps; then `y_j = a j^2 + b j + a k^2` continues its value
-    and its slope to 1: with m = n - k and delta = k - theta n, `a = delta / (k m^2)` and
-    `b = theta / k - 2 delta / m^2`. n = 1 gives [sigma_max, 0].
+    `sigma_j = sigma_max (1 - y_j)`; y rises linearly from 0 to theta = threshold_noise in k = linear_steps (default n
+    // 2) steps; then `y_j = a j^2 + b j + a k^2` continues its value and its slope to 1: with m = n - k and delta = k -
+    theta n, `a = delta / (k m^2)` and `b = theta / k - 2 delta / m^2`. n = 1 gives [sigma_max, 0].
     Source: Movie Gen: A Cast of Media Foundation Models, Polyak et al. 2024, arXiv 2410.13720.
 
     Args:
@@ -218,8 +211,8 @@ def linear_quadratic(
         linear_steps: length k of the linear part.
 
     Raises:
-        ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from
-            there on the quadratic part would pass below 0 and come back.
+        ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from there on the quadratic
+            part would pass below 0 and come back.
     """
     n = _steps(n)
     sigma_max = check_number("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
@@ -242,8 +235,7 @@ class ScheduleEntry:
 
     Attributes:
         name: the host's name.
-        function: called as function(n, sigma_min, sigma_max), function(n, levels) or function(n),
-            with options.
+        function: called as function(n, sigma_min, sigma_max), function(n, levels) or function(n), with options.
         needs: which of the three: "bounds", "levels" or "nothing".
     """
 
@@ -294,10 +286,9 @@ def schedule(
 ) -> Tensor:
     """The schedule that a host builds from a name, a number of steps and the model.
 
-    Bounds are the ends of the model's table. For a sampler in `DISCARD_PENULTIMATE` the schedule is
-    built with one step more and loses its second-to-last value. For denoise < 1 it is built with
-    floor(steps / denoise) steps, and its last steps + 1 values are kept (all of them if there are
-    fewer). denoise above 0.9999 or None means all of the noise.
+    Bounds are the ends of the model's table. For a sampler in `DISCARD_PENULTIMATE` the schedule is built with one step
+    more and loses its second-to-last value. For denoise < 1 it is built with floor(steps / denoise) steps, and its last
+    steps + 1 values are kept (all of them if there are fewer). denoise above 0.9999 or None means all of the noise.
 
     Args:
         name: a key of `SCHEDULES`.

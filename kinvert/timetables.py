@@ -117,8 +117,8 @@ def from_table(
     With a scheduler of diffusers: `from_table(scheduler.sigmas, scheduler.timesteps)`, after `set_timesteps`.
 
     Raises:
-        ValueError: not two levels or more, not one time for each, levels that are not positive and strictly
-            monotone, or times that do not follow the order of the levels.
+        ValueError: not two levels or more, not one time for each, levels that are not positive and strictly monotone,
+            or times that do not follow the order of the levels.
     """
     table, times = _array("sigmas", sigmas), _array("timesteps", timesteps)
     if table[-1] == 0 and len(table) == len(times) + 1:

@@ -1,6 +1,6 @@
 r"""Denoisers with exact answers, for distributions whose posterior mean is a closed formula.
 
-With ``x = x0 + sigma eps``, ``D(x, sigma) = E[x0 | x]`` and ``p_sigma`` the density of x,
+With `x = x0 + sigma eps`, `D(x, sigma) = E[x0 | x]` and `p_sigma` the density of x,
 
     D = x + sigma² ∇ log p_sigma(x)  (Tweedie's formula),      ∂D/∂x = Cov[x0 | x] / sigma²
 
@@ -15,9 +15,8 @@ A mixture of K isotropic Gaussians on R^d, means m_k, stds s_k, weights w_k, v_k
 
 A finite data set is the mixture with every s_k = 0.
 
-At sigma = 0 the denoisers take their limits: x itself where std > 0, the mean (of a data set: the
-nearest point) where std = 0. They compute in float64 for float64 x and in float32 otherwise, and
-round once to x's dtype.
+At sigma = 0 the denoisers take their limits: x itself where std > 0, the mean (of a data set: the nearest point) where
+std = 0. They compute in float64 for float64 x and in float32 otherwise, and round once to x's dtype.
 
 Source: "Tweedie's Formula and Selection Bias", Efron 2011, JASA 106(496).
 """
@@ -79,15 +78,14 @@ def _parameter(name: str, value: Tensor | float, low: float = -math.inf) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """The exact denoiser of N(mean, std²): ``D = mean + std² / (std² + sigma²) (x - mean)``.
+    """The exact denoiser of N(mean, std²): `D = mean + std² / (std² + sigma²) (x - mean)`.
 
     Args:
         mean, std: floats or tensors that broadcast to x's event shape; std >= 0, 0 for a Dirac.
 
     Raises:
         TypeError: a parameter is a tensor of integers.
-        ValueError: a parameter is not finite or std is negative; in a call, they do not broadcast
-            to x's event shape.
+        ValueError: a parameter is not finite or std is negative; in a call, they do not broadcast to x's event shape.
     """
 
     coordinates: ClassVar[Literal["ve"]] = "ve"
@@ -107,14 +105,14 @@ class Gaussian:
         return (mean + gain * (x.to(mean.dtype) - mean)).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``∇ log p_sigma(x) = (D - x) / sigma² = (mean - x) / (std² + sigma²)``."""
+        """`∇ log p_sigma(x) = (D - x) / sigma² = (mean - x) / (std² + sigma²)`."""
         mean, std = self._cast(x)
         return ((mean - x.to(mean.dtype)) / _variance(std, expand(sigma, x))).to(x.dtype)
 
     def ode(self, x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
-        """The exact solution of the probability-flow ODE ``dx/dsigma = (x - D) / sigma``.
+        """The exact solution of the probability-flow ODE `dx/dsigma = (x - D) / sigma`.
 
-        ``x' = mean + (x - mean) sqrt((std² + sigma_to²) / (std² + sigma_from²))``, up or down.
+        `x' = mean + (x - mean) sqrt((std² + sigma_to²) / (std² + sigma_from²))`, up or down.
 
         Raises:
             ValueError: a sigma is negative or not finite, or sigma_from is 0 where std is 0.
@@ -151,7 +149,7 @@ class Gaussian:
 class GaussianMixture:
     """The exact denoiser of a mixture of isotropic Gaussians; the module docstring has the formula.
 
-    A call holds ``batch * K * d`` numbers.
+    A call holds `batch * K * d` numbers.
 
     Args:
         means: (K, *event).
@@ -160,8 +158,8 @@ class GaussianMixture:
 
     Raises:
         TypeError: a parameter is a tensor of integers.
-        ValueError: a parameter is not finite, negative or of the wrong shape, the weights sum to 0;
-            in a call, x's event shape is not that of the means.
+        ValueError: a parameter is not finite, negative or of the wrong shape, the weights sum to 0; in a call, x's
+            event shape is not that of the means.
     """
 
     coordinates: ClassVar[Literal["ve"]] = "ve"
@@ -196,7 +194,7 @@ class GaussianMixture:
         return denoised.reshape(x.shape).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``∇ log p_sigma(x) = (D - x) / sigma² = Σ_k r_k (m_k - x) / v_k``."""
+        """`∇ log p_sigma(x) = (D - x) / sigma² = Σ_k r_k (m_k - x) / v_k`."""
         flat, means, _, variance, share = self._posterior(x, sigma)
         pull = share / variance
         return (pull @ means - pull.sum(1, keepdim=True) * flat).reshape(x.shape).to(x.dtype)
@@ -226,9 +224,8 @@ class GaussianMixture:
 class Dataset:
     """The exact denoiser of a finite data set, which puts the mass 1/N on each of its points.
 
-    ``D = Σ_n r_n x_n, r = softmax_n( -|x - x_n|² / (2 sigma²) )``, at sigma = 0 the nearest point:
-    what a network that had memorised its training set would compute. A call holds ``batch * N * d``
-    numbers.
+    `D = Σ_n r_n x_n, r = softmax_n( -|x - x_n|² / (2 sigma²) )`, at sigma = 0 the nearest point: what a network that
+    had memorised its training set would compute. A call holds `batch * N * d` numbers.
 
     Args:
         points: (N, *event).
@@ -249,5 +246,5 @@ class Dataset:
         return self._mixture(x, sigma)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``∇ log p_sigma(x) = (D - x) / sigma²``."""
+        """`∇ log p_sigma(x) = (D - x) / sigma²`."""
         return self._mixture.score(x, sigma)

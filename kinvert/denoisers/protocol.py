@@ -1,11 +1,11 @@
 """What a denoiser is, and the checks every denoiser shares.
 
-In variance-exploding coordinates, ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)``, a denoiser is
+In variance-exploding coordinates, `x = x0 + sigma * eps` with `eps ~ N(0, I)`, a denoiser is
 
     D(x, sigma) ≈ E[x0 | x]
 
-from which everything else follows: the slope of the probability-flow ODE is ``(x - D) / sigma`` and
-the score is ``(D - x) / sigma**2``.
+from which everything else follows: the slope of the probability-flow ODE is `(x - D) / sigma` and the score is
+`(D - x) / sigma**2`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Guided(NamedTuple):
     """What a denoiser returns to CFG++ samplers: they step to D along the slope of U.
 
     Attributes:
-        denoised: the guided prediction ``D``, of x's shape.
-        uncond: the unconditional prediction ``U``, of x's shape.
+        denoised: the guided prediction `D`, of x's shape.
+        uncond: the unconditional prediction `U`, of x's shape.
 
-    Source: "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", Chung et
-    al. 2024, arXiv 2406.08070.
+    Source: "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", Chung et al. 2024, arXiv
+    2406.08070.
     """
 
     denoised: Tensor
@@ -34,16 +34,14 @@ class Guided(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """``denoiser(x, sigma, **conditioning) -> denoised``: any callable of this form is a denoiser.
+    """`denoiser(x, sigma, **conditioning) -> denoised`: any callable of this form is a denoiser.
 
-    ``x`` has shape (batch, *event) for any event shape, ``sigma`` has shape (batch,), and
-    ``denoised`` (or both members of the `Guided` pair returned instead) has x's shape.
-    ``conditioning`` is whatever the callable takes.
+    `x` has shape (batch, *event) for any event shape, `sigma` has shape (batch,), and `denoised` (or both members of
+    the `Guided` pair returned instead) has x's shape. `conditioning` is whatever the callable takes.
 
-    What it returns is read again later, by samplers that remember it and by guidance in two calls.
-    A buffer that the next call overwrites is copied then (``kinvert.denoisers.buffers``); a new tensor
-    each time saves the copy. ``x`` is not the denoiser's to write to; where a run starts it is the
-    caller's own.
+    What it returns is read again later, by samplers that remember it and by guidance in two calls. A buffer that the
+    next call overwrites is copied then (`kinvert.denoisers.buffers`); a new tensor each time saves the copy. `x` is not
+    the denoiser's to write to; where a run starts it is the caller's own.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, *args: Any, **conditioning: Any) -> Tensor | Guided:
@@ -93,13 +91,12 @@ def check_output(output: Any, x: Tensor, name: str, call: str) -> Tensor:
     Args:
         output: what the callable returned.
         x: its first argument.
-        name: what to call it in messages, e.g. ``"model"``.
-        call: its arguments as they are written in a lambda, e.g. ``"x, t, **c"``.
+        name: what to call it in messages, e.g. `"model"`.
+        call: its arguments as they are written in a lambda, e.g. `"x, t, **c"`.
 
     Raises:
         TypeError: it is not a tensor; the message says how to unwrap it.
-        ValueError: it has another shape; the message says how to drop a learned variance where that
-            is the cause.
+        ValueError: it has another shape; the message says how to drop a learned variance where that is the cause.
     """
     wrap = f"wrap it: lambda {call}: {name}({call})"
     if not isinstance(output, Tensor):

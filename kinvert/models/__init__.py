@@ -1,11 +1,11 @@
 """Two small trained denoisers that come with the package, and images they never saw.
 
-``load("digits")`` knows 8x8 handwritten digits, ``load("mnist")`` 28x28 ones; both take a ``label`` or none, so that
+`load("digits")` knows 8x8 handwritten digits, `load("mnist")` 28x28 ones; both take a `label` or none, so that
 classifier-free guidance can be tried for real:
 
     denoised = load("digits")(x, sigma, label=label)        # x = x0 + sigma * eps, x0 in [-1, 1]
 
-:mod:`kinvert.models.train` made the weights; ``data/NOTICE.md`` says whose images they learned from.
+`kinvert.models.train` made the weights; `data/NOTICE.md` says whose images they learned from.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ NAMES = ("digits", "mnist")
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> EmbeddedDenoiser:
     """Return a trained denoiser, in eval mode and with frozen parameters.
 
-    The weights are stored in half precision and converted, so every ``dtype`` from float32 up has the same ones.
+    The weights are stored in half precision and converted, so every `dtype` from float32 up has the same ones.
 
     Args:
-        name: ``"digits"`` (8x8) or ``"mnist"`` (28x28).
-        dtype: floating dtype of the parameters, and of the ``x`` to call it with.
+        name: `"digits"` (8x8) or `"mnist"` (28x28).
+        dtype: floating dtype of the parameters, and of the `x` to call it with.
         device: where the parameters go.
 
     Raises:

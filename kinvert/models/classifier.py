@@ -1,8 +1,8 @@
 """Which digit an image shows: a small classifier for each embedded model, to measure whether an edit took.
 
-``load("digits")(images)`` returns logits. The classifiers saw the images that the denoisers were trained on
-(:mod:`kinvert.models.train_classifier`), and none of :func:`kinvert.models.held_out`; ``data/NOTICE.md`` says whose
-images these are.
+`load("digits")(images)` returns logits. The classifiers saw the images that the denoisers were trained on
+(`kinvert.models.train_classifier`), and none of `kinvert.models.held_out`; `data/NOTICE.md` says whose images these
+are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Architecture:
 
     name: str
     shape: tuple[int, int, int]
-    """``(1, H, W)``."""
+    """`(1, H, W)`."""
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     """Of the 3x3 convolutions, one for each of the channels."""
@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
     Attributes:
         name: which model's images it knows.
-        shape: ``(1, H, W)`` of one image.
+        shape: `(1, H, W)` of one image.
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -72,7 +72,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device 
     """Return a trained classifier, in eval mode and with frozen parameters.
 
     Args:
-        name: ``"digits"`` (8x8) or ``"mnist"`` (28x28).
+        name: `"digits"` (8x8) or `"mnist"` (28x28).
         dtype: floating dtype of the parameters, and of the images to call it with.
         device: where the parameters go.
 

@@ -1,16 +1,16 @@
-r"""Train one of the embedded denoisers: ``python -m kinvert.models.train digits --out kinvert/models``.
+r"""Train one of the embedded denoisers: `python -m kinvert.models.train digits --out kinvert/models`.
 
-The loss is that of "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras, Aittala, Aila,
-Laine, 2022, arXiv 2206.00364, eq. 8)
+The loss is that of "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras, Aittala, Aila, Laine,
+2022, arXiv 2206.00364, eq. 8)
 
     E[ lambda(sigma) mean (D(x0 + sigma eps, sigma, label) - x0)**2 ],   ln sigma ~ N(mean, std**2)
     lambda(sigma) = (sigma**2 + sigma_data**2) / (sigma sigma_data)**2
 
-with the label replaced by "none" now and then, which is what makes classifier-free guidance possible. The sigmas
-of a batch are stratified: one from each of ``batch`` equal slices of the distribution, for a steadier gradient.
+with the label replaced by "none" now and then, which is what makes classifier-free guidance possible. The sigmas of a
+batch are stratified: one from each of `batch` equal slices of the distribution, for a steadier gradient.
 
-A run is reproducible on one machine and one version of torch from its ``--seed`` and ``--threads``; the held-out
-images do not depend on the seed. Needs scikit-learn, mlxtend and matplotlib, which ``kinvert`` itself does not.
+A run is reproducible on one machine and one version of torch from its `--seed` and `--threads`; the held-out images do
+not depend on the seed. Needs scikit-learn, mlxtend and matplotlib, which `kinvert` itself does not.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ RECIPES = {
 
 
 def split(labels: Tensor, per_class: int = 4) -> tuple[Tensor, Tensor]:
-    """Indices of the training images and of the held-out ones, ``per_class`` of each class, the same every time."""
+    """Indices of the training images and of the held-out ones, `per_class` of each class, the same every time."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held = torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
     kept = torch.ones(len(labels), dtype=torch.bool)
@@ -137,7 +137,7 @@ def held_out_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Te
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file beside ``path`` and move it there: a reader never sees half a checkpoint."""
+    """Write a file beside `path` and move it there: a reader never sees half a checkpoint."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, serialise({k: v.contiguous() for k, v in tensors.items()}, metadata))
 

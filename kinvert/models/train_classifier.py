@@ -1,10 +1,10 @@
 """Train a classifier of an embedded model's images:
-``python -m kinvert.models.train_classifier digits --out kinvert/models``.
+`python -m kinvert.models.train_classifier digits --out kinvert/models`.
 
 Cross entropy over the images that the denoiser was trained on, most of them rotated, scaled and shifted a little and
 all with a little noise, since the images to judge come from a sampler. A run is reproducible on one machine and one
-version of torch from its ``--seed``. To estimate the accuracy on new images, hold out more of them, ``--held 40``: the
-four of each class that :func:`kinvert.models.held_out` returns are always among those. Needs scikit-learn and mlxtend.
+version of torch from its `--seed`. To estimate the accuracy on new images, hold out more of them, `--held 40`: the four
+of each class that `kinvert.models.held_out` returns are always among those. Needs scikit-learn and mlxtend.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ARCHITECTURES = {
 
 
 def train(name: str, out: Path, seed: int = 0, iterations: int = 4000, held: int = 4, batch: int = 128) -> Classifier:
-    """Train, save the weights to ``out/classifiers``, print the accuracy on held-out images, return the classifier."""
+    """Train, save the weights to `out/classifiers`, print the accuracy on held-out images, return the classifier."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
     images, labels = recipe.read()
