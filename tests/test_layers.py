@@ -18,7 +18,7 @@ LAYERS = [
     {"rules"},
     {"plan", "coordinates", "flowtimes"},
     {"levels", "timetables"},
-    {"moments", "schedules", "denoisers", "analysis", "noise", "metrics"},
+    {"moments", "schedules", "denoisers", "analysis", "streams", "brownian", "noise", "fidelity", "metrics"},
     {"engine", "program", "eager", "graphs", "adaptive"},
     {"parts", "ready"},
     {"sampling"},
