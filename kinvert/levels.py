@@ -1,23 +1,27 @@
 r"""A model's training noise levels: the sigmas it was trained on, and the maps sigma <-> time.
 
-A network is not told sigma but a *time* t, and every family of models has its own map between them:
+A network is not told sigma but a *time* t. Each family of models has its own map between them:
 
-* discrete (DDPM, Ho et al. 2020, arXiv 2006.11239): M levels `T_j = sqrt((1 - abar_j) / abar_j)`
-  with `abar_j = prod_{i <= j} (1 - beta_i)`; t is the index j, and ln sigma is linear in t between
-  two levels;
-* edm (Karras et al. 2022, arXiv 2206.00364): `t = ln(sigma) / 4`;
-* v (Salimans and Ho 2022, arXiv 2202.00512, as in v-diffusion): the cosine process
-  `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`, so `t = 2 / pi atan(sigma)`;
-* table: pairs of sigma and t as they come, e.g. those of a host's scheduler;
-* flow (Esser et al. 2024, arXiv 2403.03206): `x = (1 - s) x0 + s eps`; the noise level is the *flow
-  time* s in [0, 1] itself, with the shift `Sh(u) = a u / (1 + (a - 1) u)` and t = multiplier * s.
+* discrete (DDPM): M levels `T_j = sqrt((1 - abar_j) / abar_j)` with `abar_j = prod_{i <= j} (1 - beta_i)`; t is the
+  index j, and ln sigma is linear in t between two levels;
+* edm: `t = ln(sigma) / 4`;
+* v (as in v-diffusion): the cosine process `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`, so `t = 2 / pi atan(sigma)`;
+* table: given pairs of sigma and t, e.g. those of a host's scheduler;
+* flow: `x = (1 - s) x0 + s eps`; the noise level is the *flow time* s in [0, 1] itself, with the shift
+  `Sh(u) = a u / (1 + (a - 1) u)` and t = multiplier * s.
 
 A `Levels` holds the table (ascending, float64) and both maps. Discrete and edm levels are sigmas of the
 variance-exploding (VE) coordinates `x = x0 + sigma * eps`. Flow levels are flow times s; `flow_to_ve` and `ve_to_flow`
 convert by sigma = s / (1 - s); schedules of flow times are `FlowTimes`.
 
-Tables are kept in float64 and never rounded. Hosts round them to float32: every schedule picks the same entries from
+Tables are kept in float64 and never rounded. Hosts round them to float32. Each schedule picks the same entries from
 both, and the tables differ by float32 rounding alone.
+
+Source: Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020), arXiv 2006.11239 (discrete).
+Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364 (edm).
+Source: Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models (2022), arXiv 2202.00512 (v).
+Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (2024), arXiv 2403.03206
+(flow).
 """
 
 from __future__ import annotations
@@ -56,18 +60,18 @@ __all__ = [
     "ve_to_flow",
 ]
 
-# What the hosts use for the infinite sigma at 0 percent of sampling.
+# The value that hosts use for the infinite sigma at 0 percent of sampling.
 INFINITE_SIGMA = 999999999.9
 # abar of the last level after rescaling to zero terminal SNR: exactly 0 would make sigma infinite.
 ZERO_SNR_ALPHA = 4.8973451890853435e-08
-# An abar this small, sigma above 1000, is one of zero terminal SNR.
+# A last abar up to this value, sigma above 1000, means zero terminal SNR.
 NEAR_ZERO_SNR = 1e-6
-# A sigma this close, in ln sigma, to the middle of two levels is a tie: float32 knows it no better.
+# A sigma this close, in ln sigma, to the middle of two levels is a tie: float32 is no more precise.
 TIE = 1e-6
 
 
 def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
-    """The argument in the dtype to compute in, and the dtype to return."""
+    """Return the argument in the dtype to compute in, and the dtype of the result."""
     if not isinstance(value, Tensor):
         value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
     if value.is_complex() or value.dtype == torch.bool:
@@ -81,9 +85,9 @@ def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
 class Levels(ABC):
     """The noise levels of one model (abstract; the functions of this module build one).
 
-    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in float64 and return
-    float64 for float64, integers and numbers, float32 for the rest (bfloat16 could not hold the index 999). They never
-    wait for the device, so a negative sigma, or a NaN, gives NaN instead of an error.
+    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in float64. They return
+    float64 for float64, integers and numbers, and float32 for all others (bfloat16 could not hold the index 999). They
+    never wait for the device; therefore a negative or NaN sigma gives NaN instead of an error.
 
     Attributes:
         sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
@@ -107,25 +111,25 @@ class Levels(ABC):
 
     @property
     def sigma_min(self) -> float:
-        """First entry of the table."""
+        """The first entry of the table."""
         return float(self.sigmas[0])
 
     @property
     def sigma_max(self) -> float:
-        """Last entry of the table."""
+        """The last entry of the table."""
         return float(self.sigmas[-1])
 
     @abstractmethod
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """The time the network is given at `sigma`; `quantize` matters to discrete levels only."""
+        """Return the time that the network is given at `sigma`; only discrete levels use `quantize`."""
 
     @abstractmethod
     def sigma(self, t: Tensor | float) -> Tensor:
-        """The noise level at network time `t`."""
+        """Return the noise level at network time `t`."""
 
     @abstractmethod
     def percent_to_sigma(self, p: float) -> float:
-        """The noise level after a fraction p of the training times, from the noisiest down.
+        """Return the noise level after a fraction p of the training times, from the noisiest down.
 
         p <= 0 gives the hosts' stand-in for infinity, 999999999.9 (flow: 1), and p >= 1 gives 0.
         """
@@ -134,25 +138,26 @@ class Levels(ABC):
 @final
 @dataclass(frozen=True, eq=False)
 class DiscreteLevels(Levels):
-    """M discrete levels; network time is the index in the table (0 = least noise)."""
+    """M discrete levels; the network's time is the index in the table (0 = least noise)."""
 
     kind: ClassVar[str] = "discrete"
     _buffers: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def _on(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The table, its ln, and the upper edge of each level's cell; copied to a device once."""
+        """Return the table, its ln, and the upper edge of each level's cell; they are copied to a device once."""
         if like.device not in self._buffers:
             log = self.sigmas.log()
             edges = (log[1:] + log[:-1]) / 2 + TIE
-            with torch.inference_mode(False):  # what is cached must serve autograd later
+            with torch.inference_mode(False):  # the cache must also serve autograd later
                 table, log, edges = (b.to(like, copy=True) for b in (self.sigmas, log, edges))
             self._buffers[like.device] = (table, log, edges)
         return self._buffers[like.device]
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """Index of the level nearest in ln sigma; a tie (to within 1e-6) goes to the lower index.
+        """Return the index of the level nearest in ln sigma; a tie (to within 1e-6) goes to the lower index.
 
-        With `quantize=False`: the index interpolated linearly in ln sigma, clamped to [0, M - 1], as k-diffusion does.
+        With `quantize=False` the index is interpolated linearly in ln sigma and clamped to [0, M - 1], as in
+        k-diffusion.
         """
         wide, dtype = _widen("sigma", sigma)
         _, log, edges = self._on(wide)
@@ -166,9 +171,9 @@ class DiscreteLevels(Levels):
         return (low + weight)[..., 0].to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """exp of ln sigma interpolated linearly at index t, which is clamped to [0, M - 1].
+        """Interpolate ln sigma linearly at index t, clamped to [0, M - 1]; return sigma.
 
-        At a whole t this is the table's entry, to the last bit.
+        At an integer t this is exactly the table's entry.
         """
         wide, dtype = _widen("t", t)
         table, log, _ = self._on(wide)
@@ -178,7 +183,7 @@ class DiscreteLevels(Levels):
         return (table[low] * ((index - low) * (log[high] - log[low])).exp())[..., 0].to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """sigma((1 - p) (M - 1)) for 0 < p < 1."""
+        """Return sigma((1 - p) (M - 1)) for 0 < p < 1."""
         p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
@@ -188,22 +193,22 @@ class DiscreteLevels(Levels):
 @final
 @dataclass(frozen=True, eq=False)
 class EDMLevels(Levels):
-    """Continuous levels with network time ln(sigma) / 4."""
+    """Continuous levels; the network's time is ln(sigma) / 4."""
 
     kind: ClassVar[str] = "edm"
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """t = ln(sigma) / 4; `quantize` is accepted and means nothing."""
+        """Return t = ln(sigma) / 4; `quantize` has no effect."""
         wide, dtype = _widen("sigma", sigma)
         return (wide.log() / 4).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """sigma = exp(4 t), not clamped."""
+        """Return sigma = exp(4 t), not clamped."""
         wide, dtype = _widen("t", t)
         return (wide * 4).exp().to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """sigma_max^(1 - p) sigma_min^p for 0 < p < 1."""
+        """Return sigma_max^(1 - p) sigma_min^p for 0 < p < 1."""
         p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
@@ -215,8 +220,8 @@ class EDMLevels(Levels):
 class FlowLevels(Levels):
     """Rectified-flow levels: flow times s in (0, 1], with `Sh(u) = a u / (1 + (a - 1) u)`.
 
-    `sigma(t) = Sh(t / multiplier)` applies the shift a and `timestep(s) = multiplier * s` does not undo it: the network
-    is told the shifted time. So the maps are inverse only for a = 1, as in the hosts.
+    `sigma(t) = Sh(t / multiplier)` applies the shift a, and `timestep(s) = multiplier * s` does not undo it: the
+    network is told the shifted time. As in the hosts, the two maps are inverse only for a = 1.
 
     Attributes:
         shift: a.
@@ -233,17 +238,17 @@ class FlowLevels(Levels):
         object.__setattr__(self, "sigmas", FlowTimes(self.sigmas))
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """t = multiplier * sigma (a flow time); `quantize` is accepted and means nothing."""
+        """Return t = multiplier * sigma (a flow time); `quantize` has no effect."""
         wide, dtype = _widen("sigma", sigma)
         return (wide * self.multiplier).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """Sh(t / multiplier), not clamped."""
+        """Return Sh(t / multiplier), not clamped."""
         wide, dtype = _widen("t", t)
         return _shifted(wide / self.multiplier, self.shift).to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """Sh(1 - p) for 0 < p < 1."""
+        """Return Sh(1 - p) for 0 < p < 1."""
         remaining = 1 - min(max(check_number("p", p), 0.0), 1.0)
         return float(self.sigma(remaining * self.multiplier))
 
@@ -253,19 +258,20 @@ def _shifted(u: Tensor, shift: float) -> Tensor:
 
 
 def stable_diffusion(zero_snr: bool = False) -> DiscreteLevels:
-    """Stable Diffusion 1, 2 and XL: 1000 betas from 0.00085 to 0.012, uniform in sqrt(beta).
+    """Return the levels of Stable Diffusion 1, 2 and XL: 1000 betas from 0.00085 to 0.012, uniform in sqrt(beta).
 
-    `zero_snr` rescales to zero terminal SNR, see `from_alphas_cumprod`. Source: High-Resolution Image Synthesis with
-    Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752.
+    `zero_snr` rescales to zero terminal SNR, see `from_alphas_cumprod`.
+
+    Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), arXiv 2112.10752.
     """
     return from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, zero_snr=zero_snr)
 
 
 def from_betas(betas: Tensor | np.ndarray | Sequence[float], zero_snr: bool = False) -> DiscreteLevels:
-    """Levels of a DDPM with forward variances `betas`: abar_j = prod_{i <= j} (1 - beta_i).
+    """Return the levels of a DDPM with forward variances `betas`: abar_j = prod_{i <= j} (1 - beta_i).
 
     Raises:
-        ValueError: not 1-D with two values or more, or a beta outside (0, 1); with zero_snr the last may be 1.
+        ValueError: not 1-D with two or more values, or a beta outside (0, 1); with zero_snr the last may be 1.
     """
     return from_alphas_cumprod(np.cumprod(1 - _array("betas", betas)), zero_snr=zero_snr)
 
@@ -273,15 +279,16 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], zero_snr: bool = Fa
 def from_alphas_cumprod(
     alphas_cumprod: Tensor | np.ndarray | Sequence[float], zero_snr: bool = False
 ) -> DiscreteLevels:
-    """Levels `sqrt((1 - abar) / abar)` of cumulative products abar, read in float64.
+    """Return the levels `sqrt((1 - abar) / abar)` of cumulative products abar, read in float64.
 
-    `zero_snr` shifts and scales sqrt(abar) so that its first value stays and its last becomes 0, and then sets the last
-    abar to 4.9e-8, so that sigma_max is finite (4518.76). Source: Common Diffusion Noise Schedules and Sample Steps are
-    Flawed, Lin et al. 2023, arXiv 2305.08891.
+    `zero_snr` shifts and scales sqrt(abar): its first value stays and its last becomes 0. Then the last abar is set to
+    4.9e-8, so that sigma_max is finite (4518.76).
+
+    Source: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed (2023), arXiv 2305.08891.
 
     Raises:
-        ValueError: not 1-D with two values or more, or not strictly descending in (0, 1); with zero_snr the last may be
-            0, but not next to 0: such levels are rescaled already.
+        ValueError: not 1-D with two or more values, or not strictly descending in (0, 1). With zero_snr the last may be
+            0 but not nearly 0: such levels are rescaled already.
     """
     abar = _array("alphas_cumprod", alphas_cumprod)
     positive = abar[-1] >= 0 if zero_snr else abar[-1] > 0
@@ -312,10 +319,11 @@ def _array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.ndarr
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 1.0) -> EDMLevels:
-    """Continuous EDM levels; the table is 1000 sigmas, uniform in ln sigma.
+    """Return continuous EDM levels; the table is 1000 sigmas, uniform in ln sigma.
 
     Stable Video Diffusion has sigma_max = 700; Playground 2.5 has sigma_max = 80, sigma_data = 0.5.
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022, arXiv 2206.00364.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364.
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
@@ -328,10 +336,11 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
 
 
 def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
-    """Rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
+    """Return rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
 
-    Values are flow times, and a denoiser that is built from these levels takes them as they are.
-    Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al. 2024, arXiv
+    The values are flow times, and a denoiser built from these levels takes flow times.
+
+    Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (2024), arXiv
     2403.03206.
 
     Raises:
@@ -341,9 +350,9 @@ def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
 
 
 def flux(mu: float = 1.15) -> FlowLevels:
-    """Flux levels: s(t) = e^mu / (e^mu + 1/t - 1), i.e. the shift e^mu; 10000 levels, time t = s.
+    """Return Flux levels: s(t) = e^mu / (e^mu + 1/t - 1), i.e. the shift e^mu; 10000 levels, time t = s.
 
-    mu is linear in the number of tokens (16 x 16 pixels each): 0.5 at 256 and 1.15 at 4096.
+    mu is linear in the number of tokens (16 x 16 pixels each): 0.5 at 256 tokens and 1.15 at 4096.
 
     Raises:
         ValueError: mu is not finite.
@@ -357,9 +366,9 @@ def _flow_levels(shift: float, multiplier: float, count: int) -> FlowLevels:
 
 
 def flow_to_ve(t: Tensor | float) -> Tensor:
-    """sigma = t / (1 - t), the VE sigma of a flow time in [0, 1); x_ve = x_t / (1 - t).
+    """Return sigma = t / (1 - t), the VE sigma of a flow time in [0, 1); x_ve = x_t / (1 - t).
 
-    For schedules: it looks at the values, and so waits for their device.
+    It is meant for schedules: it reads the values, so it waits for their device.
 
     Raises:
         ValueError: a t outside [0, 1), or NaN.
@@ -376,9 +385,9 @@ def flow_to_ve(t: Tensor | float) -> Tensor:
 
 
 def ve_to_flow(sigma: Tensor | float) -> Tensor:
-    """t = sigma / (1 + sigma), the flow time of a VE sigma; x_t = x_ve (1 - t).
+    """Return t = sigma / (1 + sigma), the flow time of a VE sigma; x_t = x_ve (1 - t).
 
-    For schedules: it looks at the values, and so waits for their device.
+    It is meant for schedules: it reads the values, so it waits for their device.
 
     Returns:
         A `FlowTimes` for a schedule (1-D), a plain tensor for anything else.
@@ -393,5 +402,5 @@ def ve_to_flow(sigma: Tensor | float) -> Tensor:
     return FlowTimes(t) if t.ndim == 1 else t
 
 
-# They are levels like the others; they need what is above.
+# Public here like the other levels; that module imports this one.
 from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion  # noqa: E402

@@ -266,7 +266,7 @@ def test_registry():
         assert entry.summary.endswith(".")
         assert not entry.options.keys() & {"n", "levels", "sigma_min", "sigma_max"}
     assert SCHEDULES["karras"].options == {"rho": 7.0}
-    assert SCHEDULES["karras"].source.endswith("Karras et al. 2022, arXiv 2206.00364, eq. 5.")
+    assert SCHEDULES["karras"].source.endswith("(2022), arXiv 2206.00364, eq. 5.")
     assert SCHEDULES["exponential"].source == ""
 
 

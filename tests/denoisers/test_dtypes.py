@@ -14,7 +14,8 @@ from problems import noise_like
 from torch import Tensor, nn
 
 import kinvert as ki
-from kinvert.denoisers.dtypes import FLOATS, explain
+from kinvert.checks import FLOATS
+from kinvert.denoisers.dtypes import explain
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LEVELS = ki.levels.stable_diffusion()
