@@ -286,7 +286,7 @@ POINTS = torch.zeros(3, 2)
         (lambda: GaussianMixture(POINTS, 1.0, torch.zeros(3)), ValueError, r"weights sum to 0"),
         (lambda: GaussianMixture(POINTS, -1.0), ValueError, r"std must be finite and >= 0"),
         (lambda: Dataset(torch.zeros(0, 2)), ValueError, r"means is empty"),
-        (lambda: Gaussian(0.0, 0.0).ode(POINTS, 0.0, 1.0), ValueError, r"sigma_from must be > 0 where std is 0"),
+        (lambda: Gaussian(0.0, 0.0).ode(POINTS, 0.0, 1.0), ValueError, r"sigma_from must be > 0 if std is 0"),
         (lambda: Gaussian(0.0, 1.0).ode(POINTS, -1.0, 1.0), ValueError, r"sigma_from must be finite and >= 0, got -1"),
         (lambda: Gaussian(0.0, 1.0).ode(POINTS, 1.0, NAN), ValueError, r"sigma_to must be finite and >= 0, got nan"),
     ],
