@@ -1,12 +1,4 @@
-r"""How far a reconstruction is from its original: one number per sample. Public in `kinvert.metrics`.
-
-`reconstruction` and `original` have shape (batch, *event), the result (batch,). With `e = reconstruction - original`:
-`mse = mean e^2`, `psnr = 10 log10(range^2 / mse)` in dB, `nmse = 10 log10(sum e^2 / sum original^2)` in dB,
-`max_error = max |e|`; `ssim` compares local means, variances and correlations.
-
-A reconstruction with a NaN or an infinity counts as infinitely far away: `mse`, `nmse` and `max_error` are inf, `psnr`
-is -inf and `ssim` 0. These are the limits of an error that grows without bound.
-"""
+"""How far a reconstruction is from its original. Public in `kinvert.metrics`, which has the definitions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
 r"""How far a reconstruction is from its original, and how far a latent is from noise: one number per sample.
 
-**Reconstructions**: `mse`, `psnr`, `nmse`, `max_error`, `ssim`; see `kinvert.fidelity`.
+**Reconstructions.** `reconstruction` and `original` have shape (batch, *event), the result (batch,). With
+`e = reconstruction - original`: `mse = mean e^2`, `psnr = 10 log10(range^2 / mse)` in dB,
+`nmse = 10 log10(sum e^2 / sum original^2)` in dB, `max_error = max |e|`; `ssim` compares local means, variances and
+correlations. A reconstruction with a NaN or an infinity counts as infinitely far away: `mse`, `nmse` and `max_error`
+are inf, `psnr` is -inf and `ssim` 0. These are the limits of an error that grows without bound.
 
 **Latents.** A latent of noise level `sigma` should be `sigma z` with `z` a draw from N(0, I). The statistics of
 `z = latent / sigma` below are computed in float64 on the CPU, for z of any dtype and device, and returned there. Those
