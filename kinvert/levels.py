@@ -27,7 +27,6 @@ Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Im
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
@@ -37,8 +36,9 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_number
-from kinvert.devices import widest
 from kinvert.flowtimes import FlowTimes
+from kinvert.levelbase import INFINITE_SIGMA, Levels, as_array, log_uniform, widen
+from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion
 
 __all__ = [
     "DiscreteLevels",
@@ -60,79 +60,12 @@ __all__ = [
     "ve_to_flow",
 ]
 
-# The value that hosts use for the infinite sigma at 0 percent of sampling.
-INFINITE_SIGMA = 999999999.9
 # abar of the last level after rescaling to zero terminal SNR: exactly 0 would make sigma infinite.
 ZERO_SNR_ALPHA = 4.8973451890853435e-08
 # A last abar up to this value, sigma above 1000, means zero terminal SNR.
 NEAR_ZERO_SNR = 1e-6
 # A sigma this close, in ln sigma, to the middle of two levels is a tie: float32 is no more precise.
 TIE = 1e-6
-
-
-def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
-    """Return the argument in the dtype to compute in, and the dtype of the result."""
-    if not isinstance(value, Tensor):
-        value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be real, got {value.dtype}; convert it to float64")
-    wide = widest(value.device)
-    narrow = value.is_floating_point() and value.dtype != torch.float64
-    return value.to(wide), torch.float32 if narrow else wide
-
-
-@dataclass(frozen=True, eq=False)
-class Levels(ABC):
-    """The noise levels of one model (abstract; the functions of this module build one).
-
-    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in float64. They return
-    float64 for float64, integers and numbers, and float32 for all others (bfloat16 could not hold the index 999). They
-    never wait for the device; therefore a negative or NaN sigma gives NaN instead of an error.
-
-    Attributes:
-        sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
-        kind: "discrete", "edm", "v", "table" or "flow".
-        coordinates: what the table holds, "ve" (sigmas) or "flow" (flow times, a `FlowTimes`).
-        sigma_data: standard deviation of the data that the network's preconditioning assumes.
-    """
-
-    sigmas: Tensor = field(repr=False)
-    sigma_data: float = 1.0
-    kind: ClassVar[str]
-    coordinates: ClassVar[Literal["ve", "flow"]] = "ve"
-
-    def __post_init__(self) -> None:
-        s = self.sigmas
-        if s.dtype != torch.float64 or s.device.type != "cpu" or s.ndim != 1 or len(s) < 2:
-            got = f"{s.dtype} {tuple(s.shape)} on {s.device}"
-            raise ValueError(f"sigmas must be 2 or more float64 values on the CPU, 1-D, got {got}")
-        if not bool((s > 0).all() & (s.diff() > 0).all() & s.isfinite().all()):
-            raise ValueError("sigmas must be finite, positive and strictly ascending; sort them")
-
-    @property
-    def sigma_min(self) -> float:
-        """The first entry of the table."""
-        return float(self.sigmas[0])
-
-    @property
-    def sigma_max(self) -> float:
-        """The last entry of the table."""
-        return float(self.sigmas[-1])
-
-    @abstractmethod
-    def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """Return the time that the network is given at `sigma`; only discrete levels use `quantize`."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor | float) -> Tensor:
-        """Return the noise level at network time `t`."""
-
-    @abstractmethod
-    def percent_to_sigma(self, p: float) -> float:
-        """Return the noise level after a fraction p of the training times, from the noisiest down.
-
-        p <= 0 gives the hosts' stand-in for infinity, 999999999.9 (flow: 1), and p >= 1 gives 0.
-        """
 
 
 @final
@@ -159,7 +92,7 @@ class DiscreteLevels(Levels):
         With `quantize=False` the index is interpolated linearly in ln sigma and clamped to [0, M - 1], as in
         k-diffusion.
         """
-        wide, dtype = _widen("sigma", sigma)
+        wide, dtype = widen("sigma", sigma)
         _, log, edges = self._on(wide)
         value = wide.log().contiguous()
         if quantize:
@@ -175,7 +108,7 @@ class DiscreteLevels(Levels):
 
         At an integer t this is exactly the table's entry.
         """
-        wide, dtype = _widen("t", t)
+        wide, dtype = widen("t", t)
         table, log, _ = self._on(wide)
         index = wide.clamp(0, len(table) - 1)[..., None]  # as in `timestep`
         low = index.nan_to_num().long()
@@ -199,12 +132,12 @@ class EDMLevels(Levels):
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
         """Return t = ln(sigma) / 4; `quantize` has no effect."""
-        wide, dtype = _widen("sigma", sigma)
+        wide, dtype = widen("sigma", sigma)
         return (wide.log() / 4).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """Return sigma = exp(4 t), not clamped."""
-        wide, dtype = _widen("t", t)
+        wide, dtype = widen("t", t)
         return (wide * 4).exp().to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
@@ -239,12 +172,12 @@ class FlowLevels(Levels):
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
         """Return t = multiplier * sigma (a flow time); `quantize` has no effect."""
-        wide, dtype = _widen("sigma", sigma)
+        wide, dtype = widen("sigma", sigma)
         return (wide * self.multiplier).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """Return Sh(t / multiplier), not clamped."""
-        wide, dtype = _widen("t", t)
+        wide, dtype = widen("t", t)
         return _shifted(wide / self.multiplier, self.shift).to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
@@ -273,7 +206,7 @@ def from_betas(betas: Tensor | np.ndarray | Sequence[float], zero_snr: bool = Fa
     Raises:
         ValueError: not 1-D with two or more values, or a beta outside (0, 1); with zero_snr the last may be 1.
     """
-    return from_alphas_cumprod(np.cumprod(1 - _array("betas", betas)), zero_snr=zero_snr)
+    return from_alphas_cumprod(np.cumprod(1 - as_array("betas", betas)), zero_snr=zero_snr)
 
 
 def from_alphas_cumprod(
@@ -290,7 +223,7 @@ def from_alphas_cumprod(
         ValueError: not 1-D with two or more values, or not strictly descending in (0, 1). With zero_snr the last may be
             0 but not nearly 0: such levels are rescaled already.
     """
-    abar = _array("alphas_cumprod", alphas_cumprod)
+    abar = as_array("alphas_cumprod", alphas_cumprod)
     positive = abar[-1] >= 0 if zero_snr else abar[-1] > 0
     if not (positive and abar[0] < 1 and (np.diff(abar) < 0).all()):
         raise ValueError(
@@ -309,15 +242,6 @@ def from_alphas_cumprod(
     return DiscreteLevels(torch.from_numpy(np.sqrt((1 - abar) / abar)))
 
 
-def _array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2:
-        raise ValueError(f"{name} must be 1-D with 2 values or more, got shape {array.shape}")
-    return array
-
-
 def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 1.0) -> EDMLevels:
     """Return continuous EDM levels; the table is 1000 sigmas, uniform in ln sigma.
 
@@ -328,11 +252,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
     """
-    low = check_number("sigma_min", sigma_min, above=0)
-    high = check_number("sigma_max", sigma_max, above=low)
-    table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64, device="cpu").exp()
-    table[0], table[-1] = low, high
-    return EDMLevels(table, check_number("sigma_data", sigma_data, above=0))
+    return EDMLevels(log_uniform(sigma_min, sigma_max), check_number("sigma_data", sigma_data, above=0))
 
 
 def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
@@ -373,7 +293,7 @@ def flow_to_ve(t: Tensor | float) -> Tensor:
     Raises:
         ValueError: a t outside [0, 1), or NaN.
     """
-    wide, dtype = _widen("t", t)
+    wide, dtype = widen("t", t)
     if bool((wide >= 1).any()):
         raise ValueError(
             f"t must be below 1, got {float(wide.max())}: sigma = t / (1 - t) is infinite at t = 1; "
@@ -395,12 +315,8 @@ def ve_to_flow(sigma: Tensor | float) -> Tensor:
     Raises:
         ValueError: a sigma that is negative, infinite or NaN.
     """
-    wide, dtype = _widen("sigma", sigma)
+    wide, dtype = widen("sigma", sigma)
     if not bool(((wide >= 0) & wide.isfinite()).all()):
         raise ValueError("sigma must be finite and >= 0, got values that are not; remove them")
     t = (wide / (1 + wide)).to(dtype)
     return FlowTimes(t) if t.ndim == 1 else t
-
-
-# Public here like the other levels; that module imports this one.
-from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion  # noqa: E402

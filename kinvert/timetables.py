@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_number
-from kinvert.levels import INFINITE_SIGMA, Levels, _array, _widen, edm
+from kinvert.levelbase import INFINITE_SIGMA, Levels, as_array, log_uniform, widen
 
 __all__ = ["TableLevels", "VDiffusionLevels", "from_table", "v_diffusion"]
 
@@ -26,12 +26,12 @@ class VDiffusionLevels(Levels):
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
         """Return t = 2 / pi atan(sigma); `quantize` has no effect. A negative sigma gives NaN."""
-        wide, dtype = _widen("sigma", sigma)
+        wide, dtype = widen("sigma", sigma)
         return (torch.where(wide < 0, torch.nan, wide).atan() * (2 / math.pi)).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """Return sigma = tan(pi t / 2), not clamped."""
-        wide, dtype = _widen("t", t)
+        wide, dtype = widen("t", t)
         return (wide * (math.pi / 2)).tan().to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
@@ -65,13 +65,13 @@ class TableLevels(Levels):
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
         """Return the time at sigma, or that of the nearest end outside the table; `quantize` has no effect."""
-        wide, dtype = _widen("sigma", sigma)
+        wide, dtype = widen("sigma", sigma)
         log, times = self._on(wide)
         return _interpolated(wide.log(), log, times).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """Return the level at time t, with ln sigma linear in t; the lowest one if several have the same time."""
-        wide, dtype = _widen("t", t)
+        wide, dtype = widen("t", t)
         log, times = self._on(wide)
         return _interpolated(wide, times, log).exp().to(dtype)
 
@@ -103,7 +103,7 @@ def v_diffusion(sigma_min: float = 0.002, sigma_max: float = 120.0) -> VDiffusio
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max.
     """
-    return VDiffusionLevels(edm(sigma_min, sigma_max).sigmas)
+    return VDiffusionLevels(log_uniform(sigma_min, sigma_max))
 
 
 def from_table(
@@ -124,7 +124,7 @@ def from_table(
         ValueError: fewer than two levels, not one time for each, levels that are not positive and strictly monotone, or
             times that do not follow the order of the levels.
     """
-    table, times = _array("sigmas", sigmas), _array("timesteps", timesteps)
+    table, times = as_array("sigmas", sigmas), as_array("timesteps", timesteps)
     if table[-1] == 0 and len(table) == len(times) + 1:
         table = table[:-1]
     if len(table) != len(times):

@@ -17,7 +17,7 @@ LAYERS = [
     {"forms", "coefficients", "linalg"},
     {"rules"},
     {"plan", "coordinates", "flowtimes"},
-    {"levels", "timetables"},
+    {"levelbase", "levels", "timetables"},
     {"moments", "schedules", "denoisers", "analysis", "streams", "brownian", "noise", "fidelity", "metrics"},
     {"engine", "program", "eager", "graphs", "adaptive"},
     {"parts", "ready"},
