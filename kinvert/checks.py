@@ -18,7 +18,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+
+from kinvert.torch_hooks import is_fake
 
 __all__ = [
     "FLOATS",
@@ -208,7 +209,7 @@ def reduced(name: str) -> str:
 # -- tensors -----------------------------------------------------------------------------------------------------------
 def has_values(x: Tensor) -> bool:
     """Tell whether `x` can be read: tensors on "meta" and fake ones have only a shape."""
-    return not (x.is_meta or isinstance(x, FakeTensor))
+    return not (x.is_meta or is_fake(x))
 
 
 def plain(x: Tensor) -> Tensor:

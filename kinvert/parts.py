@@ -21,7 +21,7 @@ def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) 
     whole: Denoiser = denoiser
     parts = batch_parts(x, max_batch)
     if len(parts) > 1:
-        whole = _InParts(len(parts[0]), [denoiser.select(index, len(x)) for index in parts])
+        whole = _InParts(len(parts[0]), [denoiser.take(index) for index in parts])
     if graph:
         captured = captured_denoiser(whole, x)
         if captured.reason is not None:

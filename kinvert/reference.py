@@ -85,12 +85,12 @@ def solve_ode(
     check_number("rtol", rtol, low=SMALLEST_RTOL, fix=f"pass at least {SMALLEST_RTOL:g}, what float64 can meet")
     check_number("atol", atol, above=0, fix="pass an absolute tolerance, e.g. 1e-12")
     check_number("max_evals", max_evals, above=0, fix="pass a number of evaluations")
-    bound = guide(denoiser, cfg, positive, negative)
+    bound = guide(denoiser, cfg, positive, negative, batch=len(x))
     ends = math.log(sigma_from), math.log(sigma_to)
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     for i in range(len(x)):
         one = x[i : i + 1].to(torch.float64)
-        drift = _Drift(bound.select(torch.tensor([i], device=x.device), len(x)), one, max_evals, f"sample {i}: ")
+        drift = _Drift(bound.take(torch.tensor([i], device=x.device)), one, max_evals, f"sample {i}: ")
         end = _integrate(drift, one.reshape(-1).cpu().numpy(), ends, float(rtol), float(atol))
         out[i] = torch.from_numpy(end).reshape(x.shape[1:])
     return out
@@ -113,6 +113,25 @@ class ErrorSplit:
     solver: Tensor
     round_off: Tensor
     converged: Tensor
+
+    @classmethod
+    def of(cls, latent: Tensor, fine: Tensor, exact: Tensor, ode: Tensor, converged: Tensor) -> ErrorSplit:
+        """Split the error of latents whose four versions are known, each of shape (batch, *event), in float64.
+
+        Args:
+            latent: what the method found in the image's dtype.
+            fine: what it found in float64.
+            exact: the sampler's exact inverse.
+            ode: the solution of the ODE.
+            converged: whether the exact inverse was found, bool, shape (batch,).
+        """
+        return cls(
+            total=rms(latent - ode),
+            discretisation=rms(exact - ode),
+            solver=rms(fine - exact),
+            round_off=rms(latent - fine),
+            converged=converged,
+        )
 
     def __str__(self) -> str:
         lines = [f"error of {len(self.total)} latents, exact inverse found for {int(self.converged.sum())}"]
@@ -156,13 +175,7 @@ def split_error(
         got = [tuple(latent.shape) for latent in found]
         raise ValueError(f"find must return a latent of image's shape {tuple(image.shape)}, got {got[0]} and {got[1]}")
     narrow, fine = (latent.to(torch.float64) for latent in found)
-    return ErrorSplit(
-        total=rms(narrow - ode),
-        discretisation=rms(exact.latent - ode),
-        solver=rms(fine - exact.latent),
-        round_off=rms(narrow - fine),
-        converged=exact.converged,
-    )
+    return ErrorSplit.of(narrow, fine, exact.latent, ode, exact.converged)
 
 
 class _Drift:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -32,7 +32,6 @@ from kinvert.parts import in_parts
 from kinvert.plan import as_schedule
 from kinvert.ready import Ready
 from kinvert.rules import Rule
-from kinvert.rules.flow import unwrapped
 from kinvert.tensors import wide_dtype
 
 Normalize = bool | Literal["sample", "sigma"]
@@ -121,12 +120,14 @@ def sample(
         TypeError, ValueError: an input that cannot work, named with what was got and the fix; a denoiser that returned
             NaN or infinity, with the step and its sigma.
     """
+    needs = getattr(x, NEEDS, ())
     x = check_state(x)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     check_decreasing("sigmas", schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = Ready.of(rule, schedule)
+    _warn_of_needs(needs, job, noise)
     check_flow_spread(job.plan, coordinates)
-    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=job.is_guided)
+    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=job.is_guided, batch=len(x))
     denoise = in_parts(guided, x, max_batch, graph)
     if mask is not None:
         if latent is None:
@@ -208,7 +209,7 @@ def unsample(
     job.check_unsampling(noise, Ready.of(rule, kept))
     check_flow_spread(job.plan, coordinates)
     warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={rounding(x, 0.5):.2g}")
-    guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided)
+    guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided, batch=len(x))
     denoise = in_parts(guided, x, max_batch, graph)
     if mask is not None:
         check_kept(job.plan, coordinates)
@@ -218,6 +219,33 @@ def unsample(
         x = (1 - rising[0]) / (1 - kept[-1]) * x
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
     return _normalize(latent, normalize, job.sigmas[-1])
+
+
+NEEDS = "_kinvert_needs"
+"""The attribute of a latent tensor that names what else it takes to give its image back."""
+
+
+def tell_needs(latent: Tensor, memory: Mapping[str, Tensor], noises: Sequence[Tensor]) -> None:
+    """Note on the tensor of a latent what belongs to it, so that `sample` can warn if it is left behind."""
+    needs = [name for name, given in (("auxiliary state", memory), ("noises", noises)) if len(given)]
+    if needs:
+        setattr(latent, NEEDS, tuple(needs))
+
+
+def _warn_of_needs(needs: tuple[str, ...], job: Ready, noise: Noise | None) -> None:
+    """Warn if the latent of an inversion is sampled without what belongs to it."""
+    left = []
+    if "auxiliary state" in needs and job.plan is not None and job.plan.auxiliary:
+        left.append("auxiliary state")
+    if "noises" in needs and noise is None and job.plan is not None and job.plan.is_stochastic:
+        left.append("noises")
+    if left:
+        warnings.warn(
+            f"x is the latent of an inversion, and without its {' and '.join(left)} {job.rule.name} makes another "
+            "image of it; use found.sample(denoiser), or pass x.clone() to sample the latent alone",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def rising_schedule(
@@ -256,7 +284,7 @@ def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
 
 def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
     """Refuse a sampler that discards its last step, before its Plan is made: that may fail for the same option."""
-    if not getattr(unwrapped(rule), "keep_last", True):
+    if not rule.keeps_last:
         raise ValueError(
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
             f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0), which keeps it"

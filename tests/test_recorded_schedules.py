@@ -41,7 +41,7 @@ DIRECT = {  # recordings of functions called directly
     "kd get_sigmas_vp": "vp",
     "comfy get_sigmas_vp": "vp",
 }
-OPTIONS = ("n", "sigma_min", "sigma_max", "rho", "mu", "beta", "beta_d", "beta_min", "eps_s")
+OPTIONS = ("sigma_min", "sigma_max", "rho", "mu", "beta", "beta_d", "beta_min", "eps_s")
 
 
 def recorded(case) -> np.ndarray:
@@ -62,7 +62,7 @@ def evaluate(case) -> np.ndarray:
     model, name = MODELS.get(case.get("model")), kind(case)
     if name in DIRECT:
         options = {k: case[k] for k in OPTIONS if k in case}
-        return SCHEDULES[DIRECT[name]].function(**options).double().numpy()
+        return SCHEDULES[DIRECT[name]].function(case["n"], **options).double().numpy()
     if name == "percent_to_sigma":
         return np.array([model.percent_to_sigma(case["percent"])])
     if name in ("sigma_table", "sigma_min", "sigma_max"):

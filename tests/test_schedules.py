@@ -264,10 +264,20 @@ def test_registry():
         assert entry.function is getattr(schedules, name)
         assert entry.needs in ("bounds", "levels", "nothing")
         assert entry.summary.endswith(".")
-        assert not entry.options.keys() & {"n", "levels", "sigma_min", "sigma_max"}
+        assert not entry.options.keys() & {"steps", "levels", "sigma_min", "sigma_max"}
     assert SCHEDULES["karras"].options == {"rho": 7.0}
     assert SCHEDULES["karras"].source.endswith("(2022), arXiv 2206.00364, eq. 5.")
     assert SCHEDULES["exponential"].source == ""
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_old_name_of_steps_is_deprecated(name):
+    bounds = {"bounds": (0.1, 10.0), "levels": (SD,), "nothing": ()}[SCHEDULES[name].needs]
+    names = {"bounds": ("sigma_min", "sigma_max"), "levels": ("levels",), "nothing": ()}[SCHEDULES[name].needs]
+    rest = dict(zip(names, bounds, strict=True))
+    with pytest.warns(DeprecationWarning, match=f"{name}: the argument n is now steps"):
+        old = SCHEDULES[name].function(n=5, **rest)
+    assert torch.equal(old, SCHEDULES[name].function(steps=5, **rest))
 
 
 NAN, INF = math.nan, math.inf
@@ -276,10 +286,10 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: schedules.karras(0, 1, 2), ValueError, "n must be at least 1, got 0; pass"),
-        (lambda: schedules.vp(-3), ValueError, "n must be at least 1, got -3"),
-        (lambda: schedules.ays(2.0), TypeError, r"n must be an int, got 2\.0; pass"),
-        (lambda: schedules.simple(True, SD), TypeError, "n must be an int, got True; pass"),
+        (lambda: schedules.karras(0, 1, 2), ValueError, "steps must be at least 1, got 0; pass"),
+        (lambda: schedules.vp(-3), ValueError, "steps must be at least 1, got -3"),
+        (lambda: schedules.ays(2.0), TypeError, r"steps must be an int, got 2\.0; pass"),
+        (lambda: schedules.simple(True, SD), TypeError, "steps must be an int, got True; pass"),
         (lambda: schedules.karras(5, 0, 2), ValueError, "sigma_min must be positive and finite, got 0"),
         (lambda: schedules.laplace(5, -1, 2), ValueError, r"sigma_min .* got -1"),
         (lambda: schedules.karras(5, NAN, 2), ValueError, "sigma_min .* got nan"),

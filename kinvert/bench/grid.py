@@ -8,9 +8,7 @@ methods or problems of the user's own. The presets are such files, in `kinvert/b
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,8 +18,9 @@ from typing import Any
 import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem
-from kinvert.bench.store import content_key
 from kinvert.checks import check_choice, check_integer, check_number, unknown
+from kinvert.jobs import import_modules
+from kinvert.jsontext import content_key
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_sampler, unknown_schedule
 
@@ -83,8 +82,8 @@ class Cell:
         given = dict(self.options)
         if not given:  # building a rule takes long
             return ()
-        rule, defaults = ki.sampler(self.sampler, **given), ki.SAMPLERS[self.sampler].options
-        return tuple((key, getattr(rule, key)) for key in sorted(given) if getattr(rule, key) != defaults[key])
+        options, defaults = ki.sampler(self.sampler, **given).options, ki.SAMPLERS[self.sampler].options
+        return tuple((key, options[key]) for key in sorted(given) if options[key] != defaults[key])
 
     @property
     def rule(self) -> Rule:
@@ -184,21 +183,6 @@ def preset(name: str) -> list[Cell]:
     known = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
     check_choice("preset", name, known)
     return read_grid(PRESETS / f"{name}.toml")[0]
-
-
-def import_modules(names: Iterable[str]) -> None:
-    """Import modules for what they register; the current folder is searched too.
-
-    Raises:
-        ValueError: a module that cannot be imported.
-    """
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # a console script does not look here
-        sys.path.append(str(Path.cwd()))
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
 
 
 def describe(settings: Mapping[str, Any]) -> str:

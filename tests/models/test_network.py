@@ -38,7 +38,7 @@ def exact(name: str) -> EmbeddedDenoiser:
 def noisy(
     name: str, sigma: float, dtype: torch.dtype = torch.float32, every: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Held-out ``x0``, ``x0 + sigma eps``, ``sigma`` and labels, of every so manieth image."""
+    """Held-out `x0`, `x0 + sigma eps`, `sigma` and labels; every `every`-th image."""
     x0, label = (t[::every] for t in held_out(name))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     return x0.to(dtype), (x0 + sigma * eps).to(dtype), torch.full((len(x0),), sigma, dtype=dtype), label

@@ -116,7 +116,7 @@ def _unsampled(
     negative: Conditioning,
 ) -> Inversion:
     """One run of `up` upwards, checked by one of `down` downwards."""
-    plan, bound = checked_plan(x, down, sigmas), guide(denoiser, cfg, positive, negative)
+    plan, bound = checked_plan(x, down, sigmas), guide(denoiser, cfg, positive, negative, batch=len(x))
     latent = unsample(bound, x, plan.sigmas, sampler=up, sigma_offset=0.0)
     back = sample(bound, latent, plan.sigmas, sampler=down)
     return certified(plan, x, latent, back, compile_plan(up, plan.sigmas[::-1]).evaluations)
