@@ -236,10 +236,7 @@ def beta57(steps: int, levels: Levels) -> Tensor:
 
 @renamed(n="steps")
 def linear_quadratic(
-    steps: int,
-    levels: Levels | float,
-    threshold_noise: float = 0.025,
-    linear_steps: int | None = None,
+    steps: int, levels: Levels | float, threshold_noise: float = 0.025, linear_steps: int | None = None
 ) -> Tensor:
     """Linear from sigma_max for half of the steps, then quadratic down to 0.
 
@@ -280,8 +277,7 @@ class ScheduleEntry:
 
     Attributes:
         name: the host's name.
-        function: called as function(steps, sigma_min, sigma_max), function(steps, levels) or function(steps), with
-            options.
+        function: called with (steps, sigma_min, sigma_max), (steps, levels) or (steps), and options.
         needs: which of the three: "bounds", "levels" or "nothing".
     """
 
@@ -322,13 +318,7 @@ REGISTRIES["schedule"] = SCHEDULES
 
 
 def schedule(
-    name: str,
-    steps: int,
-    levels: Levels,
-    *,
-    sampler: object = None,
-    denoise: float | None = 1.0,
-    **options: Any,
+    name: str, steps: int, levels: Levels, *, sampler: object = None, denoise: float | None = 1.0, **options: Any
 ) -> Tensor:
     """Build the schedule that hosts make from a name, a number of steps and the model.
 
