@@ -13,8 +13,8 @@ from torch import Tensor
 from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep
-from kinvert.engine import Memory, evaluate, stage_sigmas
-from kinvert.engine.contract import check_state, checked_noise
+from kinvert.engine.contract import check_outputs, check_state, checked_noise
+from kinvert.engine.step import Memory, stage_sigmas
 from kinvert.forms import Form
 from kinvert.noise import Noise, NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Stage, Step
@@ -54,7 +54,7 @@ class _EagerStep(StepBuilder):
 
     def _evaluate(self, x: Any, sigma: float, guided: bool) -> tuple[Any, Any]:
         stage = Stage(sigma, Form({}), guided)
-        outputs = list(evaluate(self._denoiser, x, stage_sigmas([sigma], x)[0], stage, self._step))
+        outputs = list(check_outputs(self._denoiser(x, stage_sigmas([sigma], x)[0]), x, stage, self._step))
         keep(outputs)  # the rule may remember them
         return outputs[0], outputs[1]
 

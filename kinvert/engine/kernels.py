@@ -151,12 +151,14 @@ def _rows(step: Step) -> list[Form]:
 
 
 def outlives(step: Step, stage: int) -> bool:
-    """Whether what a stage returns is read after another evaluation, or handed out as it is."""
+    """Tell whether what a stage returns is read after another evaluation, or handed out as it is."""
+    outputs = Denoised(stage), Uncond(stage)
     rows = [step.x, *(form for _, form in step.memory)]
     if stage == len(step.stages) - 1:
-        return any(form.alias() in (Denoised(stage), Uncond(stage)) for form in rows)
-    rows += [later.input for later in step.stages[stage + 2 :]]
-    return any(form[Denoised(stage)] or form[Uncond(stage)] for form in rows)
+        return any(form.alias() in outputs for form in rows)
+    later = [*rows, *(after.input for after in step.stages[stage + 2 :])]
+    handed_out = step.stages[stage + 1].input.alias() in outputs
+    return handed_out or any(form[symbol] for form in later for symbol in outputs)
 
 
 def _chain(out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
