@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
-from kinvert import engine
 from kinvert.engine import advance, combine, run_state, stage_sigmas
 from kinvert.engine.kernels import program
+from kinvert.engine.products import BLOCK
 from kinvert.forms import Form, State
 from kinvert.rules import Rule
 
@@ -166,7 +166,7 @@ def test_few_passes_in_half_precision(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("width", [600, engine.BLOCK])
+@pytest.mark.parametrize("width", [600, BLOCK])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("name", ["lms", "uni_pc"])
 def test_products_are_as_exact_as_sums(name: str, precision: str, width: int) -> None:

@@ -7,7 +7,7 @@ while recording, a tensor replaced, or a buffer of another run would show.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 NAMES = ["euler", "heun", "dpmpp_2m", "lms", "uni_pc", "dpmpp_2m_sde", "euler_ancestral", "euler_cfg_pp", "edict"]
 
 
-class Recorder(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Takes operations down and carries them out again into the same tensors."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
                         old.copy_(new)
 
 
-def recorded(functions: list[Callable[[], Any]], x: Tensor) -> tuple[list[Callable[[], None]], Any, str | None]:
+def recorded(functions: Sequence[Callable[[], Any]], x: Tensor) -> graphs.Recording:
     launches, result = [], None
     try:
         with torch.no_grad():
@@ -57,12 +57,12 @@ def recorded(functions: list[Callable[[], Any]], x: Tensor) -> tuple[list[Callab
                 for function in functions:
                     function()
             for function in functions:
-                with Recorder() as recorder:
+                with Operations() as operations:
                     result = function()
-                launches.append(recorder.launch)
+                launches.append(operations.launch)
     except RuntimeError as error:
-        return [], None, f"the denoiser cannot be recorded: {error}"
-    return launches, result, None
+        return graphs.Recording([], None, f"the denoiser cannot be recorded: {error}")
+    return graphs.Recording(launches, result, None)
 
 
 def denoiser_for(plan: ki.Plan) -> ki.Denoiser:
@@ -74,7 +74,7 @@ def denoiser_for(plan: ki.Plan) -> ki.Denoiser:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recorded_run_is_the_run(name: str, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For other states and other noise than those that were recorded, again and again."""
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan = ki.compile_plan(name, KARRAS)
     captured = ki.graphs.capture(plan, denoiser_for(plan), torch.zeros(2, 6, dtype=torch.float64), steps)
     assert captured.reason is None
@@ -88,7 +88,7 @@ def test_a_recorded_run_is_the_run(name: str, steps: Any, monkeypatch: pytest.Mo
 
 
 def test_a_call_that_is_unlike_the_recorded_one_runs_without_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, seen = ki.compile_plan("heun", KARRAS), list[int]()
     captured = ki.graphs.capture(plan, mixture(), torch.zeros(2, 6, dtype=torch.float64))
     for x in (10 * noise_like((3, 6)), 10 * noise_like((2, 6)).float()):
@@ -105,7 +105,7 @@ def test_a_callback_sees_a_run_that_is_recorded_step_by_step(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it gets stays as it is, and the run goes through the graphs: the denoiser is not called again."""
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, calls = ki.compile_plan(name, KARRAS), 0
     denoise = denoiser_for(plan)
 
@@ -133,7 +133,7 @@ def test_a_callback_sees_a_run_that_is_recorded_step_by_step(
 
 def test_noise_is_drawn_step_by_step_or_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tensors as the longest part of the run draws."""
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, x = ki.compile_plan("dpmpp_sde", KARRAS), torch.zeros(2, 6, dtype=torch.float64)
     sizes = {steps: len(graphs.CapturedRun(plan, mixture(), x, steps)._noises) for steps in ("all", "each")}
     assert sizes == {"all": plan.draws, "each": 2}
@@ -141,7 +141,7 @@ def test_noise_is_drawn_step_by_step_or_ahead(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_a_run_leaves_behind_does_not_enter_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that mean nothing yet are read with weight 0, and 0 times nan is nan."""
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, x = ki.compile_plan("lms", KARRAS), 10 * noise_like((2, 6))
     for steps in ("all", "each"):
         captured = graphs.CapturedRun(plan, mixture(), x, steps)
@@ -168,7 +168,7 @@ def test_without_a_device_the_reason_is_given() -> None:
 
 
 def test_a_denoiser_that_reads_the_device_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, x, denoise = ki.compile_plan("euler", KARRAS), 10 * noise_like((2, 6)), mixture()
 
     def reads(y: Tensor, sigma: Tensor) -> Any:
@@ -183,7 +183,7 @@ def test_a_denoiser_that_reads_the_device_is_not_recorded(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", ["dpmpp_2m", "euler_cfg_pp"])
 def test_a_recorded_denoiser_gives_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation returns a tensor of its own: multistep samplers keep them."""
-    monkeypatch.setattr(graphs, "_record", recorded)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     x, shift = 10 * noise_like((4, 6)), torch.arange(4.0, dtype=torch.float64)
     shared: dict[str, Any] = dict(sampler=name, cfg=3.0, positive={"shift": shift}, negative={})
     plain = ki.sample(conditioned, x, KARRAS, **shared)

@@ -37,14 +37,14 @@ def without_refcounts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_hooks, "sys", SimpleNamespace(**public))
 
 
-REMOVALS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+REMOVALS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "getrefcount": without_refcounts,
     "storage_use_count": lambda patch: patch.delattr(torch._C, "_storage_Use_Count"),
     "functorch": lambda patch: patch.delattr(torch._C, "_functorch"),
     "interpreter_stack": lambda patch: patch.delattr(torch._C._functorch, "peek_interpreter_stack"),
     "forward_mode": lambda patch: patch.delattr(torch.autograd.forward_ad, "_current_level"),
     "wrappers": lambda patch: patch.delattr(torch.utils._python_dispatch, "is_traceable_wrapper_subclass"),
-    "version": lambda patch: patch.setattr(torch_hooks, "version", lambda x: None),
+    "version": lambda patch: [patch.setattr(torch_hooks, f, lambda x: None) for f in ("version", "total_version")],
     "fake": lambda patch: patch.delattr(torch._subclasses, "FakeTensor"),
 }
 PLAIN = {"getrefcount", "storage_use_count", "functorch", "interpreter_stack", "forward_mode"}

@@ -6,15 +6,13 @@ and `fused` do the same in fewer passes over memory; `graphs` records it; `adapt
 
 from kinvert.engine.contract import check_state
 from kinvert.engine.draws import noise_for
-from kinvert.engine.fused import BLOCK, Constants, FusedRun, fused_loop
+from kinvert.engine.fused import FusedRun, fused_loop
 from kinvert.engine.loop import plain_loop, run, run_state
 from kinvert.engine.step import Callback, Memory, Progress, advance, combine, stage_sigmas
 from kinvert.engine.stepwise import Stepwise
 
 __all__ = [
-    "BLOCK",
     "Callback",
-    "Constants",
     "FusedRun",
     "Memory",
     "Progress",
