@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_integer
+from kinvert.checks import check_integer
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
@@ -21,7 +21,7 @@ def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) 
     whole: Denoiser = denoiser
     parts = batch_parts(x, max_batch)
     if len(parts) > 1:
-        whole = _InParts(len(parts[0]), [denoiser.select(index, len(x)) for index in parts])
+        whole = _InParts(len(parts[0]), [denoiser.take(index) for index in parts])
     if graph:
         captured = captured_denoiser(whole, x)
         if captured.reason is not None:
@@ -32,11 +32,10 @@ def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) 
 
 def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
     """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
-    if max_batch is not None and not is_integer(max_batch):
-        raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
-    return torch.arange(len(x), device=x.device).split(int(max_batch or len(x)))
+    size = len(x)
+    if max_batch is not None:
+        size = check_integer("max_batch", max_batch, fix="None evaluates the whole batch at once")
+    return torch.arange(len(x), device=x.device).split(size)
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,29 @@
-r"""Data -> latent -> data, measured: up by `unsample` or `invert`, down by `sample`."""
+"""Data -> latent -> data, measured: up by any way of inverting, down by the sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.checks import check_choice
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
 from kinvert.engine.contract import check_state
-from kinvert.inversion.invert import invert
+from kinvert.inversion import Inversion, extract_noise, invert
+from kinvert.inversion.baselines import BASELINES
 from kinvert.levels import FlowTimes
+from kinvert.noise import Noise
 from kinvert.rules import Rule
-from kinvert.rules.names import unknown
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 from kinvert.tensors import wide_dtype
+
+__all__ = ["METHODS", "RoundTrip", "round_trip"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +31,11 @@ class RoundTrip:
     """Data -> latent -> data, measured. `print` gives a short report.
 
     Attributes:
-        latent: what unsampling found, shape (batch, *event).
+        latent: what the way up found, shape (batch, *event).
         reconstruction: what sampling made of it, the same shape.
         sigma: noise level of the latent.
-        evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one); for
-            "invert" those of the sample that took the most.
+        evaluations: denoiser evaluations, up and down together (each a batch; guidance counts as one); for a method
+            that returns an `Inversion`, those of the sample that took the most.
         mse: mean squared error of the reconstruction, shape (batch,).
         psnr: peak signal-to-noise ratio of the reconstruction in dB, shape (batch,), for data of `data_range`.
         max_error: largest absolute error of the reconstruction, shape (batch,).
@@ -62,6 +66,10 @@ class RoundTrip:
         return "\n".join([*lines, f"  psnr is in dB for a data range of {self.data_range:g}"])
 
 
+METHODS: tuple[str, ...] = ("unsample", "invert", "extract_noise", *BASELINES)
+"""The ways up that `round_trip` knows."""
+
+
 @torch.no_grad()
 def round_trip(
     denoiser: Denoiser,
@@ -69,78 +77,113 @@ def round_trip(
     sigmas: Any,
     *,
     sampler: str | Rule = "euler",
-    method: Literal["unsample", "invert"] = "unsample",
+    method: str = "unsample",
     end_at_step: int = 0,
+    normalize: Normalize = False,
+    sigma_offset: float | None = None,
+    data_range: float = 2.0,
     cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
-    normalize: Normalize = False,
-    sigma_offset: float | None = None,
-    data_range: float = 2.0,
+    noise: Noise | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    max_batch: int | None = None,
 ) -> RoundTrip:
-    """Unsample `x`, sample the latent back with the same sampler, schedule and guidance, and measure.
+    """Find the latent of `x`, sample it back with the same sampler, schedule and guidance, and measure.
 
     Args:
-        method: how to go up: "unsample", or "invert" on a schedule that ends above 0 (exact; a sample that could not
-            be inverted shows in its error). Of an algebraically reversible sampler the latent alone is sampled back,
-            without the auxiliary state that `invert` returns with it, so that this is not exact.
+        method: how to go up: "unsample"; "invert" (exact; a sample that could not be inverted shows in its error) or
+            "extract_noise", on a schedule that ends above 0; or a published inversion of
+            `kinvert.inversion.baselines.BASELINES`, which belongs to its own sampler. What belongs to the latent, such
+            as the auxiliary state of a reversible sampler, goes down with it.
         data_range: for psnr, the distance between the smallest and the largest possible value: 2 for data in [-1, 1],
             1 for [0, 1], 255 for bytes.
-        denoiser, x, sigmas, sampler, end_at_step, cfg, positive, negative, mask, normalize, sigma_offset, callback,
-            progress: as in `unsample`. With a mask the kept region is x itself. A normalized latent is scaled to
-            `sigmas[end_at_step]` before it is sampled back.
+        noise: the noise source of both directions for samplers with churn; of the states for "extract_noise".
+        denoiser, x, sigmas, sampler, end_at_step, normalize, sigma_offset, cfg, positive, negative, mask, callback,
+            progress, max_batch: as in `unsample`. With a mask the kept region is x itself. A normalized latent is
+            scaled to `sigmas[end_at_step]` before it is sampled back.
 
     Returns:
         A `RoundTrip`.
 
     Raises:
-        TypeError, ValueError: as in `unsample` and `sample`.
+        ValueError: an unknown method, or an argument that the method has no use for, with the fix.
+        TypeError, ValueError: as in `unsample`, `invert` and `sample`.
     """
-    if method not in ("unsample", "invert"):
-        raise ValueError(unknown("method", method, ("unsample", "invert")))
-    if method == "invert" and (normalize or end_at_step):
+    check_choice("method", method, METHODS)
+    if method != "unsample" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
     x = check_state(x)
     coordinates, rule, levels = settle(denoiser, sampler, sigmas)
     # what they mean, for a denoiser that does not say
     schedule = FlowTimes(levels) if coordinates == "flow" else levels
-    evaluations = [0, 0]
-
-    def counted(direction: int) -> Callback:
-        def count(step: Progress) -> None:
-            evaluations[direction] = step.evaluations
-            if callback is not None:
-                callback(step)
-
-        return count
-
-    shared: dict[str, Any] = {
-        "sampler": rule, "cfg": cfg, "positive": positive, "negative": negative, "mask": mask, "progress": progress,
-    }  # fmt: skip
-    if method == "invert":
-        found = invert(denoiser, x, schedule, **shared)
-        latent, evaluations[0] = found.latent, int(found.evaluations.max())
-    else:
-        latent = unsample(
-            denoiser, x, schedule, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
-            callback=counted(0), **shared,
-        )  # fmt: skip
+    guidance: dict[str, Any] = {"cfg": cfg, "positive": positive, "negative": negative}
+    shared: dict[str, Any] = {"mask": mask, "progress": progress, "max_batch": max_batch}
+    up, down = _Counter(callback), _Counter(callback)
+    if method != "unsample":
+        found = _inverted(method, denoiser, x, schedule, rule, noise, guidance | shared)
+        latent, spent = found.latent, int(found.evaluations.max())
+        reconstruction = found.sample(denoiser, callback=down, progress=progress, max_batch=max_batch)
+        return _measured(x, latent, latent / levels[0], reconstruction, levels[0], spent + down.evaluations, data_range)
+    latent = unsample(
+        denoiser, x, schedule, sampler=rule, end_at_step=end_at_step, normalize=normalize, sigma_offset=sigma_offset,
+        noise=noise, callback=up, **guidance, **shared,
+    )  # fmt: skip
     dropped = dropped_steps(levels, end_at_step)
-    back, sigma = schedule[dropped:], levels[dropped]
-    start = latent * sigma if normalize else latent
-    clean = None if mask is None else x
-    shared["cfg"] = kept_cfg(cfg, len(back) - 1)
-    reconstruction = sample(denoiser, start, back, latent=clean, callback=counted(1), **shared)
-    flat = latent.reshape(len(latent), -1).to(wide_dtype(latent.dtype))
-    flat = flat if normalize else flat / sigma
+    sigma = levels[dropped]
+    guidance["cfg"] = kept_cfg(cfg, len(levels) - dropped - 1)
+    reconstruction = sample(
+        denoiser, latent * sigma if normalize else latent, schedule[dropped:], sampler=rule,
+        latent=None if mask is None else x, noise=noise, callback=down, **guidance, **shared,
+    )  # fmt: skip
+    unit, spent = latent if normalize else latent / sigma, up.evaluations + down.evaluations
+    return _measured(x, latent, unit, reconstruction, sigma, spent, data_range)
+
+
+class _Counter:
+    """A callback that counts evaluations and hands on."""
+
+    def __init__(self, callback: Callback | None) -> None:
+        self.callback, self.evaluations = callback, 0
+
+    def __call__(self, step: Progress) -> None:
+        self.evaluations = step.evaluations
+        if self.callback is not None:
+            self.callback(step)
+
+
+def _inverted(
+    method: str, denoiser: Denoiser, x: Tensor, sigmas: Any, rule: Rule, noise: Noise | None, options: dict[str, Any]
+) -> Inversion:
+    """Find the latent by a method that returns an `Inversion`; refuse what the method has no use for."""
+    if method == "extract_noise":
+        return extract_noise(denoiser, x, sigmas, sampler=rule, noise=noise, **options)  # type: ignore[arg-type]
+    if noise is not None:
+        raise ValueError(f"noise is for method='unsample' and 'extract_noise', got it for {method!r}; leave it out")
+    if method == "invert":
+        return invert(denoiser, x, sigmas, sampler=rule, **options)
+    others = {name: options.pop(name) for name in ("mask", "progress", "max_batch")}
+    if others["mask"] is not None or others["max_batch"] is not None:
+        raise ValueError(f"mask and max_batch are for kinvert's own methods, got one for {method!r}; leave it out")
+    found = BASELINES[method](denoiser, x, sigmas, **options)
+    if found.back is not None and found.back.sampler != rule and method != "direct_inversion":
+        own = found.back.sampler.name
+        raise ValueError(f"{method!r} inverts the sampler {own!r}, got sampler={rule.name!r}; use sampler={own!r}")
+    return found
+
+
+def _measured(
+    x: Tensor, latent: Tensor, unit: Tensor, reconstruction: Tensor, sigma: float, evaluations: int, data_range: float
+) -> RoundTrip:
+    """Measure a reconstruction, and the latent in units of its noise level."""
+    flat = unit.reshape(len(unit), -1).to(wide_dtype(unit.dtype))
     return RoundTrip(
         latent=latent,
         reconstruction=reconstruction,
         sigma=sigma,
-        evaluations=sum(evaluations),
+        evaluations=evaluations,
         mse=metrics.mse(reconstruction, x),
         psnr=metrics.psnr(reconstruction, x, data_range),
         max_error=metrics.max_error(reconstruction, x),

@@ -179,8 +179,8 @@ def test_a_part_of_the_batch_gets_its_own_conditioning() -> None:
         }
 
     spy, index = Spy(), torch.tensor([4, 1])
-    whole = guide(spy, 3.0, conditioning(1), conditioning(2))
-    part = whole.select(torch.tensor([0, 4, 1]), 6).select(torch.tensor([1, 2]), 3)(x[index], sigma[index])
+    whole = guide(spy, 3.0, conditioning(1), conditioning(2), batch=6)
+    part = whole.take(torch.tensor([0, 4, 1])).take(torch.tensor([1, 2]))(x[index], sigma[index])
     assert spy.batches == [2, 2]
     for call, values in zip(spy.calls, (conditioning(2), conditioning(1)), strict=True):
         seen = call.conditioning

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinvert.inversion.choice import METHODS, choose
+from kinvert.inversion.stepwise import levels_of, step_map
 from problems import cost_alike, mixture, noise_like
 from torch import Tensor
 
@@ -20,9 +22,7 @@ from kinvert.analysis import properties
 from kinvert.bench.problems import make_problem
 from kinvert.engine import run_state
 from kinvert.inversion import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Sweeps
-from kinvert.inversion.choice import METHODS, choose
 from kinvert.inversion.solvers import Equation
-from kinvert.inversion.stepwise import levels_of, step_map
 from kinvert.tensors import rms
 
 # The first forward-mode derivative of a process makes torch use a function of its own that it has deprecated.

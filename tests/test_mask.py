@@ -227,6 +227,12 @@ def test_masks_that_do_not_broadcast_are_refused(shape: tuple[int, ...]) -> None
         resize_mask(rand(*shape), x)
 
 
+def test_a_mask_may_be_guided() -> None:
+    """Guidance calls it twice instead of doubling its batch: the same as a mask around guidance."""
+    outside = Masked(guide(DENOISER, 2.0, negative={}), rand(4, 6), CLEAN)(X, SIGMA)
+    torch.testing.assert_close(guide(Masked(DENOISER, rand(4, 6), CLEAN), 2.0, negative={})(X, SIGMA), outside)
+
+
 def test_x_and_noise_must_be_like_the_background() -> None:
     with pytest.raises(
         ValueError, match=r"noise must have the shape .* of background, \(2, 3, 4, 6\) on cpu, got \(1,"
@@ -236,6 +242,6 @@ def test_x_and_noise_must_be_like_the_background() -> None:
     with pytest.raises(ValueError, match=r"x must have the shape .*got \(1, 3, 4, 6\)"):
         masked(X[:1], SIGMA[:1])
     with pytest.raises(ValueError, match=r"got \(4, 3, 4, 6\) on cpu; mask after guiding, Masked\(guide"):
-        guide(masked, 2.0, negative={})(X, SIGMA)
+        masked(torch.cat([X, X]), torch.cat([SIGMA, SIGMA]))
     with pytest.raises(TypeError, match=r"denoiser must return a tensor, got NoneType"):
         Masked(lambda x, sigma: None, rand(4, 6), CLEAN)(X, SIGMA)

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kinvert.inversion.stepwise import Auto, invert_steps
+from kinvert.inversion.trajectory import equations
 from problems import cost_alike, count_on_simulated_device, guided_mixture, mixture, noise_like
 from torch import Tensor
 
@@ -15,8 +17,6 @@ import kinvert as ki
 from kinvert import models
 from kinvert.inversion import StepSweeps, Sweeps
 from kinvert.inversion.solvers import StepEquation
-from kinvert.inversion.stepwise import Auto, invert_steps
-from kinvert.inversion.trajectory import equations
 from kinvert.tensors import rms
 
 MIXTURE = mixture()

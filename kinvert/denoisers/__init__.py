@@ -12,9 +12,10 @@ from kinvert.denoisers.parametrization import (
     from_velocity,
     from_x0,
 )
-from kinvert.denoisers.protocol import Denoiser, Guided, expand
+from kinvert.denoisers.protocol import BoundDenoiser, Denoiser, Guided, expand
 
 __all__ = [
+    "BoundDenoiser",
     "Cfg",
     "Dataset",
     "Denoiser",

@@ -33,20 +33,19 @@ Source: "Classifier-Free Diffusion Guidance", Ho & Salimans 2022, arXiv 2207.125
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_number, plain
+from kinvert.checks import check_number, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
-from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, working_dtype
+from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, take_rows, working_dtype
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -81,7 +80,7 @@ class Guidance:
     positive: dict[str, Any] = field(repr=False)
     negative: dict[str, Any] | None = field(repr=False)
     pair: bool
-    bound: bool = False  # whether it is settled what belongs to one item
+    batch: int | None = None  # rows that the conditioning is settled for; None: each call settles it
 
     @property
     def coordinates(self) -> Coordinates | None:
@@ -90,7 +89,7 @@ class Guidance:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """The guided prediction, from x (batch, *event) and sigma (batch,)."""
-        bound = self.bind(len(x))
+        bound = self._settled(len(x))
         if bound.negative is None or (_is_one(self.cfg) and not self.pair):
             result = self._called(x, sigma, _open(bound.positive))
             if isinstance(result, Guided):
@@ -109,26 +108,34 @@ class Guidance:
         cfg = expand(self.cfg(sigma), cond).to(wide)
         return torch.lerp(uncond.to(wide), cond.to(wide), cfg).to(cond.dtype)
 
-    def select(self, index: Tensor, batch: int) -> Guidance:
-        """The same guidance for the samples `index`, shape (n,), of a batch of that size."""
-        return self.bind(batch)._each(lambda rows: rows.take(index))
+    def take(self, index: Tensor) -> Guidance:
+        """Return the guidance of the rows `index`, shape (n,), of the batch it was made for.
 
-    def bind(self, batch: int) -> Guidance:
-        """The same guidance, with what belongs to one item of a batch of that size marked as such."""
-        if self.bound:
+        Raises:
+            ValueError: `guide` was not told the batch, so that nobody knows what belongs to one row.
+        """
+        if self.batch is None:
+            raise ValueError("guidance can be cut into rows if it knows its batch: guide(..., batch=len(x))")
+
+        def cut(value: Any) -> Any:
+            return _each(lambda rows: rows.take(index), value)
+
+        denoiser = take_rows(self.denoiser, index)
+        negative = None if self.negative is None else cut(self.negative)
+        return replace(self, denoiser=denoiser, positive=cut(self.positive), negative=negative, batch=len(index))
+
+    def _settled(self, batch: int) -> Guidance:
+        """Return the guidance with what belongs to one row of a batch marked as such."""
+        if self.batch is not None:
             return self
         negative = None if self.negative is None else _bind(self.negative, batch)
-        return Guidance(self.denoiser, self.cfg, _bind(self.positive, batch), negative, self.pair, bound=True)
-
-    def _each(self, function: Callable[[_Rows], Any]) -> Guidance:
-        negative = None if self.negative is None else _each(function, self.negative)
-        return Guidance(self.denoiser, self.cfg, _each(function, self.positive), negative, self.pair, self.bound)
+        return replace(self, positive=_bind(self.positive, batch), negative=negative, batch=batch)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """(U, C), from one call if the conditionings stack."""
-        both = _stack(negative, positive)
+        both: Any = _APART if hasattr(self.denoiser, "take") else _stack(negative, positive)
         if both is _APART:
             first = [self._predict(x, sigma, _open(negative))]
             keep(first)
@@ -174,6 +181,7 @@ def guide(
     negative: Mapping[str, Any] | None = None,
     *,
     pair: bool = False,
+    batch: int | None = None,
 ) -> Guidance:
     """Bind the conditioning to a denoiser and guide it: ``D = U + cfg (C - U)``.
 
@@ -190,6 +198,8 @@ def guide(
             with none.
         pair: return ``Guided(D, U)``, which CFG++ samplers need; both branches are then always
             computed.
+        batch: number of rows of the states to come, e.g. ``len(x)``. What belongs to one row is then settled once, and
+            the result can be cut into rows by its `take`. None settles it in every call.
 
     Returns:
         A callable ``(x, sigma) -> denoised``, x of shape (batch, *event) and sigma of shape
@@ -213,14 +223,15 @@ def guide(
             fix = "7.5, or one for each step of a schedule by denoisers.step_cfg(cfg, sigmas)"
         got = type(cfg).__name__
         raise TypeError(f"cfg must be a Python number, got {got}; pass a float, e.g. {fix}")
-    if not callable(cfg) and not math.isfinite(cfg):
-        raise ValueError(f"cfg must be finite, got {cfg}; 1 turns guidance off")
+    if not callable(cfg):
+        cfg = check_number("cfg", cfg, fix="1 turns guidance off")
     if negative is None and not _is_one(cfg):
         why = "a cfg for each step" if callable(cfg) else f"cfg={cfg:g}"
         raise ValueError(_NEGATIVE_MISSING.format(why=why))
     positive = _keywords("positive", {} if positive is None else positive)
     negative = None if negative is None else _keywords("negative", negative)
-    return Guidance(denoiser, cfg if callable(cfg) else float(cfg), positive, negative, pair)
+    guidance = Guidance(denoiser, cfg, positive, negative, pair)
+    return guidance if batch is None else guidance._settled(batch)
 
 
 def _is_one(cfg: float | Callable[[Tensor], Tensor]) -> bool:

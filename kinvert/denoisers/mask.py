@@ -29,6 +29,7 @@ from kinvert.denoisers.protocol import (
     broadcasts,
     check_output,
     expand,
+    take_rows,
     working_dtype,
 )
 
@@ -152,13 +153,12 @@ class Masked:
         if self.noise is not None:
             _check_like("noise", self.noise, self.background)
 
-    def select(self, index: Tensor, batch: int) -> Masked:
-        """The same for the samples `index`, shape (n,), of the batch; the denoiser must offer `select` too."""
-        inner: Any = self.denoiser
-        of_each = self.mask.ndim == self.background.ndim and len(self.mask) == batch  # else it is for every sample
-        mask = self.mask[index] if of_each else self.mask
+    def take(self, index: Tensor) -> Masked:
+        """Return the masked denoiser of the rows `index`, shape (n,)."""
+        of_each = self.mask.ndim == self.background.ndim and len(self.mask) == len(self.background)
+        mask = self.mask[index] if of_each else self.mask  # another mask is one for all rows
         noise = None if self.noise is None else self.noise[index]
-        return Masked(inner.select(index, batch), mask, self.background[index], noise, self.coordinates)
+        return Masked(take_rows(self.denoiser, index), mask, self.background[index], noise, self.coordinates)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
         """The masked prediction, from x of the background's shape and sigma (batch,)."""

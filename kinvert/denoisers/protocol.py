@@ -51,6 +51,28 @@ class Denoiser(Protocol):
         ...
 
 
+class BoundDenoiser(Protocol):
+    """A denoiser whose conditioning is settled for the rows of one batch, and which can be cut into rows.
+
+    `guide` returns one. A host whose conditioning belongs to the whole batch gives its denoiser a `take`; guidance,
+    masks and inversion cut it by that, and call it with as many rows as it was cut to, never with a doubled batch.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor | Guided:
+        """Return the denoised x, shape (batch, *event), for sigma of shape (batch,)."""
+        ...
+
+    def take(self, index: Tensor, /) -> BoundDenoiser:
+        """Return the denoiser of the rows `index`, int64, shape (n,); a row may be there several times."""
+        ...
+
+
+def take_rows(denoiser: Denoiser, index: Tensor) -> Denoiser:
+    """Return the denoiser of the rows `index`; one without `take` is the same for all rows."""
+    cut: Denoiser = denoiser.take(index) if hasattr(denoiser, "take") else denoiser
+    return cut
+
+
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 for float64 x, float32 for float32 and half precision.
 

@@ -57,7 +57,7 @@ class Uploaded:
     def of(cls, plan: Plan, x: Tensor) -> Uploaded:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=is_half(x.dtype))
-        sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        sigmas = stage_sigmas(plan.stage_levels, x)
         levels = tuple([level.clone() for level in sigmas.unbind(0)])  # a compiled network asks where a tensor starts
         rest = iter(levels)
         steps = tuple([(one, tuple([(call, next(rest)) for call in one.calls])) for one in code.steps])

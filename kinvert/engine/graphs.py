@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
+from kinvert.checks import check_choice
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.engine.contract import check_plan, check_state, checked_noise
 from kinvert.engine.draws import noise_for
@@ -35,7 +36,6 @@ from kinvert.engine.loop import run
 from kinvert.engine.step import Callback, Progress
 from kinvert.noise import Noise
 from kinvert.plan import Plan
-from kinvert.rules.names import unknown
 from kinvert.tensors import wide_dtype
 from kinvert.torch_hooks import can_reuse_memory
 
@@ -100,8 +100,7 @@ def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> 
     """
     check_plan(plan)
     x = check_state(x)
-    if steps not in get_args(Steps):
-        raise ValueError(unknown("steps", steps, get_args(Steps)))
+    check_choice("steps", steps, get_args(Steps))
     return CapturedRun(plan, denoiser, x, steps)
 
 

@@ -139,7 +139,7 @@ def combine(form: Form, known: dict[Symbol, Tensor], like: Tensor) -> Tensor:
     return torch.zeros_like(like) if total is None else total.to(like.dtype)
 
 
-def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
+def stage_sigmas(sigmas: Sequence[float], x: Tensor) -> Tensor:
     """Return noise levels as the denoiser gets them, shape (stages, batch), on x's device: one upload for them all."""
     dtype = wide_dtype(x.dtype)
     column = torch.tensor(sigmas, dtype=torch.float64).to(dtype).to(x.device)

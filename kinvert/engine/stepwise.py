@@ -122,7 +122,7 @@ class Stepwise:
     ) -> None:
         self.plan = plan
         self.evaluations = 0
-        self._levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], values["x"])
+        self._levels = stage_sigmas(plan.stage_levels, values["x"])
         self._total = len(self._levels)
         self._values, self._draw, self._callback, self._recipe = values, draw, callback, recipe
         self._index = 0  # of the step under way or, if there is none, of the next one

@@ -1,15 +1,46 @@
 """Exact inversion: the latent, or the noise, that a given sampler maps to a given image, with a certificate."""
 
-from kinvert.inversion import baselines as baselines
-from kinvert.inversion.continuation import Continuation as Continuation
-from kinvert.inversion.extract import extract_noise as extract_noise
-from kinvert.inversion.invert import invert as invert
-from kinvert.inversion.result import Inversion as Inversion
-from kinvert.inversion.solvers import Anderson as Anderson
-from kinvert.inversion.solvers import Damped as Damped
-from kinvert.inversion.solvers import NewtonKrylov as NewtonKrylov
-from kinvert.inversion.solvers import Picard as Picard
-from kinvert.inversion.solvers import Solver as Solver
-from kinvert.inversion.stepwise import Auto as Auto
-from kinvert.inversion.trajectory import StepSweeps as StepSweeps
-from kinvert.inversion.trajectory import Sweeps as Sweeps
+from kinvert.inversion import baselines
+from kinvert.inversion.exact import invert
+from kinvert.inversion.extract import extract_noise
+from kinvert.inversion.problem import Guess, Problem, Reason, Root, Search
+from kinvert.inversion.result import Inversion
+from kinvert.inversion.routes import METHODS, ROUTES
+from kinvert.inversion.solvers import (
+    Anderson,
+    Attempt,
+    Auto,
+    Continuation,
+    Damped,
+    NewtonKrylov,
+    Picard,
+    Sequence,
+    Solver,
+    StepSweeps,
+    Sweeps,
+)
+
+__all__ = [
+    "METHODS",
+    "ROUTES",
+    "Anderson",
+    "Attempt",
+    "Auto",
+    "Continuation",
+    "Damped",
+    "Guess",
+    "Inversion",
+    "NewtonKrylov",
+    "Picard",
+    "Problem",
+    "Reason",
+    "Root",
+    "Search",
+    "Sequence",
+    "Solver",
+    "StepSweeps",
+    "Sweeps",
+    "baselines",
+    "extract_noise",
+    "invert",
+]

@@ -8,12 +8,11 @@ number of samples that it asks about up to the whole batch, or to half, a quarte
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kinvert.denoisers import Denoiser, Guided
+from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine.contract import checked_output
 
 
@@ -22,15 +21,15 @@ class FewBatches:
     """A denoiser for some samples, which sees few batch sizes.
 
     Attributes:
-        denoiser: of these samples, which offers `select`.
+        denoiser: of these samples.
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
     """
 
-    denoiser: Any
+    denoiser: BoundDenoiser
     largest: int
     fixed: bool = False
-    _known: dict[int, Denoiser] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[int, BoundDenoiser] = field(default_factory=dict, init=False, repr=False)
 
     def size(self, count: int) -> int:
         """The batch size for `count` samples."""
@@ -39,9 +38,9 @@ class FewBatches:
             size = half
         return size
 
-    def select(self, index: Tensor, batch: int) -> FewBatches:
-        """The same for the samples `index`, shape (n,), of a batch of that size."""
-        return FewBatches(self.denoiser.select(index, batch), self.largest, self.fixed)
+    def take(self, index: Tensor) -> FewBatches:
+        """Return the same for the samples `index`, shape (n,)."""
+        return FewBatches(self.denoiser.take(index), self.largest, self.fixed)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """What it says of all of them. Repeated samples are asked about and forgotten."""
@@ -53,11 +52,11 @@ class FewBatches:
             return Guided(*(checked_output(part, given, where)[:count] for part in out))
         return checked_output(out, given, where)[:count]
 
-    def _with(self, more: int, count: int, device: torch.device) -> Denoiser:
+    def _with(self, more: int, count: int, device: torch.device) -> BoundDenoiser:
         """The denoiser of these samples and `more` copies of the first."""
         if more not in self._known:
             index = _filled(torch.arange(count, device=device), more)
-            self._known[more] = self.denoiser.select(index, count) if more else self.denoiser
+            self._known[more] = self.denoiser.take(index) if more else self.denoiser
         return self._known[more]
 
 

@@ -31,22 +31,22 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
-from kinvert.checks import check_values
+from kinvert.checks import check_choice, check_decreasing, check_finite, check_values
 from kinvert.coordinates import Coordinates, settle
-from kinvert.denoisers import Cfg, Denoiser, Guided, guide, step_cfg
+from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import Callback, Memory, Progress, advance, check_state, combine, stage_sigmas
 from kinvert.forms import Form, Noise, State, Symbol
+from kinvert.inversion.back import WayBack
 from kinvert.inversion.batches import FewBatches
+from kinvert.inversion.certificate import Found, certify
+from kinvert.inversion.problem import Reason
 from kinvert.inversion.result import Inversion
-from kinvert.inversion.verdict import check_rows, image_size, tolerance
-from kinvert.noise import replay
+from kinvert.inversion.verdict import check_rows, tolerance
+from kinvert.noise import White, replay
+from kinvert.parts import in_parts
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
-from kinvert.rules.base import options_of
-from kinvert.rules.flow import unwrapped
-from kinvert.rules.names import unknown
-from kinvert.sampling import sample
 from kinvert.tensors import rms, wide_dtype
 
 Path = Literal["independent", "chain"]
@@ -62,12 +62,15 @@ def extract_noise(
     sampler: str | Rule = "euler_ancestral",
     path: Path = "independent",
     generator: torch.Generator | None = None,
+    tol: float | None = None,
     cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    noise: White | None = None,
     callback: Callback | None = None,
     progress: bool = False,
-    tol: float | None = None,
+    max_batch: int | None = None,
 ) -> Inversion:
     r"""Extract the noises that make a stochastic sampler reproduce an image exactly.
 
@@ -86,6 +89,10 @@ def extract_noise(
             there are, and successive ones are negatively correlated, so that they carry more of the image); "chain"
             goes up step by step (the noises are nearly those that a run draws: variance near 1, uncorrelated).
         generator: random numbers of the states and of the stage noises, on any device; None: torch's global generator.
+        noise: the same as a source of white noise, e.g. `ki.noise.white(seed)` or one seed for each sample; give this
+            or a generator.
+        mask: 1 = steer, 0 = keep x, as in `unsample`: in the kept region the network sees x at every noise level.
+        max_batch: the most samples that are evaluated at once, as in `sample`.
         callback: called after each step with `index, sigma, sigma_next, x, denoised, evaluations`.
         progress: show a progress bar.
         tol: root mean square of `sample(latent) - x` up to which a sample counts as converged, in parts of the size of
@@ -106,16 +113,21 @@ def extract_noise(
     Image Editing using Text-to-Image Models (2023), arXiv 2311.16711; "chain": Wu and De la Torre, Unifying Diffusion
     Models' Latent Space, with Applications to CycleDiffusion and Guidance (2022), arXiv 2210.05559.
     """
-    x = _check_arguments(x, path, generator)
+    x = _check_arguments(x, path, generator, noise)
     goal = tolerance(tol, x, TOLERANCES)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, schedule)
     _check_plan(plan, schedule)
-    bound: Denoiser = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided)
-    asked = check_rows(FewBatches(bound, len(x), fixed=True), x, plan.sigmas)
-    normal = _normal(x, generator)
+    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided, batch=len(x))
+    bound: Denoiser = in_parts(guided, x, max_batch, graph=False)
+    cut: BoundDenoiser = guided
+    if mask is not None:
+        bound = Masked(bound, mask, x, coordinates=coordinates)
+        cut = Masked(guided, mask, x, coordinates=coordinates)
+    asked = check_rows(FewBatches(cut, min(len(x), max_batch or len(x)), fixed=True), x, plan.sigmas)
+    normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
-    levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    levels = stage_sigmas(plan.stage_levels, x)
     state: Memory = {"x": states[0]}
     noises: list[Tensor] = []
     residuals: list[Tensor] = []
@@ -132,26 +144,21 @@ def extract_noise(
         if callback is not None and seen is not None:
             copies = seen[0].clone(), seen[1].clone()
             callback(Progress(step.index, step.sigma, step.sigma_next, *copies, evaluations=evaluations))
-    again = sample(
-        denoiser, states[0], schedule, sampler=plan.rule, cfg=cfg, positive=positive, negative=negative,
-        noise=replay(noises),
-    )  # fmt: skip
-    error = rms(again.to(wide_dtype(x.dtype)) - x.to(wide_dtype(x.dtype)))
-    allowed = goal * image_size(x, plan.sigmas)
-    return Inversion(
+    back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, mask, x)
+    again = back.sample(denoiser, states[0], memory={}, noises=noises, embeddings={}, max_batch=max_batch)
+    found = Found(
         latent=states[0],
-        residuals=torch.stack(residuals),
-        converged=error <= allowed,
+        restored=again,
         evaluations=asked + evaluations + plan.evaluations,
-        round_trip_error=error,
-        tolerance=goal,
-        allowed=allowed,
-        sigmas=plan.sigmas,
         checking=plan.evaluations,
+        residuals=torch.stack(residuals),
+        otherwise=Reason.PRECISION,
+        notes=_unusual(plan, noises),
         row_checks=asked,
-        noises=tuple(noises),
-        warnings=(*_missed(error, allowed), *_unusual(plan, noises)),
+        noises=noises,
     )
+    result = certify(plan, x, goal, found, back)
+    return replace(result, warnings=(*_missed(result.round_trip_error, result.allowed), *result.warnings))
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
@@ -253,6 +260,12 @@ def _states(plan: Plan, coordinates: Coordinates, x: Tensor, path: Path, normal:
     return [state.to(x.dtype) for state in reversed(states)]
 
 
+def _drawn(noise: White, x: Tensor) -> Callable[[], Tensor]:
+    """Return a function that draws from a source of white noise, in float32 for half precision."""
+    draw = noise.bind(x.to(wide_dtype(x.dtype)))
+    return lambda: draw(1.0, 0.0)
+
+
 def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor]:
     """Standard normal tensors like x, float32 for half precision, drawn where the generator is."""
     device = x.device if generator is None else generator.device
@@ -264,17 +277,20 @@ def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor
 
 
 # -- checks and report ------------------------------------------------------------------------------------------------
-def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None) -> Tensor:
+def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, noise: Any) -> Tensor:
     x = check_state(x)
     check_values("x", x, "noise is extracted from them")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
-    if path not in get_args(Path):
-        raise ValueError(unknown("path", path, get_args(Path)))
+    check_finite("x", x)
+    check_choice("path", path, get_args(Path))
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
             "use torch.Generator().manual_seed(0)"
+        )
+    if noise is not None and (generator is not None or not isinstance(noise, White)):
+        raise TypeError(
+            f"noise must be a source of white noise such as ki.noise.white(0), and generator None beside it, got "
+            f"{noise!r} and {generator!r}"
         )
     return x
 
@@ -282,11 +298,7 @@ def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None) -
 def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
     """Refuse, before the first evaluation, a Plan that cannot be made to end at a given image."""
     name, last = plan.rule.name, plan.steps[-1]
-    if plan.is_rising:
-        raise ValueError(
-            f"sigmas must be the decreasing sampling schedule, got a rising one from {plan.sigmas[0]:g} to "
-            f"{plan.sigmas[-1]:g}; use sigmas.flip(0)"
-        )
+    check_decreasing("sigmas", plan.sigmas)
     if not plan.is_stochastic:
         raise ValueError(
             f"{name} draws no noise on this schedule, so there is none to extract; use invert (exact) or unsample, or "
@@ -296,7 +308,7 @@ def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
         return
     where = f"{name}: the last step, from sigma {last.sigma:g} to {last.sigma_next:g},"
     if any(_has_noise(form) for form in (last.x, *(stage.input for stage in last.stages))):
-        churn = "switch churn off (s_churn=0) and use invert, or " if getattr(plan.rule, "s_churn", 0.0) else ""
+        churn = "switch churn off (s_churn=0) and use invert, or " if "s_churn" in plan.rule.noise_options else ""
         raise ValueError(
             f"{where} passes its noise through the denoiser, so it cannot be solved for it; {churn}take a sampler that "
             "adds its noise last, such as 'euler_ancestral'"
@@ -308,7 +320,7 @@ def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
     """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
-    options = ", ".join(f.name for f in options_of(unwrapped(plan.rule)))
+    options = ", ".join(plan.rule.options)
     if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
         return f"set its options so that its last step draws noise (it has {options})"
     return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.engine import Callback, run, run_state
+from kinvert.inversion.problem import Guess
 from kinvert.plan import Plan, compile_plan
 
 
 def rising(plan: Plan) -> Plan | None:
     """The run upwards of a Plan that can be inverted; None where the sampler has none."""
-    if plan.sigmas[-1] == 0 or not getattr(plan.rule, "keep_last", True):
+    if plan.sigmas[-1] == 0 or not plan.rule.keeps_last:
         return None
     try:
         up = compile_plan(plan.rule, plan.sigmas[::-1])
@@ -70,7 +71,7 @@ class Recorded:
             first += len(step.stages)
         return [*states, x]
 
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and outputs as shapes (batch, evaluations, m) and (batch, rows, m), in x's dtype."""
-        inputs, outputs = (torch.stack(part, 1).flatten(2).to(x.dtype) for part in (self.inputs, self.outputs))
-        return inputs, outputs
+    def guess(self, x: Tensor) -> Guess:
+        """Return the run as the start of a search in x's dtype."""
+        inputs, outputs = (torch.stack(part, 1).to(x.dtype) for part in (self.inputs, self.outputs))
+        return Guess(self.latent.to(x.dtype), outputs, inputs, self.restored.to(x.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.denoisers import Cfg, Denoiser
+from kinvert.engine import Callback
+from kinvert.inversion.back import WayBack
+from kinvert.inversion.problem import Reason
+from kinvert.sampling import tell_needs
+
+__all__ = ["Inversion", "WayBack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +49,9 @@ class Inversion:
             (steps, batch); None where the steps were not solved one by one, NaN where `max_evals` left nothing for it.
         amplification: of rounding errors, as predicted before the run, for algebraically reversible samplers.
         memory: auxiliary state that belongs to the latent (algebraically reversible samplers), by name.
+        embeddings: negative conditioning of every step, by keyword, shape (steps, batch, ...) (null-text inversion).
+        reasons: why the search ended, a `Reason` for each sample; `CONVERGED` where `converged` is true.
+        back: the sampling run that was inverted, which `sample` runs.
         warnings: what a reader should know, e.g. the step at which a sample could not be solved.
     """
 
@@ -61,6 +71,48 @@ class Inversion:
     contraction: Tensor | None = None
     amplification: float | None = None
     warnings: tuple[str, ...] = ()
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    reasons: tuple[Reason, ...] = ()
+    back: WayBack | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        tell_needs(self.latent, self.memory, self.noises)
+
+    def sample(
+        self,
+        denoiser: Denoiser,
+        *,
+        cfg: Cfg | None = None,
+        positive: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        progress: bool = False,
+        max_batch: int | None = None,
+    ) -> Tensor:
+        """Sample the latent back, with all that belongs to it: auxiliary state, noises, embeddings, mask, steering.
+
+        `found.sample(denoiser)` is the image, up to `round_trip_error`. Give other conditioning to edit it.
+
+        Args:
+            denoiser: as in `ki.sample`.
+            cfg, positive, negative: the conditioning; None takes that of the inversion, `{}` none.
+            callback, progress, max_batch: as in `ki.sample`.
+
+        Returns:
+            The sample, shape (batch, *event).
+
+        Raises:
+            ValueError: an `Inversion` that was made by hand and does not know its sampler; as in `ki.sample`.
+        """
+        if self.back is None:
+            raise ValueError(
+                "this Inversion does not know its sampler; use ki.sample with the latent, memory and noises"
+            )
+        with torch.no_grad():
+            return self.back.with_guidance(cfg, positive, negative).sample(
+                denoiser, self.latent, memory=self.memory, noises=self.noises, embeddings=self.embeddings,
+                callback=callback, progress=progress, max_batch=max_batch,
+            )  # fmt: skip
 
     @classmethod
     def join(cls, parts: Sequence[Inversion]) -> Inversion:
@@ -80,10 +132,12 @@ class Inversion:
             contraction=cat("contraction", 1),
             amplification=max((part.amplification for part in parts if part.amplification is not None), default=None),
             memory={name: torch.cat([part.memory[name] for part in parts]) for name in parts[0].memory},
+            reasons=tuple(reason for part in parts for reason in part.reasons),
             warnings=tuple(dict.fromkeys(note for part in parts for note in part.warnings)),
         )
 
     def __str__(self) -> str:
+        """Return a short report."""
         n, steps = len(self.latent), len(self.sigmas) - 1
         per_step, checking = self.evaluations.cpu().double().median() / steps, self.checking / steps
         worst = int(self.round_trip_error.argmax())

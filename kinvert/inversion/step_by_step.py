@@ -1,177 +1,240 @@
-"""The inverse of a run whose steps remember nothing: attempts, step by step, and what is said of those that fail."""
+"""The route of runs whose steps remember nothing: one equation per step, from the image up."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kinvert.devices import has_float64
-from kinvert.inversion.job import UNLIMITED, Job, least_stretch, restrict
+from kinvert.inversion.certificate import Found
 from kinvert.inversion.plain import Recorded, rising
-from kinvert.inversion.result import Inversion
-from kinvert.inversion.solvers import Anderson, Solver
-from kinvert.inversion.stepwise import Trajectory, contraction, invert_steps, levels_of, step_map
+from kinvert.inversion.problem import Reason
+from kinvert.inversion.solvers import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Solver
+from kinvert.inversion.steps import Trajectory, contraction, invert_steps, levels_of, step_problem
+from kinvert.inversion.task import UNLIMITED, Task, measure_fold
 from kinvert.inversion.verdict import ROWS
 from kinvert.plan import Plan
 
-
-def step_by_step(job: Job, solver: Solver) -> Inversion:
-    """The attempts, the largest first; for samples that none of them inverts the plain run too."""
-    plan, x, found, restored = job.plan, job.wide, None, torch.empty(0)
-    up = None if _is_published(solver) else rising(plan)
-    for attempt in [*_attempts(job, solver), None]:
-        index = torch.arange(len(x), device=x.device)
-        if found is not None:
-            keep_trying = job.lost(job.error(restored))
-            index = index[keep_trying | (attempt is None and job.is_half)]
-        if not len(index) or (attempt is None and up is None):
-            continue
-        one = job.part(index) if found is not None else job
-        trial, images = _plain(one, up) if attempt is None else _attempt(one, solver, attempt)
-        if found is None:
-            found, restored = trial, images
-            continue
-        better = one.error(images) < one.error(restored[index])
-        restored[index[better]] = images[better]
-        _merge(found, trial, index, better)
-    assert found is not None
-    cost = plan.evaluations + 2 * len(plan.steps[-1].stages)
-    able = torch.arange(len(x), device=x.device)
-    if job.limit < UNLIMITED:
-        able = able[job.limit - found.evaluations >= cost]
-    factors = x.new_full((len(plan.steps), len(x)), torch.nan)
-    if len(able):
-        states = [state[able] for state in found.states]
-        factors[:, able] = contraction(plan, restrict(job.select, able), states, job.eps)
-        found.evaluations[able] += cost
-    checking = plan.evaluations + cost * bool(len(able))
-    more = {"contraction": factors if len(able) else None}
-    return job.result(found, restored, _verdicts(job, found, restored), checking=checking, **more)
+__all__ = ["StepByStep"]
 
 
-def _attempts(job: Job, solver: Solver) -> list[int]:
-    """How many evaluations each attempt may spend on its equations, the largest first; one run more to check it.
+@dataclass(frozen=True)
+class StepByStep:
+    """Solve each step for the state before it; then sample the latent, and solve finer if the steps' errors add up.
 
-    They do not depend on the limit, which says how many of them there are: what a smaller limit returns is among what a
-    larger one has the choice of.
+    Attributes:
+        share, most: the tolerance of a step, in parts of the run's: `min(most, share / sqrt(steps))`. Errors of N steps
+            add up like independent ones, about sqrt(N), and most steps end below their tolerance.
+        retries, finer: how often a sample whose steps are solved and whose round trip misses is solved again, and the
+            factor by which the tolerances of its steps shrink, at least.
+        reserve: runs that must be affordable for that.
+        folded: a step folds if the least singular value of its derivative is below this part of what it would be
+            without a denoiser.
+        rounded: residuals up to so many roundings of the state are rounding.
     """
-    once = job.plan.evaluations
-    if job.limit == UNLIMITED:
-        return [UNLIMITED]
-    if _is_published(solver):  # one attempt, and the contraction
-        return [max(job.limit - 2 * once - 2 * len(job.plan.steps[-1].stages), once + 1)]
-    sizes, left = [max(2 * once - ROWS, once + 1)], job.limit - 2 * once  # one run up and one down
-    while sum(sizes) + len(sizes) * once <= left:
-        sizes.append(2 * sizes[-1] + once)
-    return sizes[-2::-1] if rising(job.plan) else sizes[-2::-1] or [once + 1]
+
+    methods: ClassVar[Mapping[str, Callable[[], Solver]]] = {
+        "auto": Auto,
+        "anderson": Anderson,
+        "damped": Damped,
+        "continuation": Continuation,
+        "newton": NewtonKrylov,
+        "picard": Picard,
+    }
+    scope: ClassVar[str] = "step"
+
+    share: float = 1.5
+    most: float = 0.45
+    retries: int = 3
+    finer: float = 0.1
+    reserve: int = 3
+    folded: float = 0.1
+    rounded: float = 8.0
+
+    def accepts(self, plan: Plan) -> bool:
+        """Tell whether every step of the Plan is a map of x alone."""
+        return not plan.auxiliary and not plan.is_multistep
+
+    def solve(self, task: Task, solver: Solver) -> Found:
+        """Make the attempts, the largest first; try the plain run for samples that none of them inverts.
+
+        Without a limit there is one attempt. With a limit the sizes of the attempts do not depend on it, only how many
+        there are: what a smaller limit returns is among what a larger one has the choice of.
+        """
+        plan, x = task.plan, task.wide
+        up = None if solver.is_published else rising(plan)
+        first, *others = [*self._sizes(task, solver), None]  # None: the plain run
+        found, restored = _plain(task, up) if first is None else self._attempt(task, solver, first)
+        for size in others:
+            index = (task.is_lost(task.error(restored)) | (size is None and task.is_half)).nonzero()[:, 0]
+            if len(index) and (size is not None or up is not None):
+                some = task.take(index)
+                trial, images = _plain(some, up) if size is None else self._attempt(some, solver, size)
+                self._take_better(task, found, restored, index, trial, images)
+        cost = plan.evaluations + 2 * len(plan.steps[-1].stages)  # of the contraction
+        able = torch.arange(len(x), device=x.device)
+        if task.limit < UNLIMITED:
+            able = able[task.limit - found.evaluations >= cost]
+        factors = x.new_full((len(plan.steps), len(x)), torch.nan)
+        if len(able):
+            states = [state[able] for state in found.states]
+            rows = task.solving if len(able) == len(x) else task.solving.take(able)
+            factors[:, able] = contraction(plan, rows, states, task.eps)
+            found.evaluations[able] += cost
+        reasons, notes = self._explain(task, found, restored)
+        return Found(
+            latent=found.states[0],
+            restored=restored,
+            evaluations=found.evaluations,
+            checking=plan.evaluations + cost * bool(len(able)),
+            residuals=found.residuals,
+            reasons=reasons,
+            failures=notes,
+            contraction=factors if len(able) else None,
+        )
+
+    def _sizes(self, task: Task, solver: Solver) -> list[int]:
+        """Return how many evaluations each attempt may spend on its equations, the largest first."""
+        once = task.plan.evaluations
+        if task.limit == UNLIMITED:
+            return [UNLIMITED]
+        if solver.is_published:  # one attempt, and the contraction
+            return [max(task.limit - 2 * once - 2 * len(task.plan.steps[-1].stages), once + 1)]
+        sizes, left = [max(2 * once - ROWS, once + 1)], task.limit - 2 * once  # one run up and one down
+        while sum(sizes) + len(sizes) * once <= left:
+            sizes.append(2 * sizes[-1] + once)
+        return sizes[-2::-1] or ([] if rising(task.plan) else [once + 1])  # at worst the plain run alone
+
+    def _attempt(self, task: Task, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:
+        """Solve each step; for samples whose steps' errors add up to more than will do, again and more exactly.
+
+        Returns the trajectory and what the sampler makes of its latent. It costs at most `most` evaluations of each
+        sample, and one run.
+        """
+        plan, x, enough = task.plan, task.wide, task.judge.enough
+        allowed = _allowed(task, min(self.most, self.share * len(plan.steps) ** -0.5))
+        budget = torch.full((len(x),), most, dtype=torch.int64, device=x.device)
+        found = invert_steps(plan, task.solving, x, lambda step: allowed[step.index], solver, budget, eps=task.eps)
+        restored = task.sample(found.states[0]).to(x.dtype)
+        found.evaluations += plan.evaluations
+        residuals = found.residuals.clone()  # of the last attempt
+        for _ in range(self.retries):
+            solved, error = (residuals <= allowed).all(0), task.error(restored)
+            factor = (self.finer * enough / error).clamp(max=self.finer)
+            finer = (allowed * factor).maximum(task.eps * task.unit(0.0))
+            affordable = budget - found.evaluations > self.reserve * plan.evaluations
+            again = solved & (error > enough) & (finer < allowed).any(0) & affordable
+            index = again.nonzero()[:, 0]
+            if not len(index):
+                break
+            allowed[:, index] = finer[:, index]
+            trial, images = _solve_again(
+                task.take(index), solver, found, allowed[:, index], index, (budget - found.evaluations)[index]
+            )
+            residuals[:, index] = trial.residuals
+            self._take_better(task, found, restored, index, trial, images, equal=True)
+        return found, restored
+
+    @staticmethod
+    def _take_better(
+        task: Task, found: Trajectory, restored: Tensor, index: Tensor, trial: Trajectory, images: Tensor,
+        equal: bool = False,
+    ) -> None:  # fmt: skip
+        """Put what is better of a trial of the samples `index` in its places; its evaluations count in any case."""
+        some = replace(task, x=task.x[index], region=None if task.region is None else task.region[index])
+        new, old = some.error(images), some.error(restored[index])
+        better = new <= old if equal else new < old
+        places = index[better]
+        restored[places] = images[better]
+        for kept, state in zip(found.states, trial.states, strict=True):
+            kept[places] = state[better]
+        found.residuals[:, places] = trial.residuals[:, better]
+        if found.reasons is not None and trial.reasons is not None:
+            found.reasons[:, places] = trial.reasons[:, better]
+        found.evaluations[index] += trial.evaluations
+
+    def _explain(self, task: Task, found: Trajectory, restored: Tensor) -> tuple[dict[int, Reason], list[str]]:
+        """Return, for each sample that was not inverted, why, and what to tell."""
+        error, allowed, x = task.error(restored), _allowed(task, 1.0), task.wide
+        reasons, notes = {}, []
+        for i in task.failed(error):
+            index = torch.tensor([i], device=x.device)
+            step = task.plan.steps[int((found.residuals[:, i] / allowed[:, i]).argmax())]
+            residual = float(found.residuals[step.index, i])
+            note = (
+                f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} "
+                f"(sigma {step.sigma:.4g} -> {step.sigma_next:.4g}), residual {residual:.2g}"
+            )
+            y, u = found.states[step.index + 1][index], found.states[step.index][index]
+            levels, spent = levels_of(task.plan, y)[step.index], found.evaluations[i : i + 1]
+            rows, zero = task.solving.take(index), torch.zeros_like(spent)
+            problem = step_problem(task.plan, step, rows, y, levels, y.new_zeros(1), zero, task.eps)
+            value = measure_fold(task, problem, u, spent)
+            if value is not None:
+                note += f", where the smallest singular value of the step's derivative is {value:.2g}"
+            notes.append(note)
+            fine = residual <= max(
+                float(allowed[step.index, i]), self.rounded * task.eps * float(task.unit(step.sigma)[i])
+            )
+            ended = Reason.STALLED if found.reasons is None else Reason(int(found.reasons[step.index, i]))
+            folded = value is not None and value < self.folded * step.sigma_next / step.sigma
+            reasons[i] = _reason(ended, fine, folded)
+        return reasons, notes
 
 
-def _plain(job: Job, up: Plan | None) -> tuple[Trajectory, Tensor]:
-    """What plain unsampling finds, on the way that the sampler takes from there, and where it ends."""
-    assert up is not None
-    plan, x = job.plan, job.wide
-    plain = Recorded.of(up, plan, job.denoiser, job.x, job.callback)
+def _reason(ended: Reason, fine: bool, folded: bool) -> Reason:
+    """Return why a sample was not inverted, from how its worst step ended."""
+    if ended == Reason.NOT_FINITE:
+        return ended
+    if fine:
+        return Reason.PRECISION
+    if ended == Reason.BUDGET:
+        return ended
+    return Reason.FOLD if folded else Reason.STALLED
+
+
+def _plain(task: Task, up: Plan | None) -> tuple[Trajectory, Tensor]:
+    """Return what plain unsampling finds, on the way that the sampler takes from there, and where it ends."""
+    if up is None:
+        raise ValueError(f"{task.plan.rule.name} cannot run upwards, so that there is no plain run")
+    plan, x = task.plan, task.wide
+    plain = Recorded.of(up, plan, task.denoiser, task.x, task.callback)
     residuals = x.new_zeros(len(plan.steps), len(x))
-    residuals[-1] = job.error(plain.restored)  # every other step goes where the next one starts
+    residuals[-1] = task.error(plain.restored)  # every other step goes where the next one starts
     spent = torch.full((len(x),), plain.evaluations, dtype=torch.int64, device=x.device)
-    return Trajectory(plain.trajectory(plan, x), residuals, spent), plain.restored.to(x.dtype)
-
-
-def _attempt(job: Job, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:
-    """Solve each step; for samples whose steps' errors add up to more than will do, again and more exactly.
-
-    Returns the trajectory and what the sampler makes of its latent. It costs at most `most` evaluations of each sample,
-    and one run.
-    """
-    plan, x = job.plan, job.wide
-    # The errors of the steps add up like random ones, and most are below what is allowed.
-    share = min(0.45, 1.5 * len(plan.steps) ** -0.5)
-    allowed = _allowed(job, share)
-    budget = torch.full((len(x),), most, dtype=torch.int64, device=x.device)
-    found = invert_steps(plan, job.select, x, lambda step: allowed[step.index], solver, budget, eps=job.eps)
-    restored = job.again(found.states[0]).to(x.dtype)
-    found.evaluations += plan.evaluations
-    residuals = found.residuals.clone()  # of the last attempt
-    for _ in range(3):
-        solved, error = (residuals <= allowed).all(0), job.error(restored)
-        finer = (allowed * (0.1 * job.judge.enough / error).clamp(max=0.1)).maximum(job.eps * job.unit(0.0))
-        affordable = budget - found.evaluations > 3 * plan.evaluations
-        again = solved & (error > job.judge.enough) & (finer < allowed).any(0) & affordable
-        index = again.nonzero()[:, 0]
-        if not len(index):
-            break
-        allowed[:, index] = finer[:, index]
-        left = (budget - found.evaluations)[index]
-        residuals[:, index] = _solve_again(job.part(index), solver, found, restored, allowed[:, index], index, left)
-    return found, restored
+    reasons = torch.full((len(plan.steps), len(x)), int(Reason.STALLED), device=x.device)
+    return Trajectory(plain.trajectory(plan, x), residuals, spent, reasons), plain.restored.to(x.dtype)
 
 
 def _solve_again(
-    job: Job, solver: Solver, found: Trajectory, restored: Tensor, allowed: Tensor, index: Tensor, left: Tensor
-) -> Tensor:
-    """Solve the steps of the samples `index` again, from where they are; what is better takes its place.
+    task: Task, solver: Solver, found: Trajectory, allowed: Tensor, index: Tensor, left: Tensor
+) -> tuple[Trajectory, Tensor]:
+    """Solve the steps of the samples `index` again, from where they are; return the trajectory and its images.
 
-    The states are in float64 where they can be: at high noise the rounding of float32 is too much for an image on the
-    edge between two modes of the data. Returns the residuals of the steps, better or not.
+    The states are in float64 if the device has it: at high noise the rounding of float32 is too much for an image on
+    the edge between two modes of the data.
     """
-    plan, x, narrow = job.plan, job.wide, job.wide.dtype
-    if job.x.dtype == torch.float32 and has_float64(x.device):
-        job = replace(job, states=torch.float64)
-        x = job.wide
+    plan, narrow = task.plan, task.wide.dtype
+    if task.x.dtype == torch.float32 and has_float64(task.x.device):
+        task = replace(task, states=torch.float64)
+    x = task.wide
     allowed, starts = allowed.to(x), [state[index].to(x) for state in found.states]
-    path = invert_steps(plan, job.select, x, lambda step: allowed[step.index], solver, left, starts, eps=job.eps)
+    path = invert_steps(plan, task.solving, x, lambda step: allowed[step.index], solver, left, starts, eps=task.eps)
     states, residuals = [state.to(narrow) for state in path.states], path.residuals.to(narrow)
-    again = Trajectory(states, residuals, path.evaluations + plan.evaluations)
-    images = job.down(states[0], torch.arange(len(index), device=x.device))
-    better = job.error(images) <= job.error(restored[index])
-    restored[index[better]] = images[better]
-    _merge(found, again, index, better)
-    return residuals
+    everyone = torch.arange(len(index), device=x.device)
+    images = task.sample_some(states[0], everyone)
+    return Trajectory(states, residuals, path.evaluations + plan.evaluations, path.reasons), images
 
 
-def _allowed(job: Job, share: float) -> Tensor:
-    """The rms of the residual that is good enough, shape (steps, batch): a share of the aim, above rounding.
+def _allowed(task: Task, share: float) -> Tensor:
+    """Return the rms of the residual that is good enough, shape (steps, batch): a share of the aim, above rounding.
 
     What a step misses shrinks as sigma does.
     """
-    eps = torch.finfo(job.wide.dtype).eps
-    rows = [(share * job.aim * job.unit(step.sigma_next)).clamp(min=eps * step.sigma) for step in job.plan.steps]
+    eps = torch.finfo(task.wide.dtype).eps
+    rows = [(share * task.aim * task.unit(step.sigma_next)).clamp(min=eps * step.sigma) for step in task.plan.steps]
     return torch.stack(rows)
-
-
-def _verdicts(job: Job, found: Trajectory, restored: Tensor) -> list[str]:
-    """What is to be said of the samples that were not inverted step by step."""
-    error, allowed, notes, x = job.error(restored), _allowed(job, 1.0), [], job.wide
-    for i in (error > job.tol * job.judge.size).nonzero()[:, 0].tolist():
-        index = torch.tensor([i], device=x.device)
-        step = job.plan.steps[int((found.residuals[:, i] / allowed[:, i]).argmax())]
-        y, u = found.states[step.index + 1][index], found.states[step.index][index]
-        note = (
-            f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}; worst is step {step.index} (sigma "
-            f"{step.sigma:.4g} -> {step.sigma_next:.4g}), residual {found.residuals[step.index, i]:.2g}"
-        )
-        levels = levels_of(job.plan, y)[step.index]
-        function = step_map(step, restrict(job.select, index), levels)
-        value = least_stretch(job, function, u, y, len(step.stages), found.evaluations[i : i + 1])
-        if value is not None:
-            note += f", where the smallest singular value of the step's derivative is {value:.2g}"
-        notes.append(note)
-    return notes
-
-
-def _merge(whole: Trajectory, part: Trajectory, index: Tensor, better: Tensor) -> Trajectory:
-    """Put the samples `index` that are better in their places; their evaluations count in any case."""
-    places = index[better]
-    for kept, state in zip(whole.states, part.states, strict=True):
-        kept[places] = state[better]
-    whole.residuals[:, places] = part.residuals[:, better]
-    whole.evaluations[index] += part.evaluations
-    return whole
-
-
-def _is_published(solver: Solver) -> bool:
-    """Whether it is `Picard`, which is run for comparison, as it was published, and nothing is put in its place."""
-    return isinstance(solver, Anderson) and solver.window == 0 and math.isinf(solver.growth)

@@ -11,13 +11,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kinvert.checks import is_number
-from kinvert.denoisers import Guided
+from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import stage_sigmas
 from kinvert.noise import white
 from kinvert.tensors import rms, wide_dtype
@@ -83,8 +82,12 @@ def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtyp
 class Widened:
     """A denoiser of states in half precision, for states in float32: they are rounded for each call alone."""
 
-    denoiser: Any
+    denoiser: BoundDenoiser
     dtype: torch.dtype
+
+    def take(self, index: Tensor) -> Widened:
+        """Return the denoiser of the rows `index`."""
+        return Widened(self.denoiser.take(index), self.dtype)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Called with x in the dtype that it is for; what it returns in the dtype of x."""
@@ -92,7 +95,7 @@ class Widened:
         return Guided(*(part.to(x.dtype) for part in out)) if isinstance(out, Guided) else out.to(x.dtype)
 
 
-def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
+def check_rows(denoiser: BoundDenoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Raise ValueError for a denoiser that mixes the rows of its batch, from one row beside two different neighbours.
 
     All calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
@@ -100,7 +103,7 @@ def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     Where there is no memory for two rows nothing is asked.
 
     Args:
-        denoiser: with `select(index, batch)`, as `guide` returns it.
+        denoiser: of the whole batch, as `guide(..., batch=len(x))` returns it.
         x: images, shape (batch, *event); nothing is done for one alone.
         sigmas: levels of the run; the test is at the one nearest to the size of the image.
 
@@ -117,7 +120,7 @@ def check_rows(denoiser: Any, x: Tensor, sigmas: Sequence[float]) -> Tensor:
 
     def first_row(neighbour: int) -> Tensor:
         index = torch.tensor([neighbour, 0], device=x.device)
-        out = denoiser.select(index, len(x))(u[index], noise_levels)
+        out = denoiser.take(index)(u[index], noise_levels)
         spent.index_add_(0, index, torch.ones_like(index))
         return (out.denoised if isinstance(out, Guided) else out)[1:].to(wide_dtype(x.dtype))
 

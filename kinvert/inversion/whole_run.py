@@ -1,150 +1,141 @@
-"""The inverse of a run as a whole: by sweeps over its evaluations, and for what they leave through another sampler."""
+"""The route of runs whose steps remember earlier ones: one problem for the whole run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kinvert.denoisers import BoundDenoiser
 from kinvert.engine import run
-from kinvert.inversion.job import UNLIMITED, Job, least_stretch, restrict
+from kinvert.inversion.certificate import Found
 from kinvert.inversion.plain import Recorded, rising
-from kinvert.inversion.result import Inversion
-from kinvert.inversion.solvers import Anderson, Equation, Select
-from kinvert.inversion.stepwise import Trajectory, invert_steps
-from kinvert.inversion.trajectory import Sweeps
-from kinvert.plan import Plan, Step, compile_plan
-from kinvert.rules import DPMpp2SAncestral, Euler, Heun
+from kinvert.inversion.problem import Guess, Problem, Reason
+from kinvert.inversion.solvers import Anderson, Solver, Sweeps
+from kinvert.inversion.task import UNLIMITED, Task, measure_fold
+from kinvert.inversion.through import ThroughBase
+from kinvert.plan import Plan, compile_plan
+from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
+from kinvert.tensors import rms
 
-# Invertible step by step, in the order in which a whole run is tried through them: Euler is the cheapest, the others
-# are closer to a sampler of order 2.
-BASES = (Euler(), Heun(), DPMpp2SAncestral(eta=0.0))
+__all__ = ["WholeRun"]
 
 
-def whole_run(job: Job, sweeps: Sweeps) -> Inversion:
-    """Sweep over all evaluations; for what that leaves, go through one invertible base sampler after the other.
+@dataclass(frozen=True)
+class WholeRun:
+    r"""Sweep over all evaluations; for what that leaves, go through one invertible base sampler after the other.
 
-    With a limit the plain run comes first, and the sweeps start from it; without one it comes last.
+    Let S be the sampler's run, and E the run of a base on the same schedule, which is inverted step by step. Then
+    `S(E^{-1}(z)) = image` is solved by Anderson's acceleration of `z <- z + image - S(E^{-1}(z))`. S is nearly
+    singular, since it contracts whole regions of noise to one image, but so is E, and `S E^{-1}` is close to the
+    identity.
+
+    Attributes:
+        bases: in the order in which they are tried: Euler is the cheapest, the others are closer to a sampler of
+            order 2.
+        outer: the root finder for z.
+        inner: the root finder for the steps of E.
+        folded: a run folds if the least singular value of its derivative is below this part of what it would be
+            without a denoiser.
     """
-    plan, x, up, once = job.plan, job.wide, rising(job.plan), job.plan.evaluations
-    latent, restored, spent = x.clone(), torch.full_like(x, torch.nan), torch.zeros(len(x), dtype=torch.int64)
-    error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), spent.to(x.device)
-    unsolved = torch.ones_like(spent, dtype=torch.bool)
-    budget = job.limit - once * (job.callback is not None)
-    if plan.sigmas[-1] > 0:  # a step to 0 forgets x
-        plain = Recorded.of(up, plan, job.denoiser, job.x) if up and job.limit < UNLIMITED else None
-        solved = sweeps.solve(plan, job.select, x, job.aim, budget, job.judge, plain)
-        latent, restored, error = solved.latent, solved.restored, torch.tensor(solved.errors).to(x)
-        spent = torch.tensor(solved.evaluations, device=x.device)
-        if job.is_half:  # what is left of solved equations is rounding
-            unsolved = torch.tensor(solved.residuals, device=x.device) > job.aim
-    for base in [compile_plan(rule, plan.sigmas) for rule in BASES]:
-        able = budget - spent >= _Through.least(job, base)
-        index = (job.lost(error) & unsolved & error.isfinite() & able).nonzero()[:, 0]
-        if not len(index):  # an error is infinite only where the denoiser fails
-            continue
-        through = _Through(job, base, index, budget - spent[index])
-        Anderson(window=12, max_iterations=40).solve(through, x[index])
-        spent[index] += through.evaluations
-        better = through.best < error[index]
-        where = index[better]
-        latent[where], restored[where], error[where] = (
-            part[better] for part in (through.latent, through.restored, through.best)
-        )
-    index = (job.lost(error) | job.is_half).nonzero()[:, 0]
-    if up and job.limit == UNLIMITED and len(index):
-        one = job.part(index)
-        plain = Recorded.of(up, plan, one.denoiser, one.x)
-        better, images = one.error(plain.restored) < error[index], plain.restored.to(x.dtype)
-        latent[index[better]], restored[index[better]] = plain.latent.to(x.dtype)[better], images[better]
-        error, spent[index] = job.error(restored), spent[index] + plain.evaluations
-    if job.callback is not None:
-        restored = job.again(latent)
-        spent += once
-    checking = once * (2 if job.callback else 1)
-    notes = _verdicts(job, latent, error, spent)
-    return job.result(Trajectory([latent], error[None], spent), restored, notes, checking=checking)
 
+    methods: ClassVar[Mapping[str, Callable[[], Solver]]] = {"auto": Sweeps, "sweeps": Sweeps}
+    scope: ClassVar[str] = "run"
 
-def _verdicts(job: Job, latent: Tensor, error: Tensor, spent: Tensor) -> list[str]:
-    """What is to be said of the samples that were not inverted; evaluations that go into it are added to `spent`."""
-    plan, x, notes = job.plan, job.wide, []
-    for i in (error > job.tol * job.judge.size).nonzero()[:, 0].tolist():
-        index = torch.tensor([i], device=x.device)
-        note = f"sample {job.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run"
-        again = _run_map(plan, restrict(job.select, index))
-        value = least_stretch(job, again, latent[index], x[index], plan.evaluations, spent[i : i + 1])
-        if value is not None:
-            note += (
-                f"; the smallest singular value of its derivative is {value:.2g}, without a denoiser it would be "
-                f"{plan.sigmas[-1] / plan.sigmas[0]:.2g}"
+    bases: tuple[Rule, ...] = (Euler(), Heun(), DPMpp2SAncestral(eta=0.0))
+    outer: Solver = field(default_factory=lambda: Anderson(window=12, max_iterations=40))
+    inner: Solver = field(default_factory=lambda: Anderson(max_iterations=25))
+    folded: float = 0.1
+
+    def accepts(self, plan: Plan) -> bool:
+        """Tell whether the run starts from x alone."""
+        return not plan.auxiliary
+
+    def solve(self, task: Task, solver: Solver) -> Found:
+        """Solve for the latent. With a limit the plain run comes first, as a guess; without one it comes last."""
+        plan, x, up, once = task.plan, task.wide, rising(task.plan), task.plan.evaluations
+        limited = task.limit < UNLIMITED
+        budget = task.limit - once * (task.callback is not None)
+        latent, restored = x.clone(), torch.full_like(x, torch.nan)
+        error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), torch.zeros_like(task.problem.budget)
+        unsolved = torch.ones_like(spent, dtype=torch.bool)
+        if plan.sigmas[-1] > 0:  # a step to 0 forgets x
+            plain = Recorded.of(up, plan, task.denoiser, task.x) if up and limited else None
+            latent, restored, error, spent, unsolved = _sweep(task, solver, plain, budget)
+        for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
+            least = ThroughBase.least(task, base)
+            wanted = task.is_lost(error) & unsolved & error.isfinite()  # infinite only where the denoiser fails
+            index = (wanted & (budget - spent >= least)).nonzero()[:, 0]
+            if not len(index):
+                continue
+            through = ThroughBase.of(task.take(index), base, self.inner, budget - spent[index])
+            spent[index] += self.outer.solve(through, Guess(x[index])).evaluations
+            best = through.best
+            better = best.error < error[index]
+            where = index[better]
+            latent[where], restored[where], error[where] = (
+                part[better] for part in (best.latent, best.restored, best.error)
             )
-        notes.append(note)
-    return notes
+        index = (task.is_lost(error) | task.is_half).nonzero()[:, 0]
+        if up and not limited and len(index):
+            one = task.take(index)
+            plain = Recorded.of(up, plan, one.denoiser, one.x)
+            better, images = one.error(plain.restored) < error[index], plain.restored.to(x.dtype)
+            latent[index[better]], restored[index[better]] = plain.latent.to(x.dtype)[better], images[better]
+            error, spent[index] = task.error(restored), spent[index] + plain.evaluations
+        if task.callback is not None:
+            restored = task.sample(latent)
+            spent += once
+        reasons, notes = self._explain(task, latent, error, spent, budget)
+        checking = once * (2 if task.callback else 1)
+        return Found(latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes)
+
+    def _explain(
+        self, task: Task, latent: Tensor, error: Tensor, spent: Tensor, budget: int
+    ) -> tuple[dict[int, Reason], list[str]]:
+        """Return, for each sample that was not inverted, why, and what to tell; what that costs is added to `spent`."""
+        plan, x, reasons, notes = task.plan, task.wide, dict[int, Reason](), list[str]()
+        for i in task.failed(error):
+            index = torch.tensor([i], device=x.device)
+            note = f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}, solved as a whole run"
+            poor, some = budget - int(spent[i]) < 2 * plan.evaluations, task.take(index)
+            rows, y, zero = some.solving, x[index], torch.zeros_like(spent[i : i + 1])
+            problem = Problem(partial(_run_rows, plan, rows), y, rms(y), zero, plan.evaluations, task.eps)
+            value = measure_fold(task, problem, latent[index], spent[i : i + 1])
+            free = plan.sigmas[-1] / plan.sigmas[0]
+            if value is not None:
+                note += (
+                    f"; the smallest singular value of its derivative is {value:.2g}, without a denoiser it would be "
+                    f"{free:.2g}"
+                )
+            notes.append(note)
+            reasons[i] = Reason.BUDGET if poor else Reason.STALLED
+            if not poor and value is not None and value < self.folded * free:
+                reasons[i] = Reason.FOLD
+        return reasons, notes
 
 
-def _run_map(plan: Plan, select: Select) -> Callable[[Tensor, Tensor], Tensor]:
-    """`(u, index) -> S(u)`."""
-    return lambda u, index: run(plan, select(index), u)
+def _run_rows(plan: Plan, denoiser: BoundDenoiser, u: Tensor, index: Tensor) -> Tensor:
+    """Run the sampler on all rows of a problem, in its own dtype."""
+    return run(plan, denoiser, u)
 
 
-class _Through(Equation):
-    """`S(E^{-1}(z)) = image`. Each inverse starts from the last one and is as exact as it needs to be.
-
-    That is a thousandth of the error that is left, and with every call a little more: an inverse that is as exact as
-    the change of z is small would be returned as it is, and the iteration would stand still.
-    """
-
-    def __init__(self, job: Job, base: Plan, index: Tensor, budget: Tensor) -> None:
-        self.job = job.part(index)
-        x, judge = self.job.wide, self.job.judge
-        enough = max(job.tol, job.eps) * judge.size * judge.share
-        super().__init__(self.down_again, x, enough, budget, self.least(job, base))
-        self.base, self.most = base, self._most(job, base)
-        self.latent, self.restored, self.best = x.clone(), x.clone(), x.new_full((len(x),), torch.inf)
-        self.accuracy = x.new_full((len(x),), 1e-3)
-        self.warm: list[Tensor] | None = None
-
-    @staticmethod
-    def _most(job: Job, base: Plan) -> int | None:
-        """What an inverse may cost where there is a limit, whatever it is: a larger one makes the same calls, and more.
-
-        None: what is left.
-        """
-        limited = job.limit < UNLIMITED and job.plan.sigmas[-1] > 0
-        return 8 * base.evaluations if limited else None
-
-    @classmethod
-    def least(cls, job: Job, base: Plan) -> int:
-        """What a call costs at least: a run up, from a first guess, and one down."""
-        return (cls._most(job, base) or base.evaluations + 1) + job.plan.evaluations
-
-    def residual(self, u: Tensor, index: Tensor) -> Tensor:
-        """`image - S(E^{-1}(u))`, which counts what it costs itself."""
-        return self.value[index] - self.function(u, index)
-
-    def down_again(self, z: Tensor, index: Tensor) -> Tensor:
-        """`S(E^{-1}(z))`."""
-        job, plan = self.job, self.job.plan
-
-        def tolerance(step: Step) -> Tensor:
-            return self.accuracy[index] * job.unit(step.sigma_next)[index]
-
-        starts = self.warm and [state[index] for state in self.warm]
-        left = self.budget[index] - self.evaluations[index] - plan.evaluations
-        left = left if self.most is None else left.clamp(max=self.most)
-        solver = Anderson(max_iterations=25)
-        path = invert_steps(self.base, restrict(job.select, index), z, tolerance, solver, left, starts, job.eps)
-        if self.warm is None:  # the first call is for all samples
-            self.warm = [state.clone() for state in path.states]
-        for kept, state in zip(self.warm, path.states, strict=True):
-            kept[index] = state
-        out, error = job.judge.verify(path.states[0], index)
-        self.evaluations[index] += path.evaluations + plan.evaluations
-        better = error < self.best[index]
-        self.best[index[better]] = error[better]
-        self.latent[index[better]], self.restored[index[better]] = path.states[0][better], out[better]
-        finer = (0.001 * error / job.judge.size[index]).minimum(0.7 * self.accuracy[index])
-        self.accuracy[index] = finer.clamp(min=job.eps)
-        return out
+def _sweep(
+    task: Task, solver: Solver, plain: Recorded | None, budget: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what a solver of whole runs finds: latents, images, errors, cost, and which samples it left unsolved."""
+    x, n = task.wide, len(task.wide)
+    if plain is None:
+        expected = x[:, None].expand(-1, task.plan.evaluations, *x.shape[1:])
+        guess, spent = Guess(x, expected), 0
+    else:
+        guess, spent = plain.guess(x), plain.evaluations
+    problem = replace(task.problem, budget=torch.full((n,), budget - spent, dtype=torch.int64, device=x.device))
+    root = solver.solve(problem, guess)
+    restored = root.reached if root.reached is not None else task.sample(root.u).to(x.dtype)
+    cost = root.evaluations + spent + (root.reached is None) * task.plan.evaluations
+    return root.u, restored, task.error(restored), cost, root.reason != Reason.CONVERGED

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +16,18 @@ from kinvert.checks import plain
 from kinvert.coordinates import VE_FIX, coordinates_of
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import run
-from kinvert.inversion.invert import check_image, check_invertible, falling
+from kinvert.inversion.back import Steering, WayBack
+from kinvert.inversion.certificate import Found, certify
+from kinvert.inversion.exact import check_image, check_invertible, falling
+from kinvert.inversion.problem import Reason
 from kinvert.inversion.result import Inversion
-from kinvert.inversion.verdict import image_size, tolerance
+from kinvert.inversion.verdict import tolerance
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
-from kinvert.tensors import is_half, rms
+from kinvert.tensors import is_half
 
 Conditioning = Mapping[str, Any] | None
+GUIDANCE = ("cfg", "positive", "negative")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -30,12 +36,18 @@ def in_ve(method: Method) -> Method:
 
     @functools.wraps(method)
     def checked(denoiser: Denoiser, x: Tensor, sigmas: Any, *args: Any, **options: Any) -> Any:
+        """Check the coordinates, call the method, and note the conditioning for the way back."""
         if "flow" in (coordinates_of(denoiser), coordinates_of(sigmas)):
             raise ValueError(
                 f"{method.__name__} runs in variance-exploding coordinates, and the denoiser or sigmas are in flow "
                 f'time; use from_velocity(model, levels, coordinates="ve") and {VE_FIX}'
             )
-        return method(denoiser, x, sigmas, *args, **options)
+        found = method(denoiser, x, sigmas, *args, **options)
+        if not isinstance(found, Inversion) or found.back is None:
+            return found
+        given = inspect.signature(method).bind(denoiser, x, sigmas, *args, **options)
+        given.apply_defaults()
+        return replace(found, back=found.back.with_guidance(*(given.arguments[name] for name in GUIDANCE)))
 
     return checked  # type: ignore[return-value]
 
@@ -72,25 +84,20 @@ def certified(
     back: Tensor,
     evaluations: int | Tensor,
     residuals: list[Tensor] | None = None,
-    noises: tuple[Tensor, ...] = (),
-    memory: dict[str, Tensor] | None = None,
+    noises: Sequence[Tensor] = (),
+    embeddings: Mapping[str, Tensor] | None = None,
+    steering: Steering | None = None,
 ) -> Inversion:
-    """The result: `back` is what came of the latent, `evaluations` what it cost to find."""
-    x, latent, back = plain(x), plain(latent), plain(back)
-    error, goal = rms(back - x), tolerance(None, x)
-    allowed = goal * image_size(x, plan.sigmas)
-    spent = torch.zeros(len(x), dtype=torch.int64, device=x.device) + evaluations + plan.evaluations
-    return Inversion(
+    """Return the result: `back` is what came of the latent, `evaluations` what it cost to find."""
+    found = Found(
         latent=latent,
-        residuals=error[None] if residuals is None else plain(torch.stack(residuals)),
-        converged=error <= allowed,
-        evaluations=spent,
-        round_trip_error=error,
-        tolerance=goal,
-        allowed=allowed,
-        sigmas=plan.sigmas,
-        checking=plan.evaluations,
         restored=back,
-        noises=tuple(map(plain, noises)),
-        memory=memory or {},
+        evaluations=evaluations + plan.evaluations,
+        checking=plan.evaluations,
+        residuals=None if residuals is None else torch.stack(residuals),
+        otherwise=Reason.APPROXIMATE,
+        noises=noises,
+        embeddings=embeddings or {},
     )
+    way = WayBack(plan.rule, plan.sigmas, image=plain(x), steering=steering)
+    return certify(plan, x, tolerance(None, x), found, way)

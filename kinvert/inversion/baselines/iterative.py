@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import count, plain, positive_number
+from kinvert.checks import check_count, check_positive, plain
 from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import stage_sigmas
@@ -23,9 +23,10 @@ from kinvert.inversion.baselines.common import (
     ddim_up,
     in_ve,
 )
+from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.result import Inversion
-from kinvert.inversion.solvers import Anderson, Damped, Equation, Root, Solver
-from kinvert.inversion.stepwise import invert_steps
+from kinvert.inversion.solvers import Anderson, Damped, Solver
+from kinvert.inversion.steps import invert_steps
 from kinvert.inversion.verdict import image_size, tolerance
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import DPMpp2M, Euler, Rule
@@ -58,8 +59,8 @@ def aidi(
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
     2309.04907.
     """
-    iterations = count("iterations", iterations)
-    window = count("window", window, 0)
+    iterations = check_count("iterations", iterations)
+    window = check_count("window", window, 0)
     solver = Anderson(window=window, max_iterations=iterations, growth=math.inf, last=True)
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
@@ -89,8 +90,8 @@ def renoise(
 
     Source: Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
     """
-    iterations = count("iterations", iterations)
-    average = count("average", average)
+    iterations = check_count("iterations", iterations)
+    average = check_count("average", average)
     if average > iterations:
         raise ValueError(f"average must be at most iterations, {iterations}, got {average}")
     return _solved(denoiser, x, sigmas, Euler(), Averaged(iterations, average), cfg, positive, negative)
@@ -103,13 +104,14 @@ class Averaged(Solver):
     iterations: int
     average: int
 
-    def solve(self, equation: Equation, start: Tensor) -> Root:
+    def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`; the tolerance is not asked."""
-        everyone = torch.arange(len(start), device=start.device)
-        iterates = [start]
+        search, iterates = Search(problem, guess.u), [guess.u]
         for _ in range(self.iterations):
-            iterates.append(iterates[-1] + equation.residual(iterates[-1], everyone))
-        return Root(torch.stack(iterates[-self.average :]).mean(0), rms(iterates[-1] - iterates[-2]))
+            iterates.append(iterates[-1] + search.evaluate(iterates[-1], search.everyone))
+        mean = torch.stack(iterates[-self.average :]).mean(0)
+        search.put(search.everyone, mean, rms(iterates[-1] - iterates[-2]))
+        return search.root()
 
 
 @in_ve
@@ -144,9 +146,9 @@ def dpm_solver_inversion(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (the sampler euler) or 2 (dpmpp_2m), got {order!r}")
-    iterations = count("iterations", iterations)
-    substeps = count("substeps", substeps)
-    tau = positive_number("tau", tau)
+    iterations = check_count("iterations", iterations)
+    substeps = check_count("substeps", substeps)
+    tau = check_positive("tau", tau)
     rule: Rule = Euler() if order == 1 else DPMpp2M()
     return _solved(
         denoiser, x, sigmas, rule, Damped(float(tau), iterations, last=True), cfg, positive, negative, substeps
@@ -166,11 +168,8 @@ def _solved(
     substeps: int = 1,
 ) -> Inversion:
     """Solve the Euler step at every level, from the image up; for 2M, of the state less the step's other terms."""
-    plan, bound = checked_plan(x, rule, sigmas), guide(denoiser, cfg, positive, negative)
+    plan, bound = checked_plan(x, rule, sigmas), guide(denoiser, cfg, positive, negative, batch=len(x))
     x = plain(x)
-
-    def select(index: Tensor) -> Denoiser:
-        return bound.select(index, len(x))
 
     def enough(step: Step) -> Tensor:
         """The steps' errors add up to the run's, and no step is solved to less than rounding."""
@@ -188,7 +187,7 @@ def _solved(
         else:
             target, start, cost = state, ddim_up(bound, state, step.sigma_next, step.sigma), 1
         euler = compile_plan(Euler(), (step.sigma, step.sigma_next))
-        path = invert_steps(euler, select, target, enough, solver, unlimited, [start])
+        path = invert_steps(euler, bound, target, enough, solver, unlimited, [start])
         state = path.states[0]
         residuals.insert(0, path.residuals[0])
         evaluations += path.evaluations + cost

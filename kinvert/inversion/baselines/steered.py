@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_number
-from kinvert.coordinates import coordinates_of
 from kinvert.denoisers import Denoiser, expand, guide
-from kinvert.engine import check_state
+from kinvert.inversion.back import Steering, check_unit, steer
 from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.rules import Euler
@@ -49,57 +47,17 @@ def rf_inversion(
     arXiv 2410.10792, where eta may change with t; the released pipelines steer in a part of the run only (`until`).
     """
     plan = checked_plan(x, Euler(), sigmas)
-    _unit("gamma", gamma)
+    check_unit("gamma", gamma)
     y = torch.randn_like(x) if noise is None else noise
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"noise must be a tensor of x's shape {tuple(x.shape)}, got {got}")
-    bound: Any = guide(denoiser, cfg, positive, negative)
+    bound: Any = guide(denoiser, cfg, positive, negative, batch=len(x))
 
     def towards_noise(state: Tensor, sigma: Tensor) -> Tensor:
         return torch.lerp(bound(state, sigma), state - expand(sigma, state) * y, gamma)
 
     latent = unsample(towards_noise, x, plan.sigmas, sampler=Euler(), sigma_offset=0.0)
     steered = steer(bound, x, plan.sigmas[-1], eta=eta, until=until)
-    return certified(plan, x, latent, sample(steered, latent, plan.sigmas), plan.evaluations)
-
-
-def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, until: float = 0.0) -> Denoiser:
-    r"""A denoiser steered towards an image: RF-Inversion's controlled sampling, `(1 - eta) D + eta D_0`.
-
-    `D_0 = x - sigma (x - image) / (sigma - sigma_end)` is what a denoiser would return from which every Euler run ends
-    at the image. Sample with it, and with other conditioning, to edit. `eta=1` gives the image back, `eta=0` the
-    denoiser.
-
-    Args:
-        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`.
-        image: the state at `sigma_end`, shape (batch, *event).
-        sigma_end: the last noise level of the run.
-        eta: how far it is steered, 0 to 1.
-        until: steer at noise levels from here up only.
-
-    Raises:
-        TypeError, ValueError: eta out of [0, 1], an image that is no batch of states; in a call, one that does not
-            fit x.
-
-    Source: Rout et al. (2024), arXiv 2410.10792, where sigma_end = 0.
-    """
-    _unit("eta", eta)
-    image = check_state(image)
-
-    def steered(x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
-        denoised: Any = denoiser(x, sigma, **conditioning)
-        level = expand(sigma, x)
-        if len(x) % len(image) or x.shape[1:] != image.shape[1:]:
-            raise ValueError(f"image has shape {tuple(image.shape)}, which does not fit x's {tuple(x.shape)}")
-        target = image.repeat(len(x) // len(image), *[1] * (x.ndim - 1))  # guidance may ask for two branches at once
-        aim = torch.where(level > sigma_end, x - level * (x - target) / (level - sigma_end), target)
-        return torch.where(level >= until, torch.lerp(denoised, aim, eta), denoised)
-
-    steered.coordinates = coordinates_of(denoiser)  # type: ignore[attr-defined]  # its formula holds in both
-    return steered
-
-
-def _unit(name: str, value: Any) -> None:
-    if not is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 (not steered) to 1, got {value!r}")
+    back = sample(steered, latent, plan.sigmas)
+    return certified(plan, x, latent, back, plan.evaluations, steering=Steering(eta, until) if eta else None)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import count, positive_number
+from kinvert.checks import check_count, check_positive
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import advance, stage_sigmas
+from kinvert.inversion.back import guided_step, sample_embedded
 from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, ddim_path, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.noise import replay
-from kinvert.plan import Step, compile_plan
+from kinvert.plan import compile_plan
 from kinvert.rules import DirectInversion, Euler
 from kinvert.sampling import sample
 
@@ -42,7 +43,7 @@ def direct_inversion(
     Source: Ju et al., Direct Inversion: Boosting Diffusion-based Editing with 3 Lines of Code (2023), arXiv 2310.01506.
     """
     plan = compile_plan(DirectInversion(), checked_plan(x, Euler(), sigmas).sigmas)
-    bound = guide(denoiser, cfg, positive, negative)
+    bound = guide(denoiser, cfg, positive, negative, batch=len(x))
     path = ddim_path(denoiser, x, plan, positive)
     state, offsets = {"x": path[0]}, []
     for step, target in zip(plan.steps, path[1:], strict=True):
@@ -68,8 +69,9 @@ def null_text(
     """Null-text inversion: DDIM inversion without guidance, and a negative conditioning optimised for each step.
 
     Every floating point tensor of `negative` is optimised, by Adam, so that the guided step lands on the path of the
-    inversion; a step starts from what the one before found. `memory` holds them by keyword, shape (steps, batch, ...);
-    `sample_null_text` samples with them. The released code ends a step early where the loss is small.
+    inversion; a step starts from what the one before found. `embeddings` holds them by keyword, shape (steps, batch,
+    ...); `Inversion.sample` and `sample_null_text` sample with them. The released code ends a step early if the loss is
+    small.
 
     Args:
         denoiser: differentiable in its conditioning; its own parameters need no gradients.
@@ -83,8 +85,8 @@ def null_text(
     2211.09794.
     """
     plan = checked_plan(x, Euler(), sigmas)
-    iterations = count("iterations", iterations)
-    lr = positive_number("lr", lr)
+    iterations = check_count("iterations", iterations)
+    lr = check_positive("lr", lr)
     fixed = guide(denoiser, cfg, positive, {} if negative is None else negative).negative or {}
     tensors = {key: v for key, v in fixed.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if not tensors:
@@ -99,16 +101,16 @@ def null_text(
         adam = torch.optim.Adam(value.values(), lr=lr * (1.0 - step.index / (2 * len(plan.steps))))
         for _ in range(iterations):
             with torch.enable_grad():
-                miss = _guided_step(step, denoiser, state, cfg, positive, {**fixed, **value}) - target
+                miss = guided_step(step, denoiser, state, cfg, positive, {**fixed, **value}) - target
             _set_gradients(value, miss.square().flatten(1).mean(1).sum())
             adam.step()
         value = {key: v.detach() for key, v in value.items()}
         with torch.no_grad():
-            state = _guided_step(step, denoiser, state, cfg, positive, {**fixed, **value})
+            state = guided_step(step, denoiser, state, cfg, positive, {**fixed, **value})
         found.append(value)
-    memory = {key: torch.stack([v[key] for v in found]) for key in value}
-    back = sample_null_text(denoiser, path[0], plan.sigmas, memory, cfg=cfg, positive=positive, negative=fixed)
-    return certified(plan, x, path[0], back, (iterations + 2) * plan.evaluations, memory=memory)
+    embeddings = {key: torch.stack([v[key] for v in found]) for key in value}
+    back = sample_null_text(denoiser, path[0], plan.sigmas, embeddings, cfg=cfg, positive=positive, negative=fixed)
+    return certified(plan, x, path[0], back, (iterations + 2) * plan.evaluations, embeddings=embeddings)
 
 
 def _per_sample(value: Tensor, batch: int) -> Tensor:
@@ -140,16 +142,6 @@ def sample_null_text(
     positive: Conditioning = None,
     negative: Conditioning = None,
 ) -> Tensor:
-    """Sample, by Euler's method, with a negative conditioning for each step: `embeddings`, `null_text(...).memory`."""
-    state = x
-    for step in checked_plan(x, Euler(), sigmas).steps:
-        at_step = {key: value[step.index] for key, value in embeddings.items()}
-        state = _guided_step(step, denoiser, state, cfg, positive, {**(negative or {}), **at_step})
-    return state
-
-
-def _guided_step(
-    step: Step, denoiser: Denoiser, x: Tensor, cfg: float, positive: Conditioning, negative: Conditioning
-) -> Tensor:
-    bound = guide(denoiser, cfg, positive, negative)
-    return advance(step, bound, {"x": x}, lambda *_: x, stage_sigmas([step.sigma], x))[0]["x"]
+    """Sample, by Euler's method, with a negative conditioning for each step: `null_text(...).embeddings`."""
+    plan = checked_plan(x, Euler(), sigmas)
+    return sample_embedded(plan, denoiser, x, embeddings, cfg=cfg, positive=positive, negative=negative)

@@ -1,0 +1,300 @@
+"""What the figures of the benchmark are made of: a style, panels of comparable records, curves, dots and legends."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+from kinvert.bench.report.tables import evaluations, median, sampler_name
+from kinvert.bench.results import Record
+
+COLUMN, PAGE = 3.35, 6.9  # inches: the width of one column of a paper, and of two
+# Okabe and Ito's colours, which stay apart for every kind of colour blindness; for their yellow, too light for lines,
+# and beyond, two of Tol's and a grey. Markers and dashes tell the curves apart without any colour.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#888888",
+)  # fmt: skip
+MARKERS, DASHES = "osD^vPX<>*", ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+INK, GREY, PALE = "#1a1a1a", "#767676", "#e4e4e4"
+LOWEST, HIGHEST = 1e-17, 1e2  # errors beyond are drawn there
+MOST = 10  # curves or rows in a panel; there are as many colours
+STYLE: Any = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "legend.fontsize": 7, "legend.title_fontsize": 7, "legend.frameon": False, "legend.handlelength": 2.6,
+    "legend.columnspacing": 1.2, "legend.labelspacing": 0.25, "font.family": "DejaVu Sans",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "ytick.minor.width": 0.4,
+    "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "axes.grid": True, "grid.color": PALE, "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.0,
+    "savefig.facecolor": "white", "figure.facecolor": "white", "svg.hashsalt": "kinvert", "svg.fonttype": "path",
+}  # fmt: skip
+HELD = ("schedule", "steps", "cfg", "dtype")
+Key = tuple[str, str]
+
+
+class NothingToDrawError(ValueError):
+    """No record has what a figure shows."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Records of one model and question that differ in method, sampler, seed and the free settings alone.
+
+    Attributes:
+        model, question: of all records.
+        held: the other settings that they have in common.
+        curves: records by (method, sampler), the lowest error first.
+        left_out: how many curves more there are.
+    """
+
+    model: str
+    question: str
+    held: dict[str, Any]
+    curves: dict[Key, list[Record]]
+    left_out: int
+
+
+def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = MOST) -> list[Panel]:
+    """One for each model and question, with the combination of the other settings that has the most to show.
+
+    Args:
+        records: those that did not fail count.
+        free: settings that may differ within a curve.
+        points: how many different combinations of them a curve must have to be shown, if any are free.
+        most: how many curves to keep, those with the lowest error.
+    """
+    groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    for record in records:
+        if record["error"] is None:
+            cell = record["cell"]
+            others = repr({name: cell[name] for name in HELD if name not in free})
+            groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
+    found = []
+    for (model, question), combinations in sorted(groups.items()):
+        shown = [_curves(group, free, points) for _, group in sorted(combinations.items())]
+        best = max(shown, key=_worth)
+        if best:
+            cell = next(iter(best.values()))[0]["cell"]
+            kept = dict(list(best.items())[:most])
+            held = {name: cell[name] for name in HELD if name not in free}
+            found.append(Panel(model, question, held, kept, len(best) - len(kept)))
+    return found
+
+
+def error(records: Sequence[Record]) -> float:
+    """Median amplitude of the error relative to the original, within what is drawn; NaN for no records."""
+    value = median([decibels for record in records for decibels in record["metrics"].get("nmse_db", ())])
+    return bounded(10 ** (min(value, 1000.0) / 20))
+
+
+def bounded(value: float) -> float:
+    """The value within what is drawn; NaN stays."""
+    return value if math.isnan(value) else min(max(value, LOWEST), HIGHEST)
+
+
+def by_value(group: Sequence[Record], name: str) -> dict[Any, list[Record]]:
+    """The records of a curve by a setting, in its order."""
+    values = sorted({record["cell"][name] for record in group})
+    return {value: [record for record in group if record["cell"][name] == value] for value in values}
+
+
+def cost(group: Sequence[Record]) -> float:
+    """Median of the denoiser evaluations per sample, up and down together."""
+    return median([spent for record in group for spent in evaluations(record)])
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The same look for a curve in all panels of a figure, and another one for each curve of a panel."""
+
+    methods: tuple[str, ...]
+    samplers: tuple[str, ...]
+    numbers: dict[Key, int]
+
+    @classmethod
+    def of(cls, found: Sequence[Panel]) -> Looks:
+        """Each curve takes the first number that none beside it in a panel has, the most frequent curve first."""
+        keys = Counter(key for panel in found for key in panel.curves)
+        numbers: dict[Key, int] = {}
+        for key, _ in sorted(keys.items(), key=lambda item: (-item[1], item[0])):
+            beside = {numbers.get(other) for panel in found if key in panel.curves for other in panel.curves}
+            numbers[key] = next(k for k in count() if k not in beside)
+        methods, samplers = (tuple(sorted(set(names))) for names in zip(*keys, strict=True))
+        return cls(methods, samplers, numbers)
+
+    def label(self, key: Key) -> str:
+        """What tells a curve from the others of the figure."""
+        parts = (key[1] if len(self.samplers) > 1 else "", key[0] if len(self.methods) > 1 else "")
+        return ", ".join(filter(None, parts)) or key[1]
+
+    def style(self, key: Key, **other: Any) -> dict[str, Any]:
+        """Arguments of `plot`, with others of the caller's."""
+        k = self.numbers[key]
+        looks = {"color": COLOURS[k % 10], "marker": MARKERS[k % 10], "linestyle": DASHES[k % 4]}
+        return {**looks, "markersize": 4.5 if looks["marker"] == "*" else 3.5, **other}
+
+    def common(self) -> list[str]:
+        """What all curves have in common, for a title."""
+        return [names[0] for names in (self.methods, self.samplers) if len(names) == 1]
+
+
+Draw = Callable[[Panel, SubFigure, Looks], Sequence[Line2D]]
+
+
+def figure(
+    found: Sequence[Panel],
+    draw: Draw,
+    *,
+    height: Callable[[Panel], float] = lambda _: 2.3,
+    series: Sequence[str] = (),
+) -> Figure:
+    """A figure of panels: each with a title, what `draw` makes of it, and a legend of the lines that `draw` returns.
+
+    Args:
+        found: the panels; one takes a column of a paper, more stand two to a row.
+        draw: fills a subfigure.
+        height: of a panel without its legend, in inches.
+        series: labels of the lines, where they are not the curves.
+
+    Raises:
+        NothingToDrawError: there are no panels.
+    """
+    if not found:
+        raise NothingToDrawError("no record has what this figure shows")
+    looks, columns = Looks.of(found), min(2, len(found))
+    labels = [series or [looks.label(key) for key in panel.curves] for panel in found]
+    longest = max(len(label) for names in labels for label in names) + (0 if series else 8)  # room for an order
+    across = max(1, int(COLUMN / (0.5 + 0.052 * longest)))
+    lines = [-(-len(names) // across) for names in labels]
+    lines = [max(lines[k - k % columns : k - k % columns + columns]) for k in range(len(found))]  # equal in a row
+    rows = [max(map(height, found[k : k + columns])) + 0.13 * lines[k] for k in range(0, len(found), columns)]
+    result = Figure(figsize=(COLUMN if columns == 1 else PAGE, sum(rows)))
+    parts = result.subfigures(len(rows), columns, squeeze=False, height_ratios=rows).flat
+    for panel, part, room in zip(found, parts, lines, strict=False):
+        handles = [*draw(panel, part, looks)]
+        handles += [Line2D([], [], linestyle="", label=" ")] * (room * across - len(handles))
+        part.suptitle(title(panel, looks), fontsize=8, x=0.02, ha="left")
+        part.legend(handles=handles, loc="outside lower center", ncols=across)
+    ConstrainedLayoutEngine().execute(result)  # once and for all, not for each file
+    return result
+
+
+def title(panel: Panel, looks: Looks) -> str:
+    """What a panel shows, in two lines."""
+    words = {"steps": "{} steps", "cfg": "cfg {:g}"}
+    held = [words.get(name, "{}").format(value) for name, value in panel.held.items()]
+    if panel.left_out:
+        held.append(f"best {len(panel.curves)} of {len(panel.curves) + panel.left_out}")
+    return f"{panel.model}: {panel.question}\n" + ", ".join([*looks.common(), *held])
+
+
+def line(ax: Axes, x: Any, y: Any, style: dict[str, Any], label: str) -> Line2D:
+    """A curve; a point that is NaN is left out."""
+    (drawn,) = ax.plot(x, y, label=label, **style)
+    return drawn
+
+
+def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line2D]:
+    """A row of dots for each label, on a logarithmic axis; a colour and a marker for each name in a row.
+
+    The first name is a ring around what lies on it.
+    """
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    handles = []
+    for k, name in enumerate(names):
+        style = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": "", "markersize": 4.0}
+        if k == 0:
+            style |= {"markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 1.0}
+        values = [bounded(row.get(name, math.nan)) for row in rows.values()]
+        handles.append(line(ax, values, list(range(len(rows))), style, name))
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xscale="log", xlabel=x_label)
+    ax.grid(axis="x", visible=False)
+    ax.tick_params(axis="y", length=0)
+    log_ticks(ax.xaxis, most=5)
+    return handles
+
+
+def error_axis(ax: Axes, label: str = "relative error") -> None:
+    """A logarithmic axis for errors."""
+    ax.set(yscale="log", ylabel=label)
+    log_ticks(ax.yaxis)
+
+
+def count_ticks(ax: Axes, values: Iterable[float]) -> None:
+    """A logarithmic x-axis of counts, labelled at those of the values that stand far enough apart."""
+    first, *others = sorted(values)
+    kept, apart = [first], max(1.3, (max(others, default=first) / first) ** 0.1)
+    for value in others:
+        if value >= apart * kept[-1]:
+            kept.append(value)
+    ax.set_xscale("log")
+    ax.set_xticks(kept, [f"{value:.0f}" for value in kept])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def log_ticks(axis: Any, most: int = 8) -> None:
+    """Labels at powers of ten; at 1, 2 and 5 times these on an axis of less than two decades."""
+    low, high = axis.get_view_interval()
+    if high < 100 * low:
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=most))
+        axis.set_major_formatter("{x:g}")
+    else:
+        axis.set_major_locator(LogLocator(numticks=most))
+        axis.set_minor_locator(NullLocator())
+
+
+def order(steps: Sequence[float], errors: Sequence[float], dtype: str) -> float:
+    """Slope of -ln error over ln steps, by least squares between round-off and one half; NaN below three points."""
+    points = [(n, e) for n, e in zip(steps, errors, strict=True) if 1e3 * EPS[dtype] < e < 0.5]
+    if len(points) < 3:
+        return math.nan
+    x, y = np.log(np.array(points)).T
+    return -float(np.polyfit(x, y, 1)[0])
+
+
+EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Unit round-off."""
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both cost and error, by cost."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _curves(group: Sequence[Record], free: Sequence[str], points: int) -> dict[Key, list[Record]]:
+    curves: dict[Key, list[Record]] = {}
+    for record in group:
+        curves.setdefault((record["cell"]["method"], sampler_name(record["cell"])), []).append(record)
+    if free:
+        enough = lambda records: len({tuple(r["cell"][name] for name in free) for r in records}) >= points  # noqa: E731
+        curves = {key: records for key, records in curves.items() if enough(records)}
+    return dict(sorted(curves.items(), key=lambda curve: (_place(error(curve[1])), curve[0])))
+
+
+def _worth(curves: dict[Key, list[Record]]) -> tuple[int, int]:
+    """How much there is to show; more steps are better than less."""
+    found = [record for group in curves.values() for record in group]
+    return len(found), max((record["cell"]["steps"] for record in found), default=0)
+
+
+def _place(value: float) -> float:
+    return math.inf if math.isnan(value) else value

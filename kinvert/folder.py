@@ -1,0 +1,283 @@
+"""A folder of images or latents inverted: shard by shard, resumable, on the machinery of the benchmark.
+
+Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
+("latents", and "memory/<name>" or "noises/<i>" where they belong to the latents), then its rows to `<key>.json`, which
+says that it is done; the key is a hash of the settings and of the names and contents of its files. When all shards are
+done, their rows make `manifest.jsonl`: file, index in it, shard, row, converged, round_trip_error, evaluations, and
+with how many threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from kinvert.bench.grid import Cell
+from kinvert.bench.measurement import isolated, problem_of, setup_of
+from kinvert.bench.methods import ITERATING, MethodResult, apply_method, restore
+from kinvert.bench.problems import Problem
+from kinvert.bench.runner import check_threads
+from kinvert.checks import is_integer
+from kinvert.files import write_file
+from kinvert.jobs import UnfinishedError, is_done, run_tasks
+from kinvert.jsontext import canonical_json, content_key
+from kinvert.tensors import rms
+
+IMAGES = (".png", ".jpg", ".jpeg")
+LATENTS = (".safetensors", ".npy", ".pt")
+MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some files of a folder, as a task.
+
+    Attributes:
+        cell: model, method, sampler, schedule, steps, cfg, dtype and seed; its other settings have no meaning here.
+        source: the folder.
+        files: names in it, and hashes of their contents.
+        positive, negative: conditioning: a value for each keyword of the denoiser.
+        max_evals: denoiser evaluations that one sample may cost; None sets no limit.
+    """
+
+    cell: Cell
+    source: Path
+    files: tuple[tuple[str, str], ...]
+    positive: tuple[tuple[str, Any], ...] = ()
+    negative: tuple[tuple[str, Any], ...] = ()
+    max_evals: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all shards of a folder have in common."""
+        kept = {key: value for key, value in self.cell.settings.items() if key not in ("question", "count")}
+        own = {"positive": dict(self.positive), "negative": dict(self.negative), "max_evals": self.max_evals}
+        return kept | own
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings and the files."""
+        return content_key([self.settings, self.files])
+
+    def run(self, folder: Path) -> None:
+        """Invert the files, and write the latents, then the rows."""
+        problem = problem_of(self.cell.model, 1, 0, self.cell.dtype)
+        batches = [_read(self.source / name, problem) for name, _ in self.files]
+        x = torch.cat(batches).to(problem.images)
+        positive, negative = _tensors(self.positive), _tensors(self.negative) or None
+        guidance = {"cfg": self.cell.cfg, "positive": positive, "negative": negative}
+        setup = replace(setup_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
+        with isolated(self.cell):
+            threads = torch.get_num_threads()
+            found = apply_method(self.cell.method, setup, x)
+            restored, _ = restore(setup, found)
+        tensors = {"latents": found.latent, **{f"memory/{name}": value for name, value in found.memory.items()}}
+        tensors |= {f"noises/{i}": value for i, value in enumerate(found.noises)}
+        contents = save({name: value.cpu().contiguous() for name, value in tensors.items()})
+        write_file(folder / f"{self.key}.safetensors", contents)
+        errors = rms((restored - x).float()).tolist()
+        rows = [row | {"threads": threads} for row in self._rows([len(batch) for batch in batches], found, errors)]
+        write_file(folder / f"{self.key}.json", (canonical_json({"key": self.key, "rows": rows}) + "\n").encode())
+
+    def _rows(self, lengths: list[int], found: MethodResult, errors: list[float]) -> list[dict[str, Any]]:
+        places = [(name, i) for (name, _), length in zip(self.files, lengths, strict=True) for i in range(length)]
+        return [
+            {
+                "file": name,
+                "index": index,
+                "shard": f"{self.key}.safetensors",
+                "row": row,
+                "converged": None if found.converged is None else found.converged[row],
+                "round_trip_error": errors[row],
+                "evaluations": found.evaluations[row],
+            }
+            for row, (name, index) in enumerate(places)
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.files[0][0]} to {self.files[-1][0]}"
+
+
+def invert_folder(
+    source: Path | str,
+    folder: Path | str,
+    cell: Cell,
+    *,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    max_evals: int | None = None,
+    shard_size: int = 64,
+    workers: int = 1,
+    threads: int | None = None,
+    imports: Sequence[str] = (),
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Invert every image and latent of a folder, and of the folders in it.
+
+    Args:
+        source: a folder of images (PNG, JPEG; values from 0 to 255 become -1 to 1) or of latents (.safetensors with
+            one tensor, .npy, .pt), each of the shape of the model's images, or a batch of them. Other files are left
+            alone.
+        folder: where the shards and `manifest.jsonl` go.
+        cell: the model and how to invert; its question, seed of images and count have no meaning here.
+        positive, negative: conditioning, a number or a string for each keyword of the denoiser, for all files alike.
+        max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
+        shard_size: number of files that are inverted as one batch, and kept in one file.
+        workers, threads, imports, progress: as in `run`.
+
+    Returns:
+        The rows of the manifest, in the order of the files: file, index (in the file), shard, row (in the shard),
+        converged (None where the method makes no claim), round_trip_error (root mean square), evaluations, threads
+        (torch's, that computed it). None of them, if other processes of torchrun are not ready yet.
+
+    Raises:
+        ValueError: a source without images or latents; a folder with results of other settings; as `run`.
+        UnfinishedError: files that cannot be read, named when the others are done and in the manifest; a shard that
+            cannot be inverted, or a worker that ended early: the other shards are done.
+    """
+    source, folder = Path(source), Path(folder)
+    if not is_integer(shard_size) or shard_size < 1:
+        raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
+    if max_evals is not None and cell.method not in ITERATING:
+        raise ValueError(f"max_evals is for {' and '.join(ITERATING)}, which iterate, got method {cell.method!r}")
+    conditioning = _checked("positive", positive or {}), _checked("negative", negative or {})
+    check_threads(threads, [cell])
+    cell = replace(cell, question="reconstruction", count=1)
+    problem = problem_of(cell.model, 1, 0, cell.dtype)
+    paths, files, unread = _files(source, folder), [], []
+    for path in paths:
+        try:
+            _read(path, problem)
+            files.append((path.relative_to(source).as_posix(), sha256(path.read_bytes()).hexdigest()[:16]))
+        except ValueError as error:
+            unread.append(f"  {error}")
+    complaint = f"{len(unread)} of {len(paths)} are not done; the others are, and in {MANIFEST}:\n" + "\n".join(unread)
+    if not files:
+        raise UnfinishedError(complaint)
+    shards = [
+        Shard(cell, source, tuple(files[i : i + shard_size]), *conditioning, max_evals)
+        for i in range(0, len(files), shard_size)
+    ]
+    _check_settings(folder, shards[0].settings)
+    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress)
+    if not all(is_done(folder, shard.key) for shard in shards):
+        return []
+    rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
+    write_file(folder / MANIFEST, "".join(canonical_json(row) + "\n" for row in rows).encode())
+    if unread:
+        raise UnfinishedError(complaint)
+    return rows
+
+
+def _files(source: Path, folder: Path) -> list[Path]:
+    """The images and latents of a folder, by name."""
+    if not source.is_dir():
+        raise ValueError(f"source must be a folder of images or latents, got {str(source)!r}, which is none")
+    out = folder.resolve()
+    found = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in (*IMAGES, *LATENTS)]
+    found = [path for path in found if path.is_file() and out not in path.resolve().parents]
+    if not found:
+        raise ValueError(
+            f"there are no images or latents in {str(source)!r}; it takes {', '.join((*IMAGES, *LATENTS))}"
+        )
+    if any(path.suffix.lower() in IMAGES for path in found):
+        _pillow()  # before the work
+    return found
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """One folder, one manifest: the settings of its latents are kept."""
+    path = folder / SETTINGS
+    if not path.exists() or not any(folder.glob("*.safetensors")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(path, (canonical_json(settings) + "\n").encode())
+        except OSError as error:
+            raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
+    before = json.loads(path.read_text())
+    for key, value in json.loads(canonical_json(settings)).items():
+        if before.get(key) != value:
+            raise ValueError(
+                f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {value!r}; choose "
+                "another folder"
+            )
+
+
+def _checked(name: str, values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    for key, value in values.items():
+        number = isinstance(value, (bool, int, float)) and math.isfinite(value)
+        if not number and not isinstance(value, str):
+            raise ValueError(f"{name} must have a finite number or a string for {key!r}, got {value!r}")
+    return tuple(sorted(values.items()))
+
+
+def _tensors(values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Conditioning for every item: numbers become tensors with one row."""
+    return {key: value if isinstance(value, str) else torch.tensor([value]) for key, value in values}
+
+
+def _read(path: Path, problem: Problem) -> Tensor:
+    """The images or latents in a file, shape (n, *event)."""
+    event = tuple(problem.images.shape[1:])
+    try:
+        x = _read_image(path, event) if path.suffix.lower() in IMAGES else _read_latents(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    if tuple(x.shape) == event:
+        x = x[None]
+    if tuple(x.shape[1:]) != event or not len(x):
+        raise ValueError(f"{path} has shape {tuple(x.shape)}, but the model takes {event}, or a batch of it")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{path} has NaN or infinite values")
+    return x
+
+
+def _read_image(path: Path, event: tuple[int, ...]) -> Tensor:
+    mode = {1: "L", 3: "RGB"}.get(event[0] if len(event) == 3 else 0)
+    if mode is None:
+        raise ValueError(f"the model takes {event}, which is no grey or RGB image; pass latents as .safetensors")
+    with _pillow().open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
+        pixels = np.array(image.convert(mode), dtype=np.float64)
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).movedim(-1, 0) / 127.5 - 1.0
+
+
+def _read_latents(path: Path) -> Tensor:
+    loaded: Any
+    if path.suffix.lower() == ".safetensors":
+        tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ValueError(f"it must hold one tensor, it has {', '.join(tensors) or 'none'}")
+        loaded = next(iter(tensors.values()))
+    elif path.suffix.lower() == ".npy":
+        loaded = torch.from_numpy(np.load(path, allow_pickle=False))
+    else:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
+        raise TypeError(
+            f"it must hold a floating point tensor, it has {getattr(loaded, 'dtype', type(loaded).__name__)}"
+        )
+    return loaded
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading images needs Pillow, which is not here: pip install 'kinvert[cli]'"
+        ) from error
+    return Image

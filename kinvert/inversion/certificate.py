@@ -1,0 +1,104 @@
+"""The certificate: every `Inversion` is built here, from what a method found and from sampling it again."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kinvert.checks import plain
+from kinvert.inversion.problem import Reason
+from kinvert.inversion.result import Inversion, WayBack
+from kinvert.inversion.verdict import image_size
+from kinvert.plan import Plan
+from kinvert.tensors import rms, wide_dtype
+
+__all__ = ["Found", "certify", "warn_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a method found for an image, and what it cost.
+
+    Attributes:
+        latent: shape (batch, *event).
+        restored: what sampling made of it.
+        evaluations: spent on each sample, the check included; a number, or shape (batch,).
+        checking: those of `evaluations` that went into the certificate.
+        residuals: shape (steps, batch), or (1, batch) for a run solved as one; None takes the round-trip error.
+        reasons: why samples did not converge, by their place; `otherwise` for the rest.
+        otherwise: why a sample did not converge that `reasons` says nothing about.
+        notes: what else to tell a reader.
+        failures: what to tell of the samples that did not converge; `invert` warns of it.
+        row_checks, noises, memory, embeddings, contraction, amplification: see `Inversion`.
+    """
+
+    latent: Tensor
+    restored: Tensor
+    evaluations: Tensor | int
+    checking: int
+    residuals: Tensor | None = None
+    reasons: Mapping[int, Reason] = field(default_factory=dict)
+    otherwise: Reason = Reason.STALLED
+    notes: Sequence[str] = ()
+    failures: Sequence[str] = ()
+    row_checks: Tensor | None = None
+    noises: Sequence[Tensor] = ()
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    contraction: Tensor | None = None
+    amplification: float | None = None
+
+
+def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, region: Tensor | None = None) -> Inversion:
+    """Judge what was found by its round trip.
+
+    Args:
+        plan: the run that takes the latent to the image.
+        x: the image, shape (batch, *event).
+        tol: tolerance in parts of the image's size.
+        found: the latent, and what sampling made of it.
+        back: how the sampler goes back, for `Inversion.sample`.
+        region: 1 where a value counts, of x's shape; None counts all.
+    """
+    x, restored = plain(x), plain(found.restored)
+    wide = wide_dtype(x.dtype)
+    error = rms(restored.to(wide) - x.to(wide), region).nan_to_num(math.inf)
+    allowed = tol * image_size(x, plan.sigmas, region)
+    converged = error <= allowed
+    evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device) + found.evaluations
+    reasons = []
+    for i, (is_there, is_finite) in enumerate(zip(converged.tolist(), error.isfinite().tolist(), strict=True)):
+        reason = found.reasons.get(i, found.otherwise) if is_finite else Reason.NOT_FINITE
+        reasons.append(Reason.CONVERGED if is_there else reason)
+    return Inversion(
+        latent=plain(found.latent).to(x.dtype),
+        residuals=error[None] if found.residuals is None else plain(found.residuals),
+        converged=converged,
+        evaluations=evaluations,
+        round_trip_error=error,
+        tolerance=tol,
+        allowed=allowed,
+        sigmas=plan.sigmas,
+        checking=found.checking,
+        row_checks=found.row_checks,
+        noises=tuple(map(plain, found.noises)),
+        memory=dict(found.memory),
+        embeddings=dict(found.embeddings),
+        restored=restored.to(x.dtype),
+        contraction=found.contraction,
+        amplification=found.amplification,
+        reasons=tuple(reasons),
+        back=back,
+        warnings=(*found.notes, *found.failures),
+    )
+
+
+def warn_of(verb: str, notes: Sequence[str], stacklevel: int) -> None:
+    """Warn of what did not come out, in one RuntimeWarning."""
+    if notes:
+        warnings.warn(f"{verb}: {'; '.join(notes)}", RuntimeWarning, stacklevel=stacklevel)

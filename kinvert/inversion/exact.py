@@ -1,0 +1,217 @@
+r"""`invert`: the latent that this sampler, on this schedule, maps to this image.
+
+Check the input, choose a route and a root finder (`routes`), solve, and certify by sampling the latent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kinvert.checks import check_callback, check_choice, check_decreasing, check_values, is_integer
+from kinvert.coordinates import settle
+from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Masked, guide, step_cfg
+from kinvert.engine import Callback, check_state
+from kinvert.forms import State
+from kinvert.inversion.back import WayBack
+from kinvert.inversion.batches import FewBatches
+from kinvert.inversion.certificate import certify, warn_of
+from kinvert.inversion.result import Inversion
+from kinvert.inversion.routes import choose
+from kinvert.inversion.solvers import Solver
+from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
+from kinvert.moments import check_flow_spread
+from kinvert.parts import batch_parts
+from kinvert.plan import Plan, as_schedule, compile_plan
+from kinvert.ready import with_bar
+from kinvert.rules import Rule
+
+__all__ = ["check_image", "check_invertible", "falling", "invert"]
+
+LAST_STEPS = ("error", "least_change")
+
+
+@torch.no_grad()
+def invert(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "euler",
+    method: str | Solver = "auto",
+    last_step: str = "error",
+    tol: float | None = None,
+    max_evals: int | None = None,
+    cfg: Cfg = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    max_batch: int | None = None,
+    fixed_batch: bool = False,
+) -> Inversion:
+    """Find the latent that a deterministic sampler maps to an image, to a tolerance, and check it.
+
+    Args:
+        denoiser, cfg, positive, negative: as in `sample`. The denoiser is a black box: it is called, never
+            differentiated.
+        x: image, shape (batch, *event): the state at `sigmas[-1]`.
+        sigmas: the decreasing sampling schedule. It must end above 0, e.g. `sigmas[:-1]`: the step to 0 returns the
+            denoised image and forgets x. See `last_step`.
+        sampler: a deterministic sampler, by name or as a rule.
+        method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed
+            point) or a `Solver`, for the steps one by one; "sweeps" or `Sweeps` for the run as a whole, which multistep
+            samplers need. Reversible samplers are undone in closed form, by "auto" alone.
+        last_step: what to do where the schedule ends in 0. "error" refuses; "least_change" looks for the state x that
+            the denoiser maps to the image, `D(x, sigma) = image`, near the image where there are many. An image that
+            is not in the range of D has none; the nearest result is returned and not called converged.
+        tol: rms of `sample(latent) - x` to reach, in parts of the size of each image, `max(rms(x), sigmas[-1])`, both
+            over the processed region; by default 1e-9 in float64, 1e-5 in float32 and 8 eps in half precision (0.0078
+            in float16, 0.0625 in bfloat16). Where an adapter (`from_eps`, ...) calls its network in a coarser dtype,
+            that dtype's default is taken, with a RuntimeWarning.
+        max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit. With more of
+            them no sample comes out worse: attempts of 2, 5, 11, ... runs are made, as many as there are evaluations
+            for, and the best is returned.
+        mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.
+        callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
+        progress: show a progress bar of that run.
+        max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
+            check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
+            run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
+            evaluation that sweeps solve for, of a step or of the run.
+        fixed_batch: call the denoiser with one batch size only, `max_batch` or else that of x, as CUDA graphs, TensorRT
+            engines and pipelines of a fixed size need. By default the batch becomes a half, a quarter, ... of itself
+            while samples finish. In both cases it is filled up with copies of one of its samples, which no sample's
+            `evaluations` count.
+
+    Returns:
+        An `Inversion`. Where a sample could not be inverted, its `converged` is false, its latent the best one found,
+        never worse than that of `unsample` without an offset ("picard" alone is run as published), and `restored` the
+        nearest image that was reached; a RuntimeWarning says so, with the step and the smallest singular value of its
+        derivative there. States in half precision are solved for in float32, and rounded once. For an algebraically
+        reversible sampler `memory` belongs to the latent, and a RuntimeWarning comes before the run where rounding
+        must be expected to grow beyond the tolerance.
+
+    Raises:
+        ValueError: a sampler that draws noise, has no Plan or forgets x in some step, with what to use instead; a
+            method that would not be used for this sampler, with those that would; a denoiser that mixes the samples of
+            its batch (the first two of a batch take four evaluations, which find out); any other input that cannot
+            work.
+        TypeError: as in `sample`.
+    """
+    x = check_image(x)
+    check_callback(callback)
+    check_choice("last_step", last_step, LAST_STEPS)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
+    plan = compile_plan(rule, falling(schedule))
+    check_invertible(plan, last_step)
+    check_flow_spread(plan, coordinates)
+    route, solver = choose(method, plan)
+    network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
+    goal = tolerance(tol, x, network=network)
+    limit = _limit(max_evals, plan)
+    scales = step_cfg(cfg, schedule)
+    bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
+    region = None
+    if mask is not None:
+        bound = masked = Masked(bound, mask, x, coordinates=coordinates)
+        _check_hard(masked.mask)
+        region = masked.mask.expand_as(x)
+    before = rounding_note(tol, goal, x, network)
+    if progress:
+        callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
+    indices = batch_parts(x, max_batch)
+    largest = max_batch if fixed_batch and max_batch else len(indices[0])
+    asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
+    back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
+    parts = []
+    for index in indices:
+        part = FewBatches(bound.take(index), largest, fixed_batch)
+        inside = None if region is None else region[index]
+        task = Task(plan, part, x[index], goal, limit, callback, index, inside, network=network)
+        found = route.solve(task, solver)
+        warn_of(f"invert({plan.rule.name})", found.failures, stacklevel=4)
+        parts.append(certify(plan, task.x, goal, found, back, inside))
+    joined = Inversion.join(parts)
+    evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)
+    return replace(joined, evaluations=evaluations, row_checks=asked, warnings=notes)
+
+
+def _check_rows(bound: BoundDenoiser, x: Tensor, plan: Plan, fixed: int | None) -> Tensor:
+    """Find out whether the denoiser mixes the rows of its batch; return the evaluations of each sample."""
+    if fixed == 1:  # no two rows are ever evaluated together
+        return torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    return check_rows(FewBatches(bound, fixed or 2, fixed=True), x, plan.sigmas)
+
+
+def _check_hard(mask: Tensor) -> None:
+    """Raise ValueError for a soft mask: between 0 and 1 `sample` mixes in noise that depends on the latent."""
+    soft = mask[(mask != 0) & (mask != 1)]
+    if soft.numel():
+        raise ValueError(
+            f"mask must be 0 or 1 everywhere to invert a run with it, got {soft.numel()} values between, such as "
+            f"{float(soft[0]):.3g}, as x sees it; give a hard mask of x's own resolution, e.g. (mask > 0.5)"
+        )
+
+
+def check_image(x: Any) -> Tensor:
+    """The image `x` as a plain tensor; TypeError or ValueError where it has no event, or no values, to solve for."""
+    x = check_state(x)
+    check_values("x", x, "an inversion is made of them")
+    if x.ndim < 2 or not x.numel():
+        raise ValueError(f"x must have shape (batch, *event) with values in each event, got {tuple(x.shape)}")
+    return x
+
+
+def falling(sigmas: Any) -> tuple[float, ...]:
+    """The schedule as floats; ValueError where it rises."""
+    schedule = as_schedule(sigmas)
+    check_decreasing("sigmas", schedule)
+    return schedule
+
+
+def check_invertible(plan: Plan, last_step: str | None = None) -> None:
+    """Raise ValueError where the run of a Plan cannot be inverted."""
+    name = plan.rule.name
+    fix = (
+        f"ki.sampler({name!r}, eta=0)" if "eta" in plan.rule.noise_options else "a deterministic sampler such as 'heun'"
+    )
+    if plan.is_stochastic:
+        raise ValueError(
+            f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "
+            f"noises; use extract_noise, or {fix}"
+        )
+    if all(step.x.alias() == State("x") for step in plan.steps):  # its last, here its only, step is discarded
+        raise ValueError(
+            f"cannot invert {name} from sigma {plan.sigmas[0]:g} to {plan.sigmas[-1]:g}: its run leaves x as it is; "
+            "give a longer schedule, or leave out keep_last=False, which discards the last step"
+        )
+    for step in plan.steps:
+        if step.forgets_x and not (step.sigma_next == 0 and last_step == "least_change"):
+            hint = f"use {fix}"
+            if step.sigma_next == 0:
+                hint = "stop at sigma_min > 0, e.g. sigmas[:-1]"
+                hint += ', or ask for last_step="least_change"' if last_step else ""
+            raise ValueError(
+                f"cannot invert the step of {name} from sigma {step.sigma:g} to {step.sigma_next:g}: x has "
+                f"coefficient 0 there; {hint}"
+            )
+
+
+def _limit(max_evals: int | None, plan: Plan) -> int:
+    """What a sample may cost, but for the evaluations of `check_rows`."""
+    if max_evals is None:
+        return UNLIMITED
+    least = 2 * plan.evaluations + 1 + ROWS
+    if not is_integer(max_evals) or max_evals < least:
+        raise ValueError(
+            f"max_evals must be an int of at least {least}, a run up, one down to check it and {1 + ROWS} more, "
+            f"got {max_evals!r}"
+        )
+    return int(max_evals) - ROWS

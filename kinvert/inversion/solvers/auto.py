@@ -1,0 +1,97 @@
+"""A sequence of root finders, and the one that `invert` takes by default for single steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from kinvert.inversion.problem import Guess, Problem, Root, Search
+from kinvert.inversion.solvers.anderson import Anderson
+from kinvert.inversion.solvers.base import Solver
+from kinvert.inversion.solvers.continuation import Continuation
+from kinvert.inversion.solvers.newton import NewtonKrylov
+from kinvert.inversion.solvers.sweeps import StepSweeps
+
+__all__ = ["Attempt", "Auto", "Sequence"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A solver, and where it starts: at the best iterate so far, at the guess, or at y."""
+
+    solver: Solver
+    start: Literal["best", "guess", "value"] = "best"
+
+
+@dataclass(frozen=True)
+class Sequence(Solver):
+    """Solvers one after the other, each for the samples that those before it left."""
+
+    attempts: tuple[Attempt, ...]
+
+    def solve(self, problem: Problem, guess: Guess) -> Root:
+        """See `Solver`."""
+        search, denoised, todo = Search(problem, guess.u), None, None
+        for attempt in self.attempts:
+            index = search.everyone if todo is None else search.open(todo)
+            if not len(index):
+                break
+            whole = todo is None  # the first solver takes all samples: nothing to cut
+            part = problem if whole else problem.take(index, search.evaluations)
+            starts = {"best": Guess(search.u), "guess": guess, "value": Guess(problem.value)}
+            start = guess if whole and attempt.start == "best" else starts[attempt.start]
+            found = attempt.solver.solve(part, start if whole else start.take(index))
+            search.evaluations[index] += found.evaluations
+            better = index[search.keep(index, found.u, found.residual)]
+            denoised = self._known(denoised, found, problem, search, better, whole)
+            todo = index
+        return search.root(denoised)
+
+    @staticmethod
+    def _known(
+        denoised: Tensor | None, found: Root, problem: Problem, search: Search, better: Tensor, whole: bool
+    ) -> Tensor | None:
+        """Return D at the best iterates: what a solver saw, else what the solution of a step implies."""
+        if whole:
+            return found.denoised
+        implied = None if denoised is None else problem.denoised(search.u)
+        if denoised is not None and implied is not None:
+            denoised[better] = implied[better]
+        return denoised
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """Sweeps first; what they leave is tried by Anderson, by Newton from the best iterate, then by continuation.
+
+    Sweeps are left out for a step whose evaluations depend on each other too much: where the rows of |C|, which bounds
+    the factor of the fixed-point iteration for an exact denoiser (`couplings`), add up to more than `coupling`.
+
+    Continuation ends in a solution wherever the network is bounded (see `Continuation`); the second attempt follows
+    another curve, from the given value instead of the guess, and more closely.
+    """
+
+    coupling: float = 2.0
+    sweeps: StepSweeps = field(default_factory=StepSweeps)
+    anderson: Anderson = field(default_factory=lambda: Anderson(window=10, max_iterations=40))
+    newton: NewtonKrylov = field(default_factory=NewtonKrylov)
+    continuation: Continuation = field(default_factory=Continuation)
+
+    def sequence(self, problem: Problem) -> Sequence:
+        """Return the solvers for a problem."""
+        sweeps = problem.plan is not None and problem.couplings.coupling <= self.coupling
+        return Sequence(
+            (
+                *([Attempt(self.sweeps, "guess")] if sweeps else []),
+                Attempt(self.anderson),
+                Attempt(self.newton),
+                Attempt(self.continuation, "guess"),
+                Attempt(self.continuation.finer(), "value"),
+            )
+        )
+
+    def solve(self, problem: Problem, guess: Guess) -> Root:
+        """See `Solver`."""
+        return self.sequence(problem).solve(problem, guess)

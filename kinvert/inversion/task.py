@@ -1,0 +1,152 @@
+"""What `invert` is asked for, of some samples: the image, how exact its latent is to be, and what that may cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kinvert.denoisers import BoundDenoiser
+from kinvert.engine import Callback, Memory, run, run_state
+from kinvert.inversion.problem import Judge, Problem
+from kinvert.inversion.solvers.newton import smallest_singular_value
+from kinvert.inversion.verdict import Widened, image_size
+from kinvert.plan import Plan
+from kinvert.tensors import is_half, rms
+
+__all__ = ["UNLIMITED", "Task", "measure_fold"]
+
+UNLIMITED = 2**62
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """An image to invert, and how exactly.
+
+    Equations are solved in the dtype of `wide`, float32 if x is in half precision. What comes out is judged in x's.
+
+    Attributes:
+        plan: the run to invert.
+        denoiser: of these samples, for states in x's dtype.
+        x: the image, shape (batch, *event).
+        tol: tolerance in parts of the image's size.
+        limit: evaluations that a sample may cost.
+        callback: of the run that checks the result.
+        samples: numbers of these samples in the batch that was given, for messages.
+        region: 1 where a value counts, of x's shape; None counts all.
+        states: least dtype of the states.
+        network: dtype that the network is known to compute in.
+    """
+
+    plan: Plan
+    denoiser: BoundDenoiser
+    x: Tensor
+    tol: float
+    limit: int
+    callback: Callback | None
+    samples: Tensor
+    region: Tensor | None = None
+    states: torch.dtype = torch.float32
+    network: torch.dtype = torch.float64
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """Return the image in the dtype of the equations."""
+        return self.x.to(torch.promote_types(self.x.dtype, self.states))
+
+    @cached_property
+    def solving(self) -> BoundDenoiser:
+        """Return the denoiser for states like `wide`."""
+        return self.denoiser if self.x.dtype == self.wide.dtype else Widened(self.denoiser, self.x.dtype)
+
+    @property
+    def is_half(self) -> bool:
+        """Tell whether x is in half precision: a round trip is then mostly rounding, and the plain run may do."""
+        return is_half(self.x.dtype)
+
+    @property
+    def eps(self) -> float:
+        """Return the relative precision of x and of the network, whichever is worse."""
+        return max(torch.finfo(self.x.dtype).eps, torch.finfo(self.network).eps)
+
+    @property
+    def aim(self) -> float:
+        """Return the relative accuracy of the equations: no better than x can hold, but in half precision no worse."""
+        return self.eps if self.is_half else max(self.tol, self.eps)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Return how a whole run is judged; in half precision any error will do if the equations are solved."""
+        size = image_size(self.x, self.plan.sigmas, self.region)
+        share = torch.ones_like(size)
+        if self.region is not None:
+            share = self.region.flatten(1).to(size).mean(1).sqrt()
+            share = torch.where(share > 0, share, 1.0)
+        enough = torch.full_like(size, math.inf) if self.is_half else max(self.tol, self.eps) * size
+        return Judge(size, share, enough, self.region)
+
+    def is_lost(self, error: Tensor) -> Tensor:
+        """Tell which samples, with these errors, need a better candidate."""
+        return error > max(self.tol, self.eps) * self.judge.size
+
+    def failed(self, error: Tensor) -> list[int]:
+        """Return the places of the samples whose errors are above the tolerance."""
+        places: list[int] = (error > self.tol * self.judge.size).nonzero()[:, 0].tolist()
+        return places
+
+    def unit(self, sigma: float) -> Tensor:
+        """Return what an rms over all values is measured in at a noise level, shape (batch,)."""
+        return self.judge.size.clamp(min=sigma) * self.judge.share
+
+    def take(self, index: Tensor) -> Task:
+        """Return the task of the samples `index`, without the callback."""
+        return replace(
+            self,
+            denoiser=self.denoiser.take(index),
+            x=self.x[index],
+            samples=self.samples[index],
+            region=None if self.region is None else self.region[index],
+            callback=None,
+        )
+
+    def sample(self, latent: Tensor, memory: Memory | None = None) -> Tensor:
+        """Return what the sampler makes of a latent of the whole batch, in x's dtype."""
+        plan = self.plan.closed if memory else self.plan
+        state = {name: value.to(self.x.dtype) for name, value in {"x": latent, **(memory or {})}.items()}
+        return run_state(plan, self.denoiser, state, callback=self.callback)["x"]
+
+    def sample_some(self, latent: Tensor, index: Tensor) -> Tensor:
+        """Return what the sampler makes of the latents of the samples `index`, like `wide`."""
+        denoiser = self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)
+        return run(self.plan, denoiser, latent.to(self.x.dtype)).to(latent.dtype)
+
+    def error(self, restored: Tensor) -> Tensor:
+        """Return the rms of a round trip, shape (batch,); infinite if it is not finite."""
+        return rms(restored.to(self.wide.dtype) - self.wide, self.region).nan_to_num(math.inf)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Return the problem of the whole run: which latent does the sampler take to the image?"""
+        tolerance = self.aim * self.judge.size
+        budget = torch.full((len(self.x),), self.limit, dtype=torch.int64, device=self.x.device)
+        plan = self.plan
+        return Problem(
+            self.sample_some, self.wide, tolerance, budget, plan.evaluations, self.eps, plan, self.solving, self.judge
+        )
+
+
+def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, products: int = 60) -> float | None:
+    """Return the smallest singular value of F' for a problem of one sample; None if it is not finite or affordable.
+
+    `spent`, shape (1,), grows by what it costs. It takes at most `products` evaluations of F and one more; with six or
+    fewer it would say nothing.
+    """
+    products = min(products, (task.limit - int(spent)) // problem.cost - 1)
+    if products <= 5:
+        return None
+    value, evaluations = smallest_singular_value(problem, u, products)
+    spent += evaluations
+    return None if math.isnan(value) else value

@@ -1,0 +1,313 @@
+"""A folder inverted: every file once, as `invert` would do it, whatever happens to the process meanwhile."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import kinvert as ki
+from kinvert import bench, models
+from kinvert.bench import Cell
+from kinvert.cli import main
+from kinvert.denoisers import guide
+from kinvert.engine import run_state
+from kinvert.folder import invert_folder
+from kinvert.plan import compile_plan
+
+SIGMAS = ki.schedules.karras(4, 0.02, 80.0)[:-1]
+CELL = Cell("digits", steps=3, dtype="float32")
+PIXELS = (((models.held_out("digits")[0][:, 0] + 1) * 127.5).round()).to(torch.uint8).numpy()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Five images, two of them in a folder, and a file that is neither image nor latent."""
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.PNG", "c.png", "more/a.png", "more/d.png")):
+        Image.fromarray(PIXELS[i]).save(folder / name)
+    (folder / "readme.txt").write_text("not an image")
+    return folder
+
+
+def images(*indices: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.from_numpy(PIXELS[list(indices), None].astype(np.float64)).div(127.5).sub(1).to(dtype)
+
+
+def manifest(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def latents(out: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.stack([load_file(out / row["shard"])["latents"][row["row"]] for row in rows])
+
+
+def test_every_file_once_and_as_the_library_does_it(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = invert_folder(source, out, CELL, shard_size=2)
+    assert rows == manifest(out)
+    assert [row["file"] for row in rows] == ["a.png", "b.PNG", "c.png", "more/a.png", "more/d.png"]
+    assert [row["row"] for row in rows] == [0, 1, 0, 1, 0] and len({row["shard"] for row in rows}) == 3
+    x, denoiser = images(0, 1, 2, 3, 4), models.load("digits")
+    found = ki.unsample(denoiser, x, SIGMAS, sigma_offset=0.0)
+    torch.testing.assert_close(latents(out, rows), found, rtol=1e-4, atol=1e-3)
+    error = (ki.sample(denoiser, found, SIGMAS) - x).square().mean((1, 2, 3)).sqrt()
+    assert [row["round_trip_error"] for row in rows] == pytest.approx(error.tolist(), rel=1e-3)
+    assert {row["evaluations"] for row in rows} == {3} and {row["converged"] for row in rows} == {None}
+    files = {path.name for path in out.iterdir()}
+    keys = {row["shard"].partition(".")[0] for row in rows}
+    assert files == {"manifest.jsonl", "settings.json"} | {f"{k}.{s}" for k in keys for s in ("json", "safetensors")}
+
+
+def test_exact_inversion_is_certified(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "batch.npy", np.random.default_rng(0).normal(size=(3, 16)))
+    rows = invert_folder(tmp_path / "in", tmp_path / "out", Cell("gaussian", method="invert", steps=4))
+    assert [(row["index"], row["converged"]) for row in rows] == [(0, True), (1, True), (2, True)]
+    assert max(row["round_trip_error"] for row in rows) <= 1e-9
+
+
+def test_conditioning_and_guidance(source: Path, tmp_path: Path) -> None:
+    cell = Cell("digits", steps=3, dtype="float32", cfg=3.0)
+    rows = invert_folder(source, tmp_path / "out", cell, positive={"label": 3}, negative={"label": 10})
+    guidance = {"cfg": 3.0, "positive": {"label": torch.tensor([3])}, "negative": {"label": torch.tensor([10])}}
+    x = images(0, 1, 2, 3, 4)
+    found = ki.unsample(models.load("digits"), x, SIGMAS, sigma_offset=0.0, **guidance)
+    torch.testing.assert_close(latents(tmp_path / "out", rows), found, rtol=1e-4, atol=1e-3)
+
+
+def test_noises_and_memory_are_kept_with_the_latents(tmp_path: Path) -> None:
+    x = torch.randn(2, 16, dtype=torch.float64, generator=torch.manual_seed(0))
+    (tmp_path / "in").mkdir()
+    save_file({"x": x}, tmp_path / "in" / "x.safetensors")
+    problem = bench.PROBLEMS["gaussian"](1, 0, torch.float64)
+    sigmas = ki.schedules.karras(5, 0.03, 15.0)[:-1]
+    kept = {}
+    for method, sampler in (("extract_noise", "euler_ancestral"), ("reversible", "edict")):
+        cell = Cell("gaussian", method=method, sampler=sampler, steps=4)
+        (row, _) = invert_folder(tmp_path / "in", tmp_path / method, cell)
+        kept[method] = load_file(tmp_path / method / row["shard"])
+    noises = [kept["extract_noise"][f"noises/{i}"] for i in range(4)]
+    again = ki.sample(
+        problem.denoiser, kept["extract_noise"]["latents"], sigmas, sampler="euler_ancestral",
+        noise=ki.noise.replay(noises),
+    )  # fmt: skip
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-12)
+    state = {"x": kept["reversible"]["latents"], "y": kept["reversible"]["memory/y"]}
+    again = run_state(compile_plan("edict", sigmas).closed, guide(problem.denoiser), state)["x"]
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-12)
+
+
+def test_every_format_gives_the_same_latent(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    x = images(0, dtype=torch.float64)
+    Image.fromarray(PIXELS[0]).convert("RGB").save(folder / "rgb.png")
+    Image.fromarray(PIXELS[0]).save(folder / "grey.jpg", quality=100, subsampling=0)
+    np.save(folder / "one.npy", x[0].numpy())
+    torch.save(x, folder / "one.pt")
+    save_file({"anything": x}, folder / "one.safetensors")
+    rows = invert_folder(folder, tmp_path / "out", replace(CELL, dtype="float64"))
+    found = dict(zip([row["file"] for row in rows], latents(tmp_path / "out", rows), strict=True))
+    for name in ("rgb.png", "one.npy", "one.pt"):
+        torch.testing.assert_close(found[name], found["one.safetensors"])
+    assert (found["grey.jpg"] - found["one.npy"]).square().mean() < 0.1 * found["one.npy"].square().mean()
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+SUICIDAL = """
+import os, signal
+from dataclasses import replace
+from pathlib import Path
+from kinvert.bench.problems import PROBLEMS
+
+HERE = Path(__file__).parent
+
+def model(count, seed, dtype):
+    problem = PROBLEMS["gaussian"](count, seed, dtype)
+
+    def denoiser(x, sigma):
+        with (HERE / f"calls-{os.getpid()}").open("a") as file:
+            file.write("call\\n")
+        calls = (HERE / f"calls-{os.getpid()}").read_text().count("call")
+        if calls == 12 and not (HERE / "died").exists():
+            (HERE / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return problem.denoiser(x, sigma)
+
+    return replace(problem, denoiser=denoiser)
+"""
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsampling 3 steps and sampling back makes 6 calls a shard: a worker dies in the middle of its second or third."""
+    modules, folder = tmp_path / "modules", tmp_path / "in"
+    for path in (modules, folder):
+        path.mkdir()
+    (modules / "suicidal.py").write_text(SUICIDAL)
+    monkeypatch.syspath_prepend(modules)
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        np.save(folder / f"{i:02}.npy", generator.normal(size=16))
+    cell = Cell("suicidal:model", steps=3)
+    try:
+        with pytest.raises(bench.UnfinishedError, match=r"(?s)are not done.*exit codes .*-9"):
+            invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
+        done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
+        assert 1 < len(done) < 13 and not (tmp_path / "out" / "manifest.jsonl").exists()
+        rows = invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
+        assert (
+            done.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}.items()
+        )
+        assert [row["file"] for row in rows] == [f"{i:02}.npy" for i in range(12)]
+        assert len({row["shard"] for row in rows}) == 12
+        again = invert_folder(folder, tmp_path / "again", cell, shard_size=1)
+        assert again == rows
+        assert torch.equal(latents(tmp_path / "out", rows), latents(tmp_path / "again", again))
+    finally:
+        sys.modules.pop("suicidal", None)
+
+
+def test_files_that_come_later_are_added(source: Path, tmp_path: Path) -> None:
+    first = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
+    Image.fromarray(PIXELS[7]).save(source / "z.png")
+    second = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
+    assert second[:4] == first[:4] and [row["file"] for row in second[4:]] == ["more/d.png", "z.png"]
+
+
+def test_another_content_is_another_result(source: Path, tmp_path: Path) -> None:
+    """Files of the same names and sizes: latents of an earlier content are not those of this one."""
+    x = np.random.default_rng(0).normal(size=(2, 1, 8, 8))
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", x[0 if name == "one" else 1])
+    found = [
+        latents(tmp_path / "out", invert_folder(tmp_path / name, tmp_path / "out", CELL))
+        for name in ("one", "other", "one")
+    ]
+    assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1])
+    np.save(tmp_path / "one" / "0.npy", x[1])
+    assert torch.equal(latents(tmp_path / "out", invert_folder(tmp_path / "one", tmp_path / "out", CELL)), found[1])
+
+
+def test_a_bad_file_does_not_take_its_shard_along(source: Path, tmp_path: Path) -> None:
+    (source / "c.png").write_bytes(b"nonsense")
+    (source / "more" / "a.png").write_bytes(b"nonsense")
+    with pytest.raises(bench.UnfinishedError, match=r"(?s)2 of 5 are not done; the others are.*c\.png.*a\.png"):
+        invert_folder(source, tmp_path / "out", CELL)
+    assert [row["file"] for row in manifest(tmp_path / "out")] == ["a.png", "b.PNG", "more/d.png"]
+
+
+def test_a_first_run_that_fails_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(bench.UnfinishedError, match="lable"):
+        invert_folder(source, tmp_path / "out", CELL, positive={"lable": 3})
+    assert len(invert_folder(source, tmp_path / "out", CELL, positive={"label": 3})) == 5
+
+
+def test_out_may_lie_in_source(source: Path) -> None:
+    rows = invert_folder(source, source / "out", CELL)
+    assert invert_folder(source, source / "out", CELL) == rows and len(rows) == 5
+
+
+def test_a_bad_file_is_named_and_the_others_are_done(source: Path, tmp_path: Path) -> None:
+    def spoil(name: str, content: bytes = b"nonsense") -> None:
+        (source / name).write_bytes(content)
+
+    spoil("c.png")
+    with pytest.raises(
+        bench.UnfinishedError, match=r"(?s)1 of 5 are not done.*cannot read .*c\.png: UnidentifiedImageE"
+    ):
+        invert_folder(source, tmp_path / "out", CELL, shard_size=1)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+    Image.fromarray(PIXELS[2]).save(source / "c.png")
+    assert len(invert_folder(source, tmp_path / "out", CELL, shard_size=1)) == 5
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (lambda p: np.save(p / "x.npy", np.zeros((1, 9, 9))), r"x\.npy has shape \(1, 9, 9\), but the model takes \(1, 8, 8\)"),
+        (lambda p: np.save(p / "x.npy", np.zeros((0, 1, 8, 8))), r"has shape \(0, 1, 8, 8\)"),
+        (lambda p: np.save(p / "x.npy", np.full((1, 8, 8), np.nan)), "has NaN or infinite values"),
+        (lambda p: np.save(p / "x.npy", np.zeros((1, 8, 8), dtype=int)), "must hold a floating point tensor"),
+        (lambda p: torch.save({"x": torch.zeros(1, 8, 8)}, p / "x.pt"), "must hold a floating point tensor, it has dict"),
+        (lambda p: save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, p / "x.safetensors"), "must hold one tensor"),
+        (lambda p: Image.fromarray(np.zeros((8, 8), np.uint16)).save(p / "x.png"), "convert it to 8 bits"),
+        (lambda p: (p / "x.jpg").write_bytes(b""), r"cannot read .*x\.jpg"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_inverted(save: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in")
+    with pytest.raises(bench.UnfinishedError, match=message):
+        invert_folder(tmp_path / "in", tmp_path / "out", CELL)
+
+
+def test_folders_that_cannot_be(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="source must be a folder"):
+        invert_folder(tmp_path / "nowhere", tmp_path / "out", CELL)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no images or latents in .*it takes \.png"):
+        invert_folder(tmp_path / "empty", tmp_path / "out", CELL)
+    with pytest.raises(ValueError, match="shard_size must be a positive int, got 0"):
+        invert_folder(source, tmp_path / "out", CELL, shard_size=0)
+    invert_folder(source, tmp_path / "out", CELL)
+    with pytest.raises(ValueError, match=r"made with steps=3, got 4; choose another folder"):
+        invert_folder(source, tmp_path / "out", Cell("digits", steps=4, dtype="float32"))
+    with pytest.raises(ValueError, match=r"made with positive=\{\}, got \{'label': 1\}"):
+        invert_folder(source, tmp_path / "out", CELL, positive={"label": 1})
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ModuleNotFoundError, match=r"reading images needs Pillow.*pip install 'kinvert\[cli\]'"):
+        invert_folder(source, tmp_path / "other", CELL)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+def test_command(source: Path, tmp_path: Path) -> None:
+    args = ["invert", source, "--out", tmp_path / "out", "--model", "digits", "--steps", 3, "--method", "invert"]
+    args += ["--sampler", "o_belm", "--shard-size", 2, "--positive", "label=3", "--max-evals", 500]
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    assert "5 latents" in result.output and "manifest.jsonl" in result.output
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    expected = {"model": "digits", "sampler": "o_belm", "positive": {"label": 3}, "max_evals": 500, "dtype": "float32"}
+    assert expected.items() <= settings.items()
+    assert all(row["converged"] for row in manifest(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "mnits"], "did you mean 'mnist'?"),
+        (["--method", "inverse"], "did you mean 'invert'?"),
+        (["--option", "eta"], "--option must be KEY=VALUE"),
+        (["--positive", "label"], "--positive must be KEY=VALUE"),
+        (["--sampler", "heun", "--option", "s_chrun=1"], "did you mean 's_churn'?"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--cfg", "nan"], "cfg must be finite, got nan"),
+        (["--positive", "label=null"], "positive must have a finite number or a string for 'label', got None"),
+        (
+            ["--method", "aidi", "--max-evals", "30"],
+            "max_evals is for picard and invert, which iterate, got method 'aidi'",
+        ),
+    ],
+)
+def test_command_refuses(args: list[str], message: str, source: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "out"), *args])
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_says_where_it_cannot_write(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "file"), "--model", "digits"])
+    assert result.exit_code == 2 and "cannot write to" in result.stderr and "choose another folder" in result.stderr
