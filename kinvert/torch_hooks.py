@@ -12,6 +12,7 @@
   every subclass.
 * `Tensor._version` counts the writes into a tensor. Without it: a denoiser that writes into x is not noticed, and what
   is otherwise kept on the device (noise levels, coefficients, cast parameters) is uploaded every time.
+* `Tensor._is_view` tells whether a tensor is a part of another. Without it: tensors that a denoiser gets are copied.
 * `FakeTensor` tells whether a tensor has values. Without it: torch fails where a fake tensor is read.
 
 The plain loop is the one of `kinvert.engine` that makes a new tensor for every value; `kinvert.denoisers.buffers` makes
@@ -41,6 +42,7 @@ __all__ = [
     "is_fake",
     "is_forward_mode",
     "is_transformed",
+    "is_view",
     "is_wrapper",
     "storage_key",
     "total_version",
@@ -109,6 +111,12 @@ def is_fake(x: Tensor) -> bool:
     """Tell whether x has a shape but no values, as under torch's `FakeTensorMode`; False if unknown."""
     fake = getattr(getattr(torch, "_subclasses", None), "FakeTensor", None)
     return fake is not None and isinstance(x, fake)
+
+
+def is_view(x: Tensor) -> bool:
+    """Tell whether x is a part of another tensor, in the eyes of autograd; True if unknown."""
+    known = getattr(x, "_is_view", None)
+    return known is None or known()
 
 
 def version(x: Tensor) -> int | None:

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent.parent / "kinvert"
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 SAMPLERS = ("heun", "dpmpp_2m", "lms")
 PRIVATE = re.compile(
-    r"torch\._C|getrefcount|_cdata|\._version\b|_current_level|peek_interpreter_stack|_subclasses|_python_dispatch"
+    r"torch\._C|getrefcount|_cdata|\._version\b|_current_level|peek_interpreter_stack|_subclasses|_python_dispatch|_is_view"
 )
 
 
@@ -129,6 +129,7 @@ def test_what_hooks_tell() -> None:
     assert not torch_hooks.is_wrapper(x) and not torch_hooks.is_fake(x)
     with FakeTensorMode():
         assert torch_hooks.is_fake(torch.ones(2))
+    assert torch_hooks.is_view(x[1:]) and not torch_hooks.is_view(x)
     assert torch_hooks.storage_key(x) == torch_hooks.storage_key(x[1:]) != torch_hooks.storage_key(x.clone())
     before = torch_hooks.version(x)
     x.add_(1)
