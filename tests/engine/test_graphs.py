@@ -1,8 +1,8 @@
-"""Recorded runs and evaluations, compiled runs, and batches in parts.
+"""Recorded runs and evaluations.
 
-Without a CUDA device the recorder below stands for it: it takes down every operation with its tensors and carries them
-out again, in place, as a graph does. So what is checked is that nothing but those tensors decides a result: a number read
-while recording, a tensor replaced, or a buffer of another run would show.
+Without a CUDA device the recorder below stands for CUDA's: it takes down every operation with its tensors and carries
+them out again, in place, as a graph does. So nothing but those tensors may decide a result: a number read while
+recording, a tensor replaced, or a buffer of another run would show.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 from problems import mixture, noise_like
+from runs import KARRAS, denoiser_for
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
 from kinvert import graphs
-from kinvert.denoisers import guide
 
-KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 NAMES = ["euler", "heun", "dpmpp_2m", "lms", "uni_pc", "dpmpp_2m_sde", "euler_ancestral", "euler_cfg_pp", "edict"]
 
 
@@ -65,9 +64,9 @@ def recorded(functions: Sequence[Callable[[], Any]], x: Tensor) -> graphs.Record
     return graphs.Recording(launches, result, None)
 
 
-def denoiser_for(plan: ki.Plan) -> ki.Denoiser:
-    denoise = mixture()
-    return (lambda x, sigma: ki.Guided(denoise(x, sigma), 0.9 * denoise(x, sigma))) if plan.is_guided else denoise
+def conditioned(x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor:
+    denoised = x / (1 + sigma[:, None] ** 2)
+    return denoised if shift is None else denoised + shift[:, None]
 
 
 @pytest.mark.parametrize("steps", ["all", "each"])
@@ -190,83 +189,6 @@ def test_a_recorded_denoiser_gives_the_same_samples(name: str, monkeypatch: pyte
     assert torch.equal(ki.sample(conditioned, x, KARRAS, **shared, graph=True), plain)
     in_parts = ki.sample(conditioned, x, KARRAS, **shared, graph=True, max_batch=3)
     torch.testing.assert_close(in_parts, plain, rtol=1e-12, atol=1e-12)
-
-
-# -- batches in parts --------------------------------------------------------------------------------------------------
-def conditioned(x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor:
-    denoised = x / (1 + sigma[:, None] ** 2)
-    return denoised if shift is None else denoised + shift[:, None]
-
-
-@pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("name", ["euler", "lms", "dpmpp_2m_sde", "euler_ancestral_cfg_pp"])
-def test_a_batch_in_parts_gives_the_same_result(name: str, max_batch: int) -> None:
-    """With conditioning and noise of each sample, and no call of the denoiser with more samples than allowed."""
-    calls: list[int] = []
-
-    def counted(x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor:
-        calls.append(len(x))
-        return conditioned(x, sigma, shift)
-
-    x, shift = 10 * noise_like((5, 6)), torch.arange(5.0, dtype=torch.float64)
-    shared: dict[str, Any] = dict(
-        sampler=name, cfg=2.0, positive={"shift": shift}, negative={}, noise=ki.noise.white([1, 2, 3, 4, 5])
-    )
-    whole = ki.sample(conditioned, x, KARRAS, **shared)
-    parts = ki.sample(counted, x, KARRAS, **shared, max_batch=max_batch)
-    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
-    assert max(calls) <= max_batch
-    alone = ki.sample(
-        conditioned, x[3:4], KARRAS, **(shared | dict(positive={"shift": shift[3:4]}, noise=ki.noise.white([4])))
-    )
-    torch.testing.assert_close(parts[3:4], alone, rtol=1e-12, atol=1e-12)
-
-
-def test_unsampling_in_parts() -> None:
-    x, shift = noise_like((5, 6)), torch.arange(5.0, dtype=torch.float64)
-    mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)[None, None].expand(5, 1, 6)
-    shared: dict[str, Any] = dict(sampler="dpmpp_2m", positive={"shift": shift}, mask=mask, normalize=True)
-    x = x[:, None, None, :]
-
-    def denoise(y: Tensor, sigma: Tensor, shift: Tensor) -> Tensor:
-        return conditioned(y.flatten(1), sigma, shift).view_as(y)
-
-    whole = ki.unsample(denoise, x, KARRAS, **shared)
-    torch.testing.assert_close(ki.unsample(denoise, x, KARRAS, **shared, max_batch=2), whole, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("max_batch", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
-)
-def test_max_batch_is_a_positive_int(max_batch: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="max_batch must be"):
-        ki.sample(conditioned, torch.ones(2, 3), KARRAS, max_batch=max_batch)
-
-
-# -- compiled runs -----------------------------------------------------------------------------------------------------
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, when it generates code
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [("euler", "eager"), ("uni_pc", "eager"), pytest.param("lms", "inductor", marks=pytest.mark.slow)],
-)
-def test_a_run_compiles_without_graph_breaks(name: str, backend: str) -> None:
-    """On a denoiser that compiles. Generating code takes minutes; the run is traced as a whole without it, too."""
-    plan, x = ki.compile_plan(name, KARRAS), 10 * noise_like((2, 6))
-    compiled = torch.compile(lambda y: ki.run(plan, conditioned, y), fullgraph=True, backend=backend)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), ki.run(plan, conditioned, x), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_a_guided_run_compiles_without_graph_breaks(cfg: float) -> None:
-    """With an analytic denoiser of another dtype than x, which casts its parameters."""
-    gaussian = ki.denoisers.Gaussian(0.0, 0.5)
-    branches: list[dict[str, Any]] = [{"shift": {"by": shift}} for shift in (torch.ones(2, 3), torch.zeros(2, 3))]
-    bound = guide(lambda x, sigma, shift: gaussian(x, sigma) + shift["by"], cfg, *branches)
-    plan, x = ki.compile_plan("dpmpp_2m", KARRAS), 10 * noise_like((2, 3)).float()
-    compiled = torch.compile(lambda y: ki.run(plan, bound, y), fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), ki.run(plan, bound, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
