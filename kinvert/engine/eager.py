@@ -1,7 +1,7 @@
 """The readable reference: a rule run step by step on tensors, without a Plan.
 
-The rule's own step maths is what is computed, in the order in which it is written. So it serves to debug a rule, and
-the compiled run is tested against it for every sampler.
+It computes the rule's own formulas in the order in which they are written. It serves to debug a rule, and the tests
+compare the compiled run of every sampler with it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from kinvert.forms import Form
 from kinvert.noise import Noise, NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Stage, Step
 from kinvert.rules.base import Rule, StepBuilder
+
+__all__ = ["run_eager"]
 
 
 def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noise | None = None) -> Tensor:

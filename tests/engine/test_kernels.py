@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import kinvert as ki
 from kinvert.engine.kernels import outlives, program
 from kinvert.engine.operations import Add, Blend, Lerp, Mix, Scale, Sum
-from kinvert.forms import Denoised, Form
+from kinvert.forms import Denoised, Form, State
 from kinvert.rules import Rule
 
 
@@ -168,7 +168,7 @@ def test_memory_is_what_the_program_says(name: str) -> None:
 def test_kernels_of_euler_are_one_lerp() -> None:
     (kernel,) = program(PLANS["euler"]).steps[0].update
     step = PLANS["euler"].steps[0]
-    assert kernel == Lerp(0, -1, -2, pytest.approx(step.x[Denoised(0)]))
+    assert kernel == Lerp(0, -2, -1, pytest.approx(step.x[State("x")]))  # from D towards x: the smaller weight
 
 
 def test_every_operation_occurs_in_the_registry() -> None:
