@@ -122,8 +122,8 @@ class Stepwise:
     ) -> None:
         self.plan = plan
         self.evaluations = 0
-        self._levels = stage_sigmas(plan.stage_levels, values["x"])
-        self._total = len(self._levels)
+        levels = plan.stage_levels
+        self._levels, self._total = stage_sigmas(levels, values["x"]), len(levels)
         self._values, self._draw, self._callback, self._recipe = values, draw, callback, recipe
         self._index = 0  # of the step under way or, if there is none, of the next one
         self._open: OpenStep | None = None

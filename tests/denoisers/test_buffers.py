@@ -179,7 +179,7 @@ def test_a_callback_may_write_into_what_it_gets(name: str) -> None:
     x, plain = 10 * noise_like(SHAPE), denoisers(name, "whole", noise_like(SHAPE))[0]
     noise = ki.noise.replay([noise_like(SHAPE, seed=i) for i in range(60)])
 
-    def write(p: ki.engine.Progress) -> None:
+    def write(p: ki.Progress) -> None:
         p.denoised.add_(1).clamp_(-1, 1)
         p.x.zero_()
 

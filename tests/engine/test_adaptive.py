@@ -82,7 +82,7 @@ def test_a_single_step_is_a_step_of_the_fixed_samplers() -> None:
 
 
 def test_callback_sees_accepted_steps() -> None:
-    seen: list[ki.engine.Progress] = []
+    seen: list[ki.Progress] = []
     _, info = run_adaptive(DPMAdaptive(), MIXTURE, 10 * noise_like((2, 6)), FALLING, callback=seen.append)
     assert [step.index for step in seen] == list(range(info.accepted))
     assert seen[0].sigma == 10.0 and seen[-1].sigma_next == 0.1

@@ -85,7 +85,7 @@ def test_outputs_and_what_a_callback_gets_are_left_alone() -> None:
             kept.append((out, out.clone()))
             return out
 
-        def callback(step: ki.engine.Progress, kept: list[Any] = kept) -> None:
+        def callback(step: ki.Progress, kept: list[Any] = kept) -> None:
             kept.append((step.x, step.x.clone()))
 
         steps: list[Any] = []
