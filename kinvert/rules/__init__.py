@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kinvert.checks import suggestion
@@ -207,4 +207,5 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
     entry = SAMPLERS[name]
     for key in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {key!r}; {suggestion(key, entry.options)}")
-    return entry.rule(**{**entry.defaults, **options}, named=name)
+    rule = entry.rule(**{**entry.defaults, **options})
+    return rule if rule.name == name else replace(rule, named=name)
