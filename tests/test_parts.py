@@ -20,7 +20,7 @@ def conditioned(x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor
 
 @pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 9])
 @pytest.mark.parametrize("name", ["euler", "lms", "dpmpp_2m_sde", "euler_ancestral_cfg_pp"])
-def test_a_batch_in_parts_gives_the_same_result(name: str, max_batch: int) -> None:
+def test_max_batch_does_not_change_the_result(name: str, max_batch: int) -> None:
     """With conditioning and noise of each sample, and no call of the denoiser with more samples than allowed."""
     calls: list[int] = []
 
@@ -42,7 +42,7 @@ def test_a_batch_in_parts_gives_the_same_result(name: str, max_batch: int) -> No
     torch.testing.assert_close(parts[3:4], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_unsampling_in_parts() -> None:
+def test_unsample_in_parts() -> None:
     x, shift = noise_like((5, 6)), torch.arange(5.0, dtype=torch.float64)
     mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)[None, None].expand(5, 1, 6)
     shared: dict[str, Any] = dict(sampler="dpmpp_2m", positive={"shift": shift}, mask=mask, normalize=True)

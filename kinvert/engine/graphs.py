@@ -15,7 +15,7 @@ what earlier ones left there. Between them there is Python again: a callback can
 step. A run in one graph is one launch; its noise, `plan.draws` states, is drawn ahead.
 
 Compiling instead, `torch.compile(lambda x: ki.run(plan, denoiser, x), fullgraph=True)`, fuses each linear combination
-into one kernel and works where the denoiser compiles as a whole.
+into one kernel and works if the denoiser compiles as a whole.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import kinvert as ki
 
 
 @pytest.mark.parametrize("ends_at_zero", [True, False])
-def test_loops_by_hand_give_the_same(ends_at_zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_case_equals_run(ends_at_zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the benchmark compares with does the same work."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from best_case import BEST_CASES, best_case

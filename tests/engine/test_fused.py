@@ -17,7 +17,7 @@ from kinvert.engine import run_state
 
 @pytest.mark.parametrize("ends_at_zero", [True, False])
 @pytest.mark.parametrize("name", PLANS)
-def test_few_passes_give_what_the_plain_loop_gives(name: str, ends_at_zero: bool) -> None:
+def test_fused_loop_equals_plain_loop(name: str, ends_at_zero: bool) -> None:
     """Started from x alone and from the auxiliary state, in float64; the results are tensors of their own."""
     plan = PLANS[name] if ends_at_zero else ki.compile_plan(name, KARRAS[:-1])
     for p in {plan, plan.closed}:
@@ -36,7 +36,7 @@ def test_few_passes_give_what_the_plain_loop_gives(name: str, ends_at_zero: bool
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["euler", "dpm_2", "dpmpp_2m", "uni_pc", "euler_ancestral"])
-def test_few_passes_in_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_fused_loop_in_half_precision(name: str, dtype: torch.dtype) -> None:
     """One rounding an update, as in the plain loop: a network in float32 or in half gives the same bits, or one off."""
     for wide in (False, True):
 
@@ -51,7 +51,7 @@ def test_few_passes_in_half_precision(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_an_input_that_the_denoiser_keeps_is_not_overwritten() -> None:
+def test_kept_inputs_are_not_overwritten() -> None:
     """Whether it keeps the tensor or a part of it, and whether x lies in a row of its own or among others."""
     for name, view in itertools.product(("heun", "lms"), (False, True)):
         kept: list[tuple[Tensor, Tensor]] = []
@@ -68,7 +68,7 @@ def test_an_input_that_the_denoiser_keeps_is_not_overwritten() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "lms", "heun", "uni_pc", "euler_cfg_pp", "edict"])
-def test_a_denoiser_may_return_its_input(name: str) -> None:
+def test_denoiser_may_return_its_input(name: str) -> None:
     def same(x: Tensor, sigma: Tensor) -> Any:
         return ki.Guided(x, x.view_as(x)) if PLANS[name].is_guided else x.view_as(x)
 
@@ -76,7 +76,7 @@ def test_a_denoiser_may_return_its_input(name: str) -> None:
     torch.testing.assert_close(ki.sample(same, x, KARRAS, sampler=name), x, rtol=1e-12, atol=1e-12)
 
 
-def test_outputs_and_what_a_callback_gets_are_left_alone() -> None:
+def test_outputs_and_progress_are_not_overwritten() -> None:
     for name in IN_FEW_PASSES:
         kept: list[tuple[Tensor, Tensor]] = []
 
@@ -97,7 +97,7 @@ def test_outputs_and_what_a_callback_gets_are_left_alone() -> None:
         torch.testing.assert_close(steps[-1].x, kept[-1][0], rtol=1e-9, atol=1e-12)
 
 
-def test_a_sigma_that_the_denoiser_changes_is_not_seen_by_the_next_run() -> None:
+def test_sigma_written_by_denoiser_does_not_reach_next_run() -> None:
     def careless(x: Tensor, sigma: Tensor) -> Tensor:
         out = gaussian(x, sigma)
         sigma.fill_(float("nan"))

@@ -71,7 +71,7 @@ def conditioned(x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor
 
 @pytest.mark.parametrize("steps", ["all", "each"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recorded_run_is_the_run(name: str, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_run_equals_run(name: str, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For other states and other noise than those that were recorded, again and again."""
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan = ki.compile_plan(name, KARRAS)
@@ -86,7 +86,7 @@ def test_a_recorded_run_is_the_run(name: str, steps: Any, monkeypatch: pytest.Mo
     assert torch.equal(results[0], results[2])  # the first is a tensor of its own
 
 
-def test_a_call_that_is_unlike_the_recorded_one_runs_without_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_run_with_other_shape_or_callback_runs_without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, seen = ki.compile_plan("heun", KARRAS), list[int]()
     captured = ki.graphs.capture(plan, mixture(), torch.zeros(2, 6, dtype=torch.float64))
@@ -100,9 +100,7 @@ def test_a_call_that_is_unlike_the_recorded_one_runs_without_the_graph(monkeypat
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_callback_sees_a_run_that_is_recorded_step_by_step(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callback_of_captured_steps(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it gets stays as it is, and the run goes through the graphs: the denoiser is not called again."""
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, calls = ki.compile_plan(name, KARRAS), 0
@@ -130,7 +128,7 @@ def test_a_callback_sees_a_run_that_is_recorded_step_by_step(
         assert vars(replace(one, x=x, denoised=x)) == vars(replace(other, x=x, denoised=x))
 
 
-def test_noise_is_drawn_step_by_step_or_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_noise_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tensors as the longest part of the run draws."""
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, x = ki.compile_plan("dpmpp_sde", KARRAS), torch.zeros(2, 6, dtype=torch.float64)
@@ -138,7 +136,7 @@ def test_noise_is_drawn_step_by_step_or_ahead(monkeypatch: pytest.MonkeyPatch) -
     assert sizes == {"all": plan.draws, "each": 2}
 
 
-def test_what_a_run_leaves_behind_does_not_enter_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_of_one_launch_does_not_enter_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that mean nothing yet are read with weight 0, and 0 times nan is nan."""
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, x = ki.compile_plan("lms", KARRAS), 10 * noise_like((2, 6))
@@ -149,13 +147,13 @@ def test_what_a_run_leaves_behind_does_not_enter_the_next(monkeypatch: pytest.Mo
         assert torch.equal(captured(x), want)
 
 
-def test_steps_are_all_or_each() -> None:
+def test_capture_refuses_unknown_steps() -> None:
     plan, x = ki.compile_plan("euler", KARRAS), torch.zeros(2, 6)
     with pytest.raises(ValueError, match="unknown steps 'eahc'; did you mean 'each'. It must be one of all, each"):
         ki.graphs.capture(plan, mixture(), x, "eahc")  # type: ignore[arg-type]
 
 
-def test_without_a_device_the_reason_is_given() -> None:
+def test_reason_without_cuda() -> None:
     plan, x = ki.compile_plan("heun", KARRAS), 10 * noise_like((2, 6))
     captured = ki.graphs.capture(plan, mixture(), x)
     assert captured.reason == "x is on cpu, and only a CUDA device has graphs"
@@ -166,7 +164,7 @@ def test_without_a_device_the_reason_is_given() -> None:
     assert torch.equal(result, captured(x))
 
 
-def test_a_denoiser_that_reads_the_device_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reason_of_denoiser_that_reads_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     plan, x, denoise = ki.compile_plan("euler", KARRAS), 10 * noise_like((2, 6)), mixture()
 
@@ -180,7 +178,7 @@ def test_a_denoiser_that_reads_the_device_is_not_recorded(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "euler_cfg_pp"])
-def test_a_recorded_denoiser_gives_the_same_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_denoiser_equals_denoiser(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation returns a tensor of its own: multistep samplers keep them."""
     monkeypatch.setitem(graphs.RECORDERS, "cpu", recorded)
     x, shift = 10 * noise_like((4, 6)), torch.arange(4.0, dtype=torch.float64)
@@ -194,7 +192,7 @@ def test_a_recorded_denoiser_gives_the_same_samples(name: str, monkeypatch: pyte
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "lms", "uni_pc", "dpmpp_2m_sde"])
-def test_on_a_gpu(name: str) -> None:
+def test_captured_runs_on_gpu(name: str) -> None:
     plan, x = ki.compile_plan(name, KARRAS), (10 * noise_like((2, 600))).float().cuda()
     for steps in ("all", "each"):
         captured = graphs.CapturedRun(plan, conditioned, x, steps)

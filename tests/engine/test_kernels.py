@@ -40,7 +40,7 @@ class TwoNames(Rule):
 
 
 @pytest.mark.parametrize("terms", [3, 4])
-def test_a_value_may_have_two_names(terms: int) -> None:
+def test_value_with_two_names(terms: int) -> None:
     """In a chain and in a product."""
     plan, x = ki.compile_plan(TwoNames(terms), KARRAS), 10 * noise_like((2, 6))
     with torch.no_grad():
@@ -148,7 +148,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_memory_is_what_the_program_says(name: str) -> None:
+def test_memory_equals_program_memory(name: str) -> None:
     """At each call of the denoiser, besides x and what the denoiser holds itself: rows, and denoised values kept."""
     plan, x = PLANS[name], torch.ones(1, 4096)
     most = 0

@@ -104,7 +104,7 @@ def test_inference_mode() -> None:
     torch.testing.assert_close(ki.sample(guided, x, KARRAS, sampler="lms"), inside)
 
 
-def test_a_denoiser_that_reuses_its_buffer_does_not_change_the_result() -> None:
+def test_result_is_not_the_buffer_of_the_denoiser() -> None:
     """The last step hands out a tensor of its own, not the denoiser's."""
     buffer = torch.zeros(2, 6)
 
@@ -116,7 +116,7 @@ def test_a_denoiser_that_reuses_its_buffer_does_not_change_the_result() -> None:
     assert result.tolist() == [[0.0] * 6] * 2
 
 
-def test_plain_loop_is_chosen_by_a_context() -> None:
+def test_plain_loop_context() -> None:
     """It gives what a run with gradients gives, to the bit, in new tensors at every evaluation."""
     x, seen = 10 * noise_like((2, 6)), list[Tensor]()
 
@@ -143,7 +143,7 @@ def conditioned(x: Tensor, sigma: Tensor, shift: Tensor | None = None) -> Tensor
     ("name", "backend"),
     [("euler", "eager"), ("uni_pc", "eager"), pytest.param("lms", "inductor", marks=pytest.mark.slow)],
 )
-def test_a_run_compiles_without_graph_breaks(name: str, backend: str) -> None:
+def test_run_compiles_without_graph_breaks(name: str, backend: str) -> None:
     """On a denoiser that compiles. Generating code takes minutes; the run is traced as a whole without it, too."""
     plan, x = ki.compile_plan(name, KARRAS), 10 * noise_like((2, 6))
     compiled = torch.compile(lambda y: ki.run(plan, conditioned, y), fullgraph=True, backend=backend)
@@ -152,7 +152,7 @@ def test_a_run_compiles_without_graph_breaks(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_a_guided_run_compiles_without_graph_breaks(cfg: float) -> None:
+def test_guided_run_compiles_without_graph_breaks(cfg: float) -> None:
     """With an analytic denoiser of another dtype than x, which casts its parameters."""
     gaussian = ki.denoisers.Gaussian(0.0, 0.5)
     branches: list[dict[str, Any]] = [{"shift": {"by": shift}} for shift in (torch.ones(2, 3), torch.zeros(2, 3))]
@@ -166,7 +166,7 @@ def test_a_guided_run_compiles_without_graph_breaks(cfg: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde"])
-def test_on_a_gpu(name: str) -> None:
+def test_run_on_gpu(name: str) -> None:
     """The same result as on the CPU, without a synchronisation in the loop."""
     plan, x = ki.compile_plan(name, KARRAS), (10 * noise_like((2, 6))).float()
     zero = torch.zeros_like(x)
