@@ -51,7 +51,8 @@ class Ready:
         """Return the result, unchecked."""
         if self.plan is not None:
             return run_state(self.plan, denoiser, {"x": x}, noise, callback)["x"]
-        assert isinstance(self.rule, DPMAdaptive)
+        if not isinstance(self.rule, DPMAdaptive):
+            raise TypeError(f"{self.rule.name} needs a Plan; make one with Ready.of")
         if self.sigmas[0] == self.sigmas[1]:
             raise ValueError(
                 f"{self.rule.name} runs between the positive levels of sigmas and needs two of them, got "

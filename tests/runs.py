@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from problems import mixture, noise_like
 from torch import Tensor
 
 import kinvert as ki
 from kinvert.engine import plain_loop, run_state
+from kinvert.engine.stepwise import StepwiseState
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 
@@ -47,3 +50,35 @@ def given_noise(like: Tensor) -> Callable[[float, float], Tensor]:
 
 def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
     return x / (1 + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2)
+
+
+# -- one evaluation at a time -------------------------------------------------------------------------------------------
+MIXTURE = mixture()
+
+
+def denoise(plan: ki.Plan, x: Tensor, sigma: Tensor) -> Any:
+    D = MIXTURE(x, sigma)
+    return ki.Guided(D, 0.9 * D) if plan.is_guided else D
+
+
+def finish(run: ki.Stepwise) -> Tensor:
+    while not run.done:
+        run.send(denoise(run.plan, run.x, run.sigma))
+    return run.result
+
+
+def plainly(plan: ki.Plan, x: Tensor, noise: Any = None) -> Tensor:
+    with plain_loop():
+        return ki.run(plan, lambda y, sigma: denoise(plan, y, sigma), x, noise)
+
+
+def start(seed: int = 0) -> Tensor:
+    return 10 * noise_like((2, 6), seed)
+
+
+def saved(state: StepwiseState) -> StepwiseState:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: StepwiseState = torch.load(file, weights_only=True)
+    return loaded

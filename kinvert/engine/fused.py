@@ -28,7 +28,8 @@ from kinvert.tensors import is_half, wide_dtype
 
 __all__ = ["FusedRun", "Uploaded", "fused_loop"]
 
-_LATEST: WeakKeyDictionary[Plan, tuple[Any, Uploaded, int | None]] = WeakKeyDictionary()
+_Kind = tuple[torch.Size, torch.dtype, torch.device, type]
+_LATEST: WeakKeyDictionary[Plan, tuple[_Kind, Uploaded, int | None]] = WeakKeyDictionary()
 """What the latest run of each Plan uploaded, for which kind of state, and the version of its noise levels then."""
 
 StepOnDevice = tuple[StepKernels, tuple[tuple[Call, Tensor], ...]]

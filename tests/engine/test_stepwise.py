@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from problems import mixture, noise_like
+from problems import noise_like
+from runs import KARRAS, MIXTURE, PLANS, denoise, finish, plainly, saved, start
 from torch import Tensor
 
 import kinvert as ki
 from kinvert.engine import plain_loop, run_state
-from kinvert.engine.stepwise import StepwiseState
 from kinvert.forms import Form, Noise, State
 
-KARRAS = ki.schedules.karras(6, 0.1, 10.0)
-PLANS = {name: ki.compile_plan(name, KARRAS) for name in ki.SAMPLERS if name != "dpm_adaptive"}
-STOCHASTIC = [name for name, plan in PLANS.items() if plan.is_stochastic]
 REVERSIBLE = [name for name, plan in PLANS.items() if plan.auxiliary]
-MIXTURE = mixture()
-
-
-def denoise(plan: ki.Plan, x: Tensor, sigma: Tensor) -> Any:
-    D = MIXTURE(x, sigma)
-    return ki.Guided(D, 0.9 * D) if plan.is_guided else D
-
-
-def finish(run: ki.Stepwise) -> Tensor:
-    while not run.done:
-        run.send(denoise(run.plan, run.x, run.sigma))
-    return run.result
-
-
-def plain_run(plan: ki.Plan, x: Tensor, noise: Any = None) -> Tensor:
-    with plain_loop():
-        return ki.run(plan, lambda y, sigma: denoise(plan, y, sigma), x, noise)
-
-
-def start(seed: int = 0) -> Tensor:
-    return 10 * noise_like((2, 6), seed)
-
-
-def saved(state: StepwiseState) -> StepwiseState:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: StepwiseState = torch.load(file, weights_only=True)
-    return loaded
 
 
 # -- the same run ------------------------------------------------------------------------------------------------------
@@ -59,7 +25,7 @@ def test_equals_run(name: str, ends_at_zero: bool) -> None:
     """To the bit, with the noise of the sampler's own kind."""
     plan = PLANS[name] if ends_at_zero else ki.compile_plan(name, KARRAS[:-1])
     torch.manual_seed(0)
-    want = plain_run(plan, start())
+    want = plainly(plan, start())
     torch.manual_seed(0)
     run = ki.stepwise(plan, start())
     assert torch.equal(finish(run), want)
@@ -118,7 +84,7 @@ def test_steps_without_evaluations_are_walked_through() -> None:
         shorter = ki.Plan(plan.rule, plan.sigmas, cut)
         run, x = ki.stepwise(shorter, start(), ki.noise.white(1)), start()
         assert run.done == (shorter.evaluations == 0)
-        assert torch.equal(finish(run), plain_run(shorter, x, ki.noise.white(1)))
+        assert torch.equal(finish(run), plainly(shorter, x, ki.noise.white(1)))
         assert run.result.data_ptr() != x.data_ptr()
 
 
@@ -127,7 +93,7 @@ def test_gradients_flow_through_a_run(name: str) -> None:
     plan, gradients = ki.compile_plan(name, KARRAS[:-1]), []
     for run_it in (finish, None):
         x = start().requires_grad_()
-        result = plain_run(plan, x) if run_it is None else run_it(ki.stepwise(plan, x))
+        result = plainly(plan, x) if run_it is None else run_it(ki.stepwise(plan, x))
         gradients += torch.autograd.grad(result.square().sum(), x)
     assert torch.equal(*gradients)
 
@@ -147,101 +113,6 @@ def test_vmap_and_compile() -> None:
     torch.testing.assert_close(compiled(x[0]), linear(x[0]))
 
 
-# -- saved and loaded --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", [copy.deepcopy, saved], ids=["copied", "saved"])
-@pytest.mark.parametrize("name", PLANS)
-def test_goes_on_from_its_state_at_every_evaluation(name: str, how: Any) -> None:
-    """To the bit, with the seed of the state, though others draw from torch's generator; and what is left is left alone."""
-    plan = PLANS[name]
-    run = ki.stepwise(plan, start())
-    state = run.state
-    want = finish(ki.stepwise(plan, state=state))
-    while not run.done:
-        run.send(denoise(plan, run.x, run.sigma))
-        torch.rand(())
-        state = how(run.state)
-        other = ki.stepwise(plan, state=state)
-        assert (other.step, other.stage, other.evaluations, other.done) == (
-            run.step,
-            run.stage,
-            run.evaluations,
-            run.done,
-        )
-        if run.evaluations % 3 == 1 or plan.evaluations < 9:
-            assert torch.equal(finish(other), want)
-    assert torch.equal(run.result, want)
-
-
-SOURCES: dict[str, Any] = {
-    "white": ki.noise.white(3),
-    "white, a seed for each": ki.noise.white([3, 4]),
-    "brownian": ki.noise.brownian(3),
-    "brownian with a depth": ki.noise.brownian([3, 4], depth=8),
-    "clipped": ki.noise.clipped(ki.noise.white(3), 1.0),
-    "replayed": ki.noise.replay([noise_like((2, 6), seed=i) for i in range(30)]),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_noise_goes_on(name: str, source: str) -> None:
-    """Seeds are in the state; another source is given again."""
-    plan, noise = PLANS[name], SOURCES[source]
-    want = plain_run(plan, start(), noise)
-    for sent in range(0, plan.evaluations, 3):
-        run = ki.stepwise(plan, start(), noise)
-        for _ in range(sent):
-            run.send(denoise(plan, run.x, run.sigma))
-        state = saved(run.state)
-        known = source.startswith(("white", "brownian"))
-        assert torch.equal(finish(ki.stepwise(plan, noise=None if known else noise, state=state)), want)
-
-
-def test_noise_that_the_state_does_not_hold_has_to_be_given() -> None:
-    plan = PLANS["euler_ancestral"]
-    run = ki.stepwise(plan, start(), SOURCES["replayed"])
-    state = run.state
-    with pytest.raises(ValueError, match=r"source that its state does not hold.*stepwise\(plan, state=state, noise="):
-        ki.stepwise(plan, state=state)
-    while run.step < len(plan.steps) - 1:
-        run.send(denoise(plan, run.x, run.sigma))
-    finish(ki.stepwise(plan, state=run.state))  # nothing is drawn any more
-
-
-def test_a_noise_function_keeps_its_own_place() -> None:
-    plan, calls = PLANS["euler_ancestral"], list[float]()
-
-    def noise(a: float, b: float) -> Tensor:
-        calls.append(a)
-        return a * noise_like((2, 6), seed=len(calls))
-
-    run = ki.stepwise(plan, start(), noise)
-    run.send(denoise(plan, run.x, run.sigma))
-    state = run.state
-    assert len(calls) == 2  # of the first step and the one under way
-    finish(ki.stepwise(plan, state=state, noise=noise))
-    assert calls == [interval.sigma_from for step in plan.steps for interval in step.noises]
-
-
-def test_state_is_a_copy() -> None:
-    plan = PLANS["dpmpp_2m"]
-    run, want = ki.stepwise(plan, start()), plain_run(plan, start())
-    run.send(denoise(plan, run.x, run.sigma))
-    state = run.state
-    for value in state["values"].values():
-        value.zero_()
-    assert torch.equal(finish(run), want)
-
-
-def test_state_of_a_run_with_gradients_can_be_saved() -> None:
-    plan = PLANS["heun"]
-    run = ki.stepwise(plan, start().requires_grad_())
-    run.send(denoise(plan, run.x, run.sigma))
-    state = saved(copy.deepcopy(run.state))
-    assert not any(value.requires_grad for value in state["values"].values())
-    torch.testing.assert_close(finish(ki.stepwise(plan, state=state)), finish(run).detach())
-
-
 # -- interleaved -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "lms", "dpmpp_2m_sde", "uni_pc"])
 def test_two_runs_share_a_denoiser_call(name: str) -> None:
@@ -256,7 +127,7 @@ def test_two_runs_share_a_denoiser_call(name: str) -> None:
         for run, part in zip(waiting, out.split(2), strict=True):
             run.send(part)
     for i, (run, plan) in enumerate(zip(runs, plans, strict=True)):
-        torch.testing.assert_close(run.result, plain_run(plan, start(i), ki.noise.white(i)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(run.result, plainly(plan, start(i), ki.noise.white(i)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -268,7 +139,7 @@ def test_what_was_sent_may_be_written_over(name: str) -> None:
         run.send(sent)
         for part in sent if plan.is_guided else [sent]:
             part.fill_(torch.nan)
-    assert torch.equal(run.result, plain_run(plan, start(), ki.noise.white(0)))
+    assert torch.equal(run.result, plainly(plan, start(), ki.noise.white(0)))
 
 
 # -- edited ------------------------------------------------------------------------------------------------------------
@@ -346,7 +217,7 @@ def test_replace_refuses(case: str) -> None:
     run.send(denoise(run.plan, run.x, run.sigma))
     with pytest.raises(error, match=message):
         run.replace(x, **values)
-    assert torch.equal(finish(run), plain_run(run.plan, start()))
+    assert torch.equal(finish(run), plainly(run.plan, start()))
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -370,7 +241,7 @@ def test_send_refuses_and_the_run_stays(case: str) -> None:
     with pytest.raises(error, match=message):
         run.send(sent)
     assert run.evaluations == 0
-    assert torch.equal(finish(run), plain_run(run.plan, start()))
+    assert torch.equal(finish(run), plainly(run.plan, start()))
 
 
 def test_after_the_end_and_before_it() -> None:
