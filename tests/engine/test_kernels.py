@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kinvert as ki
-from kinvert.engine.kernels import outlives, program
+from kinvert.engine.kernels import StepKernels, outlives, program
 from kinvert.engine.operations import Add, Blend, Lerp, Mix, Scale, Sum
 from kinvert.forms import Denoised, Form, State
 from kinvert.rules import Rule
@@ -191,3 +192,12 @@ def test_outlives() -> None:
     step = PLANS["dpmpp_2s_ancestral"].steps[0]
     handed_on = replace(step.stages[1], input=Form.of(Denoised(0)))
     assert outlives(replace(step, stages=(step.stages[0], handed_on)), 0)
+
+
+def test_old_names() -> None:
+    """The old path gives the new names, with a warning, and the old name of a step."""
+    old = importlib.import_module("kinvert.program")
+    with pytest.warns(DeprecationWarning, match="kinvert.program is now kinvert.engine.kernels"):
+        assert old.program is program
+    with pytest.warns(DeprecationWarning):
+        assert old.Pass is StepKernels
