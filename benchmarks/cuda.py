@@ -33,13 +33,13 @@ SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "lms", "uni_pc")
 
 
 def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-    """Of unit Gaussian data: a handful of kernels."""
+    """Denoise unit Gaussian data, by a handful of kernels."""
     variance = (1 + sigma**2).to(x.dtype)
     return x / variance.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def runs(name: str, x: Tensor) -> dict[str, tuple[Callable[[], object], str | None]]:
-    """How a sampler can be run, and the reason where there is no graph."""
+    """Return the ways to run a sampler, each with the reason if there is no graph."""
     plan = ki.compile_plan(name, ki.schedules.karras(STEPS, *SIGMAS))
     noise = ki.noise.white(0)
     one, whole = ki.graphs.captured_denoiser(denoiser, x), ki.graphs.capture(plan, denoiser, x)

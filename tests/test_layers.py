@@ -64,7 +64,7 @@ def test_rules_import_no_tensors(path: Path) -> None:
 
 
 def test_plan_and_forms_import_no_tensors() -> None:
-    for name in ("forms", "plan", "engine/kernels", "analysis"):
+    for name in ("forms", "plan", "engine/kernels", "engine/operations", "analysis"):
         assert not {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")} & {"torch"}
 
 

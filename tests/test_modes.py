@@ -65,7 +65,8 @@ MODES = {
 class NarrowProducts(TorchDispatchMode):
     """Records products of matrices, of which one is not float64: the modes have a say in those.
 
-    Those that the engine writes into its buffers are its own affair: it looks at the modes, and tests/test_engine.py at it.
+    Those that the engine writes into its buffers are its own affair: it looks at the modes, and
+    tests/engine/test_products.py at it.
     """
 
     def __init__(self) -> None:

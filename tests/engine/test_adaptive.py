@@ -68,7 +68,7 @@ def test_up_and_down_again() -> None:
     torch.testing.assert_close(down, x, rtol=0, atol=1e-2)
 
 
-def test_a_single_step_is_a_step_of_the_fixed_samplers() -> None:
+def test_single_step_equals_fixed_sampler() -> None:
     x = 10 * noise_like((2, 6))
     loose = {"rtol": 1e3, "h_init": 5.0}
     sigmas = [10.0, 6.0]
@@ -82,7 +82,7 @@ def test_a_single_step_is_a_step_of_the_fixed_samplers() -> None:
 
 
 def test_callback_sees_accepted_steps() -> None:
-    seen: list[ki.engine.Progress] = []
+    seen: list[ki.Progress] = []
     _, info = run_adaptive(DPMAdaptive(), MIXTURE, 10 * noise_like((2, 6)), FALLING, callback=seen.append)
     assert [step.index for step in seen] == list(range(info.accepted))
     assert seen[0].sigma == 10.0 and seen[-1].sigma_next == 0.1
@@ -120,7 +120,7 @@ def test_nan_is_an_error_that_names_sigma() -> None:
         run_adaptive(DPMAdaptive(), broken, 10 * noise_like((2, 6)), FALLING)
 
 
-def test_a_denoiser_that_jumps_everywhere_ends_in_an_error() -> None:
+def test_jumping_denoiser_is_an_error() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def jumping(x: Tensor, sigma: Tensor) -> Tensor:
@@ -130,12 +130,12 @@ def test_a_denoiser_that_jumps_everywhere_ends_in_an_error() -> None:
         run_adaptive(DPMAdaptive(), jumping, 10 * noise_like((2, 6)), FALLING)
 
 
-def test_noise_has_no_place_on_a_rising_run() -> None:
+def test_rising_run_refuses_noise() -> None:
     with pytest.raises(ValueError, match="use eta=0"):
         run_adaptive(DPMAdaptive(eta=1.0), MIXTURE, noise_like((2, 6)), FALLING[::-1])
 
 
-def test_it_has_no_plan() -> None:
+def test_compile_plan_refuses_dpm_adaptive() -> None:
     with pytest.raises(ValueError, match=r"dpm_adaptive chooses its steps .* use ki\.sample"):
         ki.compile_plan(DPMAdaptive(), FALLING)
 

@@ -74,7 +74,7 @@ def denoisers(name: str, how: str, x: Tensor) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ki.SAMPLERS)
-def test_memory_that_is_used_again_changes_no_run(name: str, how: str) -> None:
+def test_reused_output_memory_changes_no_run(name: str, how: str) -> None:
     """Down and up, in the buffers, in the plain loop and without a Plan; what a callback sees, too."""
     x = 10 * noise_like(SHAPE)
     plain, static = denoisers(name, how, x)
@@ -100,7 +100,7 @@ def test_memory_that_is_used_again_changes_no_run(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "uni_pc", "o_belm", "bdia"])
-def test_inversions_of_such_a_network(name: str, how: str) -> None:
+def test_reused_output_memory_in_invert(name: str, how: str) -> None:
     x = noise_like(SHAPE)
     want, got = (ki.invert(f, x, KARRAS[:-1], sampler=name) for f in (exact, Static(how, x)))
     torch.testing.assert_close(got.latent, want.latent, rtol=1e-9, atol=1e-9)
@@ -109,7 +109,7 @@ def test_inversions_of_such_a_network(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde", "dpmpp_sde", "seeds_2"])
-def test_noises_of_such_a_network(name: str, how: str) -> None:
+def test_reused_output_memory_in_extract_noise(name: str, how: str) -> None:
     x = noise_like(SHAPE)
     want, got = (
         ki.extract_noise(f, x, KARRAS[:-1], sampler=name, generator=torch.Generator().manual_seed(0))
@@ -118,7 +118,7 @@ def test_noises_of_such_a_network(name: str, how: str) -> None:
     torch.testing.assert_close(got.noises, want.noises, rtol=1e-9, atol=1e-9)
 
 
-def test_baselines_of_such_a_network() -> None:
+def test_reused_output_memory_in_baselines() -> None:
     from kinvert.inversion import baselines
 
     x = noise_like(SHAPE)
@@ -131,7 +131,7 @@ def test_baselines_of_such_a_network() -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_guidance_in_two_calls_and_parts_of_a_batch(how: str) -> None:
+def test_reused_output_memory_in_guidance_and_parts(how: str) -> None:
     x = 10 * noise_like(SHAPE)
     whole = Static(how, x)
     half = Static(how, x[:1])
@@ -146,7 +146,7 @@ def test_guidance_in_two_calls_and_parts_of_a_batch(how: str) -> None:
     torch.testing.assert_close(parts, want)
 
 
-def test_such_a_network_is_differentiable() -> None:
+def test_reused_output_memory_with_gradients() -> None:
     """And a compiled run copies what it remembers."""
     plan, x, buffer = ki.compile_plan("dpmpp_2m", KARRAS[:-1]), 10 * noise_like(SHAPE), []
 
@@ -161,7 +161,7 @@ def test_such_a_network_is_differentiable() -> None:
     assert torch.equal(*gradients)
 
 
-def test_what_nobody_else_holds_is_not_copied() -> None:
+def test_keep_copies_only_held_outputs() -> None:
     with torch.no_grad():
         outputs: list[Any] = [torch.ones(2, 3) * 2, Guided(torch.ones(2), torch.ones(2) + 1), None]
         places = [outputs[0].data_ptr(), outputs[1].denoised.data_ptr(), outputs[1].uncond.data_ptr()]
@@ -175,11 +175,11 @@ def test_what_nobody_else_holds_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize("name", ki.SAMPLERS)
-def test_a_callback_may_write_into_what_it_gets(name: str) -> None:
+def test_callback_may_write_into_progress(name: str) -> None:
     x, plain = 10 * noise_like(SHAPE), denoisers(name, "whole", noise_like(SHAPE))[0]
     noise = ki.noise.replay([noise_like(SHAPE, seed=i) for i in range(60)])
 
-    def write(p: ki.engine.Progress) -> None:
+    def write(p: ki.Progress) -> None:
         p.denoised.add_(1).clamp_(-1, 1)
         p.x.zero_()
 
@@ -204,7 +204,7 @@ STRIDED: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("given", STRIDED)
 @pytest.mark.parametrize("name", [name for name in ki.SAMPLERS if name != "dpm_adaptive"])
-def test_all_inputs_of_a_network_look_alike(name: str, given: str) -> None:
+def test_denoiser_inputs_have_one_layout(name: str, given: str) -> None:
     """One stride and no offset, for x and sigma; also where x is a part of something."""
     x, plan, seen = STRIDED[given](), ki.compile_plan(name, KARRAS), set()
 
