@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from digits import PIXELS, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import kinvert as ki
 from kinvert import bench, models
 from kinvert.bench import Cell
-from kinvert.cli import main
 from kinvert.denoisers import guide
 from kinvert.engine import run_state
 from kinvert.folder import invert_folder
@@ -26,18 +25,11 @@ from kinvert.plan import compile_plan
 
 SIGMAS = ki.schedules.karras(4, 0.02, 80.0)[:-1]
 CELL = Cell("digits", steps=3, dtype="float32")
-PIXELS = (((models.held_out("digits")[0][:, 0] + 1) * 127.5).round()).to(torch.uint8).numpy()
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Five images, two of them in a folder, and a file that is neither image nor latent."""
-    folder = tmp_path / "images"
-    (folder / "more").mkdir(parents=True)
-    for i, name in enumerate(("a.png", "b.PNG", "c.png", "more/a.png", "more/d.png")):
-        Image.fromarray(PIXELS[i]).save(folder / name)
-    (folder / "readme.txt").write_text("not an image")
-    return folder
+    return write_digits(tmp_path / "images")
 
 
 def images(*indices: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -269,45 +261,3 @@ def test_folders_that_cannot_be(source: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r"reading images needs Pillow.*pip install 'kinvert\[cli\]'"):
         invert_folder(source, tmp_path / "other", CELL)
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-def test_command(source: Path, tmp_path: Path) -> None:
-    args = ["invert", source, "--out", tmp_path / "out", "--model", "digits", "--steps", 3, "--method", "invert"]
-    args += ["--sampler", "o_belm", "--shard-size", 2, "--positive", "label=3", "--max-evals", 500]
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exit_code == 0, result.output
-    assert "5 latents" in result.output and "manifest.jsonl" in result.output
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    expected = {"model": "digits", "sampler": "o_belm", "positive": {"label": 3}, "max_evals": 500, "dtype": "float32"}
-    assert expected.items() <= settings.items()
-    assert all(row["converged"] for row in manifest(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model", "mnits"], "did you mean 'mnist'?"),
-        (["--method", "inverse"], "did you mean 'invert'?"),
-        (["--option", "eta"], "--option must be KEY=VALUE"),
-        (["--positive", "label"], "--positive must be KEY=VALUE"),
-        (["--sampler", "heun", "--option", "s_chrun=1"], "did you mean 's_churn'?"),
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--cfg", "nan"], "cfg must be finite, got nan"),
-        (["--positive", "label=null"], "positive must have a finite number or a string for 'label', got None"),
-        (
-            ["--method", "aidi", "--max-evals", "30"],
-            "max_evals is for picard and invert, which iterate, got method 'aidi'",
-        ),
-    ],
-)
-def test_command_refuses(args: list[str], message: str, source: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "out"), *args])
-    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_command_says_where_it_cannot_write(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "file"), "--model", "digits"])
-    assert result.exit_code == 2 and "cannot write to" in result.stderr and "choose another folder" in result.stderr
