@@ -1,4 +1,4 @@
-"""The least that PyTorch's own operations can do: one loop by hand for each of ten samplers.
+"""Ten samplers as loops by hand: the least work that PyTorch's own operations can do.
 
 In place, nothing checked, nothing protected: a loop overwrites what the denoiser returned, which no library may do.
 Coefficients are read off the Plan once, before the loop. `best_case(plan, denoiser, x, noise)` gives a function that
@@ -21,7 +21,7 @@ X, D, D2, N = State("x"), Denoised(0), Denoised(1), Noise(0)
 
 
 def levels(plan: ki.Plan, x: Tensor) -> list[list[Tensor]]:
-    """The noise levels of each step's evaluations as the denoiser gets them."""
+    """Return the noise levels of each step's evaluations, in the form that the denoiser gets."""
     return [
         [torch.full((len(x),), stage.sigma, dtype=x.dtype, device=x.device) for stage in step.stages]
         for step in plan.steps
@@ -189,5 +189,5 @@ BEST_CASES: dict[str, Callable[[ki.Plan, Any, Tensor, Tensor], Run]] = {
 
 
 def best_case(plan: ki.Plan, denoiser: Any, x: Tensor, noise: Tensor) -> Run:
-    """The loop by hand for the Plan's sampler; `noise` is added as it is wherever the sampler draws."""
+    """Return the loop by hand for the Plan's sampler; each draw of the sampler adds the same `noise`."""
     return BEST_CASES[plan.rule.name](plan, denoiser, x, noise)

@@ -1,6 +1,6 @@
-"""The engine on a GPU: plain, and with the denoiser, each step, or the whole run as a graph.
+"""Time the engine on a GPU: plain, and with the denoiser, each step, or the whole run as a graph.
 
-    python benchmarks/cuda.py
+    python benchmarks/gpu.py
 
 Latent sizes of Stable Diffusion 1.5, SDXL and Flux in float32, bfloat16 and float16, a denoiser of a few small kernels
 (so that launches count), 50 steps. Times of a step by events, the median of the runs. Results go to
@@ -9,9 +9,6 @@ is written unless `--out` is given.
 """
 
 from __future__ import annotations
-
-if __name__ == "cuda":  # torch looks for a package of this name; the scripts beside this one would give it this file
-    raise ImportError("this is a benchmark")
 
 import argparse
 import json
@@ -33,13 +30,13 @@ SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "lms", "uni_pc")
 
 
 def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
-    """Of unit Gaussian data: a handful of kernels."""
+    """Return the denoised x for unit Gaussian data, computed in a handful of kernels."""
     variance = (1 + sigma**2).to(x.dtype)
     return x / variance.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def runs(name: str, x: Tensor) -> dict[str, tuple[Callable[[], object], str | None]]:
-    """How a sampler can be run, and the reason where there is no graph."""
+    """Return the ways to run a sampler, and the reason if there is no graph."""
     plan = ki.compile_plan(name, ki.schedules.karras(STEPS, *SIGMAS))
     noise = ki.noise.white(0)
     one, whole = ki.graphs.captured_denoiser(denoiser, x), ki.graphs.capture(plan, denoiser, x)
