@@ -20,7 +20,7 @@ def test_demo_takes_one_image_of_each_class_in_turn() -> None:
     assert len({image.numpy().tobytes() for image in outcome.images}) == 12
 
 
-def test_picture_of_a_perfect_copy_and_of_a_long_name() -> None:
+def test_picture_with_perfect_copy_and_long_name() -> None:
     outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=1))
     trip = outcome.trips["euler"]
     perfect = replace(trip, reconstruction=outcome.images, psnr=trip.psnr + torch.inf)

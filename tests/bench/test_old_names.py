@@ -29,6 +29,6 @@ def test_old_names_answer_with_a_warning(old: tuple[str, str], new: tuple[str, s
     assert caught[0].filename == __file__  # the line that uses the old name
 
 
-def test_names_that_never_were_are_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(AttributeError, match=r"module 'kinvert\.bench' has no attribute 'jobs'"):
         _ = bench.jobs

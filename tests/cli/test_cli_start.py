@@ -41,7 +41,7 @@ def test_closed_stdout_ends_in_a_sentence(args: list[str]) -> None:
     assert result.stderr == "Error: stdout is closed, so that nothing can be printed; use > /dev/null instead\n"
 
 
-def test_a_wrong_backend_of_matplotlib_matters_to_pictures_only(tmp_path: Path) -> None:
+def test_wrong_matplotlib_backend_is_refused_for_pictures_only(tmp_path: Path) -> None:
     code = "import os; os.environ['MPLBACKEND'] = 'bogus'; from kinvert.cli import main; main({})"
     assert python(code.format("['plan', 'euler']")).returncode == 0
     result = python(code.format([*SMALL, "--out", str(tmp_path)]))
