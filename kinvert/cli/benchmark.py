@@ -29,8 +29,10 @@ def bench_group() -> None:
 
 @bench_group.command("run")
 @click.argument("grid", required=False, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--preset", metavar="NAME", help="A grid that comes along: quick (a minute), standard or full.")
-@click.option("--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, a file a cell.")
+@click.option("--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), standard or full.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, one file for each cell."
+)
 @workers
 @threads
 @imports
@@ -44,9 +46,9 @@ def run(
     imports: tuple[str, ...],
     slurms: Sequence[str],
 ) -> None:
-    """Measure the cells of a grid that are not there yet.
+    """Measure the cells of a grid that have no result yet.
 
-    GRID is a TOML file; without one, and without --preset, it is the preset quick.
+    GRID is a TOML file. Without GRID and --preset, the preset quick is measured.
     """
     if grid is not None and preset is not None:
         raise ValueError("a GRID and a --preset were given; choose one")
@@ -68,12 +70,12 @@ def run(
 @bench_group.command("compare")
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--rtol", type=float, default=0.0, help="Relative difference up to which numbers are the same.")
+@click.option("--rtol", type=float, default=0.0, help="Relative difference up to which numbers count as equal.")
 @click.pass_context
 def compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
-    """Tell two folders of results apart.
+    """Compare two folders of results.
 
-    A and B may be results.jsonl files too. The exit status is 1 where they differ.
+    A and B may be results.jsonl files too. The exit status is 1 if they differ.
     """
     found = bench.compare(a, b, rtol=rtol)
     rows = [[describe(d.cell), d.what, _brief(d.a), _brief(d.b)] for d in found.differences]
@@ -92,7 +94,7 @@ def compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
 def report(folders: tuple[Path, ...], out: Path) -> None:
     """Write the report of FOLDERS of results.
 
-    It is one HTML file, with figures as PNG and SVG and tables in Markdown and LaTeX beside it.
+    The report is one HTML file, with figures (PNG, SVG) and tables (Markdown, LaTeX) beside it.
     """
     check_matplotlib()
     from kinvert.bench.report import write

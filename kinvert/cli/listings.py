@@ -23,7 +23,7 @@ __all__ = ["plan", "samplers", "schedules"]
 def samplers(as_json: bool) -> None:
     """List the samplers and what they are.
 
-    Cost, order, noise and memory are read off a plan, and so is which way the sampler can be run backwards.
+    Cost, order, noise, memory and the ways to run the sampler backwards are read off a plan.
     """
     entries = [(entry, _properties(name)) for name, entry in ki.SAMPLERS.items()]
     if as_json:
@@ -34,10 +34,10 @@ def samplers(as_json: bool) -> None:
     columns = ["sampler", "order", "evals/\nstep", "noises/\nstep", "unsamples", "invertible", "memory", "CFG++"]
     print_table("samplers", [*columns, "options"], rows, needed=6)
     print_notes(
-        "memory: values that a step hands on besides x. unsamples: runs up a schedule and keeps the image.",
+        "memory: values that a step passes on besides x. unsamples: runs up a schedule and keeps the image.",
         "invertible:",
         *(f"  {word:<10} {meaning}" for word, meaning in analysis.INVERTIBILITY.items()),
-        "  no plan    the sampler chooses its steps on the way, so there is nothing to read off",
+        "  no plan    the sampler chooses its steps while it runs, so it has no plan to read",
     )
 
 
@@ -48,7 +48,7 @@ def samplers(as_json: bool) -> None:
 def schedules(steps: int, model: str, as_json: bool) -> None:
     """List the noise schedules.
 
-    Each with what it is built from, and the noise levels that it visits for a model.
+    For each: what it is built from, and the noise levels that it visits for a model.
     """
     levels = LEVELS[model]()
     entries = [(entry, ki.schedule(name, steps, levels).tolist()) for name, entry in ki.SCHEDULES.items()]
@@ -72,7 +72,7 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
 def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, options: Sequence[str]) -> None:
     """Print a sampler's coefficients.
 
-    That is all that SAMPLER computes on a schedule: each evaluation of the denoiser and each linear combination.
+    These are all operations of SAMPLER on a schedule: evaluations of the denoiser and linear combinations.
     """
     rule = ki.sampler(sampler, **parse_pairs("--option", options))
     levels = LEVELS[model]()

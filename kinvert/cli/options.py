@@ -41,7 +41,11 @@ threads = click.option(
     help="torch's threads in each process, for a model of your own. By default torch's, shared among the workers.",
 )
 imports = click.option(
-    "--import", "imports", multiple=True, metavar="MODULE", help="Module that registers what is your own; repeatable."
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    help="Module that registers your own samplers, methods or models; repeatable.",
 )
 
 

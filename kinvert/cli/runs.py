@@ -51,7 +51,7 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
     """Unsample images, sample them back, and measure.
 
     An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. The
-    figures are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
+    numbers are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
     """
     check_matplotlib()
     try:
@@ -119,5 +119,5 @@ def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> N
     claimed = [row["converged"] for row in rows if row["converged"] is not None]
     print_lines(
         f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
-        f"which is where: {out / MANIFEST}",
+        f"their files and rows are listed in {out / MANIFEST}",
     )
