@@ -1,4 +1,4 @@
-"""What a sampler costs above its denoiser, next to k-diffusion, diffusers and loops by hand.
+"""Measure what a sampler costs above its denoiser, next to k-diffusion, diffusers and loops by hand.
 
     python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda] [--samplers euler,lms]
 
@@ -260,7 +260,7 @@ def synchronisations(args: argparse.Namespace) -> dict[tuple[str, str], int]:
 
 
 def count_synchronisations(k_diffusion: Any) -> None:
-    """Print them as JSON."""
+    """Print the reads as JSON."""
     sys.path.insert(0, str(TESTS))
     import simdevice
 

@@ -24,9 +24,9 @@ KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 
 @pytest.mark.parametrize("verb", ["sample", "unsample", "round_trip", "invert", "extract_noise", "run"])
 def test_the_table_in_the_documentation(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what is measured here (`python benchmarks/dtypes.py` writes it), and nothing in it is wrong or crashes."""
+    """It is what is measured here (`python benchmarks/mixed_dtypes.py` writes it), and nothing in it is wrong or crashes."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from dtypes import RESULT, measure
+    from mixed_dtypes import RESULT, measure
 
     found = list(measure([verb]))
     assert len(found) == 4 * 4 * 4 * 2

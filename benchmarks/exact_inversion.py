@@ -1,10 +1,10 @@
-"""How many samples `invert` inverts exactly, at which cost, beside the fixed point and plain unsampling.
+"""Count the samples that `invert` inverts exactly, and its cost, beside the fixed point and plain unsampling.
 
-    python benchmarks/inversion.py --model digits --samplers euler,dpmpp_2m --steps 10,20,50 --cfg 1,3,7.5
+    python benchmarks/exact_inversion.py --model digits --samplers euler,dpmpp_2m --steps 10,20,50 --cfg 1,3,7.5
 
 Held-out images of an embedded model (or draws of a mixture of Gaussians), Karras schedule from sigma 80 to 0.02,
-float64 unless told otherwise. A sample counts as exact where the rms of its round trip is at most the tolerance. Writes
-results/inversion-<model>-<dtype>.json with one row a cell; a cell that is there already is not computed again.
+float64 by default. A sample counts as exact if the rms of its round trip is at most the tolerance. The script writes
+results/inversion-<model>-<dtype>.json with one row for each cell, and skips cells that are there already.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 
 import kinvert as ki
 from kinvert import models
+from kinvert.files import write_file
 from kinvert.tensors import rms
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def problem(name: str, dtype: torch.dtype, count: int) -> tuple[Any, torch.Tensor, dict[str, Any]]:
-    """Denoiser, images and conditioning."""
+    """Return denoiser, images and conditioning."""
     if name == "mixture":
         generator = torch.Generator().manual_seed(0)
         means = torch.randn(3, 16, generator=generator, dtype=dtype)
@@ -53,7 +54,7 @@ def cell(
     count: int,
     tol: float | None = None,
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     denoiser, x, conditioning = problem(name, dtype, count)
     # `steps` steps that end above 0: the last level is the image's.
     low, high = (0.1, 10.0) if name == "mixture" else (0.02, 80.0)
@@ -107,17 +108,14 @@ def main() -> None:
         map(float, args.cfg.split(",")),
     )
     for sampler, method, steps, cfg in grid:
-        multistep = ki.analysis.properties(
-            sampler.partition(":")[0]
-        ).multistep  # solved as a whole run, whatever the method
+        # Multistep samplers are solved as a whole run and take no method for single steps.
+        multistep = ki.analysis.properties(sampler.partition(":")[0]).multistep
         if (sampler, method, steps, cfg, args.count) in done or (method in ("picard", "anderson") and multistep):
             continue
         row = cell(args.model, sampler, method, steps, cfg, getattr(torch, args.dtype), args.count, args.tol)
         print(json.dumps(row), flush=True)
         report["rows"].append(row)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(path)
+        write_file(path, (json.dumps(report, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

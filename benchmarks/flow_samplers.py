@@ -1,7 +1,9 @@
-"""Measure every registered sampler on flow levels: `python benchmarks/flow.py` writes `benchmarks/results/flow.json`.
+"""Measure every registered sampler on flow levels.
 
-By its name, on exact velocity networks in flow time, `simple` with 100 steps on the levels of Stable Diffusion 3, with
-`ki.sample` down from t = 1 and `ki.unsample` up to t = 1:
+    python benchmarks/flow_samplers.py  # writes results/flow.json
+
+Each is called by its name, on exact velocity networks in flow time, with the schedule `simple` of 100 steps on the
+levels of Stable Diffusion 3. `ki.sample` goes down from t = 1, and `ki.unsample` up to t = 1:
 
 * Gaussian data N(0.3, 0.5²): mean and standard deviation of the result, read off the Plan without sampling
   (`kinvert.moments`), and what they should be at the level where the Plan ends;
@@ -37,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "flow.json"
 
 
 def velocity(means: tuple[float, ...], stds: tuple[float, ...], weights: tuple[float, ...]) -> Callable[..., Tensor]:
-    """The exact velocity `(x_t - D) / t` of a mixture of Gaussians in one dimension, told 1000 t."""
+    """Return the exact velocity `(x_t - D) / t` of a mixture of Gaussians in one dimension, a function of 1000 t."""
     m, s, w = (torch.tensor(values, dtype=torch.float64) for values in (means, stds, weights))
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def velocity(means: tuple[float, ...], stds: tuple[float, ...], weights: tuple[f
 
 
 def in_pairs(denoiser: ki.Denoiser) -> ki.Denoiser:
-    """For CFG++: the pair (D, D)."""
+    """Return a denoiser that gives the pair (D, D), for CFG++."""
 
     def pair(x: Tensor, t: Tensor) -> ki.Guided:
         denoised = denoiser(x, t)
@@ -64,12 +66,12 @@ def in_pairs(denoiser: ki.Denoiser) -> ki.Denoiser:
 
 
 def moments(x: Tensor) -> dict[str, float]:
-    """Of samples."""
+    """Compute the moments of samples."""
     return {"mean": float(x.mean()), "std": float(x.std())}
 
 
 def run(name: str, up: bool, mixture: bool) -> dict[str, float]:
-    """Mean and standard deviation that the verb gives for samples of the noise (of the data, if up)."""
+    """Run a verb on samples of the noise (of the data, if up), and return mean and standard deviation of the result."""
     means, stds, weights = (MEANS, STDS, WEIGHTS) if mixture else ((DATA.mean,), (DATA.std,), (1.0,))
     denoiser: ki.Denoiser = ki.denoisers.from_velocity(velocity(means, stds, weights), LEVELS)
     if "cfg_pp" in name or "cfgpp" in name:
@@ -86,7 +88,7 @@ def run(name: str, up: bool, mixture: bool) -> dict[str, float]:
 
 
 def exact(name: str, up: bool) -> dict[str, float]:
-    """Mean and standard deviation for Gaussian data, read off the Plan, and what they should be."""
+    """Return mean and standard deviation for Gaussian data, read off the Plan, and their exact values."""
     times = ki.schedule("simple", STEPS, LEVELS, sampler=name).tolist()
     levels = rising_schedule(times, highest=1.0) if up else times
     plan = ki.compile_plan(ki.flow_sampler(name, LEVELS), levels)
@@ -96,7 +98,7 @@ def exact(name: str, up: bool) -> dict[str, float]:
 
 
 def order(name: str, up: bool) -> float | None:
-    """The slope of the error against the number of steps; None where there is no error, or noise."""
+    """Fit the slope of the error against the number of steps; None if the error is 0 or the sampler draws noise."""
     errors = {}
     for n in ORDER_STEPS:
         times = torch.linspace(0.98, 0.1, n + 1, dtype=torch.float64).tolist()
@@ -114,7 +116,7 @@ def order(name: str, up: bool) -> float | None:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Both directions of one sampler."""
+    """Measure both directions of one sampler."""
     result: dict[str, Any] = {"rule": how(name)}
     for direction, up in (("down", False), ("up", True)):
         try:
@@ -134,7 +136,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def how(name: str) -> str:
-    """What `flow_sampler` makes of the name."""
+    """Return the rule that `flow_sampler` makes of the name."""
     rule = ki.flow_sampler(name, LEVELS)
     if isinstance(rule, ki.rules.Flow):
         return "Flow"
@@ -142,7 +144,7 @@ def how(name: str) -> str:
 
 
 def main() -> None:
-    """Measure all, print a line for each, write the results."""
+    """Measure all samplers, print a line for each, and write the results."""
     torch.set_num_threads(1)
     samplers = {}
     warnings.simplefilter("ignore", RuntimeWarning)  # they say what the table shows
@@ -168,7 +170,7 @@ def main() -> None:
 
 
 def mixture_law() -> Moments:
-    """Mean and standard deviation of the mixture."""
+    """Compute mean and standard deviation of the mixture."""
     mean = sum(w * m for w, m in zip(WEIGHTS, MEANS, strict=True))
     square = sum(w * (s**2 + m**2) for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True))
     return Moments(mean, math.sqrt(square - mean**2))

@@ -1,10 +1,12 @@
-"""Round trips of the published inversions: `python benchmarks/baselines.py` writes `results/baselines.json`.
+"""Measure round trips of the published inversions.
+
+    python benchmarks/published_inversions.py               # writes results/baselines.json, the cells that are missing
+    python benchmarks/published_inversions.py aidi renoise  # measures these again
 
 Eight held-out images of the embedded model `digits` with their labels, Karras schedule from sigma 80 to 0.02, float64.
 A row gives, over the images, the median and the worst rms error of the round trip, how many came back to 1e-6, and the
-median of evaluations a step, the check included. Cells that are there already are not computed again, but for those of
-baselines that are named: `python benchmarks/baselines.py aidi renoise`. `null_text` is not among them: it optimises an
-embedding, and these models take a label.
+median of evaluations a step, the check included. `null_text` is left out: it optimises an embedding, and these models
+take a label.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 import kinvert as ki
 from kinvert import models
+from kinvert.files import write_file
 from kinvert.inversion.baselines import BASELINES
 
 STEPS, CFG, COUNT = (20, 50), (1.0, 3.0, 7.5), 8
@@ -26,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "baselines.json"
 
 
 def measure(name: str, steps: int, cfg: float) -> dict[str, object]:
-    """One row."""
+    """Measure one row."""
     torch.manual_seed(0)  # of the noise that RF-Inversion steers to
     denoiser = models.load("digits", dtype=torch.float64)
     images, labels = (part[:COUNT] for part in models.held_out("digits"))
@@ -64,9 +67,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         report["rows"].append(row)
         report["rows"].sort(key=lambda row: list(BASELINES).index(row["baseline"]))
-        partial = RESULTS.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(RESULTS)
+        write_file(RESULTS, (json.dumps(report, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Measure the order of every registered sampler: `python benchmarks/order.py` writes `benchmarks/results/order.json`.
+"""Measure the order of every registered sampler.
 
-`python benchmarks/order.py edict bdia` measures these again and keeps the others.
+    python benchmarks/convergence_order.py             # writes results/order.json
+    python benchmarks/convergence_order.py edict bdia  # measures these again and keeps the others
 
 The problem is the probability-flow ODE of a Gaussian mixture, whose denoiser is exact, from sigma = 10 to 0.1 on Karras
 grids of n steps without a final 0, in float64. The error is the distance to a reference of order 5 on 2000 steps,
@@ -28,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "order.json"
 
 
 def problem() -> tuple[ki.Denoiser, Tensor]:
-    """A mixture of three Gaussians in 6 dimensions, and 16 states at sigma = 10."""
+    """Return a mixture of three Gaussians in 6 dimensions, and 16 states at sigma = 10."""
     g = torch.Generator().manual_seed(0)
     means = torch.randn(3, 6, generator=g, dtype=torch.float64)
     mixture = ki.denoisers.GaussianMixture(means, torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64))
@@ -36,12 +37,12 @@ def problem() -> tuple[ki.Denoiser, Tensor]:
 
 
 def grid(n: int) -> Tensor:
-    """A Karras grid of n steps from 10 to 0.1."""
+    """Return a Karras grid of n steps from 10 to 0.1."""
     return ki.schedules.karras(n + 1, 0.1, 10.0)[:-1]
 
 
 def measure(name: str, denoiser: ki.Denoiser, x: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Errors by number of steps, and their slope."""
+    """Measure the errors by number of steps, and their slope."""
     rule = ki.sampler(name).quiet()
 
     def pair(y: Tensor, sigma: Tensor) -> ki.Guided:
@@ -62,20 +63,20 @@ def measure(name: str, denoiser: ki.Denoiser, x: Tensor, reference: Tensor) -> d
 
 
 def slope(errors: dict[int, float]) -> float:
-    """Least-squares slope of -log error against log n."""
+    """Fit the slope of -log error against log n by least squares."""
     u, v = [math.log(n) for n in errors], [-math.log(e) for e in errors.values()]
     mean_u, mean_v = sum(u) / len(u), sum(v) / len(v)
     return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / sum((a - mean_u) ** 2 for a in u)
 
 
 def known(results: Path) -> dict[str, Any]:
-    """The results that there are, where the command names the samplers to measure, in the order of the registry."""
+    """Return the results to keep, in the order of the registry: none unless the command names samplers."""
     kept = json.loads(results.read_text())["samplers"] if sys.argv[1:] else {}
     return {name: kept.get(name) for name in ki.SAMPLERS if name in kept or name in sys.argv[1:]}
 
 
 def main() -> None:
-    """Measure all or those named, print a line for each, write the results."""
+    """Measure all samplers or those named, print a line for each, and write the results."""
     torch.set_num_threads(1)
     denoiser, x = problem()
     reference = ki.run(ki.compile_plan("dormand_prince", grid(2000)), denoiser, x)

@@ -1,7 +1,7 @@
-"""How exactly the algebraically reversible samplers run backwards, beside what `ki.analysis.amplification` predicts.
+"""Measure how exactly the reversible samplers run backwards, beside what `ki.analysis.amplification` predicts.
 
-    python benchmarks/reversible.py
-    python benchmarks/reversible.py edict bdia      # these again, the others as they were
+    python benchmarks/reversible_samplers.py
+    python benchmarks/reversible_samplers.py edict bdia      # these again, the others as they were
 
 From noise to an image and its auxiliary state, and back in closed form: `error` is the rms of the difference of the
 latents over sigma_0. Without the auxiliary state (`alone`), a new one is started at the image. The model is `digits`
@@ -41,7 +41,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @torch.no_grad()
 def cell(name: str, steps: int, dtype: torch.dtype, count: int = 8) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     network = models.load("digits", dtype=dtype if dtype.itemsize >= 4 else torch.float32)
     labels = models.held_out("digits")[1][:count]
     wide = next(network.parameters()).dtype

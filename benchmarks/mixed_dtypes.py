@@ -1,15 +1,15 @@
-"""Which dtypes go together: x's, the network's, that of what comes back, with and without autocast, for every verb.
+"""Try which dtypes of x, of the network and of its output go together, with and without autocast, for every verb.
 
-    python benchmarks/dtypes.py
+    python benchmarks/mixed_dtypes.py
 
-The network is a small module in one of four dtypes. It is asked in four ways: through an adapter, which calls it in its
-own dtype; by a function that converts x for it and returns the result as it comes, or in x's dtype; and as it is. A
-cell is
+The network is a small module in one of four dtypes. It is called in four ways: through an adapter, which calls it in
+its own dtype; by a function that converts x for it and returns the result in the network's dtype, or in x's dtype; and
+without conversions. A cell is
 
-* "right" where what the verb gives is what it gives in float64, up to what the coarsest dtype in use allows;
-* "error" where a TypeError or ValueError of kinvert names a dtype and a fix;
-* "not converged" where `invert` says so;
-* else "wrong" or "crash".
+* "right" if the verb's result equals its result in float64, up to the rounding of the coarsest dtype in use;
+* "error" if a TypeError or ValueError of kinvert names a dtype and a fix;
+* "not converged" if `invert` reports that;
+* "wrong" or "crash" otherwise.
 
 Written to `benchmarks/results/dtypes.json`, which the documentation shows and a test compares.
 """
@@ -36,7 +36,7 @@ VERBS = ("sample", "unsample", "round_trip", "invert", "extract_noise", "run")
 
 
 class Network(nn.Module):
-    """Predicts eps, with a time embedding that does not convert anything."""
+    """A network that predicts eps, with a time embedding that does not convert anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +46,12 @@ class Network(nn.Module):
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Shape (batch, 6) and (batch,); t is converted as diffusers' networks convert it, to the sample's dtype."""
+        """Predict eps for x (batch, 6) and t (batch,); t is converted to the sample's dtype, as in diffusers."""
         return torch.tanh(self.mix(x) + self.time((t / 1000)[:, None].to(x.dtype)))
 
 
 def denoiser(network: Network, dtype: torch.dtype, way: str) -> Any:
-    """The network asked in one of the four ways."""
+    """Return a denoiser that calls the network in one of the four ways."""
     if way == "adapter":
         return ki.denoisers.from_eps(network, LEVELS)
 
@@ -65,7 +65,7 @@ def denoiser(network: Network, dtype: torch.dtype, way: str) -> Any:
 
 
 def verbs(x: Tensor) -> dict[str, Callable[[Any], Tensor]]:
-    """What each verb gives, x among its arguments."""
+    """Return the verbs, as functions of a denoiser, that start from x."""
     plan = ki.compile_plan("dpmpp_2m", SIGMAS)
     given = {"generator": torch.Generator().manual_seed(0)}
     return {
@@ -79,23 +79,23 @@ def verbs(x: Tensor) -> dict[str, Callable[[Any], Tensor]]:
 
 
 class NotConvergedError(Exception):
-    """What `invert` says of itself."""
+    """`invert` reports that it did not converge."""
 
 
 def inverted(denoiser: Any, found: ki.Inversion) -> Tensor:
-    """What the latent gives."""
+    """Sample the latent that `invert` found."""
     if not bool(found.converged.all()):
         raise NotConvergedError
     return ki.sample(denoiser, found.latent, SIGMAS[1:])
 
 
 def again(denoiser: Any, found: ki.Inversion) -> Tensor:
-    """What the extracted noises give."""
+    """Sample with the extracted noises."""
     return ki.sample(denoiser, found.latent, SIGMAS, sampler="ddpm", noise=ki.noise.replay(found.noises))
 
 
 def verdict(verb: str, x: Tensor, dtype: torch.dtype, way: str, autocast: bool, wanted: Tensor) -> str:
-    """One cell."""
+    """Return the verdict on one cell."""
     network = Network().to(dtype)
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), warnings.catch_warnings():
@@ -113,7 +113,7 @@ def verdict(verb: str, x: Tensor, dtype: torch.dtype, way: str, autocast: bool, 
 
 
 def measure(names: Sequence[str] = VERBS) -> Iterator[dict[str, Any]]:
-    """Every cell of some verbs."""
+    """Measure every cell of some verbs."""
     clean = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     exact = denoiser(Network(), torch.float64, "adapter")
     for verb in names:

@@ -1,12 +1,12 @@
-"""Unsample and sample back with every sampler: `python benchmarks/round_trip.py` writes `results/round_trip.json`.
+"""Unsample and sample back with every sampler.
 
-With names, `python benchmarks/round_trip.py seeds_2 lms`, it measures these and keeps the other results.
+    python benchmarks/round_trips.py              # writes results/round_trip.json
+    python benchmarks/round_trips.py seeds_2 lms  # measures these again and keeps the others
 
 Ten held-out images, one of each class, and the embedded denoiser "digits", labels given, cfg 1, float32, on the Karras
 schedule that each sampler gets for the model's noise levels. Samplers with noise run with it switched off
-(`Rule.quiet`) in both directions. CFG++ samplers get the null label as negative. The figure is the mean PSNR over the
-images in dB; null where the result is not finite. `python benchmarks/round_trip.py edict bdia` measures these again and
-keeps the others.
+(`Rule.quiet`) in both directions. CFG++ samplers get the null label as negative. The result is the mean PSNR over the
+images in dB, or null if it is not finite.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from order import known
+from convergence_order import known
 
 import kinvert as ki
 from kinvert import models
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "round_trip.json"
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Evaluations and PSNR by number of steps."""
+    """Measure evaluations and PSNR by number of steps."""
     options, rule = ki.sampler(name).noise_options, ki.sampler(name).quiet()
     denoiser = models.load("digits")
     images, labels = models.held_out("digits")
@@ -52,7 +52,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all or those named, print a line for each, write the results."""
+    """Measure all samplers or those named, print a line for each, and write the results."""
     torch.set_num_threads(1)
     samplers = known(RESULTS)
     for name in sys.argv[1:] or ki.SAMPLERS:
