@@ -58,16 +58,16 @@ class ClosedForm:
         restored = task.sample(undone.latent, undone.memory)
         error = task.error(restored)
         lost = task.failed(error)
-        finite = error.isfinite().tolist()
+        failures = [f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost]
         return Found(
             latent=undone.latent,
             restored=restored,
             evaluations=torch.full_like(task.problem.budget, undone.evaluations + plan.closed.evaluations),
             checking=plan.closed.evaluations,
             residuals=x.new_zeros(1, len(x)),  # nothing was solved, so nothing is left over
-            reasons={i: Reason.PRECISION if finite[i] else Reason.NOT_FINITE for i in lost},
-            notes=before,
-            failures=[f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost],
+            reasons=dict.fromkeys(lost, Reason.PRECISION),
+            notes=[*before, *failures] if before else (),  # warned of before the run
+            failures=() if before else failures,
             memory={name: value.to(task.x.dtype) for name, value in undone.memory.items()},
             amplification=growth,
         )

@@ -135,7 +135,7 @@ class Problem:
         """
         if self.plan is None or len(self.plan.steps) != 1:
             return None
-        r = self.couplings.r
+        r = self.plan.sigmas[-1] / self.plan.sigmas[0]
         return (self.value - r * u) / (1.0 - r)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson
@@ -13,6 +13,7 @@ from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.continuation import Continuation
 from kinvert.inversion.solvers.newton import NewtonKrylov
 from kinvert.inversion.solvers.sweeps import StepSweeps
+from kinvert.tensors import per_sample
 
 __all__ = ["Attempt", "Auto", "Sequence"]
 
@@ -44,22 +45,16 @@ class Sequence(Solver):
             start = guess if whole and attempt.start == "best" else starts[attempt.start]
             found = attempt.solver.solve(part, start if whole else start.take(index))
             search.evaluations[index] += found.evaluations
-            better = index[search.keep(index, found.u, found.residual)]
-            denoised = self._known(denoised, found, problem, search, better, whole)
+            better = search.keep(index, found.u, found.residual)
+            if whole:
+                denoised = found.denoised
+            elif denoised is not None:  # from here on, what the solution of a step implies
+                implied = problem.denoised(search.u)
+                if implied is not None:
+                    known = torch.where(per_sample(better, implied), implied[index], denoised[index])
+                    denoised = denoised.index_copy(0, index, known)
             todo = index
         return search.root(denoised)
-
-    @staticmethod
-    def _known(
-        denoised: Tensor | None, found: Root, problem: Problem, search: Search, better: Tensor, whole: bool
-    ) -> Tensor | None:
-        """Return D at the best iterates: what a solver saw, else what the solution of a step implies."""
-        if whole:
-            return found.denoised
-        implied = None if denoised is None else problem.denoised(search.u)
-        if denoised is not None and implied is not None:
-            denoised[better] = implied[better]
-        return denoised
 
 
 @dataclass(frozen=True)
