@@ -27,10 +27,9 @@ from matplotlib.figure import Figure
 import kinvert as ki
 from kinvert import bench
 from kinvert.bench import METHODS, Cell, Grid
-from kinvert.bench.questions import job_of
-from kinvert.bench.record import versions
+from kinvert.bench.measurement import setup_of, versions
+from kinvert.checks import unknown
 from kinvert.reference import solve_ode
-from kinvert.rules.names import unknown
 from kinvert.tensors import rms
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,14 +39,14 @@ STEPS = [10, 20, 40, 80, 160]
 REVERSIBLE = ["edict", "bdia", {"name": "bdia", "gamma": 0.5}, "o_belm", "leapfrog", "mccallum_foster"]
 
 # Methods of our own, by registration.
-METHODS["fixed point, 50 iterations"] = lambda job, x: ki.invert(
-    job.denoiser, x, job.sigmas, method=ki.inversion.Picard(max_iterations=50), **job.guidance
+METHODS["fixed point, 50 iterations"] = lambda setup, x: ki.invert(
+    setup.denoiser, x, setup.sigmas, method=ki.inversion.Picard(max_iterations=50), **setup.guidance
 )
-METHODS["damped by 1/2, 200 iterations"] = lambda job, x: ki.invert(
-    job.denoiser, x, job.sigmas, method=ki.inversion.Damped(tau=0.5, max_iterations=200), **job.guidance
+METHODS["damped by 1/2, 200 iterations"] = lambda setup, x: ki.invert(
+    setup.denoiser, x, setup.sigmas, method=ki.inversion.Damped(tau=0.5, max_iterations=200), **setup.guidance
 )
-METHODS["Anderson, 50 iterations"] = lambda job, x: ki.invert(
-    job.denoiser, x, job.sigmas, method=ki.inversion.Anderson(max_iterations=50), **job.guidance
+METHODS["Anderson, 50 iterations"] = lambda setup, x: ki.invert(
+    setup.denoiser, x, setup.sigmas, method=ki.inversion.Anderson(max_iterations=50), **setup.guidance
 )
 
 
@@ -85,13 +84,13 @@ def low_sigma(folder: Path) -> list[Row]:
     problem = bench.PROBLEMS["mixture"](8, 0, torch.float64)
     rows = []
     for steps in (20, 50):
-        job = job_of(Cell("mixture", steps=steps), problem)
-        rising, x = job.sigmas[::-1], problem.images
+        setup = setup_of(Cell("mixture", steps=steps), problem)
+        rising, x = setup.sigmas[::-1], problem.images
         for low, high in itertools.pairwise(rising):
-            up = ki.unsample(job.denoiser, x, [high, low], sigma_offset=0.0, **job.guidance)
-            left = rms(ki.sample(job.denoiser, up, [high, low], **job.guidance) - x) / low
+            up = ki.unsample(setup.denoiser, x, [high, low], sigma_offset=0.0, **setup.guidance)
+            left = rms(ki.sample(setup.denoiser, up, [high, low], **setup.guidance) - x) / low
             rows.append({"steps": steps, "sigma": low, "defect": float(left.median())})
-            x = solve_ode(job.denoiser, x, low, high, rtol=1e-8, **job.guidance)
+            x = solve_ode(setup.denoiser, x, low, high, rtol=1e-8, **setup.guidance)
     return rows
 
 

@@ -138,7 +138,7 @@ def how(name: str) -> str:
     rule = ki.flow_sampler(name, LEVELS)
     if isinstance(rule, ki.rules.Flow):
         return "Flow"
-    return "flow=True" if getattr(rule, "flow", False) else "as it is"
+    return "flow=True" if rule.is_in_flow else "as it is"
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 The problem is the probability-flow ODE of a Gaussian mixture, whose denoiser is exact, from sigma = 10 to 0.1 on Karras
 grids of n steps without a final 0, in float64. The error is the distance to a reference of order 5 on 2000 steps,
 relative to its norm; the order is the least-squares slope of -log error against log n, over the errors above the
-rounding floor. Noise is switched off (eta = 0, or s_noise = 0), and CFG++ samplers get the pair (D, D).
+rounding floor. Noise is switched off (`Rule.quiet`), and CFG++ samplers get the pair (D, D).
 """
 
 from __future__ import annotations
@@ -35,14 +35,6 @@ def problem() -> tuple[ki.Denoiser, Tensor]:
     return mixture, 10 * torch.randn(16, 6, generator=g, dtype=torch.float64)
 
 
-def quiet(name: str) -> tuple[dict[str, float], ki.Rule]:
-    """The sampler without its noise, and the options that take it away."""
-    known = ki.SAMPLERS[name].options
-    options = {"eta": 0.0} if "eta" in known else {"s_noise": 0.0} if "s_noise" in known else {}
-    options = {key: value for key, value in options.items() if known[key] != value}
-    return options, ki.sampler(name, **options)
-
-
 def grid(n: int) -> Tensor:
     """A Karras grid of n steps from 10 to 0.1."""
     return ki.schedules.karras(n + 1, 0.1, 10.0)[:-1]
@@ -50,7 +42,7 @@ def grid(n: int) -> Tensor:
 
 def measure(name: str, denoiser: ki.Denoiser, x: Tensor, reference: Tensor) -> dict[str, Any]:
     """Errors by number of steps, and their slope."""
-    options, rule = quiet(name)
+    rule = ki.sampler(name).quiet()
 
     def pair(y: Tensor, sigma: Tensor) -> ki.Guided:
         denoised = denoiser(y, sigma)
@@ -62,7 +54,11 @@ def measure(name: str, denoiser: ki.Denoiser, x: Tensor, reference: Tensor) -> d
         plan = ki.compile_plan(rule, grid(n))
         result = ki.run(plan, pair if plan.is_guided else denoiser, x)
         errors[n] = float((result - reference).norm() / reference.norm())
-    return {"options": options, "order": slope({n: e for n, e in errors.items() if e > FLOOR}), "errors": errors}
+    return {
+        "options": ki.sampler(name).noise_options,
+        "order": slope({n: e for n, e in errors.items() if e > FLOOR}),
+        "errors": errors,
+    }
 
 
 def slope(errors: dict[int, float]) -> float:

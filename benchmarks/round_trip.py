@@ -3,8 +3,8 @@
 With names, `python benchmarks/round_trip.py seeds_2 lms`, it measures these and keeps the other results.
 
 Ten held-out images, one of each class, and the embedded denoiser "digits", labels given, cfg 1, float32, on the Karras
-schedule that each sampler gets for the model's noise levels. Samplers with noise run with it switched off (eta = 0, or
-s_noise = 0) in both directions. CFG++ samplers get the null label as negative. The figure is the mean PSNR over the
+schedule that each sampler gets for the model's noise levels. Samplers with noise run with it switched off
+(`Rule.quiet`) in both directions. CFG++ samplers get the null label as negative. The figure is the mean PSNR over the
 images in dB; null where the result is not finite. `python benchmarks/round_trip.py edict bdia` measures these again and
 keeps the others.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from order import known, quiet
+from order import known
 
 import kinvert as ki
 from kinvert import models
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "round_trip.json"
 
 def measure(name: str) -> dict[str, Any]:
     """Evaluations and PSNR by number of steps."""
-    options, rule = quiet(name)
+    options, rule = ki.sampler(name).noise_options, ki.sampler(name).quiet()
     denoiser = models.load("digits")
     images, labels = models.held_out("digits")
     first = torch.stack([(labels == label).nonzero()[0, 0] for label in range(denoiser.num_classes)])

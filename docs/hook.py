@@ -83,9 +83,10 @@ def character(entry: SamplerEntry, rule: ki.Rule) -> Sequence[str]:
     except ValueError:  # it has no Plan: it chooses its steps on the way
         return ["varies", "-", "-", "yes"]
     counts = [str(n) for n in (p.evaluations_per_step, p.memory, p.draws)]
-    quiet = [key for key in ("eta", "s_noise") if key in entry.options]
-    works = [f"with `{key}=0`" for key in quiet if properties(ki.sampler(entry.name, **{key: 0.0})).unsamples]
-    return [*counts, "yes" if p.unsamples else (works or ["no"])[0]]
+    if p.unsamples:
+        return [*counts, "yes"]
+    works = properties(rule.quiet()).unsamples
+    return [*counts, f"with `{next(iter(rule.noise_options))}=0`" if works else "no"]
 
 
 def options(entries: list[SamplerEntry]) -> str:

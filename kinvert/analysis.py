@@ -1,16 +1,17 @@
-r"""What a Plan says about its sampler, without a model: a Plan in, numbers out.
+r"""Facts about a sampler that follow from its Plan alone, without a model.
 
-Two laws hold for a sampler whatever the denoiser learned, and both can be read off the rows of its Plan:
+Two laws hold for a sampler with every denoiser, and both can be read off the rows of its Plan:
 
-* translation: if the data is one point `m`, then `D = m` everywhere and `x = m` stays there, so the rows sum to 1;
-* marginals: if that point is 0, then `x_i` has variance `sigma_i^2` at every noise level, as the forward process
-  `x = x0 + sigma * eps` has; for a stochastic sampler this is what its noise is scaled for.
+* Translation: if the data is one point `m`, then `D = m` everywhere and `x = m` stays there, so the rows sum to 1.
+* Marginals: if that point is 0, then `x_i` has variance `sigma_i^2` at every noise level, like the forward process
+  `x = x0 + sigma * eps`. A stochastic sampler scales its noise for this.
 
-`D` is constant in both, so every state is a linear combination of a few knowns, and the laws are exact arithmetic.
+`D` is constant in both, so every state is a linear combination of a few known values, and the laws are exact
+arithmetic.
 
 `properties` reads the character of a sampler off a reference Plan: cost, memory, noise, and how it can be inverted.
-`explicit_inverse` solves the rows of an algebraically reversible Plan for the states before them, which makes another
-Plan, and `amplification` says how much such an inverse magnifies rounding errors.
+`explicit_inverse` solves the rows of an algebraically reversible Plan for the states before them; the result is another
+Plan. `amplification` computes how much such an inverse magnifies rounding errors.
 """
 
 from __future__ import annotations
@@ -22,9 +23,24 @@ from typing import Any, Literal
 
 import numpy as np
 
+from kinvert._moved import renamed
 from kinvert.forms import Denoised, Form, State, Symbol, Uncond
 from kinvert.plan import Interval, Plan, Stage, Step, compile_plan
-from kinvert.rules import Rule, sampler
+from kinvert.rules import Rule
+from kinvert.rules import sampler as resolve_sampler
+
+__all__ = [
+    "INVERTIBILITY",
+    "REFERENCE",
+    "Invertibility",
+    "Properties",
+    "amplification",
+    "brownian_covariance",
+    "explicit_inverse",
+    "marginal_variances",
+    "properties",
+    "row_sums",
+]
 
 Invertibility = Literal["explicit", "stepwise", "two-point", "noise", "none"]
 
@@ -35,30 +51,30 @@ INVERTIBILITY: dict[Invertibility, str] = {
     "noise": "the run draws noise: it can be inverted together with its noises only",
     "none": "some step forgets x: many latents give the same image, and none is the latent",
 }
-"""The words of `Properties.invertibility`, the strongest obstacle last."""
+"""The values of `Properties.invertibility`, the strongest obstacle last."""
 
-# Ten steps of the schedule of Karras et al. (2022, arXiv 2206.00364) from sigma 15 to 0.03: longer than any start-up.
+# Ten steps of the schedule of Karras et al. (2022) from sigma 15 to 0.03: longer than the start-up of every sampler.
 REFERENCE = tuple((15.0 ** (1 / 7) + i / 10 * (0.03 ** (1 / 7) - 15.0 ** (1 / 7))) ** 7 for i in range(11))
 
 
 def row_sums(plan: Plan) -> tuple[float, ...]:
-    """`x / m` after each step where `x = m` at the start and the denoiser returns `m` always: the law asks for 1.
+    """Return `x / m` after each step if `x = m` at the start and the denoiser always returns `m`; the law is 1.
 
-    Noise is left out (its mean is 0). The value does not depend on `m`.
+    Noise is left out, because its mean is 0. The value does not depend on `m`.
     """
     return tuple(_trajectory(plan, 1.0, 1.0, (0.0,) * plan.draws))
 
 
 def marginal_variances(plan: Plan, covariance: Literal["white", "brownian"] = "white") -> tuple[float, ...]:
-    r"""`Var x` after each step where `Var x = sigma_0^2` at the start and the denoiser returns 0 always.
+    r"""Return `Var x` after each step if `Var x = sigma_0^2` at the start and the denoiser always returns 0.
 
-    The law asks for `sigma_i^2` of `plan.sigmas`.
+    The law is `sigma_i^2` of `plan.sigmas`.
 
     Args:
         plan: from `compile_plan`.
-        covariance: of the unit noises of a run. "white": all independent. "brownian": increments of one path `W`,
+        covariance: of the unit noises of a run. "white": all are independent. "brownian": increments of one path `W`,
             `n(a, b) = (W(b) - W(a)) / sqrt|b - a|`, so that overlapping intervals I and J are correlated,
-            `Cov = +-|I n J| / sqrt(|I| |J|)`, negative where they run in opposite directions.
+            `Cov = +-|I n J| / sqrt(|I| |J|)`, negative if they run in opposite directions.
 
     Raises:
         ValueError: another covariance.
@@ -74,7 +90,7 @@ def marginal_variances(plan: Plan, covariance: Literal["white", "brownian"] = "w
 
 
 def _trajectory(plan: Plan, x: Any, denoised: Any, noises: Any) -> Iterator[Any]:
-    """x after each step, from the rows of the update alone: every evaluation (guided or not) returns `denoised`."""
+    """Yield x after each step, by the rows of the update alone: every evaluation (guided or not) returns `denoised`."""
     state = {"x": x}
     first = 0
     for step in plan.steps:
@@ -92,7 +108,7 @@ def _trajectory(plan: Plan, x: Any, denoised: Any, noises: Any) -> Iterator[Any]
 
 
 def brownian_covariance(intervals: Sequence[Interval]) -> np.ndarray:
-    """Covariance matrix of normalized increments of one Brownian path."""
+    """Return the covariance matrix of normalized increments of one Brownian path."""
     a, b = np.array(intervals, dtype=np.float64).reshape(-1, 2).T
     low, high = np.minimum(a, b), np.maximum(a, b)
     overlap = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
@@ -106,14 +122,13 @@ class Properties:
 
     Attributes:
         name: the sampler's public name.
-        order: order of convergence to the probability-flow ODE, as the rule declares it.
-        evaluations_per_step: the most evaluations of the denoiser that a step makes.
-        draws: the most noises that a step draws.
-        memory: the most values, besides x, that a step hands on to the next.
+        order: the order of convergence to the probability-flow ODE that the rule declares.
+        evaluations_per_step: the largest number of evaluations of the denoiser in a step.
+        draws: the largest number of noises that a step draws.
+        memory: the largest number of values, besides x, that a step passes to the next.
         guided: whether the denoiser must return a pair `Guided(denoised, uncond)` (CFG++).
-        unsamples: whether it can run up a schedule and still depend on the image: there it draws no noise, and no
-            step forgets x.
-        invertibility: what stands between a sample and its latent; see `INVERTIBILITY`.
+        unsamples: whether a run up a schedule depends on the image: it draws no noise, and no step forgets x.
+        invertibility: what makes it hard to invert; see `INVERTIBILITY`.
     """
 
     name: str
@@ -127,7 +142,7 @@ class Properties:
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws noise."""
+        """Whether a run draws noise."""
         return self.draws > 0
 
     @property
@@ -136,39 +151,41 @@ class Properties:
         return self.memory > 0
 
 
-def properties(rule: str | Rule) -> Properties:
-    """The properties of a sampler with its options, read off its Plan on `REFERENCE`, which stops above 0.
+@renamed(rule="sampler")
+def properties(sampler: str | Rule) -> Properties:
+    """Read the properties of a sampler with its options off its Plan on `REFERENCE`, which stops above 0.
 
     Args:
-        rule: a name of `ki.SAMPLERS` (with its default options), or a rule.
+        sampler: a name of `ki.SAMPLERS` (with its default options), or a rule.
 
     Raises:
-        ValueError: an unknown name, or a rule without a Plan on the reference schedule (one that chooses its steps).
+        ValueError: an unknown name, or a rule without a Plan, because it chooses its steps during the run.
     """
-    built = sampler(rule)
-    plan = compile_plan(built, REFERENCE)
+    rule = resolve_sampler(sampler)
+    plan = compile_plan(rule, REFERENCE)
     return Properties(
-        name=rule if isinstance(rule, str) else rule.name,
-        order=built.ode_order,
+        name=rule.name,
+        order=rule.ode_order,
         evaluations_per_step=max(len(step.stages) for step in plan.steps),
         draws=max(len(step.noises) for step in plan.steps),
         memory=plan.memory_size,
         guided=plan.is_guided,
-        unsamples=not plan.is_stochastic and _unsamples(built),
+        unsamples=not plan.is_stochastic and _unsamples(rule),
         invertibility=_invertibility(plan),
     )
 
 
 def _unsamples(rule: Rule) -> bool:
+    """Tell whether a run up `REFERENCE` depends on the image at its start."""
     try:
         up = compile_plan(rule, REFERENCE[::-1])
-    except ValueError:  # the variance of an SDE's noise is negative upwards
+    except ValueError:  # on a rising schedule the variance of the noise of an SDE is negative
         return False
-    keeps_last = getattr(rule, "keep_last", True)
-    return keeps_last and not up.is_stochastic and not any(step.forgets_x for step in up.steps)
+    return rule.keeps_last and not up.is_stochastic and not any(step.forgets_x for step in up.steps)
 
 
 def _invertibility(plan: Plan) -> Invertibility:
+    """Return the strongest obstacle to an inversion of a Plan."""
     if any(step.forgets_x for step in plan.steps):
         return "none"
     if plan.is_stochastic:
@@ -179,20 +196,20 @@ def _invertibility(plan: Plan) -> Invertibility:
 
 
 def explicit_inverse(plan: Plan) -> Plan:
-    r"""The Plan that undoes `plan`: from the final x and auxiliary state to the initial ones, on the rising schedule.
+    r"""Return the Plan that undoes `plan`: from the final x and auxiliary state to the initial ones, upwards.
 
-    Of a step the new values `x', aux'` are known, as linear combinations of `x, aux` and its evaluations `D_k`.
-    Wherever these known combinations add up to the input of some `D_k`, that can be evaluated, and is known from then
-    on; when they add up to x and aux, the step is undone. But for rounding the inverse is exact, whatever the denoiser.
+    After a step its new values `x', aux'` are known. They are linear combinations of `x, aux` and the evaluations
+    `D_k`. If the known combinations add up to the input of some `D_k`, it can be evaluated, and `D_k` is known too.
+    When they add up to x and aux, the step is undone. The inverse is exact up to rounding, with every denoiser.
 
     Args:
         plan: of an algebraically reversible sampler, on a schedule that stops above 0.
 
     Returns:
-        A Plan to be run by `engine.run_state`; as many evaluations as `plan.closed`, or fewer.
+        A Plan for `engine.run_state`, with at most as many evaluations as `plan.closed`.
 
     Raises:
-        ValueError: a Plan with a step that this does not undo, which is named.
+        ValueError: a step that cannot be undone so; the message names it.
     """
     if not plan.auxiliary:
         raise ValueError(f"{plan.rule.name} carries no auxiliary state to be undone with; use 'o_belm' or 'leapfrog'")
@@ -210,7 +227,7 @@ def explicit_inverse(plan: Plan) -> Plan:
 
 
 def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
-    """The step from `step`'s new state to its old one; None where the rows do not allow it."""
+    """Return the step from the new state of `step` to its old state, or None if the rows do not allow it."""
     rows = {"x": step.x, **dict(step.memory)}
     if step.noises or not rows.keys() >= set(auxiliary):
         return None
@@ -234,23 +251,24 @@ def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
 
 
 class _Span:
-    """Forms that are known, by the name of each: what can be combined from them?"""
+    """The space of forms that are linear combinations of known forms, each known by its name."""
 
     def __init__(self, symbols: list[Symbol]) -> None:
         self.symbols = symbols
         self.known: dict[Symbol, np.ndarray] = {}
 
     def add(self, name: Symbol, form: Form) -> None:
+        """Add a known form."""
         self.known[name] = self._vector(form)
 
     def solve(self, form: Form) -> Form | None:
-        """`form` as a combination of the known ones; None if it is none."""
+        """Return `form` as a combination of the known forms' names, or None if it is no such combination."""
         target = self._vector(form)
         for name, row in self.known.items():
             if np.array_equal(row, target):
                 return Form.of(name)
         matrix = np.stack(list(self.known.values()), axis=1)
-        unit = np.abs(matrix).max(axis=1) + np.abs(target)  # of each symbol, whose weights differ by orders
+        unit = np.abs(matrix).max(axis=1) + np.abs(target)  # of each symbol: their weights differ by orders
         unit[unit == 0.0] = 1.0
         c = np.linalg.lstsq(matrix / unit[:, None], target / unit, rcond=1e-14)[0]
         largest = max(1.0, np.abs(c).max())
@@ -264,16 +282,19 @@ class _Span:
 
 
 def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
-    r"""How much the inverse of a reversible Plan magnifies an error, by the level of `plan.sigmas` where it enters.
+    r"""Compute how much the inverse of a reversible Plan magnifies an error, by the level at which the error enters.
 
-    For Gaussian data of standard deviation `std`, where `D = x std^2 / (std^2 + sigma^2)`, a step of the inverse is a
-    matrix in x and the auxiliary state. The value at `sigma_i` is the 2-norm of the product of these matrices from
-    there up to the noise: 1 at the first level, and the whole run's at the last. It is absolute: rounding at `sigma_i`,
-    of a state of size s, ends as `eps * s * amplification[i] / sigma_0` of the noise.
+    For Gaussian data of standard deviation `std`, with `D = x std^2 / (std^2 + sigma^2)`, a step of the inverse is a
+    matrix that acts on x and the auxiliary state. The value at `sigma_i` is the 2-norm of the product of these matrices
+    from `sigma_i` up to the noise: 1 at the first level, and the norm of the whole run at the last. The value is
+    absolute: rounding at `sigma_i` of a state of size s becomes `eps * s * amplification[i] / sigma_0` of the noise.
 
-    `std=inf`, the default, makes the slope 0: a one-step method would have 1 everywhere, and what is left is the
-    method's own growth, e.g. `p^-2N` for N steps of `edict`. `std=0` is data of one point, where a run up the ODE
+    With `std=inf`, the default, the slope is 0. A one-step method then has 1 everywhere, so the value is the growth of
+    the method itself, e.g. `p^-2N` for N steps of `edict`. `std=0` is data of one point, for which a run up the ODE
     itself amplifies by `sigma_0 / sigma_N`.
+
+    Returns:
+        One value for each level of `plan.sigmas`.
 
     Raises:
         ValueError: a Plan without an inverse in closed form, see `explicit_inverse`; a negative `std`.

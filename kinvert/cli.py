@@ -17,6 +17,8 @@ import kinvert as ki
 from kinvert import analysis, bench, models
 from kinvert import demo as demos
 from kinvert.bench.grid import describe
+from kinvert.folder import invert_folder
+from kinvert.jsontext import to_json
 from kinvert.sampling import rising_schedule
 
 try:
@@ -127,7 +129,7 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to {str(out)!r}: {error.strerror}; choose another --out") from error
     if as_json:
-        click.echo(demos.to_json(outcome.report()), nl=False)
+        click.echo(to_json(outcome.report()), nl=False)
         return
     rows = [
         [r["sampler"], r["steps"], r["evaluations"], f"{r['mse']:.3g}", f"{r['psnr']:.1f}", f"{r['max_error']:.2g}",
@@ -156,7 +158,7 @@ def samplers(as_json: bool) -> None:
     entries = [(entry, _properties(name)) for name, entry in ki.SAMPLERS.items()]
     if as_json:
         found = [{"name": e.name, "plan": p, "options": e.options, "summary": e.summary} for e, p in entries]
-        click.echo(demos.to_json(found), nl=False)
+        click.echo(to_json(found), nl=False)
         return
     rows = [[e.name, ki.sampler(e.name).ode_order, *_cells(p), _options(e.options)] for e, p in entries]
     columns = ["sampler", "order", "evals/\nstep", "noises/\nstep", "unsamples", "invertible", "memory", "CFG++"]
@@ -192,7 +194,7 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
             }
             for e, v in entries
         ]
-        click.echo(demos.to_json(found), nl=False)
+        click.echo(to_json(found), nl=False)
         return
     rows = [[e.name, e.needs, len(v) - 1, _shortened(v), _options(e.options), e.summary] for e, v in entries]
     columns = ["schedule", "needs", "steps", "noise levels", "options", "summary"]
@@ -353,7 +355,7 @@ def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> N
     }
     machinery: dict[str, Any] = {name: given.pop(name) for name in ("max_evals", "shard_size", "workers", "threads")}
     cell = bench.Cell(**given, options=options)
-    rows = bench.invert_folder(source, out, cell, **placed, **machinery, imports=imports, progress=True)
+    rows = invert_folder(source, out, cell, **placed, **machinery, imports=imports, progress=True)
     claimed = [row["converged"] for row in rows if row["converged"] is not None]
     print_lines(
         f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),

@@ -1,13 +1,13 @@
-r"""What a run's numbers mean: sigmas of variance-exploding (VE) coordinates, or flow times.
+r"""What the numbers of a run mean: sigmas of variance-exploding (VE) coordinates, or flow times.
 
-`x = x0 + sigma eps` in VE coordinates, `x_t = (1 - t) x0 + t eps` in flow time. A denoiser takes one of the two, a
-schedule holds one of the two, and nothing in the numbers says which: 0.9 is a sigma as well as a time. So denoisers,
-levels, schedules of flow levels and rules carry an attribute `coordinates`, and every verb asks `settle`, which refuses
-what does not belong together.
+`x = x0 + sigma eps` in VE coordinates, `x_t = (1 - t) x0 + t eps` in flow time. A denoiser takes one of the two, and a
+schedule holds one of the two. The numbers do not say which: 0.9 can be a sigma or a time. So denoisers, levels and
+schedules of flow levels carry an attribute `coordinates`, rules say it by `Rule.is_in_flow`, and every verb calls
+`settle`, which refuses combinations that do not match.
 
-A sampler in flow time is one of three things, and `flow_sampler` says which: the rule as it is, where it integrates
-`dx/dt = (x - D) / t`, which holds in both; the rule with its option `flow`, where it noises the state; or the rule
-through `rules.Flow`, where its formulas are in the log signal-to-noise ratio.
+In flow time a sampler is one of three rules, and `flow_sampler` chooses: the unchanged rule if it integrates
+`dx/dt = (x - D) / t`, which holds in both coordinates; the rule with its option `flow` if it adds noise to the state;
+or the rule through `rules.Flow` if its formulas are in the log signal-to-noise ratio.
 """
 
 from __future__ import annotations
@@ -33,31 +33,49 @@ from kinvert.rules import (
     Seeds3,
 )
 from kinvert.rules import sampler as resolve_sampler
-from kinvert.rules.base import options_of
+from kinvert.rules.base import TRIAL
 from kinvert.rules.flow import within_one
 
+__all__ = [
+    "FLOW_FIX",
+    "LOG_SNR",
+    "LOG_SNR_NAMES",
+    "VE_FIX",
+    "Coordinates",
+    "HasPercents",
+    "Setting",
+    "coordinates_of",
+    "flow_sampler",
+    "levels_of",
+    "settle",
+]
+
 Coordinates = Literal["ve", "flow"]
-# Formulas in the log signal-to-noise ratio, which is log((1 - t) / t) in flow time, as hosts have them.
+# Rules whose formulas hosts write in the log signal-to-noise ratio, which is log((1 - t) / t) in flow time.
 LOG_SNR = (DPMppSDE, DPMpp2MSDE, DPMpp3MSDE, ERSDE, Seeds2, Seeds3, SASolver)
-# SEEDS without noise in a host, and a rule that runs in flow time as it is under another name here.
+# In hosts this is SEEDS without noise; here it is a `RES2S`, which by its other names runs unchanged in flow time.
 LOG_SNR_NAMES = ("exp_heun_2_x0",)
-# Falling noise levels on which a rule shows whether it draws noise.
-TRIAL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 VE_FIX = "ki.levels.flow_to_ve(times.clamp(max=1 - 1e-4)), with states x / (1 - t)"
 FLOW_FIX = 'from_velocity(model, levels, coordinates="flow"), or set `coordinates = "flow"` on your own denoiser'
 
 
 class HasPercents(Protocol):
-    """Noise levels of a model: kinvert's `Levels`, or a host's own object."""
+    """Noise levels of a model: the `Levels` of kinvert, or an object of a host."""
 
     def percent_to_sigma(self, p: float, /) -> float:
-        """The noise level after a fraction p of sampling."""
+        """Return the noise level after a fraction p of sampling."""
         ...
 
 
 class Setting(NamedTuple):
-    """A run: what its numbers mean, its sampler, and its schedule as floats."""
+    """The setting of a run.
+
+    Attributes:
+        coordinates: what its numbers mean.
+        rule: its sampler in these coordinates.
+        schedule: its noise levels, or flow times, as floats.
+    """
 
     coordinates: Coordinates
     rule: Rule
@@ -65,13 +83,13 @@ class Setting(NamedTuple):
 
 
 def coordinates_of(value: Any) -> Coordinates | None:
-    """The coordinates that a denoiser, levels or a schedule says that it has; None if it does not say.
+    """Return the coordinates that a denoiser, levels or a schedule declares, or None if it declares none.
 
     Raises:
         ValueError: an attribute `coordinates` that is neither "ve" nor "flow".
     """
     found = getattr(_inner(value), "coordinates", None)
-    if not isinstance(found, str):  # a network may have something else by that name
+    if not isinstance(found, str):  # a network may have another attribute of that name
         return None
     if found not in get_args(Coordinates):
         raise ValueError(f"coordinates of {type(value).__name__} must be 've' or 'flow', got {found!r}")
@@ -79,19 +97,20 @@ def coordinates_of(value: Any) -> Coordinates | None:
 
 
 def settle(denoiser: Any, sampler: str | Rule, sigmas: Any) -> Setting:
-    """Decide what the numbers of a run mean, and which rule its sampler is there.
+    """Decide what the numbers of a run mean, and which rule its sampler is in these coordinates.
 
-    They mean what the denoiser says, else what the schedule says, else what the rule says, else VE.
+    The denoiser declares the coordinates; if it does not, the schedule; if it does not, the rule. The default is VE.
 
     Raises:
-        ValueError: a denoiser, a schedule and a rule that do not belong together, with the fix; a flow time above 1.
+        ValueError: a denoiser, a schedule and a rule that do not match, with the fix; a flow time above 1.
 
     Warns:
-        RuntimeWarning: a schedule from exactly 1 of which nothing says what it is, and a sampler to which it matters.
+        RuntimeWarning: a schedule starts at exactly 1, nothing declares its coordinates, and the sampler depends on
+            them.
     """
     rule, schedule = resolve_sampler(sampler), as_schedule(sigmas)
     model, times = coordinates_of(denoiser), coordinates_of(sigmas)
-    needed: Coordinates | None = "flow" if is_in_flow(rule) else None
+    needed: Coordinates | None = "flow" if rule.is_in_flow else None
     coordinates = model or times or needed or "ve"
     if times == "flow" and coordinates == "ve":
         raise ValueError(
@@ -118,36 +137,35 @@ def settle(denoiser: Any, sampler: str | Rule, sigmas: Any) -> Setting:
 
 
 def flow_sampler(sampler: str | Rule, levels: HasPercents | None = None) -> Rule:
-    """The rule that a sampler is on a flow model in flow time: what ComfyUI runs there, by one name for all.
+    """Return the rule of a sampler for a flow model in flow time, the same that ComfyUI runs there by this name.
 
-    `sample`, `unsample`, `invert`, `extract_noise` and `round_trip` apply it where the coordinates are "flow".
+    `sample`, `unsample`, `invert`, `extract_noise` and `round_trip` apply it if the coordinates are "flow".
 
-    * A rule with an option `flow` (ancestral samplers, `lcm`, `euler_cfg_pp`, RF-Solver, EDICT): with `flow=True`;
-      BDIA with `coordinates="ve"`.
-    * A rule in the log signal-to-noise ratio, or another that draws noise: through `rules.Flow`, which starts at the
-      time of 0.01 % of sampling in place of 1. `sa_solver` is stochastic from 20 % to 80 % of sampling, unless its
-      interval was set.
-    * All others as they are; `rules.Flow` and `flow=True` that are there already stay.
+    * A rule with an option `flow` (ancestral samplers, `lcm`, `euler_cfg_pp`, RF-Solver, EDICT) gets `flow=True`. BDIA
+      gets `coordinates="ve"`.
+    * A rule in the log signal-to-noise ratio, and every other rule that draws noise, runs through `rules.Flow`, which
+      starts at the time of 0.01 % of sampling in place of 1. `sa_solver` is stochastic from 20 % to 80 % of sampling,
+      unless its interval was set.
+    * All other rules stay unchanged, and so do rules that are for flow time already.
 
-    Of ComfyUI's samplers `ddpm`, `res_multistep_ancestral` and the ancestral CFG++ samplers of more than one evaluation
-    or step have no formulas of their own for flow models there, and their images too much spread; here they have.
+    In ComfyUI, `ddpm`, `res_multistep_ancestral` and the ancestral CFG++ samplers of more than one evaluation or step
+    have no formulas for flow models, and their images have too much spread. Here they have such formulas.
 
     Args:
         sampler: a name of `ki.SAMPLERS`, or a rule with options.
-        levels: whatever has `percent_to_sigma(p)`, such as `ki.levels.flow(3.0)` or a host's model sampling; None is a
-            flow without shift.
+        levels: an object with a method `percent_to_sigma(p)`, such as `ki.levels.flow(3.0)` or a host's model sampling;
+            None is a flow without shift.
 
     Raises:
         ValueError: a sampler that cannot be right in flow time, with the fix.
     """
     rule = resolve_sampler(sampler)
-    if is_in_flow(rule):
+    if rule.is_in_flow:
         return rule
-    options = {f.name: f.default for f in options_of(rule)}
-    if "flow" in options:
+    if "flow" in rule.options:
         return _with(rule, flow=True)
-    if getattr(rule, "coordinates", None) == "vp":
-        return _with(rule, coordinates="ve")  # it takes the state as it is
+    if rule.options.get("coordinates") == "vp":
+        return _with(rule, coordinates="ve")  # its formulas for x hold in flow time too
     if isinstance(rule, DPMAdaptive):
         if rule.eta:
             raise ValueError(
@@ -156,7 +174,7 @@ def flow_sampler(sampler: str | Rule, levels: HasPercents | None = None) -> Rule
             )
         return rule
     at: Callable[[float], float] = (lambda p: 1.0 - p) if levels is None else levels.percent_to_sigma
-    if isinstance(rule, SASolver) and all(getattr(rule, key) == options[key] for key in ("sde_start", "sde_end")):
+    if isinstance(rule, SASolver) and (rule.sde_start, rule.sde_end) == (SASolver.sde_start, SASolver.sde_end):
         start, end = float(at(0.2)), float(at(0.8))
         rule = _with(rule, sde_start=start / (1.0 - start), sde_end=end / (1.0 - end))
     if isinstance(rule, LOG_SNR) or rule.name in LOG_SNR_NAMES or _draws(rule):
@@ -165,18 +183,13 @@ def flow_sampler(sampler: str | Rule, levels: HasPercents | None = None) -> Rule
 
 
 def levels_of(denoiser: Any) -> HasPercents | None:
-    """The levels of a denoiser, where it has some."""
+    """Return the levels of a denoiser, or None if it has none."""
     found = getattr(_inner(denoiser), "levels", None)
     return found if callable(getattr(found, "percent_to_sigma", None)) else None
 
 
-def is_in_flow(rule: Rule) -> bool:
-    """Whether a rule is one for flow times alone."""
-    return isinstance(rule, Flow) or getattr(rule, "flow", False) is True
-
-
 def _inner(value: Any) -> Any:
-    """A denoiser without what was put around it: bound arguments, guidance, masks."""
+    """Return a denoiser without its wrappers: bound arguments, guidance, masks."""
     while True:
         if isinstance(value, functools.partial):
             value = value.func
@@ -189,10 +202,10 @@ def _inner(value: Any) -> Any:
 
 
 def _draws(rule: Rule) -> bool:
-    """Whether a rule draws noise: on a schedule to try it, or by churn, which may be for other levels."""
-    return getattr(rule, "s_churn", 0.0) > 0 or compile_plan(rule, TRIAL).is_stochastic
+    """Tell whether a rule draws noise: on a trial schedule, or by churn, which may be for other levels."""
+    return "s_churn" in rule.noise_options or compile_plan(rule, TRIAL).is_stochastic
 
 
 def _with(rule: Rule, **options: Any) -> Rule:
-    """The rule with options that not every rule has."""
+    """Return the rule with options that not every rule has."""
     return replace(rule, **options)

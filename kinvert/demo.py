@@ -9,8 +9,6 @@ as positive conditioning, and the null label as negative.
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,8 +22,10 @@ from tqdm import tqdm
 
 import kinvert as ki
 from kinvert import models
-from kinvert.bench.tasks import computing_with
+from kinvert.bench.report.tables import round_up
 from kinvert.files import write_file
+from kinvert.jobs import computing_with
+from kinvert.jsontext import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,22 +179,6 @@ def save(demo: Demo, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def to_json(data: Any) -> str:
-    """JSON text, with null for infinite numbers, which JSON does not have (the PSNR of a perfect copy).
-
-    An object with a `name` is given by its name.
-    """
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(v) for key, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(data), indent=2, allow_nan=False, default=lambda named: named.name) + "\n"
-
-
 # -- picture -----------------------------------------------------------------------------------------------------------
 SHOWN = 5  # images in a row, so that they can still be seen on a page
 TILE, SPACE, LINE = 0.56, 0.05, 0.71  # inches: an image, the space to the next, and from one row to the next
@@ -226,7 +210,7 @@ def draw(demo: Demo) -> Figure:
         top = TOP + i * LINE + 0.15
         trip = demo.trips[row["sampler"]]
         latent, back = trip.latent[:shown].cpu().double(), trip.reconstruction[:shown].cpu().double()
-        limit = _round_up(float((back - images).abs().quantile(0.99)))
+        limit = round_up(float((back - images).abs().quantile(0.99)))
         page.text(0.12, top + 0.08, row["sampler"], fontsize=13, weight="bold")
         page.text(0.12, top + 0.3, f"{row['psnr']:.1f} dB", fontsize=12)
         page.text(0.12, top + 0.5, f"{row['evaluations']} evaluations", color=GREY)
@@ -274,11 +258,3 @@ def _headline(settings: Settings) -> str:
         f"{settings.model}: images that the denoiser never saw, unsampled and sampled back, "
         f"{settings.steps} steps each way ({settings.schedule}, cfg {settings.cfg:g}{latents})"
     )
-
-
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 5, 10 times a power of ten, for a scale that can be read."""
-    if value == 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)

@@ -1,4 +1,4 @@
-"""Schedules that say that they hold flow times."""
+"""Schedules that carry the information that they hold flow times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-# What gives a schedule for a schedule. Everything else, such as arithmetic or `flow_to_ve`, gives a plain tensor.
+__all__ = ["FlowTimes"]
+
+# Operations that turn a schedule into a schedule. All others, such as arithmetic or `flow_to_ve`, give plain tensors.
 _KEPT = frozenset({
     Tensor.__getitem__, Tensor.flip, Tensor.clone, Tensor.detach, Tensor.contiguous, Tensor.to, Tensor.double,
     Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.cpu, Tensor.cuda, Tensor.type, Tensor.clamp, Tensor.clip,
@@ -19,18 +21,18 @@ _KEPT = frozenset({
 
 
 class FlowTimes(Tensor):
-    """A schedule of flow times t in [0, 1], `x_t = (1 - t) x0 + t eps`: a tensor that knows that it is not of sigmas.
+    """A schedule of flow times t in [0, 1], `x_t = (1 - t) x0 + t eps`: a tensor marked as times and not sigmas.
 
-    `ki.schedule` returns one for flow levels. It is a tensor like any other, and it stays one of flow times in slices,
-    `flip`, `clamp`, `cat`, `unique_consecutive`, copies and conversions; an item, or the result of any other operation,
-    is a plain tensor. Build one of your own times by `ki.levels.FlowTimes([1.0, 0.6, 0.2, 0.0])`.
+    `ki.schedule` returns one for flow levels. It works like any other tensor. Slices, `flip`, `clamp`, `cat`,
+    `unique_consecutive`, copies and conversions keep the mark. An item, and the result of any other operation, is a
+    plain tensor. Mark your own times by `ki.levels.FlowTimes([1.0, 0.6, 0.2, 0.0])`.
     """
 
     coordinates: ClassVar[str] = "flow"
 
     @staticmethod
     def __new__(cls, times: Tensor | Iterable[float]) -> FlowTimes:
-        """Flow times, 1-D; numbers become float64 on the CPU."""
+        """Mark flow times, 1-D; numbers become float64 on the CPU."""
         if not isinstance(times, Tensor):
             times = torch.tensor(list(times), dtype=torch.float64, device="cpu")
         return times.as_subclass(cls)
@@ -39,7 +41,7 @@ class FlowTimes(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # On plain tensors' own behalf, so that nothing is kept but what is marked here.
+        # No types are passed, so that torch returns plain tensors and only the results below are marked.
         result = Tensor.__torch_function__(func, (), args, kwargs or {})
         if func in _KEPT and type(result) is Tensor and result.ndim == 1:
             return result.as_subclass(cls)
@@ -51,4 +53,4 @@ class FlowTimes(Tensor):
 
 
 if hasattr(torch.serialization, "add_safe_globals"):
-    torch.serialization.add_safe_globals([FlowTimes])  # so that torch.load(weights_only=True) reads it
+    torch.serialization.add_safe_globals([FlowTimes])  # for torch.load(weights_only=True)

@@ -2,12 +2,12 @@
 
 A form is a finite sum `sum_j c_j * s_j` of symbols `s_j` with float coefficients `c_j`. The symbols are
 
-* `State(name)`: the current `x`, or a value remembered by an earlier step,
-* `Denoised(k)` and `Uncond(k)`: what the denoiser returned at stage `k` of this step,
-* `Noise(r)`: the `r`-th unit-variance noise drawn in this step.
+* `State(name)`: the current `x`, or a value that an earlier step remembered,
+* `Denoised(k)` and `Uncond(k)`: the outputs of the denoiser at stage `k` of this step,
+* `Noise(r)`: the `r`-th unit-variance noise that this step draws.
 
-A rule that is run on forms in place of tensors leaves behind its own coefficients; that is the whole compiler.
-Whatever is not linear in the states (a product, a comparison, `abs`, a conversion to float) raises a `TypeError`,
+If a rule runs on forms in place of tensors, its results are its own coefficients. The compiler does nothing else. Each
+operation that is not linear in the states (a product, a comparison, `abs`, a conversion to float) raises a `TypeError`,
 so a rule that compiles is linear by construction.
 """
 
@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, SupportsFloat
+
+__all__ = ["Denoised", "Form", "Noise", "State", "Symbol", "Uncond"]
 
 
 class Symbol(NamedTuple):
@@ -30,36 +32,36 @@ class Symbol(NamedTuple):
 
 
 def State(name: str) -> Symbol:  # noqa: N802 - reads as the constructor it is
-    """The symbol of the state `name`: "x" or a remembered value."""
+    """Return the symbol of the state `name`: "x" or a remembered value."""
     return Symbol("state", name)
 
 
 def Denoised(stage: int) -> Symbol:  # noqa: N802
-    """The symbol of the denoised output of stage `stage`."""
+    """Return the symbol of the denoised output of stage `stage`."""
     return Symbol("denoised", stage)
 
 
 def Uncond(stage: int) -> Symbol:  # noqa: N802
-    """The symbol of the unconditional output of stage `stage` (classifier-free guidance)."""
+    """Return the symbol of the unconditional output of stage `stage` (classifier-free guidance)."""
     return Symbol("uncond", stage)
 
 
 def Noise(index: int) -> Symbol:  # noqa: N802
-    """The symbol of the `index`-th noise of a step."""
+    """Return the symbol of the `index`-th noise of a step."""
     return Symbol("noise", index)
 
 
 class Form:
-    """An immutable linear combination `{symbol: coefficient}`; terms with coefficient 0 do not exist.
+    """An immutable linear combination `{symbol: coefficient}`; terms with coefficient 0 are dropped.
 
-    The dict that it is made of is its own from then on.
+    It takes ownership of the dict `terms`: do not change it afterwards.
     """
 
-    terms: dict[Symbol, float]  # no __slots__: torch 2.4 cannot compile what reads them
+    terms: dict[Symbol, float]  # no __slots__: torch 2.4 cannot compile code that reads them
 
     def __init__(self, terms: dict[Symbol, float]) -> None:
         values = terms.values()
-        if not math.isfinite(sum(values)):  # else none of them is infinite or nan
+        if not math.isfinite(sum(values)):  # a finite sum has no infinite or nan term
             for symbol, c in terms.items():
                 if not math.isfinite(c):
                     raise ValueError(f"the coefficient of {symbol} is {c}")
@@ -68,11 +70,11 @@ class Form:
 
     @classmethod
     def of(cls, symbol: Symbol) -> Form:
-        """The form `1 * symbol`."""
+        """Return the form `1 * symbol`."""
         return cls({symbol: 1.0})
 
     def __getitem__(self, symbol: Symbol) -> float:
-        """The coefficient of `symbol`, 0 where it does not occur."""
+        """Return the coefficient of `symbol`, 0 if it does not occur."""
         return self.terms.get(symbol, 0.0)
 
     def __iter__(self) -> Iterator[tuple[Symbol, float]]:
@@ -82,7 +84,7 @@ class Form:
         return len(self.terms)
 
     def alias(self) -> Symbol | None:
-        """The symbol `s` where the form is exactly `1 * s`, else None."""
+        """Return the symbol `s` if the form is exactly `1 * s`, else None."""
         if len(self.terms) == 1:
             ((symbol, c),) = self.terms.items()
             if c == 1.0:
@@ -90,12 +92,12 @@ class Form:
         return None
 
     def at(self, values: Mapping[Symbol, Any]) -> Any:
-        """`sum_j c_j values[s_j]`, for values of any kind that can be scaled and added."""
+        """Return `sum_j c_j values[s_j]`, for values of any kind that can be scaled and added."""
         return sum(c * values[symbol] for symbol, c in self)
 
     # -- the arithmetic of a vector space -------------------------------------------------------------------------
     def add(self, other: Form, alpha: float = 1.0) -> Form:
-        """`self + alpha * other`, as tensors have it."""
+        """Return `self + alpha * other`, like `torch.add`."""
         if not isinstance(other, Form):
             _refuse(f"adding {other!r} to a state")
         terms = self.terms.copy()
@@ -128,7 +130,7 @@ class Form:
         scale = float(scale)
         return Form({symbol: c / scale for symbol, c in self.terms.items()})
 
-    # -- equality is structural, so that plans can be compared and hashed -------------------------------------------
+    # -- structural equality, so that plans can be compared and hashed ----------------------------------------------
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Form):
             _refuse(f"comparing a state with {other!r}")
@@ -181,6 +183,7 @@ class Form:
 
 
 def _refuse(what: str) -> NoReturn:
+    """Raise TypeError for an operation that is not linear."""
     raise TypeError(
         f"{what} is not linear: a rule may only add, subtract and scale states (forms) by floats. "
         "Put a function of one evaluation (thresholding, guidance) into the denoiser"

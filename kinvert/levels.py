@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_number
+from kinvert.checks import check_number
 from kinvert.devices import widest
 from kinvert.flowtimes import FlowTimes
 
@@ -66,28 +66,10 @@ NEAR_ZERO_SNR = 1e-6
 TIE = 1e-6
 
 
-def real(name: str, value: object, *, above: float = -math.inf, below: float = math.inf) -> float:
-    """Check a scalar argument: a finite number with `above < value < below`, returned as a float.
-
-    Raises:
-        TypeError: not a real number (bool, str and tensors are not).
-        ValueError: not finite, or outside the open interval.
-    """
-    if not is_number(value):
-        got = f"{type(value).__name__} {value!r}"
-        raise TypeError(f"{name} must be a number, got {got}; pass a float")
-    number = float(value)
-    if not (math.isfinite(number) and above < number < below):
-        limits = [f"above {above:g}"] * (above > -math.inf) + [f"below {below:g}"] * (below < math.inf)
-        wanted = " and ".join(["finite", *limits])
-        raise ValueError(f"{name} must be {wanted}, got {number!r}; pass such a number")
-    return number
-
-
 def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
     """The argument in the dtype to compute in, and the dtype to return."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(real(name, value), dtype=torch.float64, device="cpu")
+        value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be real, got {value.dtype}; convert it to float64")
     wide = widest(value.device)
@@ -199,7 +181,7 @@ class DiscreteLevels(Levels):
 
     def percent_to_sigma(self, p: float) -> float:
         """sigma((1 - p) (M - 1)) for 0 < p < 1."""
-        p = real("p", p)
+        p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
         return 0.0 if p >= 1 else float(self.sigma((1 - p) * (len(self.sigmas) - 1)))
@@ -224,7 +206,7 @@ class EDMLevels(Levels):
 
     def percent_to_sigma(self, p: float) -> float:
         """sigma_max^(1 - p) sigma_min^p for 0 < p < 1."""
-        p = real("p", p)
+        p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
         return 0.0 if p >= 1 else self.sigma_max * (self.sigma_min / self.sigma_max) ** p
@@ -265,7 +247,7 @@ class FlowLevels(Levels):
 
     def percent_to_sigma(self, p: float) -> float:
         """Sh(1 - p) for 0 < p < 1."""
-        remaining = 1 - min(max(real("p", p), 0.0), 1.0)
+        remaining = 1 - min(max(check_number("p", p), 0.0), 1.0)
         return float(self.sigma(remaining * self.multiplier))
 
 
@@ -343,11 +325,11 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
     """
-    low = real("sigma_min", sigma_min, above=0)
-    high = real("sigma_max", sigma_max, above=low)
+    low = check_number("sigma_min", sigma_min, above=0)
+    high = check_number("sigma_max", sigma_max, above=low)
     table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64, device="cpu").exp()
     table[0], table[-1] = low, high
-    return EDMLevels(table, real("sigma_data", sigma_data, above=0))
+    return EDMLevels(table, check_number("sigma_data", sigma_data, above=0))
 
 
 def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
@@ -360,7 +342,7 @@ def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
     Raises:
         ValueError: unless shift > 0 and multiplier > 0.
     """
-    return _flow_levels(real("shift", shift, above=0), real("multiplier", multiplier, above=0), 1000)
+    return _flow_levels(check_number("shift", shift, above=0), check_number("multiplier", multiplier, above=0), 1000)
 
 
 def flux(mu: float = 1.15) -> FlowLevels:
@@ -371,7 +353,7 @@ def flux(mu: float = 1.15) -> FlowLevels:
     Raises:
         ValueError: mu is not finite.
     """
-    return _flow_levels(math.exp(real("mu", mu)), 1.0, 10000)
+    return _flow_levels(math.exp(check_number("mu", mu)), 1.0, 10000)
 
 
 def _flow_levels(shift: float, multiplier: float, count: int) -> FlowLevels:

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_integer
+from kinvert.checks import check_count, is_integer
 from kinvert.tensors import wide_dtype
 
 Per = Literal["sample", "channel"]
@@ -247,8 +247,7 @@ def patch_correlation(z: Tensor, patch: int | None = None, pairs: int = 20) -> T
     _check_images("z", z, 4)
     side = min(z.shape[2:])
     patch = min(8, side // 2) if patch is None else patch
-    if not is_integer(pairs) or pairs < 1:
-        raise ValueError(f"pairs must be an int of at least 1, got {pairs!r}")
+    pairs = check_count("pairs", pairs)
     if not is_integer(patch) or not 2 <= patch <= side:
         raise ValueError(f"patch must be an int from 2 to {side}, the shorter side of z, got {patch!r}")
     values = torch.where(_flat(z)[:, None, None, None], math.nan, _values(z, "sample").reshape(z.shape))

@@ -1,9 +1,9 @@
-r"""Mean and standard deviation of what a Plan makes of Gaussian data, exactly.
+r"""The exact mean and standard deviation of the result of a Plan for Gaussian data.
 
-For data N(m, s²), each coordinate on its own, under `x = a x0 + sigma eps` (`a = 1`, or `a = 1 - sigma` in flow time)
-the exact denoiser is affine, `D = m + a s² / (a² s² + sigma²) (x - a m)`, so every state of a run is an affine function
-of the unit noise at the start and the noises that are drawn. Its coefficients say all about its law: no sampling, and
-no error but rounding.
+For data N(m, s²), each coordinate by itself, under `x = a x0 + sigma eps` (`a = 1`, or `a = 1 - sigma` in flow time)
+the exact denoiser is affine, `D = m + a s² / (a² s² + sigma²) (x - a m)`. So every state of a run is an affine function
+of the unit noise at the start and the noises that the run draws. The coefficients of that function give the law of the
+state, without sampling and without any error but rounding.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from kinvert.forms import Form
 from kinvert.plan import Plan
 from kinvert.rules import Flow
 
+__all__ = ["Moments", "check_flow_spread", "check_kept", "gaussian_law", "gaussian_moments"]
+
 
 class Moments(NamedTuple):
-    """Mean and standard deviation of one coordinate."""
+    """The mean and the standard deviation of one coordinate."""
 
     mean: float
     std: float
 
 
 def gaussian_law(sigma: float, mean: float = 0.0, std: float = 1.0, coordinates: Coordinates = "ve") -> Moments:
-    """The moments that a state at noise level `sigma` should have, for data N(mean, std²)."""
+    """Return the moments that a state at noise level `sigma` should have, for data N(mean, std²)."""
     a = 1.0 - sigma if coordinates == "flow" else 1.0
     return Moments(a * mean, math.hypot(a * std, sigma))
 
@@ -42,18 +44,20 @@ def gaussian_moments(
     coordinates: Coordinates = "ve",
     start: Moments | None = None,
 ) -> Moments:
-    """The moments of the result of a run of a Plan with the exact denoiser of data N(mean, std²).
+    """Compute the moments of the result of a Plan, run with the exact denoiser of data N(mean, std²).
 
-    A guided Plan gets the pair (D, D). Noises are independent, or those of one Brownian path (`Rule.default_noise`).
+    A guided Plan gets the pair (D, D). The noises are independent, or belong to one Brownian path
+    (`Rule.default_noise`).
 
     Args:
         plan: from `compile_plan`.
-        mean, std: of the data.
-        coordinates: what the Plan's levels are.
-        start: moments of the state at the start; None: those of `gaussian_law` at the first level.
+        mean: mean of the data.
+        std: standard deviation of the data.
+        coordinates: "flow" if the levels of the Plan are flow times.
+        start: moments of the state at the start; None takes `gaussian_law` at the first level.
     """
     first = gaussian_law(plan.sigmas[0], mean, std, coordinates) if start is None else start
-    one, initial, *draws = np.eye(2 + plan.draws)  # coefficients of 1, of the noise at the start, of each draw
+    one, initial, *draws = np.eye(2 + plan.draws)  # coefficients of 1, the noise at the start, and each draw
     covariance = np.eye(1 + plan.draws)
     if plan.draws and plan.rule.default_noise == "brownian":
         covariance[1:, 1:] = brownian_covariance([interval for step in plan.steps for interval in step.noises])
@@ -73,11 +77,16 @@ def gaussian_moments(
 
 
 def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
-    """Refuse a rule through `Flow` that blows up: its steps in sigma = t / (1 - t) are huge where t is near 1.
+    """Refuse a rule through `Flow` that diverges, because its steps in sigma = t / (1 - t) are huge near t = 1.
+
+    A rule diverges if the result for Gaussian data N(1, 1) is more than twice as wide as it should be, or if its mean
+    is off by more than its width.
 
     Raises:
-        ValueError: Gaussian data N(1, 1) would come out more than twice as wide as they should, or with a mean that is
-            off by more than their width; for a rule in flow time as it is, that is a RuntimeWarning.
+        ValueError: a rule through `Flow` diverges.
+
+    Warns:
+        RuntimeWarning: a rule in flow time without `Flow` diverges.
     """
     what = None if plan is None or coordinates == "ve" else _fault(plan)
     if plan is None or what is None:
@@ -98,7 +107,7 @@ def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
 
 @functools.lru_cache(maxsize=128)
 def _fault(plan: Plan) -> str | None:
-    """What a Plan in flow time does to Gaussian data N(1, 1), where that is far from their law."""
+    """Describe the result of a Plan in flow time for Gaussian data N(1, 1), or return None if it follows their law."""
     wanted = gaussian_law(plan.sigmas[-1], 1.0, coordinates="flow")
     found = gaussian_moments(plan, 1.0, coordinates="flow")
     if found.std > 2.0 * wanted.std:
@@ -109,7 +118,9 @@ def _fault(plan: Plan) -> str | None:
 
 
 def check_kept(plan: Plan | None, coordinates: Coordinates) -> None:
-    """Refuse a run upwards that loses what a mask keeps: the denoised image is constant there, and x must stay with it.
+    """Refuse a run upwards that loses the region that a mask keeps.
+
+    In that region the denoised image is constant, and x must stay at it.
 
     Raises:
         ValueError: a CFG++ sampler, whose unconditional image no mask changes; a Plan whose x would move away.
@@ -131,4 +142,5 @@ def check_kept(plan: Plan | None, coordinates: Coordinates) -> None:
 
 
 def _value(form: Form, values: dict[str, Any], like: np.ndarray) -> Any:
+    """Evaluate a form on values by the kind and key of its symbols."""
     return sum((c * values[symbol.kind][symbol.key] for symbol, c in form), start=0.0 * like)

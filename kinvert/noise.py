@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_beside, has_values, is_integer, is_number, plain
+from kinvert.checks import check_beside, check_integer, check_number, has_values, is_integer, plain
 from kinvert.tensors import wide_dtype
 
 NoiseFunction = Callable[[float, float], Tensor]
@@ -364,11 +364,9 @@ def brownian(seed: int | Sequence[int] | None = None, depth: int | None = None) 
     Raises:
         TypeError, ValueError: a seed that is not made of ints, or a depth out of its range.
     """
-    if depth is not None and not is_integer(depth):
-        raise TypeError(f"depth must be an int or None, got {depth!r}")
-    if depth is not None and not 1 <= depth <= 40:
-        raise ValueError(f"depth must be from 1 to 40, got {depth}; 10 resolves steps of a thousandth of sigma")
-    return Brownian(_as_seed(seed), None if depth is None else int(depth))
+    if depth is not None:
+        depth = check_integer("depth", depth, 1, 40, fix="10 resolves steps of a thousandth of sigma")
+    return Brownian(_as_seed(seed), depth)
 
 
 def _as_seed(seed: Any) -> int | tuple[int, ...]:
@@ -400,11 +398,7 @@ def clipped(source: Noise, std: float) -> Clipped:
     Raises:
         TypeError, ValueError: `std` is not a positive, finite number.
     """
-    if not is_number(std):
-        raise TypeError(f"std must be a number of standard deviations, got {std!r}")
-    if not 0 < std < math.inf:
-        raise ValueError(f"std must be positive and finite, got {std}; leave the source as it is to clip nothing")
-    return Clipped(source, float(std))
+    return Clipped(source, check_number("std", std, above=0, fix="leave the source as it is to clip nothing"))
 
 
 def default_noise(kind: str) -> White | Brownian:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_integer
+from kinvert.checks import check_integer
 from kinvert.denoisers import Denoiser, Guided
 from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
@@ -32,11 +32,10 @@ def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) 
 
 def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
     """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
-    if max_batch is not None and not is_integer(max_batch):
-        raise TypeError(f"max_batch must be an int or None, got {max_batch!r}")
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(f"max_batch must be at least 1, got {max_batch}; None evaluates the whole batch at once")
-    return torch.arange(len(x), device=x.device).split(int(max_batch or len(x)))
+    size = len(x)
+    if max_batch is not None:
+        size = check_integer("max_batch", max_batch, fix="None evaluates the whole batch at once")
+    return torch.arange(len(x), device=x.device).split(size)
 
 
 @dataclass(frozen=True)

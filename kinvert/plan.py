@@ -1,4 +1,4 @@
-r"""From a rule and a schedule to a Plan: numbers only.
+r"""The compiler: it turns a rule and a schedule into a Plan, which contains only numbers.
 
 A Plan is a general linear method with coefficients that depend on the schedule. One step takes the state
 `y = (x, memory...)` to
@@ -6,9 +6,9 @@ A Plan is a general linear method with coefficients that depend on the schedule.
     stages   Y_k = sum_j U_kj y_j + sum_{l<k} A_kl D_l + sum_r N_kr n_r        D_k = denoiser(Y_k, sigma_k)
     update   y'  = V y + B D + C n                                             n_r = noise on an interval of sigma
 
-The compiler runs the rule on linear forms and keeps what comes out: no derivation by hand, and linearity holds by
-construction. Noise and memory that nothing uses are dropped, so they are never drawn or stored; only a rule's
-auxiliary state (`Rule.auxiliary`) is kept to the end, since it belongs to the result as x does.
+The compiler runs the rule on linear forms and keeps the forms that come out. So nothing is derived by hand, and
+linearity holds by construction. Unused noise and memory are dropped, so they are never drawn or stored. Only a rule's
+auxiliary state (`Rule.auxiliary`) is kept to the end, because it belongs to the result as x does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
+from kinvert._moved import renamed
+from kinvert.checks import describe
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import Rule, StepBuilder
+
+__all__ = [
+    "Interval",
+    "Plan",
+    "Stage",
+    "Step",
+    "as_schedule",
+    "compile_auxiliary",
+    "compile_plan",
+    "compile_step",
+]
 
 
 class Interval(NamedTuple):
@@ -34,7 +47,13 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One evaluation of the denoiser at the state `input` and noise level `sigma`; `guided`: as a pair (D, U)."""
+    """One evaluation of the denoiser.
+
+    Attributes:
+        sigma: the noise level.
+        input: the state, as a form.
+        guided: whether the evaluation returns a pair (D, U).
+    """
 
     sigma: float
     input: Form
@@ -43,7 +62,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Step:
-    """One step from `sigma` to `sigma_next`: evaluations, draws, and the rows of the update."""
+    """One step of a Plan.
+
+    Attributes:
+        index: number of the step, from 0.
+        sigma: the noise level at its start.
+        sigma_next: the noise level at its end.
+        stages: its evaluations of the denoiser, in order.
+        noises: the intervals of its noises, in the order in which they are drawn.
+        x: the row of the update for the new x.
+        memory: the names and rows of the values that it remembers.
+    """
 
     index: int
     sigma: float
@@ -55,13 +84,13 @@ class Step:
 
     @functools.cached_property
     def reads(self) -> frozenset[str]:
-        """Names of the values of the old state, x among them, that the step depends on."""
+        """The names of the values of the old state, including x, that the step depends on."""
         rows = [*(stage.input for stage in self.stages), self.x, *(form for _, form in self.memory)]
         return frozenset(str(symbol.key) for row in rows for symbol, _ in row if symbol.kind == "state")
 
     @property
     def forgets_x(self) -> bool:
-        """Whether the new x does not depend on the old state other than through the denoiser."""
+        """Whether the new x depends on the old state through the denoiser only."""
         return not any(symbol.kind == "state" for symbol, _ in self.x)
 
     def __str__(self) -> str:
@@ -77,10 +106,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sampler on a schedule, as coefficients. `print(plan)` shows every row; everything here is a plain number.
+    """A sampler on a schedule, as coefficients. `print(plan)` shows every row; all of them are plain numbers.
 
-    `auxiliary` names the remembered values that belong to the state (`Rule.auxiliary`); most samplers have none.
-    `coordinates` is "flow" where the levels are known to be flow times, and None where nothing says what they are.
+    Attributes:
+        rule: the rule that was compiled.
+        sigmas: the noise levels, or flow times, of the run.
+        steps: its steps.
+        auxiliary: the names of the remembered values that belong to the state (`Rule.auxiliary`); mostly empty.
+        coordinates: "flow" if the levels are known to be flow times, None if their coordinates are not known.
     """
 
     rule: Rule
@@ -91,17 +124,22 @@ class Plan:
 
     @functools.cached_property
     def evaluations(self) -> int:
-        """Number of denoiser evaluations of one run."""
+        """The number of denoiser evaluations of one run."""
         return sum(len(step.stages) for step in self.steps)
+
+    @property
+    def stage_levels(self) -> tuple[float, ...]:
+        """The noise level of each evaluation of one run, in order."""
+        return tuple(stage.sigma for step in self.steps for stage in step.stages)
 
     @functools.cached_property
     def draws(self) -> int:
-        """Number of noise draws of one run."""
+        """The number of noise draws of one run."""
         return sum(len(step.noises) for step in self.steps)
 
     @functools.cached_property
     def noise_levels(self) -> tuple[float, ...]:
-        """The ends of all intervals of noise."""
+        """The ends of all intervals of noise, sorted."""
         return tuple(sorted({sigma for step in self.steps for interval in step.noises for sigma in interval}))
 
     @property
@@ -133,8 +171,8 @@ class Plan:
     def closed(self) -> Plan:
         """The same run for a state whose auxiliary part is given: steps from (x, auxiliary) to (x, auxiliary).
 
-        Each step stands alone, so a run can start at any of them, and be undone step by step. A Plan without auxiliary
-        state, or one that is closed already, is returned as it is.
+        Each step stands alone, so a run can start at any step, and can be undone step by step. A Plan without auxiliary
+        state, or one that is closed already, is returned unchanged.
         """
         if not self.auxiliary or self.steps[0].reads & set(self.auxiliary):
             return self
@@ -154,12 +192,13 @@ class Plan:
         return "\n".join([f"{head}, {self.memory_size} remembered values", *map(str, self.steps)])
 
 
-def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
+@renamed(rule="sampler")
+def compile_plan(sampler: str | Rule, sigmas: Any) -> Plan:
     """Compile a sampler for a schedule.
 
     Args:
-        rule: a sampler's name or a `Rule`, taken as it is, unless sigmas say that they are flow times
-            (`levels.FlowTimes`): then as `flow_sampler` has it.
+        sampler: a name of `ki.SAMPLERS`, or a `Rule`. It is compiled unchanged, unless sigmas are flow times
+            (`levels.FlowTimes`): then `flow_sampler` gives the rule.
         sigmas: strictly monotone noise levels, decreasing (sampling) or increasing (unsampling); a 1-D tensor, array
             or sequence on any device. The first must be positive, the last may be 0.
 
@@ -170,17 +209,21 @@ def compile_plan(rule: str | Rule, sigmas: Any) -> Plan:
         ValueError: a schedule that is not strictly monotone, not finite or too short; a step that the rule cannot make.
         TypeError: sigmas that are not numbers, or a rule that is not linear.
     """
-    resolved = resolve_sampler(rule)
+    rule = resolve_sampler(sampler)
     coordinates = None
     if getattr(sigmas, "coordinates", None) == "flow":
         from kinvert.coordinates import flow_sampler  # here, because it tries rules by compiling them
 
-        resolved, coordinates = flow_sampler(resolved), "flow"
-    return _compile(resolved, _identity(resolved), as_schedule(sigmas), coordinates)
+        rule, coordinates = flow_sampler(rule), "flow"
+    return _compile(rule, _identity(rule), as_schedule(sigmas), coordinates)
 
 
 def _identity(rule: Rule) -> tuple[object, ...]:
-    """What rules that are equal can differ in: their names, and their code, of which a notebook may bring a new one."""
+    """Return the part of the cache key in which equal rules can differ: their names and their code.
+
+    Equal rules may carry different public names, and each Plan reports its own. A notebook may define a class again
+    with other code.
+    """
     methods = [value for cls in type(rule).__mro__ for value in vars(cls).values()]
     code = tuple([f.__code__ for method in methods if hasattr(f := getattr(method, "fget", method), "__code__")])
     values = [getattr(rule, f.name) for f in fields(rule)]
@@ -191,7 +234,7 @@ def _identity(rule: Rule) -> tuple[object, ...]:
 def _compile(
     rule: Rule, identity: tuple[object, ...], sigmas: tuple[float, ...], coordinates: Literal["flow"] | None
 ) -> Plan:
-    """The identity is there for the cache alone."""
+    """Compile a rule; `identity` is part of the cache key only."""
     rule, sigmas = rule.prepare(sigmas)
     auxiliary = tuple(name for name, _ in compile_auxiliary(rule, sigmas[0]).memory)
     steps = []
@@ -206,7 +249,7 @@ def _compile(
 
 
 def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> Step:
-    """Run the rule on forms for one step; `memory` holds the form of x and of each remembered value."""
+    """Run the rule on forms for one step; `memory` has the form of x and of each remembered value, by name."""
     tracer = _Tracer(sigmas, index, memory)
     try:
         if index == 0 and len(memory) == 1:
@@ -223,7 +266,7 @@ def compile_step(rule: Rule, sigmas: Sequence[float], index: int, memory: dict[s
 
 
 def compile_auxiliary(rule: Rule, sigma: float) -> Step:
-    """How a rule starts the auxiliary state of x at `sigma`, as a step that stays there."""
+    """Return the start of the auxiliary state of x at `sigma`, as a step from `sigma` to `sigma` that keeps x."""
     x = Form.of(State("x"))
     tracer = _Tracer((sigma, sigma), 0, {"x": x})
     auxiliary = tuple(rule.auxiliary(tracer).items())
@@ -231,7 +274,7 @@ def compile_auxiliary(rule: Rule, sigma: float) -> Step:
 
 
 class _Tracer(StepBuilder):
-    """Records what a rule asks for and answers with symbols."""
+    """A step that records the requests of a rule and answers with symbols."""
 
     def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
         super().__init__(sigmas, index, memory)
@@ -258,8 +301,8 @@ class _Tracer(StepBuilder):
 
 
 def _prune(steps: list[Step], keep: Iterable[str]) -> tuple[Step, ...]:
-    """Drop remembered values and noises that nothing after them depends on, but for the values `keep` at the end."""
-    needed = set(keep)  # remembered values that the following step uses
+    """Drop remembered values and noises that nothing later depends on; keep the values `keep` after the last step."""
+    needed = set(keep)  # the remembered values that the following step uses
     pruned = []
     for step in reversed(steps):
         memory = tuple((name, form) for name, form in step.memory if name in needed)
@@ -281,28 +324,29 @@ def _prune(steps: list[Step], keep: Iterable[str]) -> tuple[Step, ...]:
 
 
 def _rename(form: Form, names: dict[Symbol, Symbol]) -> Form:
+    """Return the form with its symbols replaced by `names`."""
     if all(old == new for old, new in names.items()):
         return form
     return Form({names.get(symbol, symbol): c for symbol, c in form})
 
 
 def as_schedule(sigmas: Any) -> tuple[float, ...]:
-    """Check a schedule and bring it to the host as floats; see `compile_plan`."""
+    """Check a schedule and return it as floats on the host; see `compile_plan`."""
     try:
         values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
     except (RuntimeError, NotImplementedError, AttributeError):  # the last is torch 2.4 for a fake tensor
         raise TypeError(
-            f"sigmas must have values that can be read, got {_describe(sigmas)}; give a dense tensor on a real device "
+            f"sigmas must have values that can be read, got {describe(sigmas)}; give a dense tensor on a real device "
             "(not on meta, not fake), or a list of floats"
         ) from None
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {_describe(sigmas)}")
+        raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {describe(sigmas)}")
     values = list(values)
     try:
         levels = tuple(_number(v) for v in values)
     except (TypeError, ValueError, RuntimeError):
         hint = f"; pass it as it is, not in a {type(sigmas).__name__}" if len(values) == 1 else ""
-        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {_describe(sigmas)}{hint}") from None
+        raise TypeError(f"sigmas must be a 1-D sequence of real numbers, got {describe(sigmas)}{hint}") from None
     if len(levels) < 2:
         raise ValueError(f"sigmas must have at least two noise levels (one step), got {levels}")
     for i, sigma in enumerate(levels):
@@ -318,12 +362,14 @@ def as_schedule(sigmas: Any) -> tuple[float, ...]:
 
 
 def _number(value: Any) -> float:
+    """Convert one noise level to a float; TypeError for text and bools."""
     if isinstance(value, (str, bytes, bool)):
         raise TypeError
     return float(value)
 
 
 def _check_monotone(levels: tuple[float, ...]) -> None:
+    """Raise ValueError if noise levels are not strictly monotone."""
     rising = levels[-1] > levels[0]
     for i, (a, b) in enumerate(itertools.pairwise(levels)):
         if a == b:
@@ -336,10 +382,3 @@ def _check_monotone(levels: tuple[float, ...]) -> None:
                 f"sigmas must be strictly monotone, got sigmas[{i}] = {a:g} -> sigmas[{i + 1}] = {b:g} in a "
                 f"{'rising' if rising else 'falling'} schedule; sort them, e.g. sigmas.sort(descending=True).values"
             )
-
-
-def _describe(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        return f"a {type(value).__name__} of {_describe(value[0])}"
-    return f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else repr(value)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import has_values
+from kinvert.checks import check_finite, has_values
 from kinvert.denoisers import Denoiser
 from kinvert.engine import Callback, Progress, run_state
 from kinvert.engine.adaptive import ends, run_adaptive
@@ -18,7 +18,6 @@ from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
 from kinvert.rules import sampler as resolve_sampler
-from kinvert.rules.flow import unwrapped
 
 OUTPUTS = ("denoised", "uncond")
 DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
@@ -76,7 +75,7 @@ class Ready:
 
     def refuse_idle(self, plan: Plan) -> None:
         """Refuse a run that returns x as it came; warn of a multiple of it upwards, which is what the node returns."""
-        keeps = "" if getattr(self.rule, "keep_last", True) else f"ki.sampler({self.rule.name!r}, keep_last=True), "
+        keeps = "" if self.rule.keeps_last else f"ki.sampler({self.rule.name!r}, keep_last=True), "
         message = (
             f"{self.rule.name} returns x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
             f"{self.sigmas[-1]:g} in {len(plan.steps)} step(s) no evaluation of the denoiser enters its result; give a "
@@ -89,9 +88,8 @@ class Ready:
 
     def check_unsampling(self, noise: Noise | None, down: Ready) -> None:
         """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
-        rule = unwrapped(self.rule)
-        name, eta = rule.name, getattr(rule, "eta", 0.0)
-        fix = f"use ki.sampler({name!r}, eta=0) or " if eta else "use "
+        name, noisy = self.rule.name, self.rule.noise_options
+        fix = f"use ki.sampler({name!r}, eta=0) or " if "eta" in noisy else "use "
         fix += f"a deterministic sampler such as {DETERMINISTIC}"
         steps = () if self.plan is None else self.plan.steps
         for step in steps:
@@ -104,13 +102,12 @@ class Ready:
         if draws and noise is None:
             raise ValueError(
                 f"{name} draws noise {draws} times on this schedule, so no latent alone gives the image; {fix}"
-                + (", or switch churn off (s_churn=0)" if getattr(rule, "s_churn", 0.0) else "")
+                + (", or switch churn off (s_churn=0)" if "s_churn" in noisy else "")
             )
 
     def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
         """Run again, reading every value, to say where the first NaN or infinity came from."""
-        if not bool(torch.isfinite(x).all()):
-            return f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input"
+        check_finite("x", x)
         found: list[str] = []
 
         def checked(state: Tensor, sigma: Tensor) -> Any:

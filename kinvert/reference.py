@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_values, is_number
+from kinvert.checks import check_finite, check_number, check_values
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.engine.contract import check_state
 from kinvert.inversion import invert
@@ -75,13 +75,13 @@ def solve_ode(
     """
     x = check_state(x)
     check_values("x", x, "the ODE is solved for them")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
+    check_finite("x", x)
     for name, sigma in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
-        _check_number(name, sigma, "a noise level; the ODE is singular at 0, stop at the last positive level")
-    _check_number("rtol", rtol, f"at least {SMALLEST_RTOL:g}, what float64 can meet", SMALLEST_RTOL)
-    _check_number("atol", atol, "an absolute tolerance, e.g. 1e-12")
-    _check_number("max_evals", max_evals, "a number of evaluations")
+        fix = "pass a noise level; the ODE is singular at 0, stop at the last positive level"
+        check_number(name, sigma, above=0, fix=fix)
+    check_number("rtol", rtol, low=SMALLEST_RTOL, fix=f"pass at least {SMALLEST_RTOL:g}, what float64 can meet")
+    check_number("atol", atol, above=0, fix="pass an absolute tolerance, e.g. 1e-12")
+    check_number("max_evals", max_evals, above=0, fix="pass a number of evaluations")
     bound = guide(denoiser, cfg, positive, negative, batch=len(x))
     ends = math.log(sigma_from), math.log(sigma_to)
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)
@@ -110,6 +110,25 @@ class ErrorSplit:
     solver: Tensor
     round_off: Tensor
     converged: Tensor
+
+    @classmethod
+    def of(cls, latent: Tensor, fine: Tensor, exact: Tensor, ode: Tensor, converged: Tensor) -> ErrorSplit:
+        """Split the error of latents whose four versions are known, each of shape (batch, *event), in float64.
+
+        Args:
+            latent: what the method found in the image's dtype.
+            fine: what it found in float64.
+            exact: the sampler's exact inverse.
+            ode: the solution of the ODE.
+            converged: whether the exact inverse was found, bool, shape (batch,).
+        """
+        return cls(
+            total=rms(latent - ode),
+            discretisation=rms(exact - ode),
+            solver=rms(fine - exact),
+            round_off=rms(latent - fine),
+            converged=converged,
+        )
 
     def __str__(self) -> str:
         lines = [f"error of {len(self.total)} latents, exact inverse found for {int(self.converged.sum())}"]
@@ -153,13 +172,7 @@ def split_error(
         got = [tuple(latent.shape) for latent in found]
         raise ValueError(f"find must return a latent of image's shape {tuple(image.shape)}, got {got[0]} and {got[1]}")
     narrow, fine = (latent.to(torch.float64) for latent in found)
-    return ErrorSplit(
-        total=rms(narrow - ode),
-        discretisation=rms(exact.latent - ode),
-        solver=rms(fine - exact.latent),
-        round_off=rms(narrow - fine),
-        converged=exact.converged,
-    )
+    return ErrorSplit.of(narrow, fine, exact.latent, ode, exact.converged)
 
 
 class _Drift:
@@ -204,10 +217,3 @@ def _integrate(drift: _Drift, x: np.ndarray, ends: tuple[float, float], rtol: fl
         )
     y: np.ndarray = solver.y
     return y
-
-
-def _check_number(name: str, value: Any, what: str, low: float = 0.0) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}; pass {what}")
-    if not (math.isfinite(value) and value > 0 and value >= low):
-        raise ValueError(f"{name} must be positive and finite, got {value}; pass {what}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.checks import check_choice
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, kept_cfg
 from kinvert.engine import Callback, Progress
@@ -19,7 +20,6 @@ from kinvert.inversion.baselines import BASELINES
 from kinvert.levels import FlowTimes
 from kinvert.noise import Noise
 from kinvert.rules import Rule
-from kinvert.rules.names import unknown
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 from kinvert.tensors import wide_dtype
 
@@ -112,8 +112,7 @@ def round_trip(
         ValueError: an unknown method, or an argument that the method has no use for, with the fix.
         TypeError, ValueError: as in `unsample`, `invert` and `sample`.
     """
-    if method not in METHODS:
-        raise ValueError(unknown("method", method, METHODS))
+    check_choice("method", method, METHODS)
     if method != "unsample" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
     x = check_state(x)
@@ -121,7 +120,7 @@ def round_trip(
     # what they mean, for a denoiser that does not say
     schedule = FlowTimes(levels) if coordinates == "flow" else levels
     guidance: dict[str, Any] = {"cfg": cfg, "positive": positive, "negative": negative}
-    shared = {"mask": mask, "progress": progress, "max_batch": max_batch}
+    shared: dict[str, Any] = {"mask": mask, "progress": progress, "max_batch": max_batch}
     up, down = _Counter(callback), _Counter(callback)
     if method != "unsample":
         found = _inverted(method, denoiser, x, schedule, rule, noise, guidance | shared)

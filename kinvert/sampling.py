@@ -21,7 +21,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_beside, has_values, is_integer, is_number, plain
+from kinvert.checks import check_beside, check_decreasing, check_finite, check_integer, check_number, has_values, plain
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback
@@ -32,7 +32,6 @@ from kinvert.parts import in_parts
 from kinvert.plan import as_schedule
 from kinvert.ready import Ready
 from kinvert.rules import Rule
-from kinvert.rules.flow import unwrapped
 from kinvert.tensors import wide_dtype
 
 Normalize = bool | Literal["sample", "sigma"]
@@ -124,7 +123,7 @@ def sample(
     needs = getattr(x, NEEDS, ())
     x = check_state(x)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
-    _check_direction(schedule, "to run upwards use unsample, or ki.run with a Plan")
+    check_decreasing("sigmas", schedule, "to run upwards use unsample, or ki.run with a Plan")
     job = Ready.of(rule, schedule)
     _warn_of_needs(needs, job, noise)
     check_flow_spread(job.plan, coordinates)
@@ -202,7 +201,7 @@ def unsample(
         raise ValueError(f"normalize must be True, False, 'sample' or 'sigma', got {normalize!r}")
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     kept = schedule[dropped_steps(schedule, end_at_step) :]
-    _check_direction(schedule, "unsample reverses it itself")
+    check_decreasing("sigmas", schedule, "unsample reverses it itself")
     offset = offset_for(x.dtype, schedule) if sigma_offset is None else sigma_offset
     rising = rising_schedule(schedule, end_at_step, offset, 1.0 if coordinates == "flow" else math.inf)
     _check_keeps_last(rule, rising)
@@ -260,15 +259,12 @@ def rising_schedule(
         ValueError: a schedule that is not strictly decreasing, a negative `end_at_step` or `sigma_offset`.
     """
     schedule = as_schedule(sigmas)
-    _check_direction(schedule, "unsample reverses it itself")
-    if not is_number(sigma_offset):
-        raise TypeError(f"sigma_offset must be a float, got {sigma_offset!r}")
-    if not (math.isfinite(sigma_offset) and sigma_offset >= 0):
-        raise ValueError(f"sigma_offset must be finite and not negative, got {sigma_offset}; the node uses 1e-4")
+    check_decreasing("sigmas", schedule, "unsample reverses it itself")
+    sigma_offset = check_number("sigma_offset", sigma_offset, low=0, fix="the node uses 1e-4")
     kept = schedule[dropped_steps(schedule, end_at_step) :]
     levels: list[float] = []
     for sigma in reversed(kept):
-        level = sigma + float(sigma_offset) if sigma + sigma_offset < highest else sigma
+        level = sigma + sigma_offset if sigma + sigma_offset < highest else sigma
         levels.append(level if not levels or level > levels[-1] else (levels[-1] + highest) / 2)
     return tuple(levels)
 
@@ -283,24 +279,12 @@ def offset_for(dtype: torch.dtype, schedule: tuple[float, ...]) -> float:
 
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
     """How many steps `end_at_step` leaves out: at least one step always runs."""
-    if not is_integer(end_at_step):
-        raise TypeError(f"end_at_step must be an int, got {end_at_step!r}")
-    if end_at_step < 0:
-        raise ValueError(f"end_at_step must not be negative, got {end_at_step}; 0 unsamples all the way")
-    return min(int(end_at_step), len(schedule) - 2)
-
-
-def _check_direction(schedule: tuple[float, ...], hint: str) -> None:
-    if schedule[0] < schedule[-1]:
-        raise ValueError(
-            f"sigmas must be the decreasing sampling schedule, got a rising one from {schedule[0]:g} to "
-            f"{schedule[-1]:g}; {hint}; use sigmas.flip(0)"
-        )
+    return min(check_integer("end_at_step", end_at_step, 0, fix="0 unsamples all the way"), len(schedule) - 2)
 
 
 def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
     """Refuse a sampler that discards its last step, before its Plan is made: that may fail for the same option."""
-    if not getattr(unwrapped(rule), "keep_last", True):
+    if not rule.keeps_last:
         raise ValueError(
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
             f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0), which keeps it"
@@ -315,8 +299,7 @@ def _like_x(name: str, value: Any, x: Tensor) -> Tensor:
         raise ValueError(f"{name} must be a tensor of x's shape {tuple(x.shape)}, got {got}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; convert it, e.g. {name}.to(x)")
-    if has_values(value) and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name} has {int((~torch.isfinite(value)).sum())} NaN or infinite values; clean the input")
+    check_finite(name, value)
     return plain(value)
 
 

@@ -9,8 +9,8 @@ Symbols: n steps, j the index of a value, `u_j = j / (n - 1)` (0 for n = 1), [si
 the bounds, and of a model's `Levels`: the table T of length M (ascending) and the maps t(sigma),
 sigma(t).
 
-Errors, by every function: TypeError for an n that is not an int, a number that is not one, or a
-levels that is not a `Levels`; ValueError for n < 1, unless 0 < sigma_min < sigma_max, for a shape
+Errors, by every function: TypeError for steps that are not an int, a number that is not one, or a
+levels that is not a `Levels`; ValueError for steps < 1, unless 0 < sigma_min < sigma_max, for a shape
 parameter (rho, alpha, beta, ...) that is not positive and finite, and where a docstring says so.
 
 `schedule` takes the names that ComfyUI and k-diffusion use and applies ComfyUI's rules for
@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_integer, is_number
-from kinvert.levels import FlowTimes, Levels, real
-from kinvert.rules.names import REGISTRIES, suggestion, unknown, unknown_sampler, unknown_schedule
+from kinvert._moved import renamed
+from kinvert.checks import check_choice, check_integer, check_number, is_number, suggestion
+from kinvert.levels import FlowTimes, Levels
+from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
 
 # Samplers whose schedule is built with one step more and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
@@ -47,60 +48,66 @@ ALIGN_YOUR_STEPS = {
 }
 
 
-def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+@renamed(n="steps")
+def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Uniform in sigma^(1/rho), then 0.
 
     `sigma_j = (A + u_j (B - A))^rho` with A = sigma_max^(1/rho) and B = sigma_min^(1/rho).
     Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022,
     arXiv 2206.00364, eq. 5.
     """
-    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
-    rho = real("rho", rho, above=0)
+    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
+    rho = check_number("rho", rho, above=0)
     return _between(_linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho, low, high)
 
 
-def exponential(n: int, sigma_min: float, sigma_max: float) -> Tensor:
+@renamed(n="steps")
+def exponential(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in ln sigma, from sigma_max to sigma_min, then 0."""
-    return polyexponential(n, sigma_min, sigma_max, rho=1.0)
+    return polyexponential(steps, sigma_min, sigma_max, rho=1.0)
 
 
-def polyexponential(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
+@renamed(n="steps")
+def polyexponential(steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
     """Polynomial in ln sigma, then 0.
 
     `ln sigma_j = ln sigma_min + (1 - u_j)^rho ln(sigma_max / sigma_min)`.
     """
-    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
-    ramp = _linspace(1, 0, n) ** real("rho", rho, above=0)
+    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
+    ramp = _linspace(1, 0, n) ** check_number("rho", rho, above=0)
     return _between(low * (ramp * math.log(high / low)).exp(), low, high)
 
 
-def vp(n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3) -> Tensor:
+@renamed(n="steps")
+def vp(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3) -> Tensor:
     """Uniform in the time of the variance-preserving SDE, then 0.
 
     `sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)` at n times t from 1 to eps_s.
     Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al.
     2021, arXiv 2011.13456.
     """
-    beta_d, beta_min = real("beta_d", beta_d, above=0), real("beta_min", beta_min, above=0)
-    t = _linspace(1, real("eps_s", eps_s, above=0, below=1), _steps(n))
+    beta_d, beta_min = check_number("beta_d", beta_d, above=0), check_number("beta_min", beta_min, above=0)
+    t = _linspace(1, check_number("eps_s", eps_s, above=0, below=1), _steps(steps))
     return _with_zero((beta_d * t**2 / 2 + beta_min * t).expm1().sqrt())
 
 
-def laplace(n: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: float = 0.5) -> Tensor:
+@renamed(n="steps")
+def laplace(steps: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: float = 0.5) -> Tensor:
     """Quantiles of a Laplace law of ln sigma, clamped to the bounds; n values, without a 0.
 
     `ln sigma_j = mu - beta sign(1/2 - u_j) ln(1 - 2 |1/2 - u_j| + 1e-5)`: n - 1 steps, the last one
     to about sigma_min. Clamping repeats values where the law reaches past a bound.
     Source: Improved Noise Schedule for Diffusion Training, Hang et al. 2024, arXiv 2407.03297.
     """
-    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
-    mu, beta = real("mu", mu), real("beta", beta, above=0)
+    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
+    mu, beta = check_number("mu", mu), check_number("beta", beta, above=0)
     offset = 0.5 - _linspace(0, 1, n)
     log = mu - beta * offset.sign() * (1 - 2 * offset.abs() + 1e-5).log()
     return log.exp().clamp(low, high)
 
 
-def kl_optimal(n: int, sigma_min: float, sigma_max: float) -> Tensor:
+@renamed(n="steps")
+def kl_optimal(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in the angle atan sigma, then 0.
 
     `sigma_j = tan((1 - u_j) atan sigma_max + u_j atan sigma_min)`: uniform time on the cosine
@@ -109,11 +116,12 @@ def kl_optimal(n: int, sigma_min: float, sigma_max: float) -> Tensor:
     Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
     arXiv 2404.14507.
     """
-    n, (low, high) = _steps(n), _bounds(sigma_min, sigma_max)
+    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
     return _between(_linspace(math.atan(high), math.atan(low), n).tan(), low, high)
 
 
-def ays(n: int, model: str = "sd15") -> Tensor:
+@renamed(n="steps")
+def ays(steps: int, model: str = "sd15") -> Tensor:
     """Align Your Steps: published sigmas, interpolated log-linearly to n + 1 values, the last 0.
 
     n = 10 is the published table itself. `model` is "sd15", "sdxl" or "svd" (Stable Video
@@ -121,60 +129,64 @@ def ays(n: int, model: str = "sd15") -> Tensor:
     Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
     arXiv 2404.14507.
     """
-    if model not in ALIGN_YOUR_STEPS:
-        raise ValueError(unknown("model", model, ALIGN_YOUR_STEPS))
+    check_choice("model", model, ALIGN_YOUR_STEPS)
     table = np.log(ALIGN_YOUR_STEPS[model])
-    at = np.linspace(0, 1, _steps(n) + 1)
+    at = np.linspace(0, 1, _steps(steps) + 1)
     sigmas = torch.from_numpy(np.exp(np.interp(at, np.linspace(0, 1, len(table)), table)))
     return _with_zero(sigmas[:-1])
 
 
-def normal(n: int, levels: Levels) -> Tensor:
+@renamed(n="steps")
+def normal(steps: int, levels: Levels) -> Tensor:
     """Uniform in network time: sigma(t) at n times from t(sigma_max) to t(sigma_min), then 0.
 
     Where the last of them is 0 already (sigma <= 1e-5): n + 1 values and no other 0. Flow levels
     with a shift apply it twice at the low end, as the hosts do: their two maps are not inverse.
     """
-    n, (start, end) = _steps(n), _time_range(levels)
+    n, (start, end) = _steps(steps), _time_range(levels)
     if abs(float(levels.sigma(end))) <= ZERO:
         return _of(levels, levels.sigma(_linspace(start, end, n + 1)))
     return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n))))
 
 
-def sgm_uniform(n: int, levels: Levels) -> Tensor:
+@renamed(n="steps")
+def sgm_uniform(steps: int, levels: Levels) -> Tensor:
     """Uniform in network time without its end: the first n of n + 1 times of `normal`, then 0.
 
     It leaves sigma_min out.
     """
-    n, (start, end) = _steps(n), _time_range(levels)
+    n, (start, end) = _steps(steps), _time_range(levels)
     return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n + 1)[:-1])))
 
 
-def simple(n: int, levels: Levels) -> Tensor:
+@renamed(n="steps")
+def simple(steps: int, levels: Levels) -> Tensor:
     """Every (M / n)-th level from the top, `T[M - 1 - floor(j M / n)]`, then 0.
 
     n = M is the whole table; n > M repeats values.
     """
-    n, table = _steps(n), _checked(levels).sigmas
+    n, table = _steps(steps), _checked(levels).sigmas
     skip = len(table) / n
     return _with_zero(table[[len(table) - 1 - int(j * skip) for j in range(n)]])
 
 
-def ddim_uniform(n: int, levels: Levels) -> Tensor:
+@renamed(n="steps")
+def ddim_uniform(steps: int, levels: Levels) -> Tensor:
     """Levels 1, 1 + s, 1 + 2 s, ... with the stride s = max(floor(M / n), 1), downwards, then 0.
 
     That is ceil((M - 1) / s) steps, not always n (M = 1000: n = 30 gives 31), and it starts below
     sigma_max. Where T[1] is 0 already (<= 1e-5), s is that of n + 1 and no other 0 follows.
     Source: Denoising Diffusion Implicit Models, Song et al. 2021, arXiv 2010.02502.
     """
-    n, table = _steps(n), _checked(levels).sigmas
+    n, table = _steps(steps), _checked(levels).sigmas
     ends_at_zero = float(table[1]) <= ZERO
     stride = max(len(table) // (n + ends_at_zero), 1)
     sigmas = table[1::stride].flip(0)
     return sigmas if ends_at_zero else _with_zero(sigmas)
 
 
-def beta(n: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+@renamed(n="steps")
+def beta(steps: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Levels at the quantiles of a Beta(alpha, beta) law, then 0.
 
     `T[round(Q(1 - j / n) (M - 1))]`, rounding half to even, Q the quantile function. An index
@@ -185,21 +197,23 @@ def beta(n: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tenso
     """
     from scipy import special  # here, because it takes a tenth of torch's own import time
 
-    n, table = _steps(n), _checked(levels).sigmas
-    alpha, beta = real("alpha", alpha, above=0), real("beta", beta, above=0)
+    n, table = _steps(steps), _checked(levels).sigmas
+    alpha, beta = check_number("alpha", alpha, above=0), check_number("beta", beta, above=0)
     quantiles = special.betaincinv(alpha, beta, 1 - np.arange(n) / n)
     index = np.rint(quantiles * (len(table) - 1)).astype(np.int64)
     kept = np.diff(index, prepend=-1) != 0
     return _with_zero(table[torch.from_numpy(index[kept])])
 
 
-def beta57(n: int, levels: Levels) -> Tensor:
+@renamed(n="steps")
+def beta57(steps: int, levels: Levels) -> Tensor:
     """`beta` with alpha = 0.5 and beta = 0.7 (named by RES4LYF): lower noise than `beta`."""
-    return beta(n, levels, alpha=0.5, beta=0.7)
+    return beta(steps, levels, alpha=0.5, beta=0.7)
 
 
+@renamed(n="steps")
 def linear_quadratic(
-    n: int,
+    steps: int,
     levels: Levels | float,
     threshold_noise: float = 0.025,
     linear_steps: int | None = None,
@@ -213,7 +227,7 @@ def linear_quadratic(
     Source: Movie Gen: A Cast of Media Foundation Models, Polyak et al. 2024, arXiv 2410.13720.
 
     Args:
-        n: steps.
+        steps: number n of steps.
         levels: a Levels, whose sigma_max is used, or sigma_max itself.
         threshold_noise: fraction of the noise removed by the linear part.
         linear_steps: length k of the linear part.
@@ -222,14 +236,14 @@ def linear_quadratic(
         ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from
             there on the quadratic part would pass below 0 and come back.
     """
-    n = _steps(n)
-    sigma_max = real("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
+    n = _steps(steps)
+    sigma_max = check_number("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
     if n == 1:
         return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
     if k >= n:
         raise ValueError(f"linear_steps must be below n = {n}, got {k}; leave it out for n // 2")
-    theta = real("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
+    theta = check_number("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
     m, delta = n - k, k - theta * n
     a, b = delta / (k * m**2), theta / k - 2 * delta / m**2
     j = torch.arange(n, dtype=torch.float64, device="cpu")
@@ -243,8 +257,8 @@ class ScheduleEntry:
 
     Attributes:
         name: the host's name.
-        function: called as function(n, sigma_min, sigma_max), function(n, levels) or function(n),
-            with options.
+        function: called as function(steps, sigma_min, sigma_max), function(steps, levels) or
+            function(steps), with options.
         needs: which of the three: "bounds", "levels" or "nothing".
     """
 
@@ -318,10 +332,10 @@ def schedule(
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
-    entry, steps, levels = SCHEDULES[name], _steps(steps, "steps"), _checked(levels)
+    entry, steps, levels = SCHEDULES[name], _steps(steps), _checked(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
-    denoise = 1.0 if denoise is None else real("denoise", denoise)
+    denoise = 1.0 if denoise is None else check_number("denoise", denoise)
     if not 0 < denoise <= 1:
         hint = "leaves nothing to do" if denoise <= 0 else "is more than all of the noise"
         raise ValueError(f"denoise must be in (0, 1], got {denoise}, which {hint}; 1 is all of it")
@@ -340,16 +354,12 @@ def schedule(
     return _of(levels, sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :])
 
 
-def _steps(n: object, name: str = "n") -> int:
-    if not is_integer(n):
-        raise TypeError(f"{name} must be an int, got {type(n).__name__} {n!r}; pass e.g. 20")
-    if n < 1:
-        raise ValueError(f"{name} must be at least 1, got {n}; pass e.g. 20")
-    return int(n)
+def _steps(n: object, name: str = "steps") -> int:
+    return check_integer(name, n, fix="pass e.g. 20")
 
 
 def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    low, high = real("sigma_min", sigma_min, above=0), real("sigma_max", sigma_max, above=0)
+    low, high = check_number("sigma_min", sigma_min, above=0), check_number("sigma_max", sigma_max, above=0)
     if low >= high:
         raise ValueError(f"sigma_min must be below sigma_max, got {low} >= {high}; swap them")
     return low, high

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.levels import INFINITE_SIGMA, Levels, _array, _widen, edm, real
+from kinvert.checks import check_number
+from kinvert.levels import INFINITE_SIGMA, Levels, _array, _widen, edm
 
 
 @final
@@ -33,7 +34,7 @@ class VDiffusionLevels(Levels):
 
     def percent_to_sigma(self, p: float) -> float:
         """tan(pi t / 2) at t = (1 - p) t_max + p t_min for 0 < p < 1, t_min and t_max the times of the table's ends."""
-        p = real("p", p)
+        p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
         first, last = self.timestep(self.sigma_min), self.timestep(self.sigma_max)
@@ -74,7 +75,7 @@ class TableLevels(Levels):
 
     def percent_to_sigma(self, p: float) -> float:
         """The level at time (1 - p) t_max + p t_min for 0 < p < 1."""
-        p = real("p", p)
+        p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
         return 0.0 if p >= 1 else float(self.sigma((1 - p) * float(self.times[-1]) + p * float(self.times[0])))
@@ -129,5 +130,7 @@ def from_table(
     if not (np.isfinite(times).all() and (np.diff(times) >= 0).all() and times[0] < times[-1]):
         raise ValueError(f"timesteps must rise with sigma, got {times[0]:g} ... {times[-1]:g} from the lowest one up")
     return TableLevels(
-        torch.from_numpy(table.copy()), real("sigma_data", sigma_data, above=0), times=torch.from_numpy(times.copy())
+        torch.from_numpy(table.copy()),
+        check_number("sigma_data", sigma_data, above=0),
+        times=torch.from_numpy(times.copy()),
     )

@@ -332,27 +332,6 @@ def test_a_sigma_that_the_denoiser_changes_is_not_seen_by_the_next_run() -> None
     assert torch.equal(ki.sample(gaussian, x, KARRAS), want)
 
 
-@pytest.mark.parametrize("name", ["_storage_Use_Count", "_functorch", "_current_level"])
-def test_without_the_private_names_of_torch_runs_are_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version may lack them. Then every value is a tensor of its own, and nothing can be overwritten."""
-    x, kept = 10 * noise_like((2, 6)), list[tuple[Tensor, Tensor]]()
-
-    def keep(y: Tensor, sigma: Tensor) -> Tensor:
-        kept.append((y, y.clone()))
-        return gaussian(y, sigma)
-
-    want = {sampler: ki.sample(gaussian, x, KARRAS, sampler=sampler) for sampler in ("heun", "lms")}
-    monkeypatch.delattr(torch.autograd.forward_ad if name == "_current_level" else torch._C, name)
-    monkeypatch.setattr(engine, "fused_loop", None)
-    engine.can_fuse.cache_clear()
-    try:
-        for sampler, result in want.items():
-            torch.testing.assert_close(ki.sample(keep, x, KARRAS, sampler=sampler), result, rtol=1e-12, atol=0)
-    finally:
-        engine.can_fuse.cache_clear()
-    assert all(torch.equal(value, at_the_time) for value, at_the_time in kept)
-
-
 def test_strides_are_kept() -> None:
     x = (10 * noise_like((2, 3, 4, 4))).to(memory_format=torch.channels_last)
     for name in ("euler", "lms", "dpmpp_2m_sde"):

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kinvert as ki
 from kinvert.bench import Cell
-from kinvert.checks import count, has_values, is_integer, is_number, plain, positive_number
+from kinvert.checks import check_count, check_positive, has_values, is_integer, is_number, plain
 from kinvert.engine import Progress
 from kinvert.engine.eager import run_eager
 from kinvert.inversion import baselines
@@ -104,14 +104,14 @@ def test_what_is_an_integer_and_a_number() -> None:
     for neither in (True, np.True_, "3", None, 3j, torch.tensor(3)):
         assert not is_integer(neither) and not is_number(neither)
     assert not is_integer(3.0)
-    count("n", np.int64(1))
-    positive_number("v", np.float32(1))
+    check_count("n", np.int64(1))
+    check_positive("v", np.float32(1))
     for bad in (np.int64(0), True, 1.0):
         with pytest.raises(ValueError, match="n must be an int of at least 1"):
-            count("n", bad)
+            check_count("n", bad)
     for bad in (np.float32(0), True, np.float64(math.inf), np.float32("nan")):
         with pytest.raises(ValueError, match="v must be a positive number"):
-            positive_number("v", bad)
+            check_positive("v", bad)
 
 
 def test_cells_of_the_benchmark_are_the_same_cell() -> None:

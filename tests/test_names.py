@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kinvert as ki
-from kinvert.rules.names import SAMPLERS_ELSEWHERE, SCHEDULES_ELSEWHERE, meaning, nearest, unknown
+from kinvert.checks import nearest, unknown
+from kinvert.rules.names import SAMPLERS_ELSEWHERE, SCHEDULES_ELSEWHERE, meaning
 
 SD = ki.levels.stable_diffusion()
 

@@ -340,7 +340,7 @@ def test_depth_has_a_range(depth: int) -> None:
 
 
 def test_depth_is_an_int() -> None:
-    with pytest.raises(TypeError, match=r"depth must be an int or None, got 2\.5"):
+    with pytest.raises(TypeError, match=r"depth must be an int, got 2\.5; 10 resolves"):
         ki.noise.brownian(0, depth=2.5)  # type: ignore[arg-type]
 
 

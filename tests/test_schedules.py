@@ -44,7 +44,7 @@ DIRECT = {  # recordings of functions called directly
     "kd get_sigmas_vp": "vp",
     "comfy get_sigmas_vp": "vp",
 }
-OPTIONS = ("n", "sigma_min", "sigma_max", "rho", "mu", "beta", "beta_d", "beta_min", "eps_s")
+OPTIONS = ("sigma_min", "sigma_max", "rho", "mu", "beta", "beta_d", "beta_min", "eps_s")
 
 
 def recorded(case) -> np.ndarray:
@@ -65,7 +65,7 @@ def evaluate(case) -> np.ndarray:
     model, name = MODELS.get(case.get("model")), kind(case)
     if name in DIRECT:
         options = {k: case[k] for k in OPTIONS if k in case}
-        return SCHEDULES[DIRECT[name]].function(**options).double().numpy()
+        return SCHEDULES[DIRECT[name]].function(case["n"], **options).double().numpy()
     if name == "percent_to_sigma":
         return np.array([model.percent_to_sigma(case["percent"])])
     if name in ("sigma_table", "sigma_min", "sigma_max"):
@@ -416,10 +416,20 @@ def test_registry():
         assert entry.function is getattr(schedules, name)
         assert entry.needs in ("bounds", "levels", "nothing")
         assert entry.summary.endswith(".")
-        assert not entry.options.keys() & {"n", "levels", "sigma_min", "sigma_max"}
+        assert not entry.options.keys() & {"steps", "levels", "sigma_min", "sigma_max"}
     assert SCHEDULES["karras"].options == {"rho": 7.0}
     assert SCHEDULES["karras"].source.endswith("Karras et al. 2022, arXiv 2206.00364, eq. 5.")
     assert SCHEDULES["exponential"].source == ""
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_old_name_of_steps_is_deprecated(name):
+    bounds = {"bounds": (0.1, 10.0), "levels": (SD,), "nothing": ()}[SCHEDULES[name].needs]
+    names = {"bounds": ("sigma_min", "sigma_max"), "levels": ("levels",), "nothing": ()}[SCHEDULES[name].needs]
+    rest = dict(zip(names, bounds, strict=True))
+    with pytest.warns(DeprecationWarning, match=f"{name}: the argument n is now steps"):
+        old = SCHEDULES[name].function(n=5, **rest)
+    assert torch.equal(old, SCHEDULES[name].function(steps=5, **rest))
 
 
 NAN, INF = math.nan, math.inf
@@ -428,31 +438,31 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: schedules.karras(0, 1, 2), ValueError, "n must be at least 1, got 0; pass"),
-        (lambda: schedules.vp(-3), ValueError, "n must be at least 1, got -3"),
-        (lambda: schedules.ays(2.0), TypeError, r"n must be an int, got float 2\.0; pass"),
-        (lambda: schedules.simple(True, SD), TypeError, "n must be an int, got bool True"),
-        (lambda: schedules.karras(5, 0, 2), ValueError, "sigma_min must be finite and above 0"),
-        (lambda: schedules.laplace(5, -1, 2), ValueError, r"sigma_min .* got -1\.0"),
+        (lambda: schedules.karras(0, 1, 2), ValueError, "steps must be at least 1, got 0; pass"),
+        (lambda: schedules.vp(-3), ValueError, "steps must be at least 1, got -3"),
+        (lambda: schedules.ays(2.0), TypeError, r"steps must be an int, got 2\.0; pass"),
+        (lambda: schedules.simple(True, SD), TypeError, "steps must be an int, got True; pass"),
+        (lambda: schedules.karras(5, 0, 2), ValueError, "sigma_min must be positive and finite, got 0"),
+        (lambda: schedules.laplace(5, -1, 2), ValueError, r"sigma_min .* got -1"),
         (lambda: schedules.karras(5, NAN, 2), ValueError, "sigma_min .* got nan"),
         (lambda: schedules.kl_optimal(5, 1, INF), ValueError, "sigma_max .* got inf"),
         (lambda: schedules.exponential(5, 2, 2), ValueError, "sigma_min must be below sigma_max"),
         (lambda: schedules.exponential(5, 3, 2), ValueError, "got 3.0 >= 2.0; swap"),
-        (lambda: schedules.exponential(5, "1", 2), TypeError, "sigma_min must be a number, got str"),
-        (lambda: schedules.karras(5, torch.ones(1), 2), TypeError, "sigma_min .* got Tensor"),
-        (lambda: schedules.karras(5, 1, 2, rho=0), ValueError, "rho must be finite and above 0"),
+        (lambda: schedules.exponential(5, "1", 2), TypeError, "sigma_min must be a number, got '1'"),
+        (lambda: schedules.karras(5, torch.ones(1), 2), TypeError, r"sigma_min .* got Tensor of shape \(1,\)"),
+        (lambda: schedules.karras(5, 1, 2, rho=0), ValueError, "rho must be positive and finite, got 0"),
         (lambda: schedules.polyexponential(5, 1, 2, rho=-1), ValueError, "rho"),
         (lambda: schedules.laplace(5, 1, 2, mu=NAN), ValueError, "mu must be finite, got nan"),
         (lambda: schedules.laplace(5, 1, 2, beta=0), ValueError, "beta must be"),
         (lambda: schedules.vp(5, beta_d=0), ValueError, "beta_d"),
         (lambda: schedules.vp(5, beta_min=0), ValueError, "beta_min"),
-        (lambda: schedules.vp(5, eps_s=1), ValueError, "eps_s .* above 0 and below 1, got 1.0"),
+        (lambda: schedules.vp(5, eps_s=1), ValueError, "eps_s .* above 0 and below 1, got 1"),
         (lambda: schedules.ays(5, "sd51"), ValueError, "unknown model 'sd51'; did you mean 'sd15'"),
         (lambda: schedules.beta(5, SD, alpha=0), ValueError, "alpha"),
         (lambda: schedules.beta(5, SD, beta=NAN), ValueError, "beta"),
         (lambda: schedules.normal(5, SD.sigmas), TypeError, "levels must be .* got Tensor; build"),
         (lambda: schedules.linear_quadratic(5, None), TypeError, "levels .* got NoneType"),
-        (lambda: schedules.linear_quadratic(5, 0.0), ValueError, "levels must be finite and above"),
+        (lambda: schedules.linear_quadratic(5, 0.0), ValueError, "levels must be positive and finite, got 0.0"),
         (lambda: schedules.linear_quadratic(5, SD, linear_steps=5), ValueError, "below n = 5"),
         (lambda: schedules.linear_quadratic(5, SD, linear_steps=0), ValueError, "linear_steps must"),
         (lambda: schedules.linear_quadratic(5, SD, 0), ValueError, "threshold_noise must"),

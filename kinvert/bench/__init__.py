@@ -1,23 +1,38 @@
 """The reversibility benchmark: how well samplers run backwards, on a grid of settings.
 
-`run(cells, folder)` measures, `load(folder)` reads, `compare` tells two folders apart, `kinvert bench` is the command.
-`METHODS`, `PROBLEMS` and `kinvert.rules.register` take what is your own.
+`run(cells, folder)` measures, `load(folder)` reads, `compare` shows how two folders differ, and `kinvert bench` is the
+command. Add your own to `METHODS`, to `PROBLEMS`, and samplers by `kinvert.rules.register`.
 """
 
-from kinvert.bench.comparison import compare as compare
-from kinvert.bench.folder import invert_folder as invert_folder
-from kinvert.bench.grid import DTYPES as DTYPES
-from kinvert.bench.grid import Cell as Cell
-from kinvert.bench.grid import Grid as Grid
-from kinvert.bench.grid import import_modules as import_modules
-from kinvert.bench.grid import preset as preset
-from kinvert.bench.grid import read_grid as read_grid
-from kinvert.bench.methods import METHODS as METHODS
-from kinvert.bench.methods import Job as Job
-from kinvert.bench.problems import PROBLEMS as PROBLEMS
-from kinvert.bench.problems import Problem as Problem
-from kinvert.bench.record import measure as measure
-from kinvert.bench.runner import run as run
-from kinvert.bench.runner import submit_cells as submit_cells
-from kinvert.bench.store import load as load
-from kinvert.bench.tasks import UnfinishedError as UnfinishedError
+from kinvert._moved import moved_names
+from kinvert.bench.grid import DTYPES, Cell, Grid, preset, read_grid
+from kinvert.bench.measurement import measure
+from kinvert.bench.methods import METHODS, MethodResult, Setup
+from kinvert.bench.problems import PROBLEMS, Problem
+from kinvert.bench.results import compare, load
+from kinvert.bench.runner import run, submit_cells
+from kinvert.jobs import UnfinishedError, import_modules
+
+__all__ = [
+    "DTYPES",
+    "METHODS",
+    "PROBLEMS",
+    "Cell",
+    "Grid",
+    "MethodResult",
+    "Problem",
+    "Setup",
+    "UnfinishedError",
+    "compare",
+    "import_modules",
+    "load",
+    "measure",
+    "preset",
+    "read_grid",
+    "run",
+    "submit_cells",
+]
+
+__getattr__ = moved_names(
+    __name__, {"Job": "kinvert.bench.methods.Setup", "invert_folder": "kinvert.folder.invert_folder"}
+)

@@ -8,10 +8,7 @@ methods or problems of the user's own. The presets are such files, in `kinvert/b
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import math
-import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -21,10 +18,11 @@ from typing import Any
 import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem
-from kinvert.bench.store import content_key
-from kinvert.checks import is_integer, is_number
+from kinvert.checks import check_choice, check_integer, check_number, unknown
+from kinvert.jobs import import_modules
+from kinvert.jsontext import content_key
 from kinvert.rules import Rule
-from kinvert.rules.names import unknown, unknown_sampler, unknown_schedule
+from kinvert.rules.names import unknown_sampler, unknown_schedule
 
 QUESTIONS = ("reconstruction", "recovery")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -75,17 +73,8 @@ class Cell:
                 got = getattr(self, name)
                 raise ValueError(elsewhere[name](got) if name in elsewhere else unknown(name, got, known))
         for name, low in (("steps", 1), ("seed", 0), ("count", 1)):
-            value = getattr(self, name)
-            if not is_integer(value):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-            object.__setattr__(self, name, int(value))
-        if not is_number(self.cfg):
-            raise TypeError(f"cfg must be a number, got {self.cfg!r}")
-        if not math.isfinite(self.cfg):
-            raise ValueError(f"cfg must be finite, got {self.cfg}; 1 turns guidance off")
-        object.__setattr__(self, "cfg", float(self.cfg))
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low))
+        object.__setattr__(self, "cfg", check_number("cfg", self.cfg, fix="1 turns guidance off"))
         object.__setattr__(self, "options", self._canonical_options())
 
     def _canonical_options(self) -> tuple[tuple[str, Any], ...]:
@@ -93,8 +82,8 @@ class Cell:
         given = dict(self.options)
         if not given:  # building a rule takes long
             return ()
-        rule, defaults = ki.sampler(self.sampler, **given), ki.SAMPLERS[self.sampler].options
-        return tuple((key, getattr(rule, key)) for key in sorted(given) if getattr(rule, key) != defaults[key])
+        options, defaults = ki.sampler(self.sampler, **given).options, ki.SAMPLERS[self.sampler].options
+        return tuple((key, options[key]) for key in sorted(given) if options[key] != defaults[key])
 
     @property
     def rule(self) -> Rule:
@@ -192,24 +181,8 @@ def preset(name: str) -> list[Cell]:
         ValueError: an unknown name.
     """
     known = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
-    if name not in known:
-        raise ValueError(unknown("preset", name, known))
+    check_choice("preset", name, known)
     return read_grid(PRESETS / f"{name}.toml")[0]
-
-
-def import_modules(names: Iterable[str]) -> None:
-    """Import modules for what they register; the current folder is searched too.
-
-    Raises:
-        ValueError: a module that cannot be imported.
-    """
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # a console script does not look here
-        sys.path.append(str(Path.cwd()))
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
 
 
 def describe(settings: Mapping[str, Any]) -> str:

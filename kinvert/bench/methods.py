@@ -1,20 +1,22 @@
-"""How data becomes a latent: the methods that are compared.
+"""Invert images: the methods that the benchmark compares.
 
-A method is a function of a `Job` and the image, and returns the latent, or a `ki.Inversion` (or `Found`) with whatever
-belongs to it. `METHODS` holds them by name; one of your own enters by `METHODS["mine"] = lambda job, x: ...`. A
-combination that cannot work is refused by the library, with a message that ends up in the record.
+A method is a function of a `Setup` and the images. It returns the latent, or a `ki.Inversion` (or a `MethodResult`)
+with what belongs to the latent. `METHODS` holds them by name; one of your own enters by
+`METHODS["mine"] = lambda setup, x: ...`. The library refuses a combination that cannot work, and its message ends up in
+the record.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import kinvert as ki
+from kinvert._moved import moved_names
 from kinvert.analysis import explicit_inverse
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.engine import Memory, Progress, run_state
@@ -25,33 +27,46 @@ from kinvert.noise import derived_seed
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
 
+__all__ = [
+    "ITERATING",
+    "METHODS",
+    "Counted",
+    "Method",
+    "MethodResult",
+    "Setup",
+    "apply_method",
+    "generate",
+    "restore",
+    "sees_states",
+]
+
 
 class Counted:
-    """A denoiser that counts what it is asked."""
+    """A denoiser that counts the items that it evaluates."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser, self.items = denoiser, 0
 
     def __call__(self, x: Tensor, sigma: Tensor, /, *args: Any, **conditioning: Any) -> Tensor | Guided:
-        """The denoiser's answer; every item of the batch counts."""
+        """Call the denoiser and count each item of the batch."""
         self.items += len(x)
         return self.denoiser(x, sigma, *args, **conditioning)
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """What a method is given besides the image.
+class Setup:
+    """What a method is given besides the images.
 
     Attributes:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`.
         sigmas: the decreasing sampling schedule, ending above 0.
         sampler: the rule that takes the latent back to data.
-        guidance: `cfg`, `positive` and `negative`, the keyword arguments of `ki.sample` and the rest.
+        guidance: `cfg`, `positive` and `negative`, the keyword arguments of `ki.sample` and the other verbs.
         question: "reconstruction" or "recovery".
         seed: of random numbers.
         max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
-        memory: the auxiliary state that came with the image, where a reversible sampler made it.
-        states: a method may put the states on its way here, by noise level (`job.see` as a callback does).
+        memory: the auxiliary state that came with the image, if a reversible sampler made it.
+        states: a method may put the states on its way here, by noise level (`callback=setup.see` does so).
     """
 
     denoiser: Counted
@@ -66,33 +81,33 @@ class Job:
 
     @property
     def plan(self) -> Plan | None:
-        """The sampler on the schedule; None for one that has no Plan there."""
+        """The Plan of the sampler on the schedule; None for a sampler that has no Plan there."""
         try:
             return compile_plan(self.sampler, self.sigmas)
         except ValueError:
             return None
 
     def bound(self) -> Any:
-        """The guided denoiser `(x, sigma) -> denoised`, for running Plans of the sampler."""
+        """Return the guided denoiser `(x, sigma) -> denoised`, for running Plans of the sampler."""
         plan = self.plan
         return guide(self.denoiser, **self.guidance, pair=plan is not None and plan.is_guided)
 
     def see(self, step: Progress) -> None:
-        """A callback that keeps the states of a run."""
+        """Keep the state of a step: pass this method as a callback."""
         self.states[step.sigma] = step.x
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class MethodResult:
     """What a method found, and what it cost.
 
     Attributes:
         latent: shape (batch, *event).
         evaluations: denoiser evaluations per sample; a guided pair counts as one.
-        converged: the method's own claim per sample; None where it makes none.
-        residuals: per step, noisiest first, and sample; None where there are none.
+        converged: the method's own claim per sample; None if it makes no claim.
+        residuals: by step, noisiest first, and sample; None if the method has none.
         memory, noises: what belongs to the latent.
-        sampler: what takes the latent back to data, where that is not the sampler of the job.
+        sampler: the rule that takes the latent back to data, if it is not the sampler of the setup.
     """
 
     latent: Tensor
@@ -104,66 +119,73 @@ class Found:
     sampler: Rule | None = None
 
 
-Method = Callable[[Job, Tensor], Tensor | ki.Inversion | Found]
+Method = Callable[[Setup, Tensor], Tensor | ki.Inversion | MethodResult]
 
 
-def _unsample(job: Job, x: Tensor) -> Tensor:
+def _unsample(setup: Setup, x: Tensor) -> Tensor:
     return ki.unsample(
-        job.denoiser, x, job.sigmas, sampler=job.sampler, sigma_offset=0.0, callback=job.see, **job.guidance
+        setup.denoiser, x, setup.sigmas, sampler=setup.sampler, sigma_offset=0.0, callback=setup.see, **setup.guidance
     )
 
 
-def _ddim_clean(job: Job, x: Tensor) -> Tensor:
-    return _unsample(replace(job, sampler=ki.sampler("euler")), x)
+def _ddim_clean(setup: Setup, x: Tensor) -> Tensor:
+    return _unsample(replace(setup, sampler=ki.sampler("euler")), x)
 
 
 def _invert(method: str) -> Method:
-    return lambda job, x: ki.invert(
-        job.denoiser, x, job.sigmas, sampler=job.sampler, method=method, max_evals=job.max_evals, **job.guidance
+    return lambda setup, x: ki.invert(
+        setup.denoiser,
+        x,
+        setup.sigmas,
+        sampler=setup.sampler,
+        method=method,
+        max_evals=setup.max_evals,
+        **setup.guidance,
     )
 
 
-def _reversible(job: Job, x: Tensor) -> ki.Inversion | Found:
-    plan = compile_plan(job.sampler, job.sigmas)
-    explicit_inverse(plan)  # says so where there is none
-    if not job.memory:
-        return ki.invert(job.denoiser, x, job.sigmas, sampler=job.sampler, **job.guidance)
-    undone = invert_reversible(plan, job.bound(), x, job.memory)
-    return Found(undone.latent, [undone.evaluations] * len(x), memory=undone.memory)
+def _reversible(setup: Setup, x: Tensor) -> ki.Inversion | MethodResult:
+    plan = compile_plan(setup.sampler, setup.sigmas)
+    explicit_inverse(plan)  # raises if the sampler has none
+    if not setup.memory:
+        return ki.invert(setup.denoiser, x, setup.sigmas, sampler=setup.sampler, **setup.guidance)
+    undone = invert_reversible(plan, setup.bound(), x, setup.memory)
+    return MethodResult(undone.latent, [undone.evaluations] * len(x), memory=undone.memory)
 
 
-def _without_memory(job: Job, x: Tensor) -> Found:
-    found = _found(_reversible(replace(job, memory={}), x), job)
+def _without_memory(setup: Setup, x: Tensor) -> MethodResult:
+    found = _as_result(_reversible(replace(setup, memory={}), x), setup)
     return replace(found, memory={}, converged=None)
 
 
-def _extract_noise(path: Any) -> Method:
-    def extract(job: Job, x: Tensor) -> ki.Inversion:
-        if job.question == "recovery":
+def _extract_noise(path: Literal["independent", "chain"]) -> Method:
+    def extract(setup: Setup, x: Tensor) -> ki.Inversion:
+        if setup.question == "recovery":
             raise ValueError("extract_noise draws its latent, so it recovers none; ask for reconstruction")
-        generator = torch.Generator().manual_seed(derived_seed("extract_noise", job.seed))
+        generator = torch.Generator().manual_seed(derived_seed("extract_noise", setup.seed))
         return ki.extract_noise(
-            job.denoiser, x, job.sigmas, sampler=job.sampler, path=path, generator=generator, **job.guidance
+            setup.denoiser, x, setup.sigmas, sampler=setup.sampler, path=path, generator=generator, **setup.guidance
         )
 
     return extract
 
 
 def _baseline(name: str, own: str = "euler") -> Method:
-    """A published inversion; `own` is the sampler that it checks itself with."""
+    """Return the method of a published inversion; `own` is the sampler that it checks itself with."""
 
-    def apply(job: Job, x: Tensor) -> Found:
-        result, rule = BASELINES[name](job.denoiser, x, job.sigmas, **job.guidance), ki.sampler(own)
-        found = _found(result, job)
-        return found if job.sampler == rule else replace(found, converged=None)  # what it claims is for its own
+    def apply(setup: Setup, x: Tensor) -> MethodResult:
+        result, rule = BASELINES[name](setup.denoiser, x, setup.sigmas, **setup.guidance), ki.sampler(own)
+        found = _as_result(result, setup)
+        # A claim to have converged holds for its own sampler only.
+        return found if setup.sampler == rule else replace(found, converged=None)
 
     return apply
 
 
-def _direct_inversion(job: Job, x: Tensor) -> Found:
+def _direct_inversion(setup: Setup, x: Tensor) -> MethodResult:
     rule = ki.rules.DirectInversion()  # the noises are its offsets
-    result = BASELINES["direct_inversion"](job.denoiser, x, job.sigmas, **job.guidance)
-    return replace(_found(result, job), sampler=rule)
+    result = BASELINES["direct_inversion"](setup.denoiser, x, setup.sigmas, **setup.guidance)
+    return replace(_as_result(result, setup), sampler=rule)
 
 
 METHODS: dict[str, Method] = {
@@ -171,7 +193,7 @@ METHODS: dict[str, Method] = {
     "ddim_clean": _ddim_clean,  # Euler upwards, the slope at the cleaner end of each step: what a flipped schedule does
     "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
     "picard": _invert("picard"),  # the published fixed point
-    "invert": _invert("auto"),  # exact, or said not to be
+    "invert": _invert("auto"),  # exact, or reported as not exact
     "reversible": _reversible,  # closed form, with the auxiliary state
     "reversible_alone": _without_memory,  # the latent alone is kept
     "extract_noise": _extract_noise("independent"),
@@ -188,28 +210,29 @@ METHODS: dict[str, Method] = {
     "direct_inversion": _direct_inversion,
 }
 """Name -> method. Each published baseline of `kinvert.inversion.baselines` is one line."""
-ITERATING = ("picard", "invert")  # those that `max_evals` is for
+ITERATING = ("picard", "invert")
+"""The methods that `max_evals` bounds."""
 
 
-def find(method: str, job: Job, x: Tensor) -> Found:
-    """Apply a method.
+def apply_method(method: str, setup: Setup, x: Tensor) -> MethodResult:
+    """Invert images by a method of `METHODS`.
 
     Raises:
-        ValueError, TypeError: a combination that cannot work; as the library says it.
+        ValueError, TypeError: a combination that cannot work, in the library's words.
     """
-    before = job.denoiser.items
-    result = METHODS[method](job, x)
+    before = setup.denoiser.items
+    result = METHODS[method](setup, x)
     if isinstance(result, Tensor):
-        return Found(result, [_share(job, before, len(x))] * len(x))
-    return _found(result, job)
+        return MethodResult(result, [_evaluations_since(setup, before, len(x))] * len(x))
+    return _as_result(result, setup)
 
 
-def _found(result: ki.Inversion | Found, job: Job) -> Found:
-    """The way to the latent, without what an inversion spent on its certificate."""
-    if isinstance(result, Found):
+def _as_result(result: ki.Inversion | MethodResult, setup: Setup) -> MethodResult:
+    """Convert to a `MethodResult`, whose evaluations leave out those that went into a certificate."""
+    if isinstance(result, MethodResult):
         return result
-    stepwise = len(result.residuals) == len(job.sigmas) - 1 and not result.memory and not result.noises
-    return Found(
+    stepwise = len(result.residuals) == len(setup.sigmas) - 1 and not result.memory and not result.noises
+    return MethodResult(
         result.latent,
         (result.evaluations - result.checking - (0 if result.row_checks is None else result.row_checks)).tolist(),
         result.converged.tolist(),
@@ -219,45 +242,66 @@ def _found(result: ki.Inversion | Found, job: Job) -> Found:
     )
 
 
-def restore(job: Job, found: Found) -> tuple[Tensor, list[int]]:
-    """Sample the latent back, with the memory and the noises that belong to it; and the evaluations per sample."""
-    before, count = job.denoiser.items, len(found.latent)
-    job = replace(job, sampler=found.sampler or job.sampler)
+def restore(setup: Setup, found: MethodResult) -> tuple[Tensor, list[int]]:
+    """Sample the latent back, with the memory and the noises that belong to it.
+
+    Returns:
+        The images, and the denoiser evaluations per sample.
+    """
+    before, count = setup.denoiser.items, len(found.latent)
+    setup = replace(setup, sampler=found.sampler or setup.sampler)
     if found.memory:
-        closed = compile_plan(job.sampler, job.sigmas).closed
+        closed = compile_plan(setup.sampler, setup.sigmas).closed
         start = {"x": found.latent, **found.memory}
-        image = run_state(closed, job.bound(), start, callback=job.see)["x"]
+        image = run_state(closed, setup.bound(), start, callback=setup.see)["x"]
     else:
         noise = ki.noise.replay(found.noises) if found.noises else None
         image = ki.sample(
-            job.denoiser, found.latent, job.sigmas, sampler=job.sampler, noise=noise, callback=job.see, **job.guidance
+            setup.denoiser,
+            found.latent,
+            setup.sigmas,
+            sampler=setup.sampler,
+            noise=noise,
+            callback=setup.see,
+            **setup.guidance,
         )
-    return image, [_share(job, before, count)] * count
+    return image, [_evaluations_since(setup, before, count)] * count
 
 
-def generate(job: Job, latent: Tensor) -> tuple[Tensor, Memory, list[int]]:
-    """Sample a latent: the image, the auxiliary state that a reversible sampler ends with, and the evaluations."""
-    before, plan = job.denoiser.items, job.plan
+def generate(setup: Setup, latent: Tensor) -> tuple[Tensor, Memory, list[int]]:
+    """Sample a latent.
+
+    Returns:
+        The images, the auxiliary state that a reversible sampler ends with, and the denoiser evaluations per sample.
+    """
+    before, plan = setup.denoiser.items, setup.plan
     memory: Memory = {}
     if plan is not None and plan.auxiliary:
-        memory = run_state(plan, job.bound(), {"x": latent}, callback=job.see)
+        memory = run_state(plan, setup.bound(), {"x": latent}, callback=setup.see)
         image = memory.pop("x")
     else:
-        image = ki.sample(job.denoiser, latent, job.sigmas, sampler=job.sampler, callback=job.see, **job.guidance)
-    return image, memory, [_share(job, before, len(latent))] * len(latent)
+        image = ki.sample(
+            setup.denoiser, latent, setup.sigmas, sampler=setup.sampler, callback=setup.see, **setup.guidance
+        )
+    return image, memory, [_evaluations_since(setup, before, len(latent))] * len(latent)
 
 
-def sees_states(job: Job) -> bool:
-    """Whether the first evaluation of every step is at the state itself, so that callbacks see the states."""
-    plan = job.plan
+def sees_states(setup: Setup) -> bool:
+    """Tell whether the first evaluation of every step is at the state itself, so that callbacks see the states."""
+    plan = setup.plan
     if plan is None:
         return False
     here = State("x")
     return all(s.stages and s.stages[0].sigma == s.sigma and s.stages[0].input.alias() == here for s in plan.steps)
 
 
-def _share(job: Job, before: int, count: int) -> int:
-    """Evaluations per sample since `before`; a guided pair is two of the denoiser, and counts as one."""
-    plan, cfg = job.plan, job.guidance.get("cfg", 1.0)
-    pair = job.guidance.get("negative") is not None and (cfg != 1.0 or (plan is not None and plan.is_guided))
-    return round((job.denoiser.items - before) / count / (2 if pair else 1))
+def _evaluations_since(setup: Setup, before: int, count: int) -> int:
+    """Return the evaluations per sample since the count `before`; a guided pair, two calls, counts as one."""
+    plan, cfg = setup.plan, setup.guidance.get("cfg", 1.0)
+    pair = setup.guidance.get("negative") is not None and (cfg != 1.0 or (plan is not None and plan.is_guided))
+    return round((setup.denoiser.items - before) / count / (2 if pair else 1))
+
+
+__getattr__ = moved_names(
+    __name__, {"Job": "kinvert.bench.methods.Setup", "Found": "kinvert.bench.methods.MethodResult"}
+)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from kinvert import levels, models
+from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
-from kinvert.rules.names import nearest, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +65,7 @@ def find_problem(name: str) -> ProblemFunction:
         ValueError: an unknown name; an entry point that cannot be imported, with the reason.
     """
     if not isinstance(name, str) or ":" not in name:
-        if name not in PROBLEMS:
-            raise ValueError(f"{unknown('model', name, PROBLEMS)}, or an entry point 'module:function'")
+        check_choice("model", name, PROBLEMS, ", or an entry point 'module:function'")
         return PROBLEMS[name]
     module, _, attribute = name.partition(":")
     found = _attribute(name, _imported(name, module), attribute)

@@ -1,4 +1,4 @@
-"""Grids of cells, run and kept."""
+"""Measure grids of cells, and keep the results in a folder."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from typing import Any
 
 from safetensors.torch import save
 
-from kinvert.bench import store
+from kinvert.bench import results
 from kinvert.bench.grid import Cell, unique
-from kinvert.bench.questions import check_threads
-from kinvert.bench.record import measure
-from kinvert.bench.tasks import run_tasks, submit
+from kinvert.bench.measurement import measure
+from kinvert.bench.problems import is_built_in
+from kinvert.checks import is_integer
 from kinvert.files import write_file
+from kinvert.jobs import is_done, run_tasks, submit
+from kinvert.jsontext import canonical_json
+
+__all__ = ["CellTask", "check_threads", "run", "submit_cells"]
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """A cell as a task."""
+class CellTask:
+    """The measurement of a cell, as a task."""
 
     cell: Cell
 
     @property
     def key(self) -> str:
-        """The cell's."""
+        """The key of the cell."""
         return self.cell.key
 
     def run(self, folder: Path) -> None:
@@ -33,7 +37,7 @@ class Measurement:
         record, arrays = measure(self.cell)
         if arrays:
             write_file(folder / f"{self.key}.safetensors", save(arrays))
-        write_file(folder / f"{self.key}.json", (store.dumps(record) + "\n").encode())
+        write_file(folder / f"{self.key}.json", (canonical_json(record) + "\n").encode())
 
     def __str__(self) -> str:
         return str(self.cell)
@@ -52,11 +56,11 @@ def run(
 
     Args:
         cells: e.g. a `Grid`, `preset("quick")` or the cells of `read_grid`.
-        folder: where each cell leaves `<key>.json` (and images `<key>.safetensors`).
+        folder: each cell leaves `<key>.json` here (and images in `<key>.safetensors`).
         workers: processes on this machine; or run under `torchrun`. Modules that start processes need the guard
             `if __name__ == "__main__":`.
-        threads: torch's threads in each process, for models of your own; None leaves torch's where there is one
-            process, and shares them out among the workers. Models that come with kinvert take one.
+        threads: torch's threads in each process, for models of your own. None leaves torch's if there is one process,
+            and shares them out among several workers. Models that come with kinvert take one.
         imports: modules that register samplers, methods or problems of your own.
         progress: show a bar with the time left.
 
@@ -65,16 +69,16 @@ def run(
         not ready yet.
 
     Raises:
-        ValueError: as `run_tasks`; a damaged file in the folder.
+        ValueError: as `kinvert.jobs.run_tasks`; a damaged file in the folder.
         UnfinishedError: a cell failed, or a worker ended early. The same call again does what is left.
     """
     folder, cells = Path(folder), unique(cells)
     check_threads(threads, cells)
-    tasks = [Measurement(cell) for cell in cells]
+    tasks = [CellTask(cell) for cell in cells]
     run_tasks(tasks, folder, workers=workers, threads=threads, imports=imports, progress=progress)
     keys = [task.key for task in tasks]
-    store.merge(folder, keys)
-    return [store.read(folder / f"{key}.json") for key in sorted(keys) if store.is_done(folder, key)]
+    results.merge(folder, keys)
+    return [results.read(folder / f"{key}.json") for key in sorted(keys) if is_done(folder, key)]
 
 
 def submit_cells(
@@ -86,8 +90,29 @@ def submit_cells(
     imports: Sequence[str] = (),
     **parameters: Any,
 ) -> list[Any]:
-    """Submit cells to Slurm; see `submit`. `run` with the same cells merges the results once the jobs have ended."""
+    """Submit cells to Slurm, as `kinvert.jobs.submit` does.
+
+    Once the jobs have ended, `run` with the same cells merges the results.
+    """
     cells = unique(cells)
     check_threads(threads, cells)
-    tasks = [Measurement(cell) for cell in cells]
+    tasks = [CellTask(cell) for cell in cells]
     return submit(tasks, Path(folder), workers=workers, threads=threads, imports=imports, **parameters)
+
+
+def check_threads(threads: int | None, cells: Iterable[Cell]) -> None:
+    """Refuse a number of threads that no cell would be computed with.
+
+    Raises:
+        ValueError: `threads` is not a positive int; all models come with kinvert and take one thread.
+    """
+    if threads is None:
+        return
+    if not is_integer(threads) or threads < 1:
+        raise ValueError(f"threads must be a positive int, or None to leave torch's, got {threads!r}")
+    models = sorted({cell.model for cell in cells})
+    if models and all(is_built_in(model) for model in models):
+        raise ValueError(
+            f"threads is for models of your own, got {threads} for {', '.join(models)}; what comes with kinvert is "
+            "computed with one thread, so that records are equal to the byte: leave threads out"
+        )

@@ -31,9 +31,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kinvert import torch_hooks
 from kinvert.denoisers.protocol import broadcasts, expand, working_dtype
 
-_Cache = dict[tuple[torch.dtype, torch.device], tuple[tuple[int, ...], tuple[Tensor, ...]]]
+_Cache = dict[tuple[torch.dtype, torch.device], tuple[tuple[int | None, ...], tuple[Tensor, ...]]]
 
 
 def _cast(parameters: tuple[Tensor, ...], x: Tensor, cache: _Cache) -> tuple[Tensor, ...]:
@@ -46,7 +47,9 @@ def _cast(parameters: tuple[Tensor, ...], x: Tensor, cache: _Cache) -> tuple[Ten
         return parameters
     if torch.compiler.is_compiling() or any(p.requires_grad for p in parameters):
         return tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)
-    state = tuple(0 if p.is_inference() else p._version for p in parameters)
+    state = tuple([torch_hooks.version(p) for p in parameters])
+    if None in state:  # nobody can tell whether they were changed
+        return tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)
     if key not in cache or cache[key][0] != state:
         with torch.inference_mode(False):  # what is cached must serve autograd later
             cache[key] = state, tuple(p.to(dtype=key[0], device=key[1]) for p in parameters)

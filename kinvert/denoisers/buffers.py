@@ -1,27 +1,30 @@
-"""What a denoiser returned, when somebody else may write to it.
+"""Outputs of a denoiser that somebody else may write to.
 
 Networks that run from CUDA graphs or TensorRT engines return the same memory at every call, and samplers read an output
-again after the next evaluation. No value has to be read to see this coming: a tensor that was made for its caller alone
-is known to nobody else, and its memory to no other tensor. What is known to somebody, or lies in memory that torch did
-not allocate, is copied where it has to outlive the next evaluation; what nobody holds is used as it is.
+again after the next evaluation. Such memory can be recognised without reading a value: a tensor that was made for its
+caller alone has no other reference, and no other tensor shares its storage. An output that somebody else refers to, or
+that lies in memory that torch did not allocate, is copied if it has to outlive the next evaluation; any other is used
+as it is.
 """
 
 from __future__ import annotations
 
-from sys import getrefcount
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kinvert import torch_hooks
 from kinvert.denoisers.protocol import Denoiser, Guided
+
+__all__ = ["call_to_keep", "keep", "lay_out"]
 
 
 def keep(outputs: list[Any]) -> None:
-    """Copy those outputs, tensors or `Guided` pairs of them, that others may write to, in place of themselves.
+    """Replace outputs that others may write to, tensors or `Guided` pairs of tensors, by copies.
 
-    The list must be all that the caller has of them: another name for an output counts as somebody who holds it. Where
-    nobody can say who holds what (compiled and vectorised runs, tensor subclasses), every output is copied.
+    The list must hold the only references of the caller: another name for an output counts as another holder. If the
+    holders cannot be counted (compiled and vectorised runs, tensor subclasses), every output is copied.
     """
     for i in range(len(outputs)):
         if isinstance(outputs[i], Guided):
@@ -33,43 +36,39 @@ def keep(outputs: list[Any]) -> None:
 
 
 def call_to_keep(denoiser: Denoiser, x: Tensor, sigma: Tensor, **conditioning: Any) -> Any:
-    """What the denoiser returns, as nobody else can change it."""
+    """Call the denoiser and return its output in memory that nobody else can change."""
     outputs = [denoiser(x, sigma, **conditioning)]
     keep(outputs)
     return outputs[0]
 
 
 def lay_out(x: Tensor) -> Tensor:
-    """x itself where it starts its memory and leaves no gaps, else a copy of that kind: a compiled network needs one
-    version for all the tensors that it sees.
+    """Return x if it starts its memory and leaves no gaps, else a copy that does.
+
+    A compiled network is then compiled once for all the tensors that it sees.
     """
     dense = x.is_contiguous() or x.stride() == torch.empty_like(x).stride()
     return x if dense and x.storage_offset() == 0 else x.clone()
 
 
 def _can_tell() -> bool:
-    """Whether tensors are what they seem, and torch has what is needed to count who holds them."""
-    functorch = getattr(torch._C, "_functorch", None)
-    return (
-        not torch.compiler.is_compiling()
-        and hasattr(torch._C, "_storage_Use_Count")
-        and hasattr(functorch, "peek_interpreter_stack")
-        and functorch.peek_interpreter_stack() is None  # type: ignore[union-attr]
-    )
+    """Tell whether holders can be counted, and tensors are not stand-ins of `torch.func` or `torch.compile`."""
+    return not torch_hooks.is_transformed() and torch_hooks.can_count_holders()
 
 
 def _holders(outputs: list[Any], i: int) -> tuple[int, int]:
-    """How many know the tensor, and how many its storage."""
-    storage = outputs[i].untyped_storage()._cdata
-    return getrefcount(outputs[i]), torch._C._storage_Use_Count(storage)
+    """Count the references to a tensor, and the tensors that share its storage."""
+    references, users = torch_hooks.holder_counters()
+    return references(outputs[i]), users(torch_hooks.storage_key(outputs[i]))
 
 
 def _is_alone(outputs: list[Any], i: int) -> bool:
+    """Tell whether nobody else holds a tensor or its memory."""
     return (
         type(outputs[i]) is Tensor
-        and outputs[i].untyped_storage().resizable()  # else the memory is somebody else's, NumPy's or an engine's
+        and outputs[i].untyped_storage().resizable()  # else the memory is NumPy's or an engine's
         and _holders(outputs, i) == _ALONE
     )
 
 
-_ALONE = _holders([torch.empty(1)], 0) if hasattr(torch._C, "_storage_Use_Count") else (0, 0)
+_ALONE = _holders([torch.empty(1)], 0) if torch_hooks.can_count_holders() else (0, 0)

@@ -33,7 +33,6 @@ Source: "Classifier-Free Diffusion Guidance", Ho & Salimans 2022, arXiv 2207.125
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,11 +41,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import is_number, plain
+from kinvert.checks import check_number, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
-from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, working_dtype
+from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, take_rows, working_dtype
 
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
@@ -121,7 +120,7 @@ class Guidance:
         def cut(value: Any) -> Any:
             return _each(lambda rows: rows.take(index), value)
 
-        denoiser = self.denoiser.take(index) if hasattr(self.denoiser, "take") else self.denoiser
+        denoiser = take_rows(self.denoiser, index)
         negative = None if self.negative is None else cut(self.negative)
         return replace(self, denoiser=denoiser, positive=cut(self.positive), negative=negative, batch=len(index))
 
@@ -224,14 +223,14 @@ def guide(
             fix = "7.5, or one for each step of a schedule by denoisers.step_cfg(cfg, sigmas)"
         got = type(cfg).__name__
         raise TypeError(f"cfg must be a Python number, got {got}; pass a float, e.g. {fix}")
-    if not callable(cfg) and not math.isfinite(cfg):
-        raise ValueError(f"cfg must be finite, got {cfg}; 1 turns guidance off")
+    if not callable(cfg):
+        cfg = check_number("cfg", cfg, fix="1 turns guidance off")
     if negative is None and not _is_one(cfg):
         why = "a cfg for each step" if callable(cfg) else f"cfg={cfg:g}"
         raise ValueError(_NEGATIVE_MISSING.format(why=why))
     positive = _keywords("positive", {} if positive is None else positive)
     negative = None if negative is None else _keywords("negative", negative)
-    guidance = Guidance(denoiser, cfg if callable(cfg) else float(cfg), positive, negative, pair)
+    guidance = Guidance(denoiser, cfg, positive, negative, pair)
     return guidance if batch is None else guidance._settled(batch)
 
 

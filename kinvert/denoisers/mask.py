@@ -29,6 +29,7 @@ from kinvert.denoisers.protocol import (
     broadcasts,
     check_output,
     expand,
+    take_rows,
     working_dtype,
 )
 
@@ -153,12 +154,11 @@ class Masked:
             _check_like("noise", self.noise, self.background)
 
     def take(self, index: Tensor) -> Masked:
-        """Return the masked denoiser of the rows `index`, shape (n,); the one inside is cut too if it has a `take`."""
-        inner: Any = self.denoiser.take(index) if hasattr(self.denoiser, "take") else self.denoiser
+        """Return the masked denoiser of the rows `index`, shape (n,)."""
         of_each = self.mask.ndim == self.background.ndim and len(self.mask) == len(self.background)
         mask = self.mask[index] if of_each else self.mask  # another mask is one for all rows
         noise = None if self.noise is None else self.noise[index]
-        return Masked(inner, mask, self.background[index], noise, self.coordinates)
+        return Masked(take_rows(self.denoiser, index), mask, self.background[index], noise, self.coordinates)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
         """The masked prediction, from x of the background's shape and sigma (batch,)."""

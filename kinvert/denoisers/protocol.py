@@ -67,6 +67,12 @@ class BoundDenoiser(Protocol):
         ...
 
 
+def take_rows(denoiser: Denoiser, index: Tensor) -> Denoiser:
+    """Return the denoiser of the rows `index`; one without `take` is the same for all rows."""
+    cut: Denoiser = denoiser.take(index) if hasattr(denoiser, "take") else denoiser
+    return cut
+
+
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype to compute in: float64 for float64 x, float32 for float32 and half precision.
 

@@ -4,9 +4,9 @@ from kinvert.engine.contract import check_state as check_state
 from kinvert.engine.fused import BLOCK as BLOCK
 from kinvert.engine.fused import Constants as Constants
 from kinvert.engine.fused import FusedRun as FusedRun
-from kinvert.engine.fused import can_fuse as can_fuse
 from kinvert.engine.fused import fused_loop as fused_loop
 from kinvert.engine.loop import noise_for as noise_for
+from kinvert.engine.loop import plain_loop as plain_loop
 from kinvert.engine.loop import run as run
 from kinvert.engine.loop import run_state as run_state
 from kinvert.engine.step import Callback as Callback

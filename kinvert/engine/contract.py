@@ -1,6 +1,7 @@
-"""What a run demands of the state, of what the denoiser returns and of noise: errors that name the fix.
+"""Checks of the state, of what a denoiser returns and of noise: errors that name the fix.
 
-Types, shapes and dtypes are looked at, no value is read: nothing here waits for a device.
+The checks look at types, shapes and dtypes and read no value, so they do not wait for a device. The warnings of
+`warn_if_drowned` and `warn_if_rising_drowns` take one read of x.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert import torch_hooks
 from kinvert.checks import check_beside, check_dense, has_values, plain
 from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, flow_sampler
 from kinvert.denoisers import Guided
@@ -19,9 +21,25 @@ from kinvert.plan import Interval, Plan, Stage, Step
 from kinvert.rules.flow import within_one
 from kinvert.tensors import is_half, wide_dtype
 
+__all__ = [
+    "check_coordinates",
+    "check_memory",
+    "check_outputs",
+    "check_plan",
+    "check_state",
+    "checked_noise",
+    "checked_output",
+    "rounding",
+    "warn_if_drowned",
+    "warn_if_rising_drowns",
+]
+
+DROWNED = 1.0
+"""The rounding, in units of the noise level, above which a warning is given; see `rounding`."""
+
 
 def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor, Tensor | None]:
-    """What the denoiser returned for x, checked by its type, shape and dtype (no value is read)."""
+    """Return (denoised, uncond or None) of what the denoiser returned for x, after checks of type, shape and dtype."""
     where = f"in step {step.index} (sigma {stage.sigma:g})"
     if stage.guided:
         if not isinstance(out, Guided):
@@ -34,7 +52,7 @@ def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor
 
 
 def checked_output(out: Any, x: Tensor, where: str) -> Tensor:
-    """A tensor that the denoiser returned for x, checked by its type, shape and dtype."""
+    """Return a tensor that the denoiser returned for x, after checks of its type, shape and dtype."""
     if not isinstance(out, Tensor):
         raise TypeError(f"the denoiser must return a tensor (the denoised x), got {type(out).__name__} {where}")
     if out.shape != x.shape:
@@ -63,10 +81,10 @@ def checked_noise(draw: NoiseFunction, interval: Interval, x: Tensor) -> Tensor:
 
 
 def check_state(x: Any) -> Tensor:
-    """The state `x`, a dense floating point tensor of shape (batch, *event), as a plain tensor.
+    """Return x, a dense floating point tensor of shape (batch, *event), as a plain tensor.
 
     Raises:
-        TypeError, ValueError: x is something else.
+        TypeError, ValueError: x is anything else.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of shape (batch, *event), got {type(x).__name__}")
@@ -79,7 +97,7 @@ def check_state(x: Any) -> Tensor:
 
 
 def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
-    """Raise TypeError or ValueError where `state` is not what the Plan starts from; see `engine.run_state`."""
+    """Raise TypeError or ValueError if `state` is not what the Plan starts from; see `run_state`."""
     check_state(state.get("x"))
     needed = plan.steps[0].reads | {"x"}
     if state.keys() != needed:
@@ -99,16 +117,15 @@ def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:
             )
 
 
-DROWNED = 1.0
-"""The rounding, in units of the noise level, above which a run is not begun without a word; see `rounding`."""
-
-
 def rounding(x: Tensor, sigma: float) -> float:
-    """What rounding leaves of a slope `(x - D) / sigma`, in units of sigma: `eps rms(x) / sigma`, eps of x's dtype.
+    """Estimate the rounding error of a slope `(x - D) / sigma`, in units of sigma: `eps rms(x) / sigma`.
 
-    A run that starts at a small level, or divides by one, has this error in its first step, and carries it along: on
-    the embedded digits in bfloat16 (20 steps, levels 0.002 to 80, rms 0.85) latents were off by 1.4 sigma where it is
-    66, by 0.4 where it is 1.3, and by 0.2 where it is 0.7. One read of x; 0 for one without values.
+    eps belongs to x's dtype. A run that starts at a small level, or divides by one, makes this error in its first step
+    and carries it along. On the embedded digits in bfloat16 (20 steps, levels 0.002 to 80, rms 0.85) an estimate of 66
+    went with latents that were off by 1.4 sigma, 1.3 with 0.4 sigma, and 0.7 with 0.2 sigma.
+
+    Returns:
+        The estimate, which takes one read of x; 0 for an x without values.
     """
     if not has_values(x):
         return 0.0
@@ -117,7 +134,7 @@ def rounding(x: Tensor, sigma: float) -> float:
 
 
 def warn_if_drowned(x: Tensor, sigma: float, what: str, fix: str, stacklevel: int = 4) -> None:
-    """Say so, with the number, where rounding must drown what is divided by sigma."""
+    """Warn, with the number, if rounding drowns what is divided by sigma."""
     if sigma > 0 and (error := rounding(x, sigma)) > DROWNED:
         warnings.warn(
             f"{what} at sigma {sigma:g} in {x.dtype} has a rounding error of up to {error:.2g} sigma (eps rms(x) / "
@@ -127,18 +144,31 @@ def warn_if_drowned(x: Tensor, sigma: float, what: str, fix: str, stacklevel: in
         )
 
 
+def warn_if_rising_drowns(plan: Plan, x: Tensor, stacklevel: int = 3) -> None:
+    """Warn if a Plan that runs upwards starts at a level that rounding in half precision drowns; see `rounding`."""
+    if (
+        isinstance(plan, Plan)
+        and plan.is_rising
+        and isinstance(x, Tensor)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not torch_hooks.is_transformed()
+    ):
+        what, fix = "the first slope of the way up", "or a higher first level"
+        warn_if_drowned(x, plan.sigmas[0], what, fix, stacklevel=stacklevel + 1)
+
+
 def check_plan(plan: Any) -> None:
-    """Raise TypeError where `plan` is a sampler that is not compiled yet, or something else."""
+    """Raise TypeError if `plan` is a sampler that is not compiled yet, or anything else."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}; use ki.compile_plan(sampler, sigmas)")
 
 
 def check_coordinates(plan: Plan, denoiser: Any) -> None:
-    """Raise ValueError where a denoiser says that it takes other numbers than those of the Plan."""
-    if torch.compiler.is_compiling():  # which does not follow it
+    """Raise ValueError if the denoiser declares other coordinates than those of the Plan."""
+    if torch.compiler.is_compiling():  # torch.compile cannot trace this check
         return
     model = coordinates_of(denoiser)
-    if model == "ve" and plan.coordinates == "flow":  # a rule spelled out for flow time may be run on any numbers here
+    if model == "ve" and plan.coordinates == "flow":  # rules written for flow time run on any numbers
         raise ValueError(
             "the Plan is for flow times, but the denoiser takes sigmas of variance-exploding coordinates; build the "
             f"denoiser in flow time, {FLOW_FIX}, or convert the schedule, {VE_FIX}"

@@ -6,17 +6,15 @@ compiles, and needs to know who holds a tensor: a row that the denoiser keeps is
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from sys import getrefcount
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, lerp
-from torch.autograd import forward_ad
 
+from kinvert import torch_hooks
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
 from kinvert.engine.contract import check_outputs, checked_noise
@@ -29,14 +27,7 @@ from kinvert.tensors import is_half, wide_dtype
 BLOCK = 2048
 """A product with one result is made in pieces of so many columns, if they divide the rows: on a CPU 15 to 40 % faster
 than in one piece. Products with several results are slower in pieces."""
-_CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int]] = WeakKeyDictionary()
-
-
-@functools.cache
-def can_fuse() -> bool:
-    """Whether torch has what `fused_loop` needs and has no public name for; where not, the plain loop is as right."""
-    names = ((torch._C, "_storage_Use_Count"), (torch._C, "_functorch"), (forward_ad, "_current_level"))
-    return all(hasattr(*name) for name in names) and hasattr(torch._C._functorch, "peek_interpreter_stack")
+_CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ class Constants:
     def of(cls, plan: Plan, x: Tensor) -> Constants:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=is_half(x.dtype))
-        sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+        sigmas = stage_sigmas(plan.stage_levels, x)
         levels = (level.clone() for level in sigmas.unbind(0))  # a compiled network asks where a tensor starts
         passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
         blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0
@@ -71,9 +62,10 @@ class Constants:
         return cls(code, passes, tuple(matrices), blocks or 1)
 
     @property
-    def version(self) -> int:
-        """Another number where somebody wrote into the noise levels."""
-        return sum(level._version for one in self.passes for _, level in one[1])
+    def version(self) -> int | None:
+        """Return a number that changes if somebody writes into the noise levels, or None if that cannot be told."""
+        versions = [torch_hooks.version(level) for _, evaluations in self.passes for _, level in evaluations]
+        return None if None in versions else sum(filter(None, versions))
 
 
 def constants_for(plan: Plan, x: Tensor) -> Constants:
@@ -82,7 +74,7 @@ def constants_for(plan: Plan, x: Tensor) -> Constants:
         return Constants.of(plan, x)
     key = (x.shape, x.dtype, x.device, type(x))
     known = _CONSTANTS.get(plan)
-    if known is None or known[0] != key or known[1].version != known[2]:
+    if known is None or known[0] != key or known[2] is None or known[1].version != known[2]:
         constants = Constants.of(plan, x)
         known = _CONSTANTS[plan] = (key, constants, constants.version)
     return known[1]
@@ -122,8 +114,8 @@ class FusedRun:
 
     def place(self, slot: int, row: Tensor) -> None:
         """Take a tensor for a row, and note how many know its memory."""
-        self.values[slot], self.storages[slot] = row, row.untyped_storage()._cdata
-        self.users[slot] = torch._C._storage_Use_Count(self.storages[slot])
+        self.values[slot], self.storages[slot] = row, torch_hooks.storage_key(row)
+        self.users[slot] = torch_hooks.holder_counters()[1](self.storages[slot])
 
     def replace(self, slot: int) -> None:
         """Leave a row to the denoiser, which keeps it, and go on with a copy."""
@@ -158,7 +150,7 @@ class FusedRun:
     ) -> None:
         """Make steps, which are some of `constants.passes`. An input that the denoiser keeps is not overwritten."""
         values, compute, dtype, shape = self.values, self.compute, self.x.dtype, self.x.shape
-        users = torch._C._storage_Use_Count  # how many tensors use a storage
+        holders, users = torch_hooks.holder_counters()
         for (step, draws, _, kernels, dead), calls in passes:
             seen = None
             for slot, interval in draws:
@@ -167,15 +159,15 @@ class FusedRun:
                 if before:
                     compute(before)
                 x = values[slot]
-                references = getrefcount(x)
+                held = holders(x)
                 denoised: Any = denoiser(x, sigma)
                 uncond: Any = None
                 plain = type(denoised) is Tensor and denoised.dtype is dtype and denoised.shape == shape
                 if not plain or out_uncond is not None:
                     denoised, uncond = check_outputs(denoised, x, stage, step)
-                if slot >= 0 and (getrefcount(x) != references or users(self.storages[slot]) != self.users[slot]):
+                if slot >= 0 and (holders(x) != held or users(self.storages[slot]) != self.users[slot]):
                     denoised, uncond = self.owned(denoised, slot), self.owned(uncond, slot)
-                    if getrefcount(x) != references or users(self.storages[slot]) != self.users[slot]:
+                    if holders(x) != held or users(self.storages[slot]) != self.users[slot]:
                         self.replace(slot)
                 if lives_on and out < 0:
                     outputs = [denoised, uncond]
@@ -221,7 +213,7 @@ class FusedRun:
 
     def owned(self, out: Any, slot: int) -> Any:
         """What the denoiser returned; a copy where that is its input, or a part of it."""
-        return out.clone() if out is not None and out.untyped_storage()._cdata == self.storages[slot] else out
+        return out.clone() if out is not None and torch_hooks.storage_key(out) == self.storages[slot] else out
 
     def compute(self, kernels: tuple[Kernel, ...]) -> None:
         """Run kernels; see `program.Kernel`."""
@@ -268,12 +260,12 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
     """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
     state = {name: lay_out(value) for name, value in state.items()}
     x = state["x"]
-    version = None if x.is_inference() else x._version
+    version = torch_hooks.version(x)
     constants = constants_for(plan, x)
     fused = FusedRun(constants, x)
     fused.start(state)
     fused.advance(constants.passes, denoiser, draw, callback)
-    if version is not None and x._version != version:
+    if torch_hooks.version(x) != version:
         raise ValueError(
             "the denoiser wrote into x, so that the state and your own tensor changed under the run; let it work on a "
             "copy, e.g. x = x.clone() in front of an operation in place"

@@ -26,13 +26,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kinvert.checks import check_choice
 from kinvert.denoisers import Denoiser, Guided
-from kinvert.engine import Callback, Constants, FusedRun, Progress, can_fuse, noise_for, run
+from kinvert.engine import Callback, Constants, FusedRun, Progress, noise_for, run
 from kinvert.engine.contract import check_plan, check_state, checked_noise
 from kinvert.noise import Noise
 from kinvert.plan import Plan
-from kinvert.rules.names import unknown
 from kinvert.tensors import wide_dtype
+from kinvert.torch_hooks import can_reuse_memory
 
 Steps = Literal["all", "each"]
 
@@ -61,8 +62,7 @@ def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> 
     """
     check_plan(plan)
     x = check_state(x)
-    if steps not in get_args(Steps):
-        raise ValueError(unknown("steps", steps, get_args(Steps)))
+    check_choice("steps", steps, get_args(Steps))
     return CapturedRun(plan, denoiser, x, steps)
 
 
@@ -170,7 +170,7 @@ def _record(functions: Sequence[Callable[[], Any]], x: Tensor) -> tuple[list[Cal
     """(launches, the result that the last of them writes, None), or (no launches, None, the reason why not)."""
     if x.device.type != "cuda":
         return [], None, f"x is on {x.device.type}, and only a CUDA device has graphs"
-    if not can_fuse():
+    if not can_reuse_memory():
         return [], None, "this version of torch lacks what the engine needs to run in place"
     with torch.no_grad(), torch.cuda.device(x.device):
         try:

@@ -1,63 +1,50 @@
-r"""The loop. Every sampler is a Plan, and this is the only place where Plans (and rules) meet tensors.
+r"""The loop that runs every sampler: a Plan, a denoiser and a state go in, the final state comes out.
 
-Inside the loop there are denoiser calls and linear combinations, nothing else: noise levels are uploaded once, the
-coefficients are Python floats, and no tensor is read by the host. States in half precision are combined in float32
-and rounded once.
+There are denoiser calls and linear combinations here, nothing else. Noise levels are uploaded once, the coefficients
+are Python floats, and the host reads no tensor. States in half precision are combined in float32 and rounded once.
 
-A run is made in one of two ways, with results that agree to rounding: `_loop` takes the Plan as it is written and
-makes a new tensor for every value; `fused_loop`, where no one differentiates, vectorises or compiles the run, carries
-out the kernels that `program` lays out for it, in buffers that are used again from step to step (`fused`). Both are
-made of steps (`advance`).
+A run is made in one of two ways, whose results agree to rounding:
+
+* the plain loop, `_plain_loop`, follows the Plan as it is written and makes a new tensor for every value;
+* `fused.fused_loop` runs the kernels that `kernels.program` lays out for the Plan, in memory that is used again from
+  step to step. It is taken if nobody differentiates, vectorises or compiles the run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kinvert import torch_hooks
 from kinvert.checks import check_callback, has_values, plain
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.dtypes import explain
-from kinvert.engine.contract import check_coordinates, check_memory, check_plan, check_state, warn_if_drowned
-from kinvert.engine.fused import BLOCK, Constants, FusedRun, can_fuse, fused_loop
-from kinvert.engine.step import Callback, Memory, Progress, advance, combine, evaluate, stage_sigmas
-from kinvert.noise import Noise as NoiseLike
-from kinvert.noise import NoiseFunction, bind, default_noise
+from kinvert.engine.contract import check_coordinates, check_memory, check_plan, warn_if_rising_drowns
+from kinvert.engine.fused import fused_loop
+from kinvert.engine.step import Callback, Memory, Progress, advance, stage_sigmas
+from kinvert.noise import Noise, NoiseFunction, bind, default_noise
 from kinvert.plan import Plan
 
-__all__ = [
-    "BLOCK",
-    "Callback",
-    "Constants",
-    "FusedRun",
-    "Memory",
-    "Progress",
-    "advance",
-    "can_fuse",
-    "check_state",
-    "combine",
-    "evaluate",
-    "fused_loop",
-    "noise_for",
-    "run",
-    "run_state",
-    "stage_sigmas",
-]
-HALVES = (torch.bfloat16, torch.float16)
+__all__ = ["noise_for", "plain_loop", "run", "run_state"]
+
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 def run(
-    plan: Plan, denoiser: Denoiser, x: Tensor, noise: NoiseLike | None = None, callback: Callback | None = None
+    plan: Plan, denoiser: Denoiser, x: Tensor, noise: Noise | None = None, callback: Callback | None = None
 ) -> Tensor:
     """Run a Plan: from `x` at `plan.sigmas[0]` to the state at `plan.sigmas[-1]`.
 
     Args:
         plan: from `compile_plan`.
         denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,); a Plan with `is_guided`
-            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 where x is in half precision. It may
-            return the same memory at every call: what a sampler reads again is copied where it is not the run's alone.
+            needs a pair `Guided(denoised, uncond)`. sigma has x's dtype, float32 if x is in half precision. The
+            denoiser may return the same memory at every call: outputs that a sampler reads again are copied unless
+            the run alone holds them.
         x: the state, shape (batch, *event), floating point. It is not modified.
         noise: a noise source for stochastic Plans; None draws the rule's own kind (`Rule.default_noise`), seeded by
             torch's global generator.
@@ -68,33 +55,26 @@ def run(
         do that). Gradients flow through it; a run under `torch.no_grad()` takes fewer passes over memory.
 
     Raises:
-        TypeError: x that is not a floating point tensor; a denoiser that returns something else than a tensor of x's
-            dtype (float32 is accepted for half-precision states), or that fails on x's dtype.
+        TypeError: x that is not a floating point tensor; a denoiser that returns anything but a tensor of x's dtype
+            (float32 is accepted for half-precision states), or that fails on x's dtype.
         ValueError: a denoiser or noise source that returns another shape than x's.
 
     Warns:
         RuntimeWarning: a run upwards in half precision whose rounding drowns it, with the number (one read of x).
     """
-    if (
-        isinstance(plan, Plan)
-        and plan.is_rising
-        and isinstance(x, Tensor)
-        and x.dtype in HALVES
-        and not _is_transformed()
-    ):
-        warn_if_drowned(x, plan.sigmas[0], "the first slope of the way up", "or a higher first level", stacklevel=3)
+    warn_if_rising_drowns(plan, x)
     return run_state(plan, denoiser, {"x": x}, noise, callback)["x"]
 
 
 def run_state(
-    plan: Plan, denoiser: Denoiser, state: Memory, noise: NoiseLike | None = None, callback: Callback | None = None
+    plan: Plan, denoiser: Denoiser, state: Memory, noise: Noise | None = None, callback: Callback | None = None
 ) -> Memory:
     """Run a Plan and return the auxiliary state too, so that the run can be continued or undone.
 
     Args:
         plan: from `compile_plan`, which starts from "x" alone; its `closed` form starts from a given auxiliary state.
         denoiser, noise, callback: see `run`.
-        state: "x", and the auxiliary state by the names of `plan.auxiliary` where the Plan starts from it; tensors of
+        state: "x", and the auxiliary state by the names of `plan.auxiliary` if the Plan starts from it; tensors of
             x's shape and dtype.
 
     Returns:
@@ -114,9 +94,9 @@ def run_state(
     x = state["x"]
     draw = noise_for(plan, noise, x)
     if torch.compiler.is_compiling():
-        return _loop(plan, denoiser, state, draw, callback)
+        return _plain_loop(plan, denoiser, state, draw, callback)
     try:
-        return (_loop if _is_traced(x) else fused_loop)(plan, denoiser, state, draw, callback)
+        return (_plain_loop if _is_watched(x) else fused_loop)(plan, denoiser, state, draw, callback)
     except RuntimeError as error:
         said = explain(error, x)
         if said is None:
@@ -124,21 +104,11 @@ def run_state(
         raise said from error
 
 
-def _is_transformed() -> bool:
-    """Whether someone vectorises or compiles the run, so that no value can be read, or nobody can say."""
-    return torch.compiler.is_compiling() or not can_fuse() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether someone differentiates, vectorises or compiles the run, or x is not a plain tensor, or nobody can say."""
-    if torch.is_grad_enabled() or _is_transformed() or not has_values(x):
-        return True
-    return forward_ad._current_level >= 0 or (type(x) is not Tensor and is_traceable_wrapper_subclass(x))
-
-
-def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
-    """The run as it is read off the Plan: a new tensor for every value."""
-    sigmas = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], state["x"])
+def _plain_loop(
+    plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None
+) -> Memory:
+    """Run a Plan as it is written: a new tensor for every value."""
+    sigmas = stage_sigmas(plan.stage_levels, state["x"])
     first = 0
     for step in plan.steps:
         levels = sigmas[first : first + len(step.stages)]
@@ -151,8 +121,31 @@ def _loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, ca
     return {name: value.clone() if rows[name].alias() else value for name, value in state.items()}
 
 
-def noise_for(plan: Plan, noise: NoiseLike | None, x: Tensor) -> NoiseFunction:
-    """The noise function of a run; a deterministic Plan leaves torch's global generator alone."""
+@contextmanager
+def plain_loop() -> Iterator[None]:
+    """Make all runs in this context by the plain loop: easier to debug, at the cost of memory and time."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Tell whether memory must not be used again: somebody differentiates, vectorises or compiles, or may do so."""
+    return (
+        torch.is_grad_enabled()
+        or _PLAIN.get()
+        or torch_hooks.is_transformed()
+        or not torch_hooks.can_reuse_memory()
+        or not has_values(x)
+        or torch_hooks.is_forward_mode()
+        or torch_hooks.is_wrapper(x)
+    )
+
+
+def noise_for(plan: Plan, noise: Noise | None, x: Tensor) -> NoiseFunction:
+    """Return the noise function of a run; a deterministic Plan leaves torch's global generator alone."""
     if not plan.is_stochastic:
         return lambda sigma_from, sigma_to: x  # never called
     source = default_noise(plan.rule.default_noise) if noise is None else noise

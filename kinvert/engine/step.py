@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def combine(form: Form, known: dict[Symbol, Tensor], like: Tensor) -> Tensor:
     return torch.zeros_like(like) if total is None else total.to(like.dtype)
 
 
-def stage_sigmas(sigmas: list[float], x: Tensor) -> Tensor:
+def stage_sigmas(sigmas: Sequence[float], x: Tensor) -> Tensor:
     """Noise levels as the denoiser gets them, shape (stages, batch), on x's device: one upload for the whole run."""
     dtype = wide_dtype(x.dtype)
     column = torch.tensor(sigmas, dtype=torch.float64).to(dtype).to(x.device)

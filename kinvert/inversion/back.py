@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import has_values, is_number
+from kinvert.checks import has_values, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of, settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, expand, guide, step_cfg
 from kinvert.engine import Callback, advance, check_state, run_state, stage_sigmas
@@ -62,6 +62,12 @@ class WayBack:
     mask: Tensor | None = None
     image: Tensor | None = None
     steering: Steering | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mask", "image"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, plain(value).detach())
 
     def sample(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_callback, check_values, is_integer
+from kinvert.checks import check_callback, check_choice, check_decreasing, check_values, is_integer
 from kinvert.coordinates import settle
 from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Masked, guide, step_cfg
 from kinvert.engine import Callback, check_state
@@ -30,8 +30,6 @@ from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.ready import with_bar
 from kinvert.rules import Rule
-from kinvert.rules.flow import unwrapped
-from kinvert.rules.names import unknown
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
 
@@ -109,8 +107,7 @@ def invert(
     """
     x = check_image(x)
     check_callback(callback)
-    if last_step not in LAST_STEPS:
-        raise ValueError(unknown("last_step", last_step, LAST_STEPS))
+    check_choice("last_step", last_step, LAST_STEPS)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
     check_invertible(plan, last_step)
@@ -175,16 +172,16 @@ def check_image(x: Any) -> Tensor:
 def falling(sigmas: Any) -> tuple[float, ...]:
     """The schedule as floats; ValueError where it rises."""
     schedule = as_schedule(sigmas)
-    if schedule[0] < schedule[-1]:
-        raise ValueError("sigmas must be the decreasing sampling schedule, got a rising one; use sigmas.flip(0)")
+    check_decreasing("sigmas", schedule)
     return schedule
 
 
 def check_invertible(plan: Plan, last_step: str | None = None) -> None:
     """Raise ValueError where the run of a Plan cannot be inverted."""
     name = plan.rule.name
-    has_eta = getattr(unwrapped(plan.rule), "eta", 0.0)
-    fix = f"ki.sampler({name!r}, eta=0)" if has_eta else "a deterministic sampler such as 'heun'"
+    fix = (
+        f"ki.sampler({name!r}, eta=0)" if "eta" in plan.rule.noise_options else "a deterministic sampler such as 'heun'"
+    )
     if plan.is_stochastic:
         raise ValueError(
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "

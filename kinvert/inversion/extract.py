@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from kinvert.analysis import brownian_covariance
-from kinvert.checks import check_values
+from kinvert.checks import check_choice, check_decreasing, check_finite, check_values
 from kinvert.coordinates import Coordinates, settle
 from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Guided, Masked, guide, step_cfg
 from kinvert.denoisers.buffers import call_to_keep
@@ -47,9 +47,6 @@ from kinvert.noise import White, replay
 from kinvert.parts import in_parts
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
-from kinvert.rules.base import options_of
-from kinvert.rules.flow import unwrapped
-from kinvert.rules.names import unknown
 from kinvert.tensors import rms, wide_dtype
 
 Path = Literal["independent", "chain"]
@@ -130,7 +127,7 @@ def extract_noise(
     asked = check_rows(FewBatches(cut, min(len(x), max_batch or len(x)), fixed=True), x, plan.sigmas)
     normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
-    levels = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    levels = stage_sigmas(plan.stage_levels, x)
     state: Memory = {"x": states[0]}
     noises: list[Tensor] = []
     residuals: list[Tensor] = []
@@ -283,10 +280,8 @@ def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor
 def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, noise: Any) -> Tensor:
     x = check_state(x)
     check_values("x", x, "noise is extracted from them")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite values; clean the input")
-    if path not in get_args(Path):
-        raise ValueError(unknown("path", path, get_args(Path)))
+    check_finite("x", x)
+    check_choice("path", path, get_args(Path))
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
@@ -303,11 +298,7 @@ def _check_arguments(x: Tensor, path: Path, generator: torch.Generator | None, n
 def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
     """Refuse, before the first evaluation, a Plan that cannot be made to end at a given image."""
     name, last = plan.rule.name, plan.steps[-1]
-    if plan.is_rising:
-        raise ValueError(
-            f"sigmas must be the decreasing sampling schedule, got a rising one from {plan.sigmas[0]:g} to "
-            f"{plan.sigmas[-1]:g}; use sigmas.flip(0)"
-        )
+    check_decreasing("sigmas", plan.sigmas)
     if not plan.is_stochastic:
         raise ValueError(
             f"{name} draws no noise on this schedule, so there is none to extract; use invert (exact) or unsample, or "
@@ -317,7 +308,7 @@ def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
         return
     where = f"{name}: the last step, from sigma {last.sigma:g} to {last.sigma_next:g},"
     if any(_has_noise(form) for form in (last.x, *(stage.input for stage in last.stages))):
-        churn = "switch churn off (s_churn=0) and use invert, or " if getattr(plan.rule, "s_churn", 0.0) else ""
+        churn = "switch churn off (s_churn=0) and use invert, or " if "s_churn" in plan.rule.noise_options else ""
         raise ValueError(
             f"{where} passes its noise through the denoiser, so it cannot be solved for it; {churn}take a sampler that "
             "adds its noise last, such as 'euler_ancestral'"
@@ -329,7 +320,7 @@ def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
     """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
-    options = ", ".join(f.name for f in options_of(unwrapped(plan.rule)))
+    options = ", ".join(plan.rule.options)
     if _solvable(compile_plan(plan.rule, schedule[:-dropped]).steps[-1]) is None:
         return f"set its options so that its last step draws noise (it has {options})"
     return f"stop at sigma {schedule[-dropped - 1]:g}, where it still draws noise: use sigmas[:-{dropped}]"

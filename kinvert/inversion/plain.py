@@ -20,7 +20,7 @@ from kinvert.plan import Plan, compile_plan
 
 def rising(plan: Plan) -> Plan | None:
     """The run upwards of a Plan that can be inverted; None where the sampler has none."""
-    if plan.sigmas[-1] == 0 or not getattr(plan.rule, "keep_last", True):
+    if plan.sigmas[-1] == 0 or not plan.rule.keeps_last:
         return None
     try:
         up = compile_plan(plan.rule, plan.sigmas[::-1])

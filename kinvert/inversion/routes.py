@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from kinvert.checks import unknown
 from kinvert.inversion.certificate import Found
 from kinvert.inversion.closed_form import ClosedForm
 from kinvert.inversion.solvers import Auto, Solver
@@ -22,7 +23,6 @@ from kinvert.inversion.step_by_step import StepByStep
 from kinvert.inversion.task import Task
 from kinvert.inversion.whole_run import WholeRun
 from kinvert.plan import Plan
-from kinvert.rules.names import unknown
 
 __all__ = ["METHODS", "ROUTES", "Route", "choose"]
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from kinvert.checks import check_choice
 from kinvert.models.network import Architecture, EmbeddedDenoiser
-from kinvert.rules.names import unknown
 
 __all__ = ["NAMES", "EmbeddedDenoiser", "held_out", "load"]
 
@@ -60,7 +60,6 @@ def held_out(name: str) -> tuple[Tensor, Tensor]:
 
 
 def _read(folder: str, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if name not in NAMES:
-        raise ValueError(unknown("model", name, NAMES))
+    check_choice("model", name, NAMES)
     with safe_open(Path(__file__).parent / folder / f"{name}.safetensors", framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)

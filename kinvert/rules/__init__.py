@@ -1,6 +1,6 @@
-"""The registry of samplers: public name -> rule and its defaults. One file per family.
+"""The registry of samplers: it maps each public name to a rule and its defaults. Each family of rules is one file.
 
-A sampler of one's own enters the registry, and with it every test, benchmark and listing, by `register`.
+`register` adds a sampler of your own. All tests, benchmarks and listings of the registry then include it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kinvert.checks import suggestion
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from kinvert.rules.base import Rule, StepBuilder, interpolate, options_of, slope, weighted_sum
@@ -27,7 +28,7 @@ from kinvert.rules.guided import (
 )
 from kinvert.rules.inverse import DDIMInverse, DirectInversion
 from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
-from kinvert.rules.names import REGISTRIES, suggestion, unknown_sampler
+from kinvert.rules.names import REGISTRIES, unknown_sampler
 from kinvert.rules.predictor_corrector import SASolver, UniPC
 from kinvert.rules.rectified import FireFlow, RFSolver
 from kinvert.rules.res import ResMultistep
@@ -100,7 +101,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """A registered sampler: `rule(**(defaults | options))` builds it."""
+    """A registered sampler; `rule(**(defaults | options))` builds it.
+
+    Attributes:
+        name: the public name.
+        rule: the class of the rule.
+        defaults: the options that differ from the defaults of the class.
+    """
 
     name: str
     rule: type[Rule]
@@ -108,7 +115,7 @@ class SamplerEntry:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options and their default values."""
+        """The options with their default values."""
         return {f.name: self.defaults.get(f.name, f.default) for f in options_of(self.rule)}
 
     @property
@@ -122,11 +129,24 @@ REGISTRIES["sampler"] = SAMPLERS
 
 
 def register(rule: type[Rule], /, name: str | None = None, **defaults: Any) -> type[Rule]:
-    """Enter a rule into the registry under `name` (default: the rule's own), with other defaults if given.
+    """Add a rule to the registry; usable as a decorator.
 
-    Usable as a decorator. Raises ValueError if the name is taken by another rule.
+    Args:
+        rule: the class of the rule.
+        name: the public name; None takes the rule's own.
+        **defaults: defaults of options that differ from the defaults of the class.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: another rule has the name.
+        TypeError: the name is not given, and the rule computes its own from its options.
     """
-    name = name or rule.name
+    own: object = rule.name
+    name = name or (own if isinstance(own, str) else None)
+    if name is None:
+        raise TypeError(f"{rule.__name__} has no name of its own; give one, e.g. register({rule.__name__}, 'my_name')")
     if name in SAMPLERS and SAMPLERS[name].rule is not rule:
         raise ValueError(f"the sampler name {name!r} is taken by {SAMPLERS[name].rule.__name__}; choose another")
     SAMPLERS[name] = SamplerEntry(name, rule, defaults)
@@ -158,7 +178,7 @@ register(SASolver, "sa_solver_pece", use_pece=True)
 register(McCallumFoster, rule=Heun())
 for _tableau in TABLEAUS:
     register(RungeKutta, _tableau.name, tableau=_tableau)
-for _name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"):  # elsewhere they name a device
+for _name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"):  # in hosts the ending names a device
     register(SAMPLERS[_name].rule, f"{_name}_gpu", **SAMPLERS[_name].defaults)
 
 
@@ -166,12 +186,15 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
     """Build a sampler by its public name, with the options that k-diffusion and ComfyUI use.
 
     Args:
-        name: a name of `SAMPLERS`, or a rule, which is returned as it is.
-        **options: e.g. `eta`, `s_noise`, `s_churn`, `order`, `r`, `solver_type`; those of the rule's fields.
+        name: a name of `SAMPLERS`, or a rule, which is returned unchanged.
+        **options: options of the rule, e.g. `eta`, `s_noise`, `s_churn`, `order`, `r`, `solver_type`.
+
+    Returns:
+        The rule. Its `name` is the name that was asked for, in copies too.
 
     Raises:
-        ValueError: unknown name, or an option out of its range; the nearest match is offered.
-        TypeError: an option that the sampler does not have, or of the wrong type.
+        ValueError: an unknown name (the message suggests the nearest), or an option out of its range.
+        TypeError: an option that the sampler does not have, or a value of the wrong type.
     """
     if isinstance(name, Rule):
         if options:
@@ -184,5 +207,4 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
     entry = SAMPLERS[name]
     for key in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {key!r}; {suggestion(key, entry.options)}")
-    # Messages speak of the sampler by the name it was asked for.
     return entry.rule(**{**entry.defaults, **options}, named=name)

@@ -1,26 +1,40 @@
-r"""What a sampler is: a `Rule`, and what it sees of the world: a `StepBuilder`.
+r"""What a sampler is (a `Rule`), and one step of a schedule as a rule sees it (a `StepBuilder`).
 
 Notation of every rule: variance-exploding coordinates `x = x0 + sigma * eps`, `D = D(x, sigma)` the denoised image,
 `d = (x - D) / sigma` the slope `dx/dsigma` of the probability-flow ODE, `q = sigma_next / sigma`, and a prime for
-the value at the end of the step. `interpolate(x, D, q) = q x + (1 - q) D` is at once the Euler step in sigma and the
+the value at the end of the step. `interpolate(x, D, q) = q x + (1 - q) D` is both the Euler step in sigma and the
 exponential Euler step in `log sigma` (DDIM).
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from kinvert.forms import Form
-from kinvert.rules.names import unknown
+from kinvert.checks import is_integer, is_number, unknown
+from kinvert.forms import Denoised, Form, Noise, State, Uncond
+
+__all__ = [
+    "TRIAL",
+    "Rule",
+    "StepBuilder",
+    "final_order",
+    "interpolate",
+    "option",
+    "options_of",
+    "slope",
+    "weighted_sum",
+]
+
+TRIAL = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Falling noise levels, valid as flow times too, on which a rule shows whether it draws noise."""
 
 
 class StepBuilder(ABC):
-    """One step of a schedule as a rule sees it: the noise levels, the state, and the three things it may ask for.
+    """One step of a schedule as a rule sees it: the noise levels, the state, and what the rule may ask for.
 
     Attributes:
         index: number `i` of the step, from 0.
@@ -29,8 +43,10 @@ class StepBuilder(ABC):
         sigma_next: `sigmas[i + 1]`.
         steps: number of steps of the run.
         x: the state at `sigma`.
+        memory: the values that the step before remembered, and x, by name.
+        remembered: the values that this step remembers, by name.
 
-    The states are linear forms while a rule is compiled and tensors when it is run eagerly; a rule cannot tell.
+    The states are linear forms while a rule is compiled, and tensors when it is run eagerly. A rule cannot tell which.
     """
 
     def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
@@ -49,22 +65,22 @@ class StepBuilder(ABC):
 
     @abstractmethod
     def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
-        """Evaluate the denoiser once for the pair (guided, unconditional), as CFG++ samplers need it."""
+        """Evaluate the denoiser once for the pair (guided, unconditional) that CFG++ samplers need."""
 
     @abstractmethod
     def noise(self, sigma_from: float, sigma_to: float) -> Form:
-        """Unit-variance noise that belongs to the interval from `sigma_from` to `sigma_to`."""
+        """Draw the unit-variance noise that belongs to the interval from `sigma_from` to `sigma_to`."""
 
     def recall(self, name: str) -> Form | None:
-        """The value that the step before remembered as `name`; None if there is none."""
+        """Return the value that the step before remembered as `name`, or None."""
         return self.memory.get(name)
 
     def remember(self, name: str, value: Form) -> None:
-        """Keep `value` for the next step. What is not remembered again is gone."""
+        """Keep `value` for the next step. A value that the next step does not remember again is lost after it."""
         self.remembered[name] = value
 
     def history(self, name: str, value: Form, length: int) -> list[Form]:
-        """Push `value` on the history `name`; returns the up to `length` newest values, newest first."""
+        """Add `value` to the history `name`, and return its newest values, at most `length`, newest first."""
         values = [value]
         while len(values) < length and (old := self.recall(f"{name}[-{len(values)}]")) is not None:
             values.append(old)
@@ -73,82 +89,153 @@ class StepBuilder(ABC):
         return values
 
 
+class _OwnName:
+    """The attribute `name` of a rule: on a class its own name, on an instance the name that it was asked for by."""
+
+    def __init__(self, own: str) -> None:
+        self.own = own
+
+    def __get__(self, rule: Rule | None, owner: type[Rule]) -> str:
+        return self.own if rule is None else rule.named or self.own
+
+
 @dataclass(frozen=True)
 class Rule(ABC):
     """A sampler: how one step follows from linear combinations of states, denoised values and noise.
 
-    Subclasses are frozen dataclasses whose fields are the options (numbers and names, checked when built); they are
-    final, hashable and import no tensors. `name` is the public name, `ode_order` the order of convergence to the
-    probability-flow ODE on smooth grids, whose step varies slowly from one to the next (for stochastic rules: with
-    their noise switched off), `default_noise` the kind of noise that it draws unless told otherwise, `noise_clip` at
-    how many standard deviations that is clipped (0: nowhere); a Plan is linear in the noise as it comes out of that.
-    Everything else, evaluations, memory, noise, invertibility, is read off the Plan.
+    A subclass is a frozen dataclass. Its fields are the options: numbers and names, checked when the rule is built. It
+    is final and hashable, and it imports no tensors. It declares `name` and `ode_order`, and where the defaults do not
+    fit `default_noise` and `noise_clip`. Evaluations, memory, noise and invertibility are read off its Plan.
+
+    Options of these names mean the same in every rule: `eta`, `s_churn` and `s_noise` scale the noise and switch it off
+    at 0, `flow` says that the noise levels are flow times.
     """
 
-    name: ClassVar[str]
-    ode_order: ClassVar[int]
-    default_noise: ClassVar[Literal["white", "brownian"]] = "white"
-    noise_clip: ClassVar[float] = 0.0
-
     named: str = field(default="", kw_only=True, repr=False, compare=False)
-    """What the rule was asked for as, where `name` is to be that: a field, so that copies keep it."""
+    """The public name that the rule was asked for by, if it is another than the rule's own. Copies keep it."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
-        cls.__repr__ = Rule.__repr__  # type: ignore[method-assign] # else every dataclass gets one that lists it all
+        cls.__repr__ = Rule.__repr__  # type: ignore[method-assign] # else each dataclass gets one with all fields
+        if isinstance(own := vars(cls).get("name"), str):
+            setattr(cls, "name", _OwnName(own))  # noqa: B010 - `name` is declared as a property
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The public name, such as "dpmpp_2m"."""
+
+    @property
+    @abstractmethod
+    def ode_order(self) -> int:
+        """The order of convergence to the probability-flow ODE, with the noise switched off.
+
+        It is the order on smooth grids, whose steps vary slowly in size.
+        """
+
+    @property
+    def default_noise(self) -> Literal["white", "brownian"]:
+        """The kind of noise that a run draws if none is given."""
+        return "white"
+
+    @property
+    def noise_clip(self) -> float:
+        """The number of standard deviations at which noise is clipped, 0 for no clipping.
+
+        A Plan is linear in the noise after clipping.
+        """
+        return 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options by name. Those of a rule in `Flow` are the options of the wrapped rule."""
+        return {f.name: getattr(self, f.name) for f in options_of(self)}
+
+    @property
+    def noise_options(self) -> dict[str, Any]:
+        """The options that scale the noise and are not off, with the values that switch them off: `{"eta": 0.0}`.
+
+        Where `eta` or `s_churn` does it, `s_noise` is left as it is: without `eta` there is nothing for it to scale.
+        """
+        options = self.options
+        switch = next((name for name in ("eta", "s_churn", "s_noise") if name in options), None)
+        return {switch: 0.0} if switch and options[switch] else {}
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the result is at the last noise level of the schedule, and not at the one before."""
+        return True
+
+    @property
+    def is_in_flow(self) -> bool:
+        """Whether the noise levels of a schedule are flow times to this rule."""
+        return self.options.get("flow") is True
+
+    def quiet(self) -> Self:
+        """Return this rule with its noise switched off, by `noise_options`; a deterministic rule returns itself.
+
+        Raises:
+            ValueError: no option switches the noise off.
+        """
+        rule = replace(self, **options) if (options := self.noise_options) else self
+        if _draws_noise(rule):
+            raise ValueError(
+                f"{self.name} draws noise, and it has no option that switches it off; take a deterministic sampler "
+                "such as 'euler' or 'heun'"
+            )
+        return rule
 
     def __repr__(self) -> str:
-        """The rule with the options that are not at their default."""
+        """Return the rule with the options that are not at their default."""
         options = [(f.name, getattr(self, f.name), f.default) for f in options_of(self)]
         changed = [f"{name}={value!r}" for name, value, default in options if value != default]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     @abstractmethod
     def step(self, s: StepBuilder) -> Form:
-        """The state at `s.sigma_next`."""
+        """Return the state at `s.sigma_next`."""
 
     def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
-        """The auxiliary state of `s.x` where x is all that is known, by name, in the unit of x; most rules have none.
+        """Return the auxiliary state that belongs to `s.x` if x is all that is known; most rules have none.
 
-        Auxiliary state is memory that belongs to the latent: steps of algebraically reversible methods take the pair
-        of x and it to the next pair. The rule finds it in `s.memory` and remembers it in every step. Whatever else it
-        remembers must be a saving only, which a step can do without.
+        Auxiliary state is memory that belongs to the latent: a step of an algebraically reversible method takes the
+        pair of x and auxiliary state to the next pair. The rule finds it in `s.memory` and remembers it in every step.
+        Everything else that such a rule remembers may only save evaluations: a step must be able to do without it.
+
+        Returns:
+            The auxiliary values by name, each in the unit of x.
         """
         return {}
 
     def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
-        """The rule and the noise levels that a run on `sigmas` really has; most rules take the levels as they are."""
+        """Return the rule and the noise levels that a run on `sigmas` really has; most rules change neither."""
         return self, sigmas
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for f in options_of(self):
-            checked = _check_option(
-                f"{type(self).__name__}: {f.name}", getattr(self, f.name), hints[f.name], f.metadata
-            )
-            object.__setattr__(self, f.name, checked)
-        self.take_name()
-
-    def take_name(self) -> None:
-        """Go by `named`, if that is another name; for a `__post_init__` that does not call this class's."""
-        if self.named and self.named != self.name:
-            object.__setattr__(self, "name", self.named)
-        else:
-            object.__setattr__(self, "named", "")  # equal rules are equal
+            label = f"{type(self).__name__}: {f.name}"
+            checked = _check_option(label, getattr(self, f.name), hints[f.name], f.metadata)
+            object.__setattr__(self, f.name, checked)  # in the type of the field, so that equal rules are equal
 
 
 def options_of(rule: Rule | type[Rule]) -> tuple[Field[Any], ...]:
-    """The fields of a rule that are its options."""
+    """Return the fields of a rule that are its options."""
     return tuple(f for f in fields(rule) if f.name != "named")
 
 
 def option(default: Any, *, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A field of a rule with the bounds `low <= value <= high`."""
+    """Declare an option of a rule with the bounds `low <= value <= high`."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
-def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
-    """`value` in the type that the field declares, so that equal rules are equal; an error that names the fix."""
+def _check_option(label: str, value: Any, kind: Any, bounds: Mapping[str, float]) -> Any:
+    """Return `value` in the type `kind` that its field declares.
+
+    Raises:
+        TypeError: a value of another type.
+        ValueError: a number outside of the bounds, or an unknown name.
+    """
     if type(None) in get_args(kind):
         if value is None:
             return None
@@ -166,8 +253,7 @@ def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError(f"{label} must be True or False, got {value!r}")
         return value
-    wanted = numbers.Integral if kind is int else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, wanted):
+    if not (is_integer(value) if kind is int else is_number(value)):
         raise TypeError(f"{label} must be {'an int' if kind is int else 'a float'}, got {value!r}")
     low, high = bounds.get("low", -math.inf), bounds.get("high", math.inf)
     if not low <= value <= high:  # also refuses nan
@@ -175,26 +261,64 @@ def _check_option(label: str, value: Any, kind: Any, bounds: Any) -> Any:
     return kind(value)
 
 
+class _TrialStep(StepBuilder):
+    """A step on symbols that keeps every form that its rule made."""
+
+    def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
+        super().__init__(sigmas, index, memory)
+        self.inputs: list[Form] = []
+        self.draws = 0
+
+    def denoise(self, x: Form, sigma: float) -> Form:
+        self.inputs.append(x)
+        return Form.of(Denoised(len(self.inputs)))
+
+    def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
+        return self.denoise(x, sigma), Form.of(Uncond(len(self.inputs)))
+
+    def noise(self, sigma_from: float, sigma_to: float) -> Form:
+        self.draws += 1
+        return Form.of(Noise(self.draws))
+
+
+def _draws_noise(rule: Rule) -> bool:
+    """Tell whether noise enters a run of the rule on `TRIAL`; False if it cannot run there."""
+    memory = {"x": Form.of(State("x"))}
+    for index in range(len(TRIAL) - 1):
+        step = _TrialStep(TRIAL, index, memory)
+        try:
+            if index == 0:
+                step.memory = {**memory, **rule.auxiliary(step)}
+            x = rule.step(step)
+        except (ArithmeticError, ValueError):  # compiling the rule says what is wrong
+            return False
+        memory = {**step.remembered, "x": x}
+        if any(symbol.kind == "noise" for form in (*step.inputs, *memory.values()) for symbol, _ in form):
+            return True
+    return False
+
+
 def slope(x: Form, denoised: Form, sigma: float) -> Form:
-    """`d = (x - D) / sigma`, the slope dx/dsigma of the probability-flow ODE."""
+    """Return `d = (x - D) / sigma`, the slope dx/dsigma of the probability-flow ODE."""
     return (x - denoised) / sigma
 
 
 def weighted_sum(base: Form, weights: Iterable[float], values: Iterable[Form]) -> Form:
-    """`base + sum_j weights_j values_j`, for as many weights as there are values."""
+    """Return `base + sum_j weights_j values_j`, for as many weights as there are values."""
     for weight, value in zip(weights, values, strict=True):
         base = base.add(value, alpha=weight)
     return base
 
 
 def final_order(s: StepBuilder, order: int, lower: bool) -> int:
-    """The order of a multistep rule with `lower_order_final`: in runs of fewer than 15 steps it ends with ..., 3, 2, 1.
+    """Return the order of a multistep rule in this step, given its option `lower_order_final`.
 
-    As in diffusers' DPM-Solver and DEIS schedulers; it keeps the last steps of short runs from overshooting.
+    If `lower` is true, runs of fewer than 15 steps end with the orders ..., 3, 2, 1, as in diffusers' DPM-Solver and
+    DEIS schedulers. This keeps the last steps of short runs from overshooting.
     """
     return min(order, s.steps - s.index) if lower and s.steps < 15 else order
 
 
 def interpolate(x: Form, denoised: Form, q: float) -> Form:
-    """`q x + (1 - q) D`: the Euler (DDIM) step to noise level `q * sigma`. At `q = 0` it is `D` exactly."""
+    """Return `q x + (1 - q) D`, the Euler (DDIM) step to noise level `q * sigma`; exactly `D` at `q = 0`."""
     return q * x + (1.0 - q) * denoised

@@ -13,20 +13,22 @@ from kinvert.coefficients import ancestral_split, log_step, phi1
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, option, slope
 
+__all__ = ["DPMFast"]
+
 
 @dataclass(frozen=True)
 class DPMFast(Rule):
     r"""DPM-Solver-fast: sub-steps of order 3, 2 and 1 on a geometric grid.
 
-    It makes n = `evaluations`, and where that is 0 as many as the schedule has steps. Of the schedule only the
-    first and the last positive noise level count besides: their ratio is divided into `n // 3 + 1` equal sub-steps,
-    which are the steps of the Plan. All are of order 3 but the last, of order `n mod 3`, or the last two, of orders
-    2 and 1. **The result is at the last positive level**, never at 0. Order 1 is `euler`, order 2 is `dpm_2`, and
-    order 3, with `a = sigma e^{-h/3}`, `b = sigma e^{-2h/3}`: `x_a = x + (a - sigma) d`, `x_b = x + (b - sigma) d -
+    A run makes n = `evaluations` evaluations; 0 stands for the number of steps of the schedule. Of the levels only the
+    first and the last positive one count: their ratio is divided into `n // 3 + 1` equal sub-steps, which are the steps
+    of the Plan. All have order 3 but the last, which has order `n mod 3`, or if that is 0 the last two, which have
+    orders 2 and 1. **The result is at the last positive level**, never at 0. Order 1 is `euler`, order 2 is `dpm_2`.
+    Order 3 is, with `a = sigma e^{-h/3}`, `b = sigma e^{-2h/3}`: `x_a = x + (a - sigma) d`, `x_b = x + (b - sigma) d -
     2 b (phi_1(2h/3) - 1) (d_a - d)`, `x' = x + (sigma_next - sigma) d - 3/2 sigma_next (phi_1(h) - 1) (d_b - d)`.
 
-    With eta > 0 a sub-step goes to `down`, but not below the last level, and noise fills up to sigma_next. Advertised
-    order 3, which is measured where `n mod 3 = 2`; the one sub-step of order 1 caps it at 2 for the other n.
+    With eta > 0 a sub-step goes to `down`, but not below the last level, and noise makes up the rest to sigma_next. The
+    published order is 3, and it is measured if `n mod 3 = 2`. For other n the one sub-step of order 1 caps it at 2.
 
     Source: Lu et al., DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps
     (2022), arXiv 2206.00927.
@@ -57,6 +59,7 @@ class DPMFast(Rule):
         return x + math.sqrt(s.sigma_next**2 - down**2) * self.s_noise * s.noise(s.sigma, s.sigma_next)
 
     def _move(self, s: StepBuilder, order: int, sigma_to: float) -> Form:
+        """Return the deterministic sub-step of that order from `s.x` to `sigma_to`."""
         d = slope(s.x, s.denoise(s.x, s.sigma), s.sigma)
         h = log_step(s.sigma, sigma_to)
         euler = s.x + (sigma_to - s.sigma) * d

@@ -5,7 +5,7 @@ The stochastic members solve the reverse SDE with `eta`: `h_eta = (1 + eta) h`, 
 `sigma_next sqrt(1 - exp(-2 eta h))`.
 
 Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (2022), arXiv
-2211.01095; the SDE forms by K. Crowson, k-diffusion (2022-2023).
+2211.01095; Crowson, k-diffusion (2022-2023), for the SDE forms.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from kinvert.coefficients import ancestral_split, log_step, phi, phi1, sde_noise
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, final_order, interpolate, option
 
+__all__ = ["DPMpp2M", "DPMpp2MSDE", "DPMpp3MSDE", "DPMppSDE"]
+
 
 @dataclass(frozen=True)
 class DPMpp2M(Rule):
     r"""DPM-Solver++(2M): `x' = q x + (1 - q) (D + h / (2 h_prev) (D - D_prev))`.
 
-    Order 2, one evaluation a step, remembers one denoised image. The first step, and a step to sigma = 0, use D alone.
-    With `lower_order_final=True` so does the last step of a run of fewer than 15 steps, as by default in diffusers.
+    Order 2, one evaluation a step, remembers one denoised image. The first step and a step to sigma = 0 use D alone.
+    With `lower_order_final=True` so does the last step of a run of fewer than 15 steps, the default of diffusers.
 
     Source: Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (2022), arXiv
     2211.01095.
@@ -50,10 +52,11 @@ class DPMpp2MSDE(Rule):
     `x' = e^{-h_eta} x + (1 - e^{-h_eta}) D + g (h / h_prev) (D - D_prev)`, plus the noise
     `sigma_next sqrt(1 - e^{-2 eta h}) s_noise n`, with `g = (1 - e^{-h_eta}) / 2` (solver_type "midpoint") or
     `g = 1 - (1 - e^{-h_eta}) / h_eta` ("heun", the public name `dpmpp_2m_sde_heun`). Order 2 at `eta = 0`, where
-    "midpoint" is `dpmpp_2m` and "heun" is `res_multistep`; one evaluation a step, remembers one denoised image.
-    `lower_order_final=True` leaves the last term out in the last step of a run of fewer than 15, as in diffusers.
+    "midpoint" is `dpmpp_2m` and "heun" is `res_multistep`. One evaluation a step, remembers one denoised image.
+    `lower_order_final=True` drops the term in g in the last step of a run of fewer than 15 steps, as in diffusers.
 
-    Source: K. Crowson, k-diffusion (2023), after Lu et al. (2022), arXiv 2211.01095.
+    Source: Crowson, k-diffusion (2023), after Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
+    Probabilistic Models (2022), arXiv 2211.01095.
     """
 
     eta: float = 1.0
@@ -89,10 +92,11 @@ class DPMppSDE(Rule):
     `x_m = (down_m/sigma) x + (1 - down_m/sigma) D + up_m s_noise n(sigma, m)`, `D_m = D(x_m, m)`. Update: `(down, up)`
     splits `sigma -> sigma_next`, with `f = 1 / (2 r)`
     `x' = (down/sigma) x + (1 - down/sigma) ((1 - f) D + f D_m) + up s_noise n(sigma, sigma_next)`. The two noises
-    belong to overlapping intervals. Order 2 at `eta = 0`, where `r = 1/2` is `dpmpp_2s_ancestral` with `eta = 0`; two
-    evaluations a step, one where sigma_next = 0.
+    belong to overlapping intervals. Order 2 at `eta = 0`, where `r = 1/2` is `dpmpp_2s_ancestral` with `eta = 0`. Two
+    evaluations a step, one if sigma_next = 0.
 
-    Source: K. Crowson, k-diffusion (2022), after Lu et al. (2022), arXiv 2211.01095.
+    Source: Crowson, k-diffusion (2022), after Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
+    Probabilistic Models (2022), arXiv 2211.01095.
     """
 
     eta: float = 1.0
@@ -113,7 +117,7 @@ class DPMppSDE(Rule):
         return self._move(s, (1.0 - f) * denoised + f * denoised_m, s.sigma_next)
 
     def _move(self, s: StepBuilder, denoised: Form, sigma_to: float) -> Form:
-        """An ancestral step from `s.x` to `sigma_to` along the given denoised image."""
+        """Return the ancestral step from `s.x` to `sigma_to` along the given denoised image."""
         down, up = ancestral_split(s.sigma, sigma_to, self.eta)
         x = interpolate(s.x, denoised, down / s.sigma)
         if self.eta > 0 and self.s_noise > 0:
@@ -129,14 +133,15 @@ class DPMpp3MSDE(Rule):
     `sigma_next sqrt(1 - e^{-2 eta h}) s_noise n`, with `phi_k` of `coefficients.phi` and the divided differences of the
     last three denoised images `g_0 = (D - D_prev) h / h_prev`, `g_1 = (D_prev - D_prev2) h / h_prev2`, `D2 = (g_0 -
     g_1) / (r_0 + r_1)`, `D1 = g_0 + r_0 D2`, where `r_0 = h_prev / h`, `r_1 = h_prev2 / h`. The second step has `D1 =
-    g_0` and `D2 = 0`, the first neither; a step to sigma = 0 returns D. A step with two images is that of
-    `dpmpp_2m_sde_heun` (solver_type "heun") or of `dpmpp_2m_sde` ("midpoint"); `dpmpp_3m`, the deterministic sampler of
+    g_0` and `D2 = 0`, the first has neither. A step to sigma = 0 returns D. A step with two images is a step of
+    `dpmpp_2m_sde_heun` (solver_type "heun") or of `dpmpp_2m_sde` ("midpoint"). `dpmpp_3m`, the deterministic sampler of
     diffusers with solver_order 3, is "midpoint" with `eta = 0`. `lower_order_final=True` ends runs of fewer than 15
-    steps with a step of two images and one of D alone, as in diffusers. One evaluation a step, remembers two denoised
-    images. Advertised order 3; 2 at `eta = 0`, capped by the factor of D2, which an exact integral of the quadratic
-    would have twice as large.
+    steps with a step of two images and a step of D alone, as in diffusers. One evaluation a step, remembers two
+    denoised images. The published order is 3. At `eta = 0` it is 2, because of the factor of D2: the exact integral of
+    the quadratic would have a factor twice as large.
 
-    Source: K. Crowson, k-diffusion (2023), after Lu et al. (2022), arXiv 2211.01095.
+    Source: Crowson, k-diffusion (2023), after Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
+    Probabilistic Models (2022), arXiv 2211.01095.
     """
 
     eta: float = 1.0

@@ -3,10 +3,10 @@ r"""Exponential Runge-Kutta and multistep methods for `dx/dlambda = D - x` in `l
 The linear part is solved exactly. With `h = log(sigma / sigma_next)`, stage k is at `sigma e^{-c_k h}` (`c_0 = 0`):
 `x_k = e^{-c_k h} x + (1 - e^{-c_k h}) D_0 + h sum_{0<l<k} a_kl (D_l - D_0)`, and with `c = 1` and weights b likewise
 `x' = e^{-h} x + (1 - e^{-h}) D_0 + h sum_{l>0} b_l (D_l - D_0)`. The coefficients are combinations of `phi_j(-c h)`,
-`phi_{j+1}(z) = (phi_j(z) - 1/j!) / z`; as each row sums to `c phi_1(-c h)`, those of `D_0` are not listed.
+`phi_{j+1}(z) = (phi_j(z) - 1/j!) / z`. Each row sums to `c phi_1(-c h)`, so the coefficients of `D_0` are not listed.
 
-Source: Hochbruck and Ostermann, Explicit exponential Runge-Kutta methods for semilinear parabolic problems (2005), SIAM
-J. Numer. Anal. 43, and Exponential integrators (2010), Acta Numerica 19.
+Source: Hochbruck and Ostermann, Explicit Exponential Runge-Kutta Methods for Semilinear Parabolic Problems (2005), SIAM
+J. Numer. Anal. 43; Hochbruck and Ostermann, Exponential Integrators (2010), Acta Numerica 19.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from kinvert.coefficients import exponential_adams, log_step, phi
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate, option, weighted_sum
 
+__all__ = ["RES2S", "RES3S", "ExponentialAdams", "ExponentialRK", "HochbruckOstermann5", "Krogstad4", "Phi", "Row"]
+
 Phi = Callable[[int, float], float]
+"""The function `p(j, c) = phi_j(-c h)` of a step."""
 Row = tuple[float, tuple[float, ...]]
+"""The place `c` of a stage in the step, and its coefficients `(a_1, a_2, ...)`."""
 
 
 @dataclass(frozen=True)
 class ExponentialRK(Rule, ABC):
-    """An exponential Runge-Kutta method by its tableau; a step to sigma = 0 returns the denoised image."""
+    """An exponential Runge-Kutta method, given by its tableau. A step to sigma = 0 returns the denoised image."""
 
     @abstractmethod
     def rows(self, p: Phi) -> tuple[Row, ...]:
-        """`(c, (a_1, a_2, ...))` for each stage after the first, and last `(1, b)`; `p(j, c)` is `phi_j(-c h)`."""
+        """Return `(c, (a_1, a_2, ...))` for each stage after the first, and last `(1, b)`; `p(j, c) = phi_j(-c h)`."""
 
     def step(self, s: StepBuilder) -> Form:
         first = s.denoise(s.x, s.sigma)
@@ -47,6 +51,7 @@ class ExponentialRK(Rule, ABC):
     def _move(
         self, s: StepBuilder, first: Form, sigma: float, h: float, weights: tuple[float, ...], turns: list[Form]
     ) -> Form:
+        """Return the state at `sigma` from `D_0` (`first`) and the differences `D_l - D_0` (`turns`)."""
         return weighted_sum(interpolate(s.x, first, sigma / s.sigma), [h * weight for weight in weights], turns)
 
 
@@ -56,8 +61,9 @@ class RES2S(ExponentialRK):
 
     Order 2, two evaluations a step. `c2 = 1` is ETD2RK (Cox and Matthews 2002).
 
-    Source: Hochbruck and Ostermann (2005); Zhang, Song and Chen, Improved Order Analysis and Design of Exponential
-    Integrator for Diffusion Models Sampling (2023), arXiv 2308.02157.
+    Source: Hochbruck and Ostermann, Explicit Exponential Runge-Kutta Methods for Semilinear Parabolic Problems (2005),
+    SIAM J. Numer. Anal. 43; Zhang, Song and Chen, Improved Order Analysis and Design of Exponential Integrator for
+    Diffusion Models Sampling (2023), arXiv 2308.02157.
     """
 
     c2: float = option(0.5, low=1e-3, high=1.0)
@@ -77,7 +83,9 @@ class RES3S(ExponentialRK):
     `b_2 = phi_2(-h) / (gamma c2 + c3)`, `b_1 = gamma b_2`. Order 3, three evaluations a step. `c2 = 1/3`, `c3 = 2/3`
     (gamma = 0) is `seeds_3` with `eta = 0`.
 
-    Source: Hochbruck and Ostermann (2005); Zhang, Song and Chen (2023), arXiv 2308.02157.
+    Source: Hochbruck and Ostermann, Explicit Exponential Runge-Kutta Methods for Semilinear Parabolic Problems (2005),
+    SIAM J. Numer. Anal. 43; Zhang, Song and Chen, Improved Order Analysis and Design of Exponential Integrator for
+    Diffusion Models Sampling (2023), arXiv 2308.02157.
     """
 
     c2: float = option(0.5, low=1e-3, high=1.0)
@@ -101,7 +109,7 @@ class Krogstad4(ExponentialRK):
 
     Order 4 (3 for stiff problems), four evaluations a step.
 
-    Source: Krogstad, Generalized integrating factor methods for stiff PDEs (2005), J. Comput. Phys. 203.
+    Source: Krogstad, Generalized Integrating Factor Methods for Stiff PDEs (2005), J. Comput. Phys. 203.
     """
 
     name: ClassVar[str] = "res_4s_krogstad"
@@ -119,7 +127,8 @@ class HochbruckOstermann5(ExponentialRK):
 
     Order 4, five evaluations a step.
 
-    Source: Hochbruck and Ostermann (2005), equation 5.19.
+    Source: Hochbruck and Ostermann, Explicit Exponential Runge-Kutta Methods for Semilinear Parabolic Problems (2005),
+    SIAM J. Numer. Anal. 43, equation 5.19.
     """
 
     name: ClassVar[str] = "res_5s_hochbruck-ostermann"
@@ -142,11 +151,11 @@ class ExponentialAdams(Rule):
     r"""Exponential Adams-Bashforth: D is interpolated in lambda at the last `order` noise levels, on any grid.
 
     `x' = q x + sum_j W_j D_{i-j}`, `W_j = int_0^h e^{u - h} l_j(u) du`. One evaluation a step. `order=2` (`res_2m`) is
-    `res_multistep`, and `dpmpp_2m_sde` with `eta = 0` and solver_type "heun". Advertised order 3 for `res_3m`; 2 in
-    the end, capped by its first step of order 1. `order=1` is `euler`; a step to sigma = 0 returns D.
+    `res_multistep`, and `dpmpp_2m_sde` with `eta = 0` and solver_type "heun". `order=1` is `euler`. A step to sigma = 0
+    returns D. The published order of `res_3m` is 3; its first step, which has order 1, caps it at 2.
 
-    Source: Hochbruck and Ostermann, Exponential integrators (2010), Acta Numerica 19; Zhang, Song and Chen (2023),
-    arXiv 2308.02157.
+    Source: Hochbruck and Ostermann, Exponential Integrators (2010), Acta Numerica 19; Zhang, Song and Chen, Improved
+    Order Analysis and Design of Exponential Integrator for Diffusion Models Sampling (2023), arXiv 2308.02157.
     """
 
     order: int = option(2, low=1, high=6)

@@ -2,33 +2,34 @@ r"""Any rule on a rectified-flow model, in its own time.
 
 A rectified flow has `x_t = (1 - t) x0 + t eps` with t in [0, 1]. Divided by `1 - t` it is variance exploding:
 `x = x_t / (1 - t)` has noise level `sigma = t / (1 - t)`, and the denoised image is the same. So every rule runs on a
-flow model by a change of coordinates, which is linear and therefore a rule again.
+flow model by a change of coordinates. The change is linear, so the result is a rule again.
 
-Euler's method is the same with and without the change. The others are not: Heun's method or a linear multistep method
-that is run on the flow times themselves is a different integrator of the same ODE. The samplers with
-`lambda = log((1 - t) / t)` in their formulas (DPM++ SDE, 2M SDE, 3M SDE, SEEDS, ER-SDE, SA-Solver, CFG++) need the
-change.
+Euler's method gives the same result with and without the change. Other methods do not: Heun's method or a linear
+multistep method on the flow times themselves is a different integrator of the same ODE. The samplers whose formulas
+contain `lambda = log((1 - t) / t)` (DPM++ SDE, 2M SDE, 3M SDE, SEEDS, ER-SDE, SA-Solver, CFG++) need the change.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
 from kinvert.forms import Form
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.base import Rule, StepBuilder, option
 
-ROUNDING = 1e-6  # a time above 1 by so much, a rounding in float32, is 1
+__all__ = ["Flow", "within_one"]
+
+# A flow time that exceeds 1 by no more than this is 1: it is rounding in float32.
+ROUNDING = 1e-6
 
 
 def within_one(times: tuple[float, ...], name: str = "sigmas") -> tuple[float, ...]:
-    """Flow times, where 1 and a rounding is 1.
+    """Return flow times with those that exceed 1 by rounding set to 1.
 
     Raises:
-        ValueError: a time above 1: just above it, as the offset of a host's node makes it, or sigmas.
+        ValueError: a time above 1. It may be just above 1, because a host's node adds an offset, or be a sigma.
     """
     high = max(times)
     if high > 1 + ROUNDING:
@@ -46,12 +47,12 @@ def within_one(times: tuple[float, ...], name: str = "sigmas") -> tuple[float, .
 class Flow(Rule):
     """`rule` in variance-exploding coordinates, on a schedule and a state in flow time t.
 
-    A schedule that starts at `t = 1`, where the noise level is infinite, is started at `t = start` instead, or half way
-    to its next time where that is above `start`; the state is not changed.
+    At `t = 1` the noise level is infinite. A schedule that starts there starts at `t = start` instead, or half way to
+    its next time if that time is above `start`. The state is not changed.
 
     Attributes:
         rule: the rule to run, e.g. `ki.sampler("dpmpp_2m_sde")`.
-        start: flow time used in place of 1.
+        start: the flow time used in place of 1.
     """
 
     rule: Rule
@@ -59,28 +60,53 @@ class Flow(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.rule, Flow) or getattr(self.rule, "flow", False) is True:
+        if self.rule.is_in_flow:
             raise ValueError(f"Flow: {self.rule!r} is for flow time already; use it without Flow")
 
-    @functools.cached_property  # a name that is given takes its place
-    def name(self) -> str:  # type: ignore[override]
+    @property
+    def name(self) -> str:
         """The name of the wrapped rule."""
-        return self.rule.name
+        return self.named or self.rule.name
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         """The order of the wrapped rule."""
         return self.rule.ode_order
 
     @property
-    def default_noise(self) -> Literal["white", "brownian"]:  # type: ignore[override]
-        """The kind of noise of the wrapped rule."""
+    def default_noise(self) -> Literal["white", "brownian"]:
+        """The kind of noise that the wrapped rule draws."""
         return self.rule.default_noise
 
     @property
-    def noise_clip(self) -> float:  # type: ignore[override]
-        """Where the wrapped rule has its noise clipped."""
+    def noise_clip(self) -> float:
+        """The number of standard deviations at which the noise of the wrapped rule is clipped."""
         return self.rule.noise_clip
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the wrapped rule."""
+        return self.rule.options
+
+    @property
+    def noise_options(self) -> dict[str, Any]:
+        """The options of the wrapped rule that switch its noise off."""
+        return self.rule.noise_options
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the wrapped rule keeps its last step."""
+        return self.rule.keeps_last
+
+    @property
+    def is_in_flow(self) -> bool:
+        """Always true: the noise levels of a schedule are flow times."""
+        return True
+
+    def quiet(self) -> Self:
+        """Return the wrapped rule with its noise switched off, in flow time; see `Rule.quiet`."""
+        rule = self.rule.quiet()
+        return self if rule is self.rule else replace(self, rule=rule)
 
     def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
         if isinstance(self.rule, DPMAdaptive):
@@ -102,17 +128,17 @@ class Flow(Rule):
         inner = _FlowStep(s)
         x = self.rule.step(inner)
         s.remembered = inner.remembered
-        discarded = not getattr(self.rule, "keep_last", True) and s.index == s.steps - 1 and s.sigma_next > 0
+        discarded = not self.rule.keeps_last and s.index == s.steps - 1 and s.sigma_next > 0
         return (1.0 - (s.sigma if discarded else s.sigma_next)) * x
 
 
 def unwrapped(rule: Rule) -> Rule:
-    """The rule that `Flow` wraps, which has the options, or the rule itself."""
+    """Return the rule that `Flow` wraps, or the rule itself."""
     return rule.rule if isinstance(rule, Flow) else rule
 
 
 class _FlowStep(StepBuilder):
-    """The step in variance-exploding coordinates, which asks the step in flow time."""
+    """A step in variance-exploding coordinates that passes each request on to the step in flow time."""
 
     def __init__(self, flow: StepBuilder) -> None:
         levels: Sequence[float] = [_noise_level(t) for t in flow.sigmas]
@@ -132,8 +158,10 @@ class _FlowStep(StepBuilder):
 
 
 def _noise_level(t: float) -> float:
+    """Return the noise level `sigma = t / (1 - t)` of a flow time."""
     return t / (1.0 - t)
 
 
 def _flow_time(sigma: float) -> float:
+    """Return the flow time `t = sigma / (1 + sigma)` of a noise level."""
     return sigma / (1.0 + sigma)

@@ -1,7 +1,7 @@
 r"""Linear multistep methods in the slope `d_i = (x_i - D_i) / sigma_i`, which remember past slopes.
 
-A step is `x' = x + sum_j c_j d_{i-j}` with weights that depend on the schedule only. The first steps have fewer
-slopes to use than the order asks for; that start-up caps the global order at about 2.
+A step is `x' = x + sum_j c_j d_{i-j}` with weights that depend on the schedule only. The first steps have fewer slopes
+than the order needs; that start-up caps the global order at about 2.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from kinvert.coefficients import UNIFORM_ADAMS, adams, deis_weights, ipndm_v_wei
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, final_order, option, slope, weighted_sum
 
+__all__ = ["DEIS", "IPNDM", "IPNDMV", "LMS", "GradientEstimation"]
+
 
 @dataclass(frozen=True)
 class LMS(Rule):
     r"""Adams-Bashforth on the actual noise levels: `x' = x + sum_j c_j d_{i-j}`.
 
     `c_j = int_sigma^sigma_next l_j(t) dt` with the Lagrange polynomials `l_j` on the last `order` noise levels. One
-    evaluation a step. Advertised order 4, capped at about 2 by the start-up; `order=1` is `euler`.
+    evaluation a step. The start-up caps the published order 4 at about 2. `order=1` is `euler`.
 
-    The last step to sigma = 0 returns the denoised image, as ComfyUI does; with `at_zero="adams"` it uses the
-    formula there too, as k-diffusion does.
+    A step to sigma = 0 returns the denoised image, as in ComfyUI. With `at_zero="adams"` it uses the formula there too,
+    as in k-diffusion.
 
-    Source: K. Crowson, k-diffusion (2022); the Adams-Bashforth method on a non-uniform grid.
+    Source: Crowson, k-diffusion (2022), for the Adams-Bashforth method on a non-uniform grid.
     """
 
     order: int = option(4, low=1)
@@ -45,12 +47,12 @@ class LMS(Rule):
 
 @dataclass(frozen=True)
 class IPNDM(Rule):
-    r"""Adams-Bashforth with the weights of a uniform grid, whatever the grid.
+    r"""Adams-Bashforth with the weights of a uniform grid on every grid.
 
     `x' = x + (sigma_next - sigma) sum_j w_j d_{i-j}` with `w = (1)`, `(3, -1)/2`, `(23, -16, 5)/12`,
-    `(55, -59, 37, -9)/24` for 1 to 4 slopes. One evaluation a step; a step to sigma = 0 returns the denoised image.
-    Advertised order 4; order 2 is what the start-up and a smooth grid that is not uniform leave of it, and 1 is left
-    where step sizes alternate. `max_order=2` is `gradient_estimation` with `ge_gamma=1.5`, `max_order=1` is `euler`.
+    `(55, -59, 37, -9)/24` for 1 to 4 slopes. One evaluation a step. A step to sigma = 0 returns the denoised image. The
+    published order is 4. The start-up and a smooth grid that is not uniform cap it at 2, step sizes that alternate at
+    1. `max_order=2` is `gradient_estimation` with `ge_gamma=1.5`, `max_order=1` is `euler`.
 
     Source: Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator (2022), arXiv 2204.13902;
     Liu et al., Pseudo Numerical Methods for Diffusion Models on Manifolds (2022), arXiv 2202.09778.
@@ -67,16 +69,17 @@ class IPNDM(Rule):
 
 @dataclass(frozen=True)
 class IPNDMV(Rule):
-    r"""Adams-Bashforth for a variable step, as ComfyUI's `ipndm_v` has it.
+    r"""Adams-Bashforth for a variable step, as in ComfyUI's `ipndm_v`.
 
-    `x' = x + sum_j c_j d_{i-j}` with `coefficients.ipndm_v_weights`. They are exact for one and two slopes:
-    `max_order=1` is `euler`, `max_order=2` is `lms` with `order=2`. For three and four they differ from the exact
-    integrals, which are those of `lms` (on a uniform grid three agree, four do not), and four do not even add up to
-    `sigma_next - sigma` unless the steps are in geometric progression. One evaluation a step; a step to sigma = 0
-    returns the denoised image. Advertised order 4; 2 for many steps of a smooth grid (it is 0.6 to 1.9 from 40 to 640
-    steps). Where step sizes alternate it does not converge.
+    `x' = x + sum_j c_j d_{i-j}` with `coefficients.ipndm_v_weights`. One and two weights are exact: `max_order=1` is
+    `euler`, `max_order=2` is `lms` with `order=2`. Three and four weights differ from the exact integrals, the weights
+    of `lms`; on a uniform grid three agree. Four weights add up to `sigma_next - sigma` only if the steps are in
+    geometric progression. One evaluation a step. A step to sigma = 0 returns the denoised image. The published order is
+    4. It is 2 for many steps of a smooth grid (0.6 to 1.9 from 40 to 640 steps); with alternating step sizes the method
+    does not converge.
 
-    Source: ComfyUI (2024), after Zhang and Chen (2022), arXiv 2204.13902.
+    Source: ComfyUI (2024), after Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator (2022),
+    arXiv 2204.13902.
     """
 
     max_order: int = option(4, low=1, high=4)
@@ -93,13 +96,13 @@ class DEIS(Rule):
     r"""DEIS (tAB): Adams-Bashforth with polynomials in the time t of a VP process, `x' = x + sum_j c_j d_{i-j}`.
 
     `c_j = int_sigma^sigma_next l_j(t(tau)) dtau` with `t = coefficients.deis_time` and the polynomials `l_j` on the
-    times of the last `max_order` noise levels. With `variable="log_sigma"`, `t = log(tau)`, as in diffusers' scheduler
-    (there is no other constant in it then, and its integrals are exact); `lower_order_final=True` ends runs of fewer
-    than 15 steps with orders 2 and 1, as there. In the VP time, `quadrature="upstream"` takes the integrals as a sum
-    over 10,000 points that is off by about 1e-4 of the step, as ComfyUI does, so that the weights do not add up to
-    `sigma_next - sigma`; "exact" is exact up to rounding. One evaluation a step; a step to sigma = 0 is an Euler step,
-    as is every step with `max_order=1`, which is `euler`. Advertised order 3, capped at 2 by the start-up (2.3 to 2.8
-    is measured below 300 steps).
+    times of the last `max_order` noise levels. In this VP time, `quadrature="upstream"` takes the integrals as a sum
+    over 10,000 points, as in ComfyUI. The sum is off by about 1e-4 of the step, so the weights do not add up to
+    `sigma_next - sigma`. `quadrature="exact"` is exact up to rounding. With `variable="log_sigma"`, `t = log(tau)` as
+    in diffusers' scheduler, and the integrals are exact. `lower_order_final=True` ends runs of fewer than 15 steps with
+    orders 2 and 1, as in diffusers. One evaluation a step. A step to sigma = 0 is an Euler step, and with `max_order=1`
+    every step is: that is `euler`. The start-up caps the published order 3 at 2 (2.3 to 2.8 is measured below 300
+    steps).
 
     Source: Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator (2022), arXiv 2204.13902.
     """
@@ -127,9 +130,9 @@ class DEIS(Rule):
 class GradientEstimation(Rule):
     r"""Euler along an extrapolated slope: `x' = x + (sigma_next - sigma) (ge_gamma d + (1 - ge_gamma) d_prev)`.
 
-    One evaluation a step, remembers one slope; the first step uses d alone, a step to sigma = 0 returns the denoised
-    image. Order 1 at the default `ge_gamma=2`, which extrapolates too far on purpose: the slope is read as a noisy
-    estimate of a gradient. `ge_gamma=1` is `euler`, `ge_gamma=1.5` is `ipndm` with `max_order=2`.
+    One evaluation a step, remembers one slope. The first step uses d alone, a step to sigma = 0 returns the denoised
+    image. Order 1 at the default `ge_gamma=2`, which extrapolates too far on purpose: the method takes the slope as a
+    noisy estimate of a gradient. `ge_gamma=1` is `euler`, `ge_gamma=1.5` is `ipndm` with `max_order=2`.
 
     Source: Permenter and Yuan, Interpreting and Improving Diffusion Models from an Optimization Perspective (2023),
     arXiv 2306.04848.
@@ -147,7 +150,7 @@ class GradientEstimation(Rule):
 
 
 def _adams_step(s: StepBuilder, order: int, weights: Callable[[int], Sequence[float]]) -> Form:
-    """`x + sum_j c_j d_{i-j}` with `c = weights(k)` for the k slopes there are; the denoised image at sigma = 0."""
+    """Return `x + sum_j c_j d_{i-j}` with `c = weights(k)` for the k slopes known; the denoised image at sigma = 0."""
     denoised = s.denoise(s.x, s.sigma)
     slopes = s.history("d", slope(s.x, denoised, s.sigma), order)
     if s.sigma_next == 0:

@@ -1,33 +1,47 @@
-"""What samplers and schedules are called elsewhere, and what to say of a name that nobody here has.
+"""The names of samplers and schedules in other hosts, and the error messages for unknown names.
 
 A name is reduced to its letters and digits. Case, separators, a leading `k_` or `sample_` and a trailing `Scheduler`
-say nothing; `++` is `pp`, a word `a` is `ancestral`, a last word `k` or `ka` is `karras`. The rest is looked up among
-the names here and in the tables below; the name of a schedule may follow that of a sampler. Such a name is never
-accepted, since some mean different things in different hosts: it is what the error suggests.
+are ignored. `++` becomes `pp`, a word `a` becomes `ancestral`, a last word `k` or `ka` becomes `karras`. The result is
+looked up among the names of kinvert and in the tables below. The name of a schedule may follow the name of a sampler.
+A name of another host is never accepted, because some mean different things in different hosts; the error message
+suggests what it is called here.
 
-Sources: the lists of AUTOMATIC1111's web UI and of InvokeAI, the scheduler classes of diffusers, the functions of
-k-diffusion.
+Source: AUTOMATIC1111's web UI and InvokeAI (their lists of names), diffusers (its scheduler classes), k-diffusion (its
+functions).
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from kinvert.checks import nearest, reduced
+
+__all__ = [
+    "REGISTRIES",
+    "SAMPLERS_ELSEWHERE",
+    "SCHEDULES_ELSEWHERE",
+    "Meaning",
+    "meaning",
+    "unknown_sampler",
+    "unknown_schedule",
+]
+
 REGISTRIES: dict[str, Mapping[str, object]] = {"sampler": {}, "schedule": {}}
-"""The names that there are; each registry enters itself."""
+"""The known names; each registry adds itself."""
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a name of another host is here.
+    """What a name of another host is called here.
 
     Attributes:
-        sampler, options: a name of `SAMPLERS`, and the options that it needs.
-        schedule, schedule_options: a name of `SCHEDULES`, and its options.
-        note: what else there is to say.
+        sampler: a name of `SAMPLERS`, or None.
+        options: the options that the sampler needs, as code.
+        schedule: a name of `SCHEDULES`, or None.
+        schedule_options: the options that the schedule needs, as code.
+        note: an explanation for the error message.
     """
 
     sampler: str | None = None
@@ -38,12 +52,12 @@ class Meaning:
 
     @property
     def rule(self) -> str:
-        """The sampler as an argument."""
+        """The sampler, as the code of an argument."""
         return f"ki.sampler({self.sampler!r}, {self.options})" if self.options else repr(self.sampler)
 
     @property
     def sigmas(self) -> str:
-        """The schedule as a call."""
+        """The schedule, as the code of a call."""
         return ", ".join([f"ki.schedule({self.schedule!r}", "...", *filter(None, [self.schedule_options])]) + ")"
 
 
@@ -51,7 +65,7 @@ _ABSENT = "kinvert does not have it"
 _LOW_START = "it is the nearest: the first steps are of lower order, where that one makes Runge-Kutta steps"
 _PAIRS = "two of its steps are one here, so halve their number"
 
-# Reduced names that say something else than the names here, without a "scheduler" or "discretescheduler" at the end.
+# Reduced names, without a trailing "scheduler" or "discretescheduler", that differ from the names here.
 SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "ddimcfgpp": Meaning("euler_cfg_pp"),
     "dpmpp": Meaning("dpmpp_2m"),
@@ -108,62 +122,25 @@ for _model in ("sd15", "sdxl", "svd"):
     for _name in ("ays", "alignyoursteps"):
         SCHEDULES_ELSEWHERE[_name + _model] = Meaning(schedule="ays", schedule_options=f"model={_model!r}")
 
-_WORDS = {"a": "ancestral", "ad": "adaptive", "ka": "karras"}
-_CLASSES = ("discretescheduler", "scheduler")
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """The error message for a name that is not `known`."""
-    return f"unknown {what} {name!r}; {suggestion(name, known)}"
-
-
-def suggestion(name: object, known: Iterable[str]) -> str:
-    """The second half of such a message: the nearest of the known names, then all of them."""
-    known = list(known)
-    if not known:
-        return "there are none"
-    near = nearest(name, known)
-    return f"{f'did you mean {near!r}? It' if near else 'it'} must be one of {', '.join(known)}"
-
 
 def unknown_sampler(name: object) -> str:
-    """The error message for a name that is no sampler."""
+    """Return the error message for a name that is no sampler."""
     return f"unknown sampler {name!r}{_advice(name, 'sampler')} (all names: ki.SAMPLERS or `kinvert samplers`)"
 
 
 def unknown_schedule(name: object) -> str:
-    """The error message for a name that is no schedule."""
+    """Return the error message for a name that is no schedule."""
     return f"unknown schedule {name!r}{_advice(name, 'schedule')} (all names: {', '.join(REGISTRIES['schedule'])})"
 
 
-def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, whatever its case and separators; None if none is like it."""
-    places = {reduced(one): one for one in known}
-    close = difflib.get_close_matches(reduced(str(name)), places, n=1, cutoff=0.5)
-    return places[close[0]] if close else None
-
-
-def reduced(name: str) -> str:
-    """A name without what is written in different ways."""
-    words = re.findall(r"[a-z0-9]+", name.lower().replace("++", "pp"))
-    if len(words) > 1 and words[-1] == "k":
-        words[-1] = "karras"
-    words = [_WORDS.get(word, word) for word in words]
-    while len(words) > 1 and words[0] in ("k", "sample", "diffusion", "sampling", "diffusers"):
-        del words[0]
-    text = "".join(words).replace("dpmsolverpp", "dpmpp")
-    for ending in _CLASSES:
-        text = text.removesuffix(ending)
-    return text
-
-
 def meaning(name: object) -> Meaning | None:
-    """What a name of another host is here: a sampler, a schedule or both; None if that is not known."""
+    """Return what a name of another host is called here (a sampler, a schedule or both), or None if unknown."""
     text = reduced(str(name))
     return _sampler(text) or _schedule(text) or _both(text)
 
 
 def _sampler(text: str) -> Meaning | None:
+    """Return the meaning of a reduced name as a sampler."""
     known = {reduced(name): Meaning(name) for name in REGISTRIES["sampler"]}
     known = SAMPLERS_ELSEWHERE | known
     spellings = (text, text.removeprefix("k"), re.sub("a$", "ancestral", text), re.sub("a$", "ancestral", text[1:]))
@@ -171,13 +148,14 @@ def _sampler(text: str) -> Meaning | None:
 
 
 def _schedule(text: str) -> Meaning | None:
+    """Return the meaning of a reduced name as a schedule."""
     known = SCHEDULES_ELSEWHERE | {reduced(name): Meaning(schedule=name) for name in REGISTRIES["schedule"]}
     spelling = text.removeprefix("use").removesuffix("sigmas").removesuffix("schedule")
     return known.get(text) or known.get(spelling)
 
 
 def _both(text: str) -> Meaning | None:
-    """A sampler with its schedule behind it."""
+    """Return the meaning of a reduced name as a sampler followed by its schedule."""
     for cut in range(1, len(text)):  # the longest name of a schedule first
         schedule = _schedule(text[cut:])
         if schedule is None or schedule.schedule is None:
@@ -191,7 +169,7 @@ def _both(text: str) -> Meaning | None:
 
 
 def _advice(name: object, wanted: str) -> str:
-    """What to write instead."""
+    """Return the part of an error message that says what to write instead."""
     found = _schedule(reduced(str(name))) if wanted == "schedule" else None
     found = found or meaning(name)
     if found is None:

@@ -1,12 +1,13 @@
 r"""Exponential Adams methods in `lambda = -log sigma`: predict, evaluate, correct.
 
-They solve `dx/dlambda = rate (D - x)` with the denoised images of several steps interpolated by a polynomial in lambda:
+They solve `dx/dlambda = rate (D - x)` with a polynomial in lambda through the denoised images of several steps:
 `x' = e^{-rate h} x + sum_j W_j D_j + noise` with `h = log(sigma / sigma_next)` and
-`W = coefficients.exponential_adams`. A predictor interpolates at known noise levels (Adams-Bashforth); once D has been
-evaluated at the predicted state, the corrector makes the same step again with it as one more node (Adams-Moulton).
+`W = coefficients.exponential_adams`. The predictor interpolates at known noise levels (Adams-Bashforth). After D has
+been evaluated at the predicted state, the corrector makes the same step again with this D as one more node
+(Adams-Moulton).
 
-A step of these rules evaluates the denoiser at the predicted state `s.x`, corrects, and predicts the next state from
-the corrected one. What predictor and corrector have in common, `e^{-rate h} x + noise` from the corrected x, is
+A step of these rules evaluates the denoiser at the predicted state `s.x`, corrects that state, and predicts the next
+state from the corrected one. Predictor and corrector share the term `e^{-rate h} x + noise` with the corrected x. It is
 remembered as "base".
 """
 
@@ -21,22 +22,24 @@ from kinvert.coefficients import exponential_adams, log_step, sde_noise_scale
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, option, weighted_sum
 
+__all__ = ["SASolver", "UniPC"]
+
 
 @dataclass(frozen=True)
 class UniPC(Rule):
     r"""UniPC in data prediction: exponential Adams predictor and corrector of order up to `order` (3), rate 1.
 
-    Written out, the systems of the paper have the exponential Adams weights as their solution, whatever its function
-    B(h) is. B enters where the paper takes 1/2 in place of a solution, for the corrector of the first step,
+    The linear systems of the paper have the exponential Adams weights as their solution for every function B(h). B
+    matters only where the paper takes 1/2 in place of a solution. That is the corrector of the first step,
     `x' = q x + (1 - q) D - B/2 (D_next - D)`, and the predictor of order 2,
     `x' = q x + (1 - q) D - B h / (2 h_prev) (D - D_prev)`, with `B = -h` (`uni_pc`, "bh1") or `B = e^{-h} - 1`
-    (`uni_pc_bh2`, "bh2"); "bh2" with order 2 predicts as `dpmpp_2m`.
+    (`uni_pc_bh2`, "bh2"). With "bh2" the predictor of order 2 is `dpmpp_2m`.
 
-    The order p of the steps is 1, 2, 3, 3, ..., 3, 2, 1, or with `lower_order_final=False` 1, 2, 3, 3, ..., 3, and the
-    last step is not corrected; diffusers' default is `order=2` with "bh2". A schedule of a single step evaluates
+    The orders of the steps are 1, 2, 3, 3, ..., 3, 2, 1, or with `lower_order_final=False` 1, 2, 3, 3, ..., 3. The last
+    step is not corrected. The default of diffusers is `order=2` with "bh2". A schedule of a single step evaluates
     nothing: `x' = x sqrt((1 + sigma_next^2) / (1 + sigma^2))`. A final sigma = 0 is replaced by 0.001, so the result is
-    at 0.001. One evaluation a step, remembers the base and `order` denoised images. Advertised order 3; 2 because of
-    the ends.
+    at 0.001. One evaluation a step, remembers the base and `order` denoised images. The low orders at both ends cap the
+    published order 3 at 2.
 
     Source: Zhao et al., UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (2023),
     arXiv 2302.04867.
@@ -71,10 +74,11 @@ class UniPC(Rule):
         return weighted_sum(base, *self._predictor(s.sigmas, s.index + 1, denoised))
 
     def _order(self, steps: int, k: int) -> int:
-        """The order of the step to `sigmas[k]`."""
+        """Return the order of the step to `sigmas[k]`."""
         return min(self.order, k, steps + 1 - k) if self.lower_order_final else min(self.order, k)
 
     def _predictor(self, sigmas: Sequence[float], k: int, denoised: list[Form]) -> tuple[list[float], list[Form]]:
+        """Return the weights of the step to `sigmas[k]` from known denoised images, and these images."""
         p = self._order(len(sigmas) - 1, k)
         weights = exponential_adams(sigmas[k - p : k][::-1], sigmas[k - 1], sigmas[k])
         if p == 2:
@@ -83,6 +87,7 @@ class UniPC(Rule):
         return weights, denoised[:p]
 
     def _corrector(self, sigmas: Sequence[float], k: int, denoised: list[Form]) -> tuple[list[float], list[Form]]:
+        """Return the weights of the step to `sigmas[k]` with the image at `sigmas[k]` known, and the images."""
         p = self._order(len(sigmas) - 1, k)
         weights = exponential_adams(sigmas[k - p : k + 1][::-1], sigmas[k - 1], sigmas[k])
         if p == 1:
@@ -91,6 +96,7 @@ class UniPC(Rule):
         return weights, denoised[: p + 1]
 
     def _half_b(self, sigmas: Sequence[float], k: int) -> float:
+        """Return `B / 2` of the step to `sigmas[k]`."""
         z = -log_step(sigmas[k - 1], sigmas[k])
         return (z if self.variant == "bh1" else math.expm1(z)) / 2
 
@@ -100,20 +106,19 @@ class SASolver(Rule):
     r"""SA-Solver: stochastic Adams predictor and corrector with rate `1 + tau^2`, where tau(sigma) scales the noise.
 
     `x' = e^{-(1 + tau^2) h} x + sum_j W_j D_j + sigma_next sqrt(1 - e^{-2 tau^2 h}) s_noise n(sigma, sigma_next)`, with
-    the same noise in predictor and corrector. `tau = eta` where `sde_start >= sigma_next >= sde_end` and 0 elsewhere;
-    the defaults are the noise levels at 20% and 80% of Stable Diffusion 1.5's time. With `use_pece` (`sa_solver_pece`)
-    D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone (with `eta = 0` `res_3m`, on
-    a schedule that does not end in 0). The orders fall near an end at sigma = 0, where
-    the step returns D. `simple_order_2` takes the weights of the trapezoidal kind wherever two denoised images are in
-    use.
+    the same noise in predictor and corrector. `tau = eta` where `sde_start >= sigma_next >= sde_end`, and 0 elsewhere;
+    the defaults are the noise levels at 20 % and 80 % of the time of Stable Diffusion 1.5. With `use_pece`
+    (`sa_solver_pece`) D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone; with
+    `eta = 0`, on a schedule that does not end in 0, it is `res_3m`. The orders fall near an end at sigma = 0, where the
+    step returns D. `simple_order_2` takes trapezoidal weights in each step that uses two denoised images.
 
-    `keep_last=False` is how ComfyUI had it until 2026: where the schedule does not end in 0, the last step is discarded
-    and the result is the corrected x at `sigmas[-2]`. That is one step away from where it should be, order 1.
+    `keep_last=False` is the behaviour of ComfyUI until 2026: if the schedule does not end in 0, the last step is
+    discarded, and the result is the corrected x at `sigmas[-2]`. The result is one step too early: order 1.
 
-    One evaluation a step (with `use_pece` two, but for the first). Remembers the base and up to three denoised images.
-    Advertised order 3 to 4; with `eta = 0` 4 is measured up to 320 steps, and the first step, predicted with order 1
-    and corrected with 2, leaves 3 of it in the end. With `eta=0`, `predictor_order=1` and `corrector_order=0` it is
-    `euler`.
+    One evaluation a step; with `use_pece` two, except in the first step. Remembers the base and up to three denoised
+    images. The published order is 3 to 4. With `eta = 0` order 4 is measured up to 320 steps. The first step, predicted
+    with order 1 and corrected with order 2, caps it at 3 for more steps. With `eta=0`, `predictor_order=1` and
+    `corrector_order=0` it is `euler`.
 
     Source: Xue et al., SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models (2023), arXiv
     2309.05019.
@@ -132,13 +137,18 @@ class SASolver(Rule):
     name: ClassVar[str] = "sa_solver"
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
-        """What its predictor, its corrector and the first step leave."""
+    def ode_order(self) -> int:
+        """The order that the predictor, the corrector and the first step allow."""
         if not self.keep_last:
             return 1
         if not self.corrector_order:
             return min(self.predictor_order, 2)
         return min(self.predictor_order + 1, self.corrector_order, 3)
+
+    @property
+    def keeps_last(self) -> bool:
+        """The option `keep_last`."""
+        return self.keep_last
 
     def step(self, s: StepBuilder) -> Form:
         length = max(self.predictor_order, self.corrector_order)
@@ -163,10 +173,11 @@ class SASolver(Rule):
         return weighted_sum(base, self._weights(nodes, s.sigma, s.sigma_next), history[:order])
 
     def _tau(self, sigma: float) -> float:
+        """Return the noise scale of a step that ends at `sigma`."""
         return self.eta if self.sde_start >= sigma >= self.sde_end else 0.0
 
     def _orders(self, s: StepBuilder, known: int) -> tuple[int, int]:
-        """Order of the predictor and of the corrector (0: none) where `known` denoised images are known."""
+        """Return the order of the predictor and of the corrector (0: none) with `known` denoised images."""
         corrected = s.index > 0 and (s.sigma_next > 0 or self.use_pece)
         orders = min(self.predictor_order, known), min(self.corrector_order, known) if corrected else 0
         if s.sigmas[-1] > 0:
@@ -175,6 +186,7 @@ class SASolver(Rule):
         return min(orders[0], left - 1), min(orders[1], left)
 
     def _base(self, s: StepBuilder, x: Form) -> Form:
+        """Return `e^{-(1 + tau^2) h} x + noise` of the step, from the corrected x."""
         tau = self._tau(s.sigma_next)
         h = log_step(s.sigma, s.sigma_next)
         base = math.exp(-(1.0 + tau**2) * h) * x
@@ -183,7 +195,7 @@ class SASolver(Rule):
         return base
 
     def _weights(self, nodes: Sequence[float], sigma: float, sigma_next: float) -> list[float]:
-        """Weights of the step from sigma to sigma_next for the denoised images at `nodes`, newest first."""
+        """Return the weights of the step to sigma_next for the denoised images at `nodes`, newest first."""
         rate = 1.0 + self._tau(sigma_next) ** 2
         if not (self.simple_order_2 and len(nodes) == 2):
             return exponential_adams(nodes, sigma, sigma_next, rate)

@@ -1,13 +1,12 @@
-r"""Solvers for rectified flows, in the flow's own time: the midpoint method, and one that reuses its velocity.
+r"""Solvers for rectified flows, in flow time: the midpoint method, and a method that reuses its velocity.
 
 A rectified flow has `x_t = (1 - t) x0 + t eps`, `t = sigma / (1 + sigma)`, and the velocity `v = eps - x0`. Seen from
 variance-exploding coordinates `x = (1 + sigma) x_t`, with the denoised image D and the slope d,
 
     v = d - D,    x' = ((1 + sigma_next) x + (sigma_next - sigma) v) / (1 + sigma)    is    x_t' = x_t + (t' - t) v
 
-and the middle `m` of a step is the one in t, `t_m = (t + t') / 2`. So these rules run on any denoiser; with
-`flow=True` x and the schedule are in flow time as they are. The unit of x matters: t weighs noise against data of size
-1.
+and the middle `m` of a step is the middle in t, `t_m = (t + t') / 2`. So these rules run on any denoiser. With
+`flow=True` x and the schedule are in flow time already. The unit of x matters: t weighs noise against data of size 1.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from typing import ClassVar
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, slope
 
+__all__ = ["FireFlow", "RFSolver"]
+
 
 @dataclass(frozen=True)
 class RFSolver(Rule):
     r"""RF-Solver: the explicit midpoint method in flow time, `x_t' = x_t + (t' - t) v(x_m, t_m)`.
 
-    `x_m = x_t + (t_m - t) v(x_t, t)`. It is published as a Taylor step `x_t + h v + h^2/2 (v_m - v) / (h/2)`, which is
-    the same. With `flow=True` it is `midpoint` on the flow times. Order 2, two evaluations a step.
+    `x_m = x_t + (t_m - t) v(x_t, t)`. The paper writes it as a Taylor step `x_t + h v + h^2/2 (v_m - v) / (h/2)`, which
+    is the same. With `flow=True` it is `midpoint` on the flow times. Order 2, two evaluations a step.
 
     Source: Wang et al., Taming Rectified Flow for Inversion and Editing (2024), arXiv 2411.04746.
     """
@@ -42,11 +43,11 @@ class RFSolver(Rule):
 
 @dataclass(frozen=True)
 class FireFlow(Rule):
-    r"""FireFlow: the midpoint method in flow time with the last step's midpoint velocity as the first one of this step.
+    r"""FireFlow: the midpoint method in flow time that starts each step with the last midpoint velocity.
 
     `x_m = x_t + (t_m - t) v_prev`, `v = v(x_m, t_m)`, `x_t' = x_t + (t' - t) v`; the first step evaluates
-    `v_prev = v(x_t, t)`. Order 2, one evaluation a step and one to start, remembers one velocity: upwards and downwards
-    it remembers different ones.
+    `v_prev = v(x_t, t)`. Order 2, one evaluation a step and one to start. It remembers one velocity, and a run upwards
+    remembers other velocities than a run downwards.
 
     Source: Deng et al., FireFlow: Fast Inversion of Rectified Flow for Image Semantic Editing (2024), arXiv 2412.07517.
     """
@@ -66,7 +67,7 @@ class FireFlow(Rule):
 
 
 def _middle(sigma: float, sigma_next: float, flow: bool) -> float:
-    """The noise level whose flow time is the mean of two."""
+    """Return the noise level whose flow time is the mean of the flow times of two levels."""
     if flow:
         return (sigma + sigma_next) / 2
     t = (sigma / (1.0 + sigma) + sigma_next / (1.0 + sigma_next)) / 2
@@ -74,13 +75,13 @@ def _middle(sigma: float, sigma_next: float, flow: bool) -> float:
 
 
 def _velocity(s: StepBuilder, x: Form, sigma: float, flow: bool) -> Form:
-    """`eps - x0` as the denoiser sees it."""
+    """Return the velocity `eps - x0` by the denoiser."""
     denoised = s.denoise(x, sigma)
     return slope(x, denoised, sigma) if flow else slope(x, denoised, sigma) - denoised
 
 
 def _move(x: Form, v: Form, sigma: float, sigma_to: float, flow: bool) -> Form:
-    """Along the velocity v, straight in flow time."""
+    """Move x along the velocity v, on a straight line in flow time."""
     if flow:
         return x + (sigma_to - sigma) * v
     return ((1.0 + sigma_to) * x + (sigma_to - sigma) * v) / (1.0 + sigma)

@@ -1,7 +1,7 @@
 r"""RES: the refined exponential solver, a two-step exponential integrator with an ancestral split.
 
-It differs from DPM-Solver++(2M) in the weight of the remembered denoised image only: `phi_2`, exact for a denoised
-image that is linear in `lambda = -log sigma`, where 2M takes half of `phi_1`.
+It differs from DPM-Solver++(2M) only in the weight of the remembered denoised image. The weight here is `phi_2`, which
+is exact for a denoised image that is linear in `lambda = -log sigma`; 2M takes half of `phi_1`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from kinvert.coefficients import ancestral_split, log_step, phi
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate, option
 
+__all__ = ["ResMultistep", "res_weight"]
+
 
 def res_weight(s: StepBuilder, down: float, eta: float) -> float:
-    r"""The weight of `D_prev - D` in a step to `down`: `h^2 phi_2(-h) / log(down_prev / sigma_prev)`.
+    r"""Return the weight of `D_prev - D` in a step to `down`: `h^2 phi_2(-h) / log(down_prev / sigma_prev)`.
 
-    `h = log(sigma / down)`; `down_prev` is the `down` of the step before, from `sigma_prev` to `sigma`. The step before
-    forgets x where `down_prev = 0`; the weight is 0 then.
+    `h = log(sigma / down)`, and `down_prev` is the `down` of the step before, from `sigma_prev` to `sigma`. If
+    `down_prev = 0`, the step before forgets x, and the weight is 0.
     """
     sigma_prev = s.sigmas[s.index - 1]
     down_prev = ancestral_split(sigma_prev, s.sigma, eta)[0]
@@ -35,8 +37,8 @@ class ResMultistep(Rule):
 
     `n = n(sigma, sigma_next)`, `(down, up)` is the ancestral split, `h = log(sigma / down)`,
     `c = log(down_prev / sigma_prev) / h` with the values of the step before, `phi_2(z) = (phi_1(z) - 1) / z`. The first
-    step, and one with `down = 0`, use D alone. One evaluation a step, remembers one denoised image. Order 2 at
-    `eta = 0` (`res_multistep`), where it is `dpmpp_2m_sde` with `eta=0` and solver_type "heun";
+    step and a step with `down = 0` use D alone. One evaluation a step, remembers one denoised image. Order 2 at
+    `eta = 0` (`res_multistep`), where it is `dpmpp_2m_sde` with `eta=0` and solver_type "heun".
     `res_multistep_ancestral` has `eta = 1`.
 
     Source: Zhang, Song and Chen, Improved Order Analysis and Design of Exponential Integrator for Diffusion Models

@@ -1,25 +1,27 @@
 r"""Algebraically reversible methods: each step can be undone in closed form, with a second state beside x.
 
-The second state is the rule's *auxiliary state* (`Rule.auxiliary`). It belongs to the latent as x does: a run from the
-latent alone starts it afresh and ends elsewhere. `kinvert.analysis.explicit_inverse` finds the inverse of a step from
-its rows; nothing here is written for it.
+The second state is the rule's *auxiliary state* (`Rule.auxiliary`). It belongs to the latent as x does: a run from x
+alone starts a new auxiliary state, and ends at another image. `kinvert.analysis.explicit_inverse` finds the inverse of
+a step from its rows, so the rules contain no code for it.
 
-Three of the methods carry a slope in their papers, `u = (x - A) / sigma`. Here they carry the image `A` that the slope
-points at, the *aim*: it has the unit of x, it does not change along a step, and a step along u is
-`interpolate(x, A, q)`. In these terms all three reflect the old aim in the denoised image.
+In their papers three of the methods carry a slope, `u = (x - A) / sigma`. Here they carry the image `A` that the slope
+points at, the *aim*. It has the unit of x, it does not change along a step, and a step along u is
+`interpolate(x, A, q)`. Written so, all three reflect the old aim in the denoised image.
 
-A step to sigma = 0 has no inverse; there each method returns the denoised image and drops the second state.
+A step to sigma = 0 has no inverse: each method returns the denoised image and drops the second state.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
+
+__all__ = ["BDIA", "EDICT", "OBELM", "Leapfrog", "McCallumFoster", "ReversibleHeun"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,16 @@ class EDICT(Rule):
     r"""EDICT: two coupled states, each moved by the slope at the other, then mixed.
 
     `X = x - h (y - D(y, sigma)) / sigma`, `Y = y - h (w X - D(w X, sigma)) / sigma` with `h = sigma - sigma_next`, then
-    `x' = p X + (1 - p) Y`, `y' = p Y + (1 - p) x'`; y starts as x. Two evaluations a step, order 1. The mixing holds x
-    and y together, and its inverse amplifies their difference by `p^-2` a step.
+    `x' = p X + (1 - p) Y`, `y' = p Y + (1 - p) x'`; y starts as x. Two evaluations a step, order 1. The mixing keeps x
+    and y close, and its inverse amplifies their difference by `p^-2` a step.
 
-    `w = sqrt((1 + sigma^2) / (1 + sigma_next^2))`: the network gets the variance-preserving latent as it is, X at
-    sigma_next, with the timestep of sigma. `evaluate_at="sigma_next"` evaluates X at its own level instead, without w:
-    not as published, but with the variance of the forward process where the data have none, and in any unit of x. With
-    `flow=True` the levels are flow times, whose latent as it is has `w = 1`.
+    `w = sqrt((1 + sigma^2) / (1 + sigma_next^2))`: the network gets the variance-preserving latent X, which is at
+    sigma_next, with the timestep of sigma. `evaluate_at="sigma_next"` evaluates X at its own level instead, without w.
+    The paper does not do this; it gives the variance of the forward process for data of one point, and it works in any
+    unit of x. With `flow=True` the levels are flow times, and `w = 1`.
 
-    With `alternate` every other step moves y first, by the slope at x, and then x, as the released code does unless it
-    is told otherwise (its `leapfrog_steps`). Either way a step to 0 returns its first denoised image.
+    With `alternate`, every other step moves y first, by the slope at x, and then x. This is the default of the released
+    code (`leapfrog_steps`). In both cases a step to 0 returns its first denoised image.
 
     Source: Wallace, Gokul and Naik, EDICT: Exact Diffusion Inversion via Coupled Transformations (2022), arXiv
     2211.12446, equations 12 to 14.
@@ -76,17 +78,19 @@ class EDICT(Rule):
 
 @dataclass(frozen=True)
 class BDIA(Rule):
-    r"""BDIA: the DDIM steps up and down from `x_i`, so that `x'` is had from `x_i` and the state before it.
+    r"""BDIA: DDIM steps up and down from `x_i`, so that `x'` follows from `x_i` and the state before it.
 
-    `z' = down(z) + gamma (z_prev - up(z))` with DDIM steps from z to the next level and to the one before; the first
-    step is `down`. In variance-preserving coordinates, `z = alpha x` with `alpha = 1 / sqrt(1 + sigma^2)`, as
-    published, that is `x' = x - h d + g (x_prev - x - h_prev d)`, `h = sigma - sigma_next`, `h_prev = sigma_prev -
-    sigma`, `g = gamma alpha_prev / alpha_next`; with `coordinates="ve"` the same is done to x, `g = gamma`. With the
-    aim `A`, `A' = D - c (A - D)`, `x' = q x + (1 - q) A'`, `c = g h_prev / h`. One evaluation a step.
+    `z' = down(z) + gamma (z_prev - up(z))` with DDIM steps from z to the next level (`down`) and to the level before
+    (`up`); the first step is `down`. The paper does this in variance-preserving coordinates, `z = alpha x` with
+    `alpha = 1 / sqrt(1 + sigma^2)`. In x it is `x' = x - h d + g (x_prev - x - h_prev d)`, `h = sigma - sigma_next`,
+    `h_prev = sigma_prev - sigma`, `g = gamma alpha_prev / alpha_next`. With `coordinates="ve"` the formula applies to x
+    itself, `g = gamma`. With the aim `A`, `A' = D - c (A - D)`, `x' = q x + (1 - q) A'`, `c = g h_prev / h`. One
+    evaluation a step.
 
-    On smooth grids order 2 at `gamma=1`, the leapfrog; 1 below, and on grids whose steps alternate in size. The inverse
-    amplifies errors by `1 / g` a step: at gamma 0.5 and 50 steps by 1e15 or more, at gamma 1 over all steps by about
-    `1 / (alpha_first alpha_second)`. In VE coordinates that is 1, but few steps end further from the ODE.
+    Order 2 on smooth grids at `gamma=1`, the leapfrog; order 1 for smaller gamma, and on grids whose steps alternate in
+    size. The inverse amplifies errors by `1 / g` a step: at gamma 0.5 and 50 steps by 1e15 or more, at gamma 1 over all
+    steps by about `1 / (alpha_first alpha_second)`. In VE coordinates that factor is 1, but runs of few steps end
+    further from the ODE.
 
     Source: Zhang, Lewis and Kleijn, Exact Diffusion Inversion via Bi-directional Integration Approximation (2023),
     arXiv 2307.10829.
@@ -98,8 +102,8 @@ class BDIA(Rule):
     name: ClassVar[str] = "bdia"
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
-        """2 for the leapfrog, 1 for every other gamma."""
+    def ode_order(self) -> int:
+        """The order: 2 for the leapfrog, 1 for every other gamma."""
         return 2 if self.gamma == 1.0 else 1
 
     def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
@@ -116,11 +120,11 @@ class BDIA(Rule):
 class OBELM(Rule):
     r"""O-BELM: the explicit two-step method of least local error, a leapfrog for steps of different sizes.
 
-    `x' = x - h d + (h / h_prev)^2 (x_prev - x - h_prev d)`, as `bdia` with another weight: with the aim `A`,
+    `x' = x - h d + (h / h_prev)^2 (x_prev - x - h_prev d)`, which is `bdia` with another weight: with the aim `A`,
     `A' = D - c (A - D)`, `x' = q x + (1 - q) A'`, `c = h / h_prev`; the first step is an Euler step. One evaluation a
-    step, order 2 on smooth grids, about 1.4 and falling where step sizes alternate. The inverse amplifies the
-    displacement by `(h_prev / h)^2` a step, `(h_first / h_last)^2` in all. Schedules whose neighbouring steps differ by
-    orders of magnitude have weights as large, and lose as many digits.
+    step. Order 2 on smooth grids; about 1.4, and falling, if step sizes alternate. The inverse amplifies the
+    displacement by `(h_prev / h)^2` a step, `(h_first / h_last)^2` in all. If neighbouring steps differ by orders of
+    magnitude, so do the weights, and the run loses as many digits.
 
     Source: Wang et al., BELM: Bidirectional Explicit Linear Multi-step Sampler for Exact Inversion in Diffusion Models
     (2024), arXiv 2410.07273.
@@ -142,7 +146,7 @@ class Leapfrog(Rule):
 
     With the aim `A` and `m = (sigma + sigma_next) / 2`: `x_m = x + (m - sigma) (x - A) / sigma`,
     `A' = 2 D(x_m, m) - A`, `x' = x_m + (sigma_next - m) (x_m - A') / m`. A starts as `D(x, sigma)`. One evaluation a
-    step and one to start; order 2. No error is damped, in neither direction.
+    step and one to start. Order 2. It damps no error, in neither direction.
 
     Source: Zhuang et al., MALI: A memory efficient and reverse accurate integrator for Neural ODEs (2021), arXiv
     2102.04668, with velocity `(x - A) / sigma` and eta = 1.
@@ -169,8 +173,8 @@ class ReversibleHeun(Rule):
     r"""Reversible Heun: Heun's method with its slopes taken at a second state `X`, which leaps over x.
 
     `X' = 2 x - X + w d(X, sigma)`, `x' = x + w (d(X, sigma) + d(X', sigma_next)) / 2`, `w = sigma_next - sigma`; X
-    starts as x. Order 2. One evaluation a step and one to start, since `d(X')` is kept for the next step; two where
-    each step stands alone (`Plan.closed`).
+    starts as x. Order 2. It remembers `d(X')` for the next step, so it takes one evaluation a step and one to start. If
+    each step stands alone (`Plan.closed`), it takes two.
 
     Source: Kidger et al., Efficient and Accurate Gradients for Neural SDEs (2021), arXiv 2105.13493, Algorithm 1
     without noise.
@@ -200,9 +204,9 @@ class McCallumFoster(Rule):
     r"""McCallum-Foster: any one-step method made reversible, by a step down from z and a step back up from x'.
 
     With the increment `F(x, a, b) = step of the rule from a to b, minus x`:
-    `x' = lam x + (1 - lam) z + F(z, sigma, sigma_next)`, `z' = z - F(x', sigma_next, sigma)`; z starts as x. Twice the
-    evaluations of the rule (Heun's method unless told otherwise), and its order. `lam` draws x towards z; the inverse
-    amplifies by `1 / lam` a step.
+    `x' = lam x + (1 - lam) z + F(z, sigma, sigma_next)`, `z' = z - F(x', sigma_next, sigma)`; z starts as x. It takes
+    twice the evaluations of the rule (by default Heun's method) and has its order. `lam` draws x towards z; the inverse
+    amplifies errors by `1 / lam` a step.
 
     Source: McCallum and Foster, Efficient, Accurate and Stable Gradients for Neural ODEs (2024), arXiv 2410.11648.
     """
@@ -213,9 +217,19 @@ class McCallumFoster(Rule):
     name: ClassVar[str] = "mccallum_foster"
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         """The order of the wrapped rule."""
         return self.rule.ode_order
+
+    @property
+    def noise_options(self) -> dict[str, Any]:
+        """No option: the noise belongs to the wrapped rule."""
+        return {}
+
+    def quiet(self) -> Self:
+        """Return the method with the wrapped rule's noise switched off; see `Rule.quiet`."""
+        rule = self.rule.quiet()
+        return self if rule is self.rule else replace(self, rule=rule)
 
     def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
         return {"z": s.x}
@@ -231,7 +245,7 @@ class McCallumFoster(Rule):
 
 
 class _OneStep(StepBuilder):
-    """A single step of the wrapped rule between two noise levels, in either direction."""
+    """One step of the wrapped rule between two noise levels, in either direction."""
 
     def __init__(self, outer: StepBuilder, x: Form, sigma: float, sigma_next: float) -> None:
         super().__init__((sigma, sigma_next), 0, {"x": x})
@@ -251,7 +265,7 @@ class _OneStep(StepBuilder):
 
 
 def _reflect(s: StepBuilder, weight: Callable[[float], float]) -> Form:
-    """A step of a two-step method; `weight(ratio)` is `c` for `ratio = h / h_prev`."""
+    """Make a step of a two-step method; `weight(ratio)` is `c` for `ratio = h / h_prev`."""
     aim = s.memory["aim"]
     if s.index > 0:
         denoised = s.denoise(s.x, s.sigma)

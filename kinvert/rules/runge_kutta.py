@@ -1,9 +1,11 @@
 r"""One-step methods for the probability-flow ODE `dx/dsigma = d(x, sigma) = (x - D(x, sigma)) / sigma`.
 
-They share the churn of Karras et al. (2022, arXiv 2206.00364, Algorithm 2): before a step the noise level is raised
-from `sigma` to `sigma_hat = (1 + gamma) sigma` with `gamma = min(s_churn / steps, sqrt(2) - 1)` wherever
-`s_tmin <= sigma <= s_tmax`, and noise of variance `s_noise^2 (sigma_hat^2 - sigma^2)` is added. With `s_churn = 0`,
-the default, the methods are deterministic.
+They share the churn of Karras et al. (2022): before each step with `s_tmin <= sigma <= s_tmax`, the noise level is
+raised from `sigma` to `sigma_hat = (1 + gamma) sigma` with `gamma = min(s_churn / steps, sqrt(2) - 1)`, and noise of
+variance `s_noise^2 (sigma_hat^2 - sigma^2)` is added. With `s_churn = 0`, the default, the methods are deterministic.
+
+Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364,
+Algorithm 2.
 """
 
 from __future__ import annotations
@@ -16,10 +18,19 @@ from typing import ClassVar
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
 
+__all__ = ["DPM2", "ChurnedRule", "Euler", "Heun", "HeunPP2"]
+
 
 @dataclass(frozen=True)
 class ChurnedRule(Rule, ABC):
-    """A one-step method with churn; `s_churn` counts over the whole run, the other fields are noise levels."""
+    """A one-step method with churn.
+
+    Attributes:
+        s_churn: amount of churn over the whole run; each step gets `s_churn / steps`.
+        s_tmin: lowest noise level that is churned.
+        s_tmax: highest noise level that is churned.
+        s_noise: factor of the noise.
+    """
 
     s_churn: float = option(0.0, low=0.0)
     s_tmin: float = option(0.0, low=0.0)
@@ -27,7 +38,7 @@ class ChurnedRule(Rule, ABC):
     s_noise: float = 1.0
 
     def churn(self, s: StepBuilder) -> tuple[Form, float]:
-        """The churned state and its noise level `sigma_hat`."""
+        """Return the churned state and its noise level `sigma_hat`."""
         inside = self.s_tmin <= s.sigma <= self.s_tmax
         gamma = min(self.s_churn / s.steps, math.sqrt(2.0) - 1.0) if inside else 0.0
         if gamma == 0.0:
@@ -41,10 +52,10 @@ class ChurnedRule(Rule, ABC):
 class Euler(ChurnedRule):
     r"""Euler's method: `x' = x + (sigma_next - sigma) d = q x + (1 - q) D`.
 
-    Order 1, one evaluation a step. It is DDIM (Song et al., Denoising Diffusion Implicit Models, 2020, arXiv
-    2010.02502, eta = 0), in VE, VP and rectified-flow coordinates alike.
+    Order 1, one evaluation a step. It is DDIM with eta = 0, in VE, VP and rectified-flow coordinates alike.
 
-    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364.
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364;
+    Song et al., Denoising Diffusion Implicit Models (2020), arXiv 2010.02502.
     """
 
     name: ClassVar[str] = "euler"
@@ -59,7 +70,7 @@ class Euler(ChurnedRule):
 class Heun(ChurnedRule):
     r"""Heun's method: an Euler step to `x_e`, then `x' = x + (sigma_next - sigma) (d + d_e) / 2`.
 
-    `d_e = (x_e - D(x_e, sigma_next)) / sigma_next`. Order 2, two evaluations a step; a step to sigma = 0, where the
+    `d_e = (x_e - D(x_e, sigma_next)) / sigma_next`. Order 2, two evaluations a step. A step to sigma = 0, where the
     slope is undefined, is an Euler step.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364,
@@ -84,11 +95,12 @@ class Heun(ChurnedRule):
 class DPM2(ChurnedRule):
     r"""DPM-Solver-2 in sigma: a midpoint step with the geometric mean `m = sqrt(sigma sigma_next)` as midpoint.
 
-    `x_m = x + (m - sigma) d`, `x' = x + (sigma_next - sigma) (x_m - D(x_m, m)) / m`. Order 2, two evaluations a step;
-    a step to sigma = 0 is an Euler step.
+    `x_m = x + (m - sigma) d`, `x' = x + (sigma_next - sigma) (x_m - D(x_m, m)) / m`. Order 2, two evaluations a step.
+    A step to sigma = 0 is an Euler step.
 
     Source: Lu et al., DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps
-    (2022), arXiv 2206.00927, in the sigma form of Karras et al. (2022), arXiv 2206.00364.
+    (2022), arXiv 2206.00927; Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022),
+    arXiv 2206.00364, for the form in sigma.
     """
 
     name: ClassVar[str] = "dpm_2"
@@ -111,11 +123,11 @@ class HeunPP2(ChurnedRule):
     With `x_e = x + (sigma_next - sigma) d`, `x_ee = x_e + (sigma_next2 - sigma_next) d_e`, slopes d, d_e, d_ee at the
     three, and `w = sigma_next / (3 sigma_0)`, `w' = sigma_next2 / (3 sigma_0)` where `sigma_next2` is the level after
     sigma_next: `x' = x + (sigma_next - sigma) ((1 - w - w') d + w d_e + w' d_ee)`. The last step but one leaves x_ee
-    out and has `w = sigma_next / (2 sigma_0)`; the last step is an Euler step, also where it does not end at 0. Three
-    evaluations a step, then two, then one. The weights are not those of a quadrature: the order is 1. On a rising
-    schedule the weights grow with `sigma / sigma_0`, and so does the result: it is not meant to be run upwards.
+    out and has `w = sigma_next / (2 sigma_0)`. The last step is an Euler step, on every schedule. Three evaluations a
+    step, two in the last step but one, one in the last. The weights are not the weights of a quadrature, so the order
+    is 1. On a rising schedule the weights grow with `sigma / sigma_0`, and so does the result: do not run it upwards.
 
-    Source: community sampler of the sd-webui extensions, as in ComfyUI; no paper is known.
+    Source: sd-webui extensions (no paper is known), as in ComfyUI.
     """
 
     name: ClassVar[str] = "heunpp2"

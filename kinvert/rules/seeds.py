@@ -21,16 +21,18 @@ from kinvert.coefficients import log_step, phi, sde_noise_scale
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate, option
 
+__all__ = ["Seeds2", "Seeds3"]
+
 
 @dataclass(frozen=True)
 class _Seeds(Rule, ABC):
-    """What both orders share: the options of the SDE and the noise path."""
+    """The options of the SDE and the noise path, which both orders share."""
 
     eta: float = option(1.0, low=0.0)
     s_noise: float = option(1.0, low=0.0)
 
     def noise_path(self, s: StepBuilder, *levels: float) -> list[Form]:
-        """The noise of the SDE since the start of the step, at each of the levels."""
+        """Return the noise of the SDE since the start of the step, at each of the levels."""
         path = [0.0 * s.x]
         for a, b in pairwise((s.sigma, *levels)):
             path.append((b / a) ** (1.0 + self.eta) * path[-1])
@@ -46,11 +48,12 @@ class Seeds2(_Seeds):
     With `m = sigma^{1-r} sigma_next^r` and the noise path n at both levels (see the module):
     `x_m = e^{-r g} x + (1 - e^{-r g}) D + n_m`, `D_m = D(x_m, m)`,
     `x' = e^{-g} x + (1 - e^{-g}) D + b (D_m - D) + n_next`, where `b = (1 - e^{-g}) / (2 r)` (solver_type "phi_1") or
-    `b = g phi_2(-g) / r` ("phi_2"). Order 2 at `eta = 0`, where "phi_1" is `dpmpp_sde` with `eta = 0` and the same r,
-    and with `r = 1/2` `dpmpp_2s_ancestral` with `eta = 0`, while "phi_2" is `res_2s` with `c2 = r`. "phi_2" with
+    `b = g phi_2(-g) / r` ("phi_2"). Order 2 at `eta = 0`, where "phi_1" is `dpmpp_sde` with `eta = 0` and the same r
+    (with `r = 1/2` also `dpmpp_2s_ancestral` with `eta = 0`), and "phi_2" is `res_2s` with `c2 = r`. "phi_2" with
     `r = 1` is `exp_heun_2_x0_sde`. Two evaluations a step. A step to sigma = 0 returns D.
 
-    Source: Gonzalez et al., SEEDS (2023), arXiv 2305.14267.
+    Source: Gonzalez et al., SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models (2023),
+    arXiv 2305.14267.
     """
 
     r: float = option(0.5, low=1e-3, high=1.0)
@@ -77,11 +80,12 @@ class Seeds3(_Seeds):
 
     With the noise path n at the three levels (see the module): `x_a = e^{-r_1 g} x + (1 - e^{-r_1 g}) D + n_a`,
     `x_b = e^{-r_2 g} x + (1 - e^{-r_2 g}) D + (r_2^2 / r_1) g phi_2(-r_2 g) (D_a - D) + n_b`,
-    `x' = e^{-g} x + (1 - e^{-g}) D + (g / r_2) phi_2(-g) (D_b - D) + n_next`. Order 3 at `eta = 0` for `r_2 = 2/3` (2
-    for others), where `r_1 = 1/3` is `res_3s` with `c2 = 1/3`, `c3 = 2/3`; three evaluations a step. A step to sigma =
-    0 returns D.
+    `x' = e^{-g} x + (1 - e^{-g}) D + (g / r_2) phi_2(-g) (D_b - D) + n_next`. Order 3 at `eta = 0` if `r_2 = 2/3`
+    (otherwise 2); with `r_1 = 1/3` too, it is `res_3s` with `c2 = 1/3`, `c3 = 2/3`. Three evaluations a step. A step to
+    sigma = 0 returns D.
 
-    Source: Gonzalez et al., SEEDS (2023), arXiv 2305.14267.
+    Source: Gonzalez et al., SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models (2023),
+    arXiv 2305.14267.
     """
 
     r_1: float = option(1.0 / 3.0, low=1e-3, high=1.0)

@@ -7,7 +7,7 @@ A tableau checks itself: it has order p if and only if `sum_i b_i Phi_i(t) = 1 /
 up to p nodes (Butcher). A tree is the tuple of its subtrees; `Phi_i(t) = prod_{u in t} sum_j a_ij Phi_j(u)` and
 `gamma(t) = |t| prod_{u in t} gamma(u)`.
 
-Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (1993), chapter II.
+Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I (1993), chapter II.
 """
 
 from __future__ import annotations
@@ -22,15 +22,19 @@ from typing import Any
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, slope, weighted_sum
 
+__all__ = ["TABLEAUS", "RungeKutta", "Tableau", "Tree", "trees"]
+
 Tree = tuple[Any, ...]
+"""A rooted tree: the tuple of its subtrees."""
 
 
 def trees(nodes: int) -> set[Tree]:
-    """All rooted trees with that many nodes: a leaf added at every node of the smaller ones."""
+    """Return all rooted trees with so many nodes, by adding a leaf at each node of the smaller trees."""
     return {()} if nodes == 1 else {bigger for tree in trees(nodes - 1) for bigger in _with_a_leaf(tree)}
 
 
 def _with_a_leaf(tree: Tree) -> set[Tree]:
+    """Return the trees that have one leaf more than `tree`."""
     at_root: set[Tree] = {tuple(sorted((*tree, ())))}
     return at_root | {
         tuple(sorted((*tree[:i], bigger, *tree[i + 1 :])))
@@ -79,7 +83,7 @@ class Tableau:
 
     @classmethod
     def parse(cls, name: str, order: int, a: str, b: str) -> Tableau:
-        """A tableau from text: numbers separated by spaces, the rows of `a` from the second stage on by `|`."""
+        """Read a tableau from text: numbers separated by spaces, rows of `a` (from the second stage on) by `|`."""
         rows = ((), *(tuple(map(Fraction, row.split())) for row in a.split("|") if row.strip()))
         return cls(name, order, rows, tuple(map(Fraction, b.split())))
 
@@ -90,7 +94,7 @@ class Tableau:
 
     @functools.cached_property
     def stages(self) -> tuple[tuple[float, tuple[float, ...]], ...]:
-        """`(c_k, (a_k1, ...))` of the stages after the first, and `(1, b)`, as floats."""
+        """The rows `(c_k, (a_k1, ...))` of the stages after the first, and last `(1, b)`, as floats."""
         rows = zip((*self.c[1:], 1), (*self.a[1:], self.b), strict=True)
         return tuple((float(c), tuple(map(float, row))) for c, row in rows)
 
@@ -117,20 +121,20 @@ TABLEAUS = (
         "35/384 0 500/1113 125/192 -2187/6784 11/84",
     ),
 )
-"""The registered methods: midpoint rule, Ralston (1962) of order 2, Kutta (1901) of orders 3 and 4, Bogacki and
-Shampine (1989), Dormand and Prince (1980); of the last two the propagating formula, without error estimate."""
+"""The registered methods: the midpoint rule, Ralston (1962) of order 2, Kutta (1901) of orders 3 and 4, Bogacki and
+Shampine (1989), Dormand and Prince (1980). The last two are the propagating formula, without the error estimate."""
 
 
 @dataclass(frozen=True)
 class RungeKutta(Rule):
     r"""An explicit Runge-Kutta method in sigma: `x_k = x + h sum_l a_kl d_l`, `x' = x + h sum_k b_k d_k`.
 
-    `h = sigma_next - sigma`, `d_k = (x_k - D(x_k, sigma_k)) / sigma_k` at `sigma_k = sigma + c_k h`. Its order is the
-    tableau's, its evaluations a step the number of the tableau's stages. A step to sigma = 0, where the slope is
-    undefined, is an Euler step. A tableau of one's own runs as `RungeKutta(Tableau.parse(name, order, a, b))`; with
+    `h = sigma_next - sigma`, `d_k = (x_k - D(x_k, sigma_k)) / sigma_k` at `sigma_k = sigma + c_k h`. It has the order
+    of its tableau, and each stage is one evaluation a step. A step to sigma = 0, where the slope is undefined, is an
+    Euler step. A tableau of your own runs as `RungeKutta(Tableau.parse(name, order, a, b))`. With
     `Tableau.parse("heun", 2, "1", "1/2 1/2")` it is `heun`.
 
-    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I (1993), chapter II.
+    Source: Hairer, Nørsett and Wanner, Solving Ordinary Differential Equations I (1993), chapter II.
     """
 
     tableau: Tableau
@@ -138,15 +142,14 @@ class RungeKutta(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.tableau, Tableau):
             raise TypeError(f"RungeKutta: tableau must be a Tableau, e.g. from Tableau.parse, got {self.tableau!r}")
-        self.take_name()
-
-    @functools.cached_property  # a name that is given takes its place
-    def name(self) -> str:  # type: ignore[override]
-        """The name of the tableau."""
-        return self.tableau.name
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def name(self) -> str:
+        """The name of the tableau."""
+        return self.named or self.tableau.name
+
+    @property
+    def ode_order(self) -> int:
         """The order of the tableau."""
         return self.tableau.order
 

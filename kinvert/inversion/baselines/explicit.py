@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kinvert.checks import check_choice
 from kinvert.denoisers import Denoiser, guide
 from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
 from kinvert.inversion.result import Inversion
 from kinvert.plan import compile_plan
 from kinvert.rules import DDIMInverse, Euler, FireFlow, RFSolver, Rule
-from kinvert.rules.names import unknown
 from kinvert.sampling import sample, unsample
 
 
@@ -38,8 +38,7 @@ def ddim_inversion(
     Null-text Inversion for Editing Real Images using Guided Diffusion Models (2022), arXiv 2211.09794.
     """
     rules: dict[str, Rule] = {"clean": Euler(), "noisy": DDIMInverse()}
-    if at not in rules:
-        raise ValueError(unknown("at", at, rules))
+    check_choice("at", at, rules)
     return _unsampled(denoiser, x, sigmas, rules[at], Euler(), cfg, positive, negative)
 
 

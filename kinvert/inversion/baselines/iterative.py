@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kinvert.checks import count, plain, positive_number
+from kinvert.checks import check_count, check_positive, plain
 from kinvert.denoisers import Denoiser, Guidance, guide
 from kinvert.denoisers.buffers import call_to_keep
 from kinvert.engine import stage_sigmas
@@ -59,8 +59,8 @@ def aidi(
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
     2309.04907.
     """
-    iterations = count("iterations", iterations)
-    window = count("window", window, 0)
+    iterations = check_count("iterations", iterations)
+    window = check_count("window", window, 0)
     solver = Anderson(window=window, max_iterations=iterations, growth=math.inf, last=True)
     return _solved(denoiser, x, sigmas, Euler(), solver, cfg, positive, negative)
 
@@ -90,8 +90,8 @@ def renoise(
 
     Source: Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
     """
-    iterations = count("iterations", iterations)
-    average = count("average", average)
+    iterations = check_count("iterations", iterations)
+    average = check_count("average", average)
     if average > iterations:
         raise ValueError(f"average must be at most iterations, {iterations}, got {average}")
     return _solved(denoiser, x, sigmas, Euler(), Averaged(iterations, average), cfg, positive, negative)
@@ -146,9 +146,9 @@ def dpm_solver_inversion(
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 (the sampler euler) or 2 (dpmpp_2m), got {order!r}")
-    iterations = count("iterations", iterations)
-    substeps = count("substeps", substeps)
-    tau = positive_number("tau", tau)
+    iterations = check_count("iterations", iterations)
+    substeps = check_count("substeps", substeps)
+    tau = check_positive("tau", tau)
     rule: Rule = Euler() if order == 1 else DPMpp2M()
     return _solved(
         denoiser, x, sigmas, rule, Damped(float(tau), iterations, last=True), cfg, positive, negative, substeps

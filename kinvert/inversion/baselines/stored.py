@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kinvert.checks import count, positive_number
+from kinvert.checks import check_count, check_positive
 from kinvert.denoisers import Denoiser, guide
 from kinvert.engine import advance, stage_sigmas
 from kinvert.inversion.back import guided_step, sample_embedded
@@ -85,8 +85,8 @@ def null_text(
     2211.09794.
     """
     plan = checked_plan(x, Euler(), sigmas)
-    iterations = count("iterations", iterations)
-    lr = positive_number("lr", lr)
+    iterations = check_count("iterations", iterations)
+    lr = check_positive("lr", lr)
     fixed = guide(denoiser, cfg, positive, {} if negative is None else negative).negative or {}
     tensors = {key: v for key, v in fixed.items() if isinstance(v, Tensor) and v.is_floating_point()}
     if not tensors:

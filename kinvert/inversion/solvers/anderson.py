@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kinvert import linalg
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.tensors import rms, wide_dtype
@@ -50,9 +50,9 @@ class Anderson(Solver):
     last: bool = False
 
     def __post_init__(self) -> None:
-        count_field(self, "window", 0)
-        count_field(self, "max_iterations")
-        count_field(self, "check_every")
+        check_count_field(self, "window", 0)
+        check_count_field(self, "max_iterations")
+        check_count_field(self, "check_every")
 
     @property
     def is_published(self) -> bool:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.newton import NewtonKrylov, Operator, gmres
@@ -52,8 +52,8 @@ class Continuation(Solver):
     newton: NewtonKrylov = field(default_factory=lambda: NewtonKrylov(krylov=60, max_iterations=20))
 
     def __post_init__(self) -> None:
-        count_field(self, "krylov")
-        count_field(self, "max_points")
+        check_count_field(self, "krylov")
+        check_count_field(self, "max_points")
 
     def finer(self) -> Continuation:
         """The same, closer to the curve."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinvert import linalg
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.tensors import per_sample, rms, wide_dtype
@@ -45,8 +45,8 @@ class NewtonKrylov(Solver):
     least_change: bool = False
 
     def __post_init__(self) -> None:
-        count_field(self, "krylov")
-        count_field(self, "max_iterations")
+        check_count_field(self, "krylov")
+        check_count_field(self, "max_iterations")
 
     def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""

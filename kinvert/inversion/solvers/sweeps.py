@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from kinvert import linalg
-from kinvert.checks import count_field
+from kinvert.checks import check_count_field
 from kinvert.inversion.problem import Guess, Judge, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.secants import Secants
@@ -55,8 +55,8 @@ class _Sweeping(Solver):
     patience: int
 
     def __post_init__(self) -> None:
-        count_field(self, "window")
-        count_field(self, "max_sweeps")
+        check_count_field(self, "window")
+        check_count_field(self, "max_sweeps")
 
     @abstractmethod
     def course(self, problem: Problem, guess: Guess) -> _Course:

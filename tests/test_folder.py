@@ -21,6 +21,7 @@ from kinvert.bench import Cell
 from kinvert.cli import main
 from kinvert.denoisers import guide
 from kinvert.engine import run_state
+from kinvert.folder import invert_folder
 from kinvert.plan import compile_plan
 
 SIGMAS = ki.schedules.karras(4, 0.02, 80.0)[:-1]
@@ -53,7 +54,7 @@ def latents(out: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
 
 def test_every_file_once_and_as_the_library_does_it(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    rows = bench.invert_folder(source, out, CELL, shard_size=2)
+    rows = invert_folder(source, out, CELL, shard_size=2)
     assert rows == manifest(out)
     assert [row["file"] for row in rows] == ["a.png", "b.PNG", "c.png", "more/a.png", "more/d.png"]
     assert [row["row"] for row in rows] == [0, 1, 0, 1, 0] and len({row["shard"] for row in rows}) == 3
@@ -71,14 +72,14 @@ def test_every_file_once_and_as_the_library_does_it(source: Path, tmp_path: Path
 def test_exact_inversion_is_certified(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "batch.npy", np.random.default_rng(0).normal(size=(3, 16)))
-    rows = bench.invert_folder(tmp_path / "in", tmp_path / "out", Cell("gaussian", method="invert", steps=4))
+    rows = invert_folder(tmp_path / "in", tmp_path / "out", Cell("gaussian", method="invert", steps=4))
     assert [(row["index"], row["converged"]) for row in rows] == [(0, True), (1, True), (2, True)]
     assert max(row["round_trip_error"] for row in rows) <= 1e-9
 
 
 def test_conditioning_and_guidance(source: Path, tmp_path: Path) -> None:
     cell = Cell("digits", steps=3, dtype="float32", cfg=3.0)
-    rows = bench.invert_folder(source, tmp_path / "out", cell, positive={"label": 3}, negative={"label": 10})
+    rows = invert_folder(source, tmp_path / "out", cell, positive={"label": 3}, negative={"label": 10})
     guidance = {"cfg": 3.0, "positive": {"label": torch.tensor([3])}, "negative": {"label": torch.tensor([10])}}
     x = images(0, 1, 2, 3, 4)
     found = ki.unsample(models.load("digits"), x, SIGMAS, sigma_offset=0.0, **guidance)
@@ -94,7 +95,7 @@ def test_noises_and_memory_are_kept_with_the_latents(tmp_path: Path) -> None:
     kept = {}
     for method, sampler in (("extract_noise", "euler_ancestral"), ("reversible", "edict")):
         cell = Cell("gaussian", method=method, sampler=sampler, steps=4)
-        (row, _) = bench.invert_folder(tmp_path / "in", tmp_path / method, cell)
+        (row, _) = invert_folder(tmp_path / "in", tmp_path / method, cell)
         kept[method] = load_file(tmp_path / method / row["shard"])
     noises = [kept["extract_noise"][f"noises/{i}"] for i in range(4)]
     again = ki.sample(
@@ -116,7 +117,7 @@ def test_every_format_gives_the_same_latent(tmp_path: Path) -> None:
     np.save(folder / "one.npy", x[0].numpy())
     torch.save(x, folder / "one.pt")
     save_file({"anything": x}, folder / "one.safetensors")
-    rows = bench.invert_folder(folder, tmp_path / "out", replace(CELL, dtype="float64"))
+    rows = invert_folder(folder, tmp_path / "out", replace(CELL, dtype="float64"))
     found = dict(zip([row["file"] for row in rows], latents(tmp_path / "out", rows), strict=True))
     for name in ("rgb.png", "one.npy", "one.pt"):
         torch.testing.assert_close(found[name], found["one.safetensors"])
@@ -161,16 +162,16 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: 
     cell = Cell("suicidal:model", steps=3)
     try:
         with pytest.raises(bench.UnfinishedError, match=r"(?s)are not done.*exit codes .*-9"):
-            bench.invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
+            invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
         done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
         assert 1 < len(done) < 13 and not (tmp_path / "out" / "manifest.jsonl").exists()
-        rows = bench.invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
+        rows = invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
         assert (
             done.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}.items()
         )
         assert [row["file"] for row in rows] == [f"{i:02}.npy" for i in range(12)]
         assert len({row["shard"] for row in rows}) == 12
-        again = bench.invert_folder(folder, tmp_path / "again", cell, shard_size=1)
+        again = invert_folder(folder, tmp_path / "again", cell, shard_size=1)
         assert again == rows
         assert torch.equal(latents(tmp_path / "out", rows), latents(tmp_path / "again", again))
     finally:
@@ -178,9 +179,9 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_files_that_come_later_are_added(source: Path, tmp_path: Path) -> None:
-    first = bench.invert_folder(source, tmp_path / "out", CELL, shard_size=2)
+    first = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
     Image.fromarray(PIXELS[7]).save(source / "z.png")
-    second = bench.invert_folder(source, tmp_path / "out", CELL, shard_size=2)
+    second = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
     assert second[:4] == first[:4] and [row["file"] for row in second[4:]] == ["more/d.png", "z.png"]
 
 
@@ -191,33 +192,31 @@ def test_another_content_is_another_result(source: Path, tmp_path: Path) -> None
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "0.npy", x[0 if name == "one" else 1])
     found = [
-        latents(tmp_path / "out", bench.invert_folder(tmp_path / name, tmp_path / "out", CELL))
+        latents(tmp_path / "out", invert_folder(tmp_path / name, tmp_path / "out", CELL))
         for name in ("one", "other", "one")
     ]
     assert torch.equal(found[0], found[2]) and not torch.allclose(found[0], found[1])
     np.save(tmp_path / "one" / "0.npy", x[1])
-    assert torch.equal(
-        latents(tmp_path / "out", bench.invert_folder(tmp_path / "one", tmp_path / "out", CELL)), found[1]
-    )
+    assert torch.equal(latents(tmp_path / "out", invert_folder(tmp_path / "one", tmp_path / "out", CELL)), found[1])
 
 
 def test_a_bad_file_does_not_take_its_shard_along(source: Path, tmp_path: Path) -> None:
     (source / "c.png").write_bytes(b"nonsense")
     (source / "more" / "a.png").write_bytes(b"nonsense")
     with pytest.raises(bench.UnfinishedError, match=r"(?s)2 of 5 are not done; the others are.*c\.png.*a\.png"):
-        bench.invert_folder(source, tmp_path / "out", CELL)
+        invert_folder(source, tmp_path / "out", CELL)
     assert [row["file"] for row in manifest(tmp_path / "out")] == ["a.png", "b.PNG", "more/d.png"]
 
 
 def test_a_first_run_that_fails_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:
     with pytest.raises(bench.UnfinishedError, match="lable"):
-        bench.invert_folder(source, tmp_path / "out", CELL, positive={"lable": 3})
-    assert len(bench.invert_folder(source, tmp_path / "out", CELL, positive={"label": 3})) == 5
+        invert_folder(source, tmp_path / "out", CELL, positive={"lable": 3})
+    assert len(invert_folder(source, tmp_path / "out", CELL, positive={"label": 3})) == 5
 
 
 def test_out_may_lie_in_source(source: Path) -> None:
-    rows = bench.invert_folder(source, source / "out", CELL)
-    assert bench.invert_folder(source, source / "out", CELL) == rows and len(rows) == 5
+    rows = invert_folder(source, source / "out", CELL)
+    assert invert_folder(source, source / "out", CELL) == rows and len(rows) == 5
 
 
 def test_a_bad_file_is_named_and_the_others_are_done(source: Path, tmp_path: Path) -> None:
@@ -228,10 +227,10 @@ def test_a_bad_file_is_named_and_the_others_are_done(source: Path, tmp_path: Pat
     with pytest.raises(
         bench.UnfinishedError, match=r"(?s)1 of 5 are not done.*cannot read .*c\.png: UnidentifiedImageE"
     ):
-        bench.invert_folder(source, tmp_path / "out", CELL, shard_size=1)
+        invert_folder(source, tmp_path / "out", CELL, shard_size=1)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
     Image.fromarray(PIXELS[2]).save(source / "c.png")
-    assert len(bench.invert_folder(source, tmp_path / "out", CELL, shard_size=1)) == 5
+    assert len(invert_folder(source, tmp_path / "out", CELL, shard_size=1)) == 5
 
 
 @pytest.mark.parametrize(
@@ -251,25 +250,25 @@ def test_files_that_cannot_be_inverted(save: Any, message: str, tmp_path: Path) 
     (tmp_path / "in").mkdir()
     save(tmp_path / "in")
     with pytest.raises(bench.UnfinishedError, match=message):
-        bench.invert_folder(tmp_path / "in", tmp_path / "out", CELL)
+        invert_folder(tmp_path / "in", tmp_path / "out", CELL)
 
 
 def test_folders_that_cannot_be(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="source must be a folder"):
-        bench.invert_folder(tmp_path / "nowhere", tmp_path / "out", CELL)
+        invert_folder(tmp_path / "nowhere", tmp_path / "out", CELL)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no images or latents in .*it takes \.png"):
-        bench.invert_folder(tmp_path / "empty", tmp_path / "out", CELL)
+        invert_folder(tmp_path / "empty", tmp_path / "out", CELL)
     with pytest.raises(ValueError, match="shard_size must be a positive int, got 0"):
-        bench.invert_folder(source, tmp_path / "out", CELL, shard_size=0)
-    bench.invert_folder(source, tmp_path / "out", CELL)
+        invert_folder(source, tmp_path / "out", CELL, shard_size=0)
+    invert_folder(source, tmp_path / "out", CELL)
     with pytest.raises(ValueError, match=r"made with steps=3, got 4; choose another folder"):
-        bench.invert_folder(source, tmp_path / "out", Cell("digits", steps=4, dtype="float32"))
+        invert_folder(source, tmp_path / "out", Cell("digits", steps=4, dtype="float32"))
     with pytest.raises(ValueError, match=r"made with positive=\{\}, got \{'label': 1\}"):
-        bench.invert_folder(source, tmp_path / "out", CELL, positive={"label": 1})
+        invert_folder(source, tmp_path / "out", CELL, positive={"label": 1})
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r"reading images needs Pillow.*pip install 'kinvert\[cli\]'"):
-        bench.invert_folder(source, tmp_path / "other", CELL)
+        invert_folder(source, tmp_path / "other", CELL)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

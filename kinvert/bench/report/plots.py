@@ -16,7 +16,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from kinvert.bench.tables import Record, evaluations, median, sampler_name
+from kinvert.bench.report.tables import evaluations, median, sampler_name
+from kinvert.bench.results import Record
 
 COLUMN, PAGE = 3.35, 6.9  # inches: the width of one column of a paper, and of two
 # Okabe and Ito's colours, which stay apart for every kind of colour blindness; for their yellow, too light for lines,

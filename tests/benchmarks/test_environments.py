@@ -14,7 +14,7 @@ import torch
 
 import kinvert as ki
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def script(path: str) -> types.ModuleType:

@@ -17,6 +17,7 @@ import kinvert as ki
 from kinvert import bench, demo
 from kinvert.bench import Cell
 from kinvert.cli import main
+from kinvert.folder import invert_folder
 
 OWN = """
 import torch
@@ -129,7 +130,7 @@ def test_threads_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         bench.submit_cells(cells(OURS), tmp_path / "out", workers=1, threads=2)
     with pytest.raises(ValueError, match=message):
-        bench.invert_folder(tmp_path / "modules", tmp_path / "out", Cell(OURS), threads=2)
+        invert_folder(tmp_path / "modules", tmp_path / "out", Cell(OURS), threads=2)
     result = CliRunner().invoke(main, ["bench", "--threads", "2", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "threads is for models of your own" in " ".join(result.stderr.split())
     for threads in (0, True, 1.5):

@@ -22,14 +22,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kinvert.bench import store
 from kinvert.bench.grid import Cell
-from kinvert.bench.methods import ITERATING, Found, find, restore
+from kinvert.bench.measurement import isolated, problem_of, setup_of
+from kinvert.bench.methods import ITERATING, MethodResult, apply_method, restore
 from kinvert.bench.problems import Problem
-from kinvert.bench.questions import alone, check_threads, job_of, problem_of
-from kinvert.bench.tasks import UnfinishedError, run_tasks
+from kinvert.bench.runner import check_threads
 from kinvert.checks import is_integer
 from kinvert.files import write_file
+from kinvert.jobs import UnfinishedError, is_done, run_tasks
+from kinvert.jsontext import canonical_json, content_key
 from kinvert.tensors import rms
 
 IMAGES = (".png", ".jpg", ".jpeg")
@@ -66,7 +67,7 @@ class Shard:
     @property
     def key(self) -> str:
         """A hash of the settings and the files."""
-        return store.content_key([self.settings, self.files])
+        return content_key([self.settings, self.files])
 
     def run(self, folder: Path) -> None:
         """Invert the files, and write the latents, then the rows."""
@@ -75,20 +76,20 @@ class Shard:
         x = torch.cat(batches).to(problem.images)
         positive, negative = _tensors(self.positive), _tensors(self.negative) or None
         guidance = {"cfg": self.cell.cfg, "positive": positive, "negative": negative}
-        job = replace(job_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
-        with alone(self.cell):
+        setup = replace(setup_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
+        with isolated(self.cell):
             threads = torch.get_num_threads()
-            found = find(self.cell.method, job, x)
-            restored, _ = restore(job, found)
+            found = apply_method(self.cell.method, setup, x)
+            restored, _ = restore(setup, found)
         tensors = {"latents": found.latent, **{f"memory/{name}": value for name, value in found.memory.items()}}
         tensors |= {f"noises/{i}": value for i, value in enumerate(found.noises)}
         contents = save({name: value.cpu().contiguous() for name, value in tensors.items()})
         write_file(folder / f"{self.key}.safetensors", contents)
         errors = rms((restored - x).float()).tolist()
         rows = [row | {"threads": threads} for row in self._rows([len(batch) for batch in batches], found, errors)]
-        write_file(folder / f"{self.key}.json", (store.dumps({"key": self.key, "rows": rows}) + "\n").encode())
+        write_file(folder / f"{self.key}.json", (canonical_json({"key": self.key, "rows": rows}) + "\n").encode())
 
-    def _rows(self, lengths: list[int], found: Found, errors: list[float]) -> list[dict[str, Any]]:
+    def _rows(self, lengths: list[int], found: MethodResult, errors: list[float]) -> list[dict[str, Any]]:
         places = [(name, i) for (name, _), length in zip(self.files, lengths, strict=True) for i in range(length)]
         return [
             {
@@ -169,10 +170,10 @@ def invert_folder(
     ]
     _check_settings(folder, shards[0].settings)
     run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress)
-    if not all(store.is_done(folder, shard.key) for shard in shards):
+    if not all(is_done(folder, shard.key) for shard in shards):
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
-    write_file(folder / MANIFEST, "".join(store.dumps(row) + "\n" for row in rows).encode())
+    write_file(folder / MANIFEST, "".join(canonical_json(row) + "\n" for row in rows).encode())
     if unread:
         raise UnfinishedError(complaint)
     return rows
@@ -200,11 +201,11 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists() or not any(folder.glob("*.safetensors")):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_file(path, (store.dumps(settings) + "\n").encode())
+            write_file(path, (canonical_json(settings) + "\n").encode())
         except OSError as error:
             raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     before = json.loads(path.read_text())
-    for key, value in json.loads(store.dumps(settings)).items():
+    for key, value in json.loads(canonical_json(settings)).items():
         if before.get(key) != value:
             raise ValueError(
                 f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {value!r}; choose "

@@ -1,7 +1,7 @@
-"""A report of results: one HTML file that needs no network, and its figures and tables as files for a paper.
+"""Write a report of results: one HTML file that needs no network, and its figures and tables as files for a paper.
 
-The page has a leaderboard to sort and filter, the figures of `kinvert.bench.figures`, what failed, and what was
-measured with which versions. Needs matplotlib: `pip install 'kinvert[cli]'`.
+The page has a leaderboard to sort and filter, the figures of `kinvert.bench.report.figures`, the failures, and what was
+measured with which versions. `write` needs matplotlib: `pip install 'kinvert[cli]'`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kinvert.bench import figures, store, tables
 from kinvert.bench.grid import describe
-from kinvert.bench.tables import COLUMNS, SETTINGS, Record, Row
+from kinvert.bench.report import tables
+from kinvert.bench.report.tables import COLUMNS, SETTINGS, Row, plain
+from kinvert.bench.results import Record, load
 from kinvert.files import write_file
+from kinvert.jsontext import canonical_json
+
+__all__ = ["read", "render", "write"]
 
 TITLE = "How reversible are samplers?"
 PAGE = Path(__file__).parent / "page.html"
@@ -44,10 +48,25 @@ def write(source: Iterable[Record | Path | str], out: Path | str) -> Path:
     if not records:
         raise ValueError("there are no records to report; run `kinvert bench` first, and give its folder")
     out = Path(out)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    written = [out / "figures" / f"{name}.{kind}" for name in figures.FIGURES for kind in ("svg", "png")]
-    for path in (*written, out / "leaderboard.md", out / "leaderboard.tex"):
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (out / "leaderboard.md", out / "leaderboard.tex"):
         path.unlink(missing_ok=True)  # of other records
+    images = _write_figures(records, out / "figures")
+    if found := tables.rows(records):
+        write_file(out / "leaderboard.md", tables.markdown(found).encode())
+        write_file(out / "leaderboard.tex", tables.latex(found).encode())
+    write_file(out / "report.html", render(records, images).encode())
+    return out / "report.html"
+
+
+def _write_figures(records: Sequence[Record], folder: Path) -> dict[str, bytes]:
+    """Write all figures that the records allow, delete the others, and return the SVG images by name."""
+    from kinvert.bench.report import figures  # here, because it needs matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in figures.FIGURES:
+        for kind in ("svg", "png"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)  # of other records
     images = {}
     for name in figures.FIGURES:
         try:
@@ -55,24 +74,26 @@ def write(source: Iterable[Record | Path | str], out: Path | str) -> Path:
         except figures.NothingToDrawError:
             continue
         images[name] = figures.encode(figure, "svg")
-        write_file(out / "figures" / f"{name}.svg", images[name])
-        write_file(out / "figures" / f"{name}.png", figures.encode(figure, "png"))
-    if found := tables.rows(records):
-        write_file(out / "leaderboard.md", tables.markdown(found).encode())
-        write_file(out / "leaderboard.tex", tables.latex(found).encode())
-    write_file(out / "report.html", page(records, images).encode())
-    return out / "report.html"
+        write_file(folder / f"{name}.svg", images[name])
+        write_file(folder / f"{name}.png", figures.encode(figure, "png"))
+    return images
 
 
 def read(source: Iterable[Record | Path | str]) -> list[Record]:
-    """Records as they are, and those of places, with the path of their images, where there are some, as "arrays"."""
+    """Collect records that are given directly or loaded from places, each cell once.
+
+    The path of a record's images, if it has any, is under "arrays".
+
+    Raises:
+        ValueError: two different results for one cell; as `kinvert.bench.load`.
+    """
     records: list[Record] = []
     for one in [source] if isinstance(source, (str, Path)) else source:
         if isinstance(one, dict):
             records.append(one)
             continue
         place = Path(one)
-        for record in store.load(place):
+        for record in load(place):
             path = (place if place.is_dir() else place.parent) / f"{record['key']}.safetensors"
             records.append(record | {"arrays": str(path)} if path.exists() else record)
     found: dict[str, Record] = {}
@@ -88,11 +109,11 @@ def read(source: Iterable[Record | Path | str]) -> list[Record]:
 
 
 def _bare(record: Record) -> str:
-    return store.dumps({key: value for key, value in record.items() if key != "arrays"})
+    return canonical_json({key: value for key, value in record.items() if key != "arrays"})
 
 
-def page(records: Sequence[Record], images: dict[str, bytes]) -> str:
-    """The HTML page.
+def render(records: Sequence[Record], images: dict[str, bytes]) -> str:
+    """Return the HTML page.
 
     Args:
         records: what to report.
@@ -118,7 +139,7 @@ NUMBERS = ("steps", "cfg")  # settings that sort as numbers
 
 
 def _varied(found: Sequence[Row]) -> list[str]:
-    """The settings that tell rows apart."""
+    """Return the settings in which rows differ."""
     return [name for name in SETTINGS if len({row.settings[name] for row in found}) > 1]
 
 
@@ -127,8 +148,8 @@ def _ordered(values: Iterable[Any]) -> list[Any]:
 
 
 def _filter(name: str, column: int, found: Sequence[Row]) -> str:
-    """A choice of one value of a setting, or all."""
-    values = map(_plain, _ordered(row.settings[name] for row in found))
+    """Return a control that chooses one value of a setting, or all."""
+    values = map(plain, _ordered(row.settings[name] for row in found))
     options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
     select = f'<select name="{name}" data-column="{column}"><option value="">all</option>{options}</select>'
     return f"<label>{name} {select}</label>"
@@ -149,8 +170,8 @@ def _board(found: Sequence[Row]) -> str:
         )
 
     def line(row: Row) -> str:
-        words = escape(" ".join(_plain(value) for value in row.settings.values()).lower())
-        settings = "".join(_setting(name, _plain(row.settings[name])) for name in varied)
+        words = escape(" ".join(plain(value) for value in row.settings.values()).lower())
+        settings = "".join(_setting(name, plain(row.settings[name])) for name in varied)
         values = "".join(_number(row.values.get(name), name) for name in numbers)
         return f'<tr data-text="{words}">{settings}{values}</tr>'
 
@@ -170,6 +191,8 @@ def _number(value: float | None, name: str) -> str:
 
 
 def _figure(name: str, image: bytes) -> str:
+    from kinvert.bench.report import figures
+
     title = name.replace("-", " ").capitalize()
     caption = (figures.FIGURES[name].__doc__ or "").strip().split("\n\n")[0]
     data = base64.b64encode(image).decode()
@@ -199,26 +222,22 @@ def _failures(records: Sequence[Record]) -> str:
 
 
 def _failure(record: Record, message: str) -> str:
-    settings = "".join(f"<td>{escape(_plain(value))}</td>" for value in tables.settings(record).values())
+    settings = "".join(f"<td>{escape(plain(value))}</td>" for value in tables.settings(record).values())
     return f'<tr>{settings}<td class="wrap">{escape(message)}</td></tr>'
 
 
 def _measured(records: Sequence[Record]) -> str:
-    """The values of every setting, and the versions; a line says where they differ."""
+    """List the values of every setting, and the versions, with a warning if they differ."""
     cells = [{**record["cell"], **tables.settings(record)} for record in records]
     values = {name: _ordered(cell[name] for cell in cells) for name in (*SETTINGS, "seed", "count")}
     grid = "".join(
-        f'<tr><th scope="row">{name}</th><td class="wrap">{escape(", ".join(map(_plain, found)))}</td></tr>'
+        f'<tr><th scope="row">{name}</th><td class="wrap">{escape(", ".join(map(plain, found)))}</td></tr>'
         for name, found in values.items()
     )
     builds = Counter(", ".join(f"{name} {value}" for name, value in sorted(r["versions"].items())) for r in records)
     lines = "".join(f"<li>{escape(words)} ({_count(number, 'cell')})</li>" for words, number in builds.most_common())
     warning = "<p>Not all cells were measured with the same versions.</p>" if len(builds) > 1 else ""
     return f"<table>{grid}</table>\n<h3>Versions</h3>{warning}<ul>{lines}</ul>"
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,304 @@
+r"""Measure one cell: run it, compute its metrics, and return a record of plain numbers and a few images.
+
+With `S` the sampler and `M` the method, a cell asks one of two questions:
+
+* *reconstruction*: an image x, the latent `z = M(x)`, and `S(z)` against x;
+* *recovery*: a latent z, the image `x = S(z)`, and `M(x)` against z.
+
+Both run between the largest and the smallest level of a schedule, which is above 0, so that every method starts and
+ends at the same levels. Errors of a reconstruction are errors of the image. Errors of a recovery are errors of the
+latent, divided by the largest sigma; so are all statistics of latents.
+
+If the denoiser of a problem is exact, the probability-flow ODE gives the true latent, and `kinvert.reference` splits
+the distance to it into round-off, solver and discretisation. A recovery has a true image instead: the ODE's, from the
+latent down.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kinvert as ki
+from kinvert import metrics
+from kinvert.bench.grid import Cell
+from kinvert.bench.methods import Counted, MethodResult, Setup, apply_method, generate, restore, sees_states
+from kinvert.bench.problems import Problem, is_built_in, make_problem
+from kinvert.editing import change_class
+from kinvert.jobs import computing_with
+from kinvert.models import EmbeddedDenoiser
+from kinvert.noise import derived_seed
+from kinvert.reference import ErrorSplit, solve_ode
+from kinvert.tensors import rms
+
+__all__ = ["CellRun", "isolated", "measure", "problem_of", "run_cell", "setup_of", "versions"]
+
+KEPT = 4  # samples whose arrays are kept
+EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latent / sigma
+
+
+def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Measure a cell.
+
+    Returns:
+        The record, and the tensors that go with it: "image", "latent" and "restored", the first few samples, float32.
+        They are there for images only. If the library refuses the cell, the record's "error" says why.
+    """
+    names = ("inversion_evaluations", "sampling_evaluations", "converged", "trajectory", "residuals", "latent", "error")
+    with isolated(cell):
+        record = {"key": cell.key, "cell": cell.settings, "metrics": {}, "versions": versions(), **dict.fromkeys(names)}
+        try:
+            problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
+            run = run_cell(cell, problem)
+            values = _metrics(cell, problem, run)
+        except (ValueError, TypeError, NotImplementedError) as error:  # the last is torch's, for a dtype
+            return record | {"error": str(error)}, {}
+    record |= {
+        "metrics": values,
+        "inversion_evaluations": run.found.evaluations,
+        "sampling_evaluations": run.sampling_evaluations,
+        "converged": run.found.converged,
+        "trajectory": _trajectory(run),
+        "residuals": _residuals(run),
+        "latent": _distribution(run),
+    }
+    kept = {"image": run.image, "latent": run.latent, "restored": run.result}
+    arrays = {name: value[:KEPT].float().cpu().contiguous() for name, value in kept.items()}
+    return record, arrays if run.image.ndim == 4 else {}
+
+
+@contextmanager
+def isolated(cell: Cell) -> Iterator[None]:
+    """Isolate a measurement: seeded random numbers, no gradients, no warnings, and the threads that the model takes.
+
+    A model that comes with kinvert is computed with one thread. What kinvert's warnings say is in the results.
+    """
+    threads = computing_with(1 if is_built_in(cell.model) else None)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), threads:
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".torch.jit.script")  # torch's own, at the first forward-mode derivative
+        torch.manual_seed(derived_seed("bench", cell.seed))  # not the stream that the images and latents come from
+        yield
+
+
+def versions() -> dict[str, str]:
+    """Return what the numbers may depend on besides the cell: versions, the machine, and torch's threads now."""
+    return {
+        "kinvert": ki.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+# -- running a cell ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class CellRun:
+    """Everything that happened in a cell.
+
+    Attributes:
+        setup: what the method was given.
+        found: what it found.
+        image: the image that was inverted.
+        latent: the latent that was found (reconstruction) or started from (recovery).
+        result: what to compare with `image` (reconstruction) or `latent` (recovery).
+        sampling_evaluations: denoiser evaluations of the sampler, per sample.
+        up, down: states by noise level on the way up and on the way down, as far as the method showed them.
+    """
+
+    setup: Setup
+    found: MethodResult
+    image: Tensor
+    latent: Tensor
+    result: Tensor
+    sampling_evaluations: list[int]
+    up: dict[float, Tensor]
+    down: dict[float, Tensor]
+
+
+def run_cell(cell: Cell, problem: Problem) -> CellRun:
+    """Run the sampler and the method of a cell, in the order that its question asks for.
+
+    Raises:
+        ValueError, TypeError: the library refuses the combination; the latent is not finite.
+    """
+    run = (_reconstruct if cell.question == "reconstruction" else _recover)(cell, problem)
+    if bad := int((~torch.isfinite(run.found.latent)).sum()):
+        raise ValueError(f"the latent has {bad} NaN or infinite values of {run.latent.numel()}")
+    return run
+
+
+@lru_cache(maxsize=4)
+def problem_of(model: str, count: int, seed: int, dtype: str) -> Problem:
+    """Return the problem of a cell, and keep it for the next cells."""
+    return make_problem(model, count, seed, getattr(torch, dtype))
+
+
+def setup_of(cell: Cell, problem: Problem) -> Setup:
+    """Return what a method is given in a cell."""
+    sigmas = ki.schedule(cell.schedule, cell.steps + 1, problem.levels)
+    positive = tuple(sigma for sigma in sigmas.tolist() if sigma > 0)
+    return Setup(Counted(problem.denoiser), positive, cell.rule, _guidance(cell, problem), cell.question, cell.seed)
+
+
+def _guidance(cell: Cell, problem: Problem) -> dict[str, Any]:
+    return {"cfg": cell.cfg, "positive": problem.positive, "negative": problem.negative}
+
+
+def _reconstruct(cell: Cell, problem: Problem) -> CellRun:
+    setup, image = setup_of(cell, problem), problem.images
+    found = apply_method(cell.method, setup, image)
+    down = replace(setup, states={})
+    result, spent = restore(down, found)
+    up, down_states = setup.states | {setup.sigmas[0]: found.latent}, down.states | {setup.sigmas[-1]: result}
+    return CellRun(setup, found, image, found.latent, result, spent, up, down_states)
+
+
+def _recover(cell: Cell, problem: Problem) -> CellRun:
+    down = setup_of(cell, problem)
+    latent = _starting_latent(cell, problem.images, down.sigmas[0])
+    image, memory, spent = generate(down, latent)
+    setup = replace(down, memory=memory, states={})
+    found = apply_method(cell.method, setup, image)
+    up, down_states = setup.states | {setup.sigmas[0]: found.latent}, down.states | {setup.sigmas[-1]: image}
+    return CellRun(setup, found, image, latent, found.latent, spent, up, down_states)
+
+
+def _starting_latent(cell: Cell, images: Tensor, sigma: float) -> Tensor:
+    """Draw the latent that a recovery starts from, like `images`; it is the same noise in every dtype."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(cell.seed), dtype=torch.float64)
+    return (sigma * noise).to(images)
+
+
+# -- the parts of a record ---------------------------------------------------------------------------------------------
+def _metrics(cell: Cell, problem: Problem, run: CellRun) -> dict[str, list[float]]:
+    """Compute all metrics of a cell, one value for each sample."""
+    sigma = run.setup.sigmas[0]
+    if cell.question == "reconstruction":
+        values = metrics.reconstruction_metrics(run.result.double(), run.image.double(), problem.data_range)
+    else:
+        pair = run.result.double() / sigma, run.latent.double() / sigma
+        values = {"mse": metrics.mse(*pair), "nmse_db": metrics.nmse(*pair), "max_error": metrics.max_error(*pair)}
+    values |= metrics.latent_metrics(run.found.latent, sigma, run.image)
+    if cell.question == "reconstruction" and isinstance(problem.denoiser, EmbeddedDenoiser):
+        values |= _edit_metrics(problem.denoiser, problem.positive["label"], run)
+    if problem.exact:
+        values |= _distances_to_truth(cell, run)
+    return {name: value.tolist() for name, value in values.items()}
+
+
+def _edit_metrics(denoiser: EmbeddedDenoiser, label: Tensor, run: CellRun) -> dict[str, Tensor]:
+    """Sample the latents, with their noises, with the next class instead of the image's, and measure the edit."""
+    target, noises = (label + 1) % denoiser.num_classes, run.found.noises
+    changed = change_class(
+        denoiser, run.found.latent, run.image, target, run.setup.sigmas,
+        sampler=run.found.sampler or run.setup.sampler,
+        cfg=run.setup.guidance["cfg"], noise=ki.noise.replay(noises) if noises else None,
+    )  # fmt: skip
+    return changed.measured
+
+
+def _trajectory(run: CellRun) -> dict[str, list[float]] | None:
+    """Compute how far the states on the way up and down are apart at each level, the median over the samples."""
+    levels = [sigma for sigma in run.setup.sigmas if sigma in run.up and sigma in run.down]
+    if len(levels) <= 2 or not sees_states(run.setup):  # the ends are always there
+        return None
+    error = [float(rms(run.up[sigma].double() - run.down[sigma].double()).median()) for sigma in levels]
+    return {"sigma": levels, "error": error}
+
+
+def _residuals(run: CellRun) -> dict[str, list[float]] | None:
+    """Return what each step left unsolved, by its upper noise level, the median over the samples."""
+    left = run.found.residuals
+    if left is None:
+        return None
+    return {"sigma": list(run.setup.sigmas[:-1]), "error": left.double().median(1).values.tolist()}
+
+
+def _distribution(run: CellRun) -> dict[str, Any]:
+    """Compute the histogram of latent / sigma over all samples, and for images the spectrum.
+
+    The outermost bins hold the tails.
+    """
+    z = run.found.latent.double().cpu() / run.setup.sigmas[0]
+    counts, _ = np.histogram(z.clamp(EDGES[0], EDGES[-1]).numpy(), EDGES)
+    spectrum = None
+    if z.ndim == 4 and min(z.shape[2:]) >= 4:
+        frequency, power = metrics.radial_spectrum(z)
+        spectrum = {"frequency": frequency.tolist(), "power": power.mean(0).tolist()}
+    return {"histogram": {"edges": EDGES.tolist(), "counts": counts.tolist()}, "spectrum": spectrum}
+
+
+# -- the truth, where the denoiser is exact ----------------------------------------------------------------------------
+def _distances_to_truth(cell: Cell, run: CellRun) -> dict[str, Tensor]:
+    """Compute `distance_to_ode` and, for reconstructions, its three parts, each of shape (batch,).
+
+    Samplers that draw noise have no true latent. For a sample whose exact inverse was not found, solver and
+    discretisation are NaN.
+    """
+    plan, (high, low) = run.setup.plan, (run.setup.sigmas[0], run.setup.sigmas[-1])
+    if plan is None or plan.is_stochastic:
+        return {}
+    ode_cell = Cell(model=cell.model, cfg=cell.cfg, dtype=cell.dtype, seed=cell.seed, count=cell.count)
+    if cell.question == "recovery":
+        return {"distance_to_ode": rms(run.image.double() - _solve_down(ode_cell, high, low))}
+    ode, (exact, known) = _solve_up(ode_cell, low, high), _exact_inverse(replace(cell, method="invert"))
+    latent = run.latent.double()
+    fine = latent if cell.dtype == "float64" else _fine_latent(cell)
+    split = ErrorSplit.of(latent, fine, exact, ode, known)
+    distances = {
+        "distance_to_ode": split.total,
+        "discretisation": split.discretisation.where(known, torch.nan),
+        "solver": split.solver.where(known, torch.nan),
+        "round_off": split.round_off,
+    }
+    return {name: value / high for name, value in distances.items()}
+
+
+def _wide_problem(cell: Cell) -> Problem:
+    """Return the problem in float64, with images that are rounded to the cell's dtype."""
+    narrow = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
+    return replace(problem_of(cell.model, cell.count, cell.seed, "float64"), images=narrow.images.double())
+
+
+# The ODE and the exact inverse are the same for many cells. `ode_cell` has the settings that the ODE depends on.
+@lru_cache(maxsize=8)
+def _solve_up(ode_cell: Cell, low: float, high: float) -> Tensor:
+    """Solve the ODE from the images up to the latents."""
+    problem = _wide_problem(ode_cell)
+    return solve_ode(problem.denoiser, problem.images, low, high, **_guidance(ode_cell, problem))
+
+
+@lru_cache(maxsize=8)
+def _solve_down(ode_cell: Cell, high: float, low: float) -> Tensor:
+    """Solve the ODE from the latents of a recovery down to images."""
+    problem = _wide_problem(ode_cell)
+    narrow = problem_of(ode_cell.model, ode_cell.count, ode_cell.seed, ode_cell.dtype)
+    latent = _starting_latent(ode_cell, narrow.images, high)
+    return solve_ode(problem.denoiser, latent, high, low, **_guidance(ode_cell, problem))
+
+
+@lru_cache(maxsize=8)
+def _exact_inverse(cell: Cell) -> tuple[Tensor, Tensor]:
+    """Return the sampler's exact inverse in float64, and for which samples it was found."""
+    problem = _wide_problem(cell)
+    setup = setup_of(cell, problem)
+    found = ki.invert(setup.denoiser, problem.images, setup.sigmas, sampler=setup.sampler, **setup.guidance)
+    return found.latent, found.converged
+
+
+def _fine_latent(cell: Cell) -> Tensor:
+    """Return the latent that the cell's method finds in float64."""
+    problem = _wide_problem(cell)
+    return apply_method(cell.method, setup_of(cell, problem), problem.images).latent

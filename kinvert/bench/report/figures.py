@@ -1,0 +1,362 @@
+"""Figures of records, for a paper: each is a function of records that returns a matplotlib figure.
+
+A figure has a panel for each model and question. What the curves of a panel do not vary over is held at one value,
+which stands in its title: the combination with the most to show. Give fewer records to choose another. Errors are
+amplitudes relative to the original, `10^(NMSE / 20)`, in the median over the samples of all seeds.
+
+Needs matplotlib: `pip install 'kinvert[cli]'`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from safetensors.numpy import load_file
+
+from kinvert.bench.report import plots
+from kinvert.bench.report.plots import Key, Looks, NothingToDrawError, Panel
+from kinvert.bench.report.tables import median, round_up, text
+from kinvert.bench.results import Record
+
+__all__ = [
+    "FIGURES",
+    "NothingToDrawError",
+    "distance_against_steps",
+    "distance_to_truth",
+    "draw",
+    "encode",
+    "error_against_cfg",
+    "error_against_evaluations",
+    "error_against_steps",
+    "error_along_trajectory",
+    "latents",
+    "pareto",
+    "precision_floors",
+    "reconstructions",
+]
+
+
+def error_against_steps(records: Sequence[Record]) -> Figure:
+    """Error of the round trip against the number of steps, both logarithmic, with the slope in the legend.
+
+    The slope is fitted by least squares to the points between round-off and an error of a half, where there are three.
+    It tells how fast the two directions come to undo each other, which can be faster than either nears the ODE.
+    """
+    return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps")
+
+
+def error_against_evaluations(records: Sequence[Record]) -> Figure:
+    """Error of the round trip against the denoiser evaluations of both directions together: at equal cost."""
+    return _convergence(records, plots.cost, "denoiser evaluations per sample, up and down")
+
+
+def distance_against_steps(records: Sequence[Record]) -> Figure:
+    """Distance from the true ODE against the number of steps: the slope in the legend is the order of the sampler.
+
+    Of a recovery it is the distance of the image that is sampled, of a reconstruction that of the latent over sigma.
+    """
+
+    def distance(group: Sequence[Record]) -> float:
+        return plots.bounded(median([value for record in group for value in record["metrics"]["distance_to_ode"]]))
+
+    true = [record for record in records if "distance_to_ode" in record["metrics"]]
+    return _convergence(
+        true, lambda group: group[0]["cell"]["steps"], "steps", distance, "distance from the ODE", "order"
+    )
+
+
+def _convergence(
+    records: Sequence[Record],
+    cost_of: Callable[[list[Record]], float],
+    x_label: str,
+    error_of: Callable[[list[Record]], float] = plots.error,
+    y_label: str = "relative error",
+    slope_is: str = "slope",
+) -> Figure:
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        ax, lines = fig.subplots(), []
+        for key, group in panel.curves.items():
+            points = plots.by_value(group, "steps").values()
+            x, y = [cost_of(point) for point in points], [error_of(point) for point in points]
+            slope = plots.order(x, y, panel.held["dtype"])
+            shown = "" if math.isnan(slope) else f" ({slope_is} {slope:.1f})"
+            lines.append(plots.line(ax, x, y, looks.style(key), looks.label(key) + shown))
+        plots.error_axis(ax, y_label)
+        ax.set_xlabel(x_label)
+        plots.count_ticks(ax, [x for drawn in lines for x in np.asarray(drawn.get_xdata())])
+        return lines
+
+    return plots.figure(plots.panels(records, "steps"), draw)
+
+
+def error_against_cfg(records: Sequence[Record]) -> Figure:
+    """Error against the scale of classifier-free guidance, which both directions use."""
+
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        ax, lines = fig.subplots(), []
+        for key, group in panel.curves.items():
+            points = plots.by_value(group, "cfg")
+            y = [plots.error(point) for point in points.values()]
+            lines.append(plots.line(ax, list(points), y, looks.style(key), looks.label(key)))
+        plots.error_axis(ax)
+        ax.set(xlabel="guidance scale")
+        return lines
+
+    return plots.figure(plots.panels(records, "cfg"), draw)
+
+
+def error_along_trajectory(records: Sequence[Record]) -> Figure:
+    """How far the states on the way up and on the way down are apart at each noise level, root mean square."""
+
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        ax, lines = fig.subplots(), []
+        for key, group in panel.curves.items():
+            paths = [record["trajectory"] for record in group]
+            y = [plots.bounded(median([p["error"][i] for p in paths])) for i in range(len(paths[0]["sigma"]))]
+            every = max(1, len(y) // 8)  # of the points gets a marker
+            lines.append(plots.line(ax, paths[0]["sigma"], y, looks.style(key, markevery=every), looks.label(key)))
+        plots.error_axis(ax, "rms distance")
+        ax.set(xscale="log", xlabel="noise level σ")
+        return lines
+
+    return plots.figure(plots.panels(record for record in records if record["trajectory"]), draw)
+
+
+def precision_floors(records: Sequence[Record]) -> Figure:
+    """Error in each number format; the dotted lines are the formats' unit round-off."""
+
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        ax = fig.subplots()
+        groups = {looks.label(key): plots.by_value(group, "dtype") for key, group in panel.curves.items()}
+        values = {
+            label: {name: plots.error(group[name]) if name in group else math.nan for name in formats}
+            for label, group in groups.items()
+        }
+        for name, colour in zip(formats, plots.COLOURS, strict=False):
+            ax.axvline(plots.EPS[name], color=colour, linewidth=0.8, linestyle=":", zorder=0)
+        return plots.dots(ax, values, "relative error")
+
+    found = plots.panels(records, "dtype")
+    used = {record["cell"]["dtype"] for panel in found for group in panel.curves.values() for record in group}
+    formats = [name for name in plots.EPS if name in used]
+    return plots.figure(found, draw, height=_row_height, series=formats)
+
+
+def distance_to_truth(records: Sequence[Record]) -> Figure:
+    """Distance of the latent from that of the true ODE, and its parts that are not 0, relative to the noise level."""
+    parts = {"distance_to_ode": "all", "discretisation": "discretisation", "solver": "solver", "round_off": "round-off"}
+
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        values = {
+            looks.label(key): {
+                shown: median([value for record in group for value in record["metrics"][name]]) or math.nan
+                for name, shown in parts.items()
+            }
+            for key, group in panel.curves.items()
+        }
+        return plots.dots(fig.subplots(), values, "distance / σ")
+
+    split = [record for record in records if set(parts) <= set(record["metrics"])]
+    return plots.figure(plots.panels(split), draw, height=_row_height, series=list(parts.values()))
+
+
+def latents(records: Sequence[Record]) -> Figure:
+    """Distribution and radial spectrum of latent / σ, for the best sampler of each method; grey dashes: noise."""
+    noise: dict[str, Any] = {"color": plots.GREY, "linestyle": (0, (4, 2)), "linewidth": 1.0, "zorder": 5}
+
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        axes = fig.subplots(2 if _spectra(panel) else 1, 1, squeeze=False)[:, 0]
+        lines = []
+        for key, group in panel.curves.items():
+            edges, density = _density([record["latent"]["histogram"] for record in group])
+            style = looks.style(key)
+            axes[0].stairs(
+                density, edges, baseline=None, color=style["color"], linestyle=style["linestyle"], linewidth=1
+            )
+            lines.append(Line2D([], [], label=looks.label(key), **looks.style(key)))
+        z = np.linspace(edges[0], edges[-1], 201)
+        axes[0].plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), **noise)
+        axes[0].set(yscale="log", ylim=(5e-4, None), xlabel="latent / σ", ylabel="density")
+        plots.log_ticks(axes[0].yaxis, most=6)
+        for key, (frequency, power) in _spectra(panel).items():
+            plots.line(axes[1], frequency, power, looks.style(key), "")
+            axes[1].set(yscale="log", xlabel="frequency (cycles per pixel)", ylabel="power")
+        if len(axes) > 1:
+            axes[1].axhline(1.0, **noise)
+            plots.log_ticks(axes[1].yaxis, most=6)
+        return lines
+
+    found = plots.panels((record for record in records if record["latent"]), most=1000)
+    best = []
+    for panel in found:  # curves come with the lowest error first
+        first = {key[0]: key for key in reversed(panel.curves)}
+        curves = {key: group for key, group in panel.curves.items() if key in first.values()}
+        best.append(replace(panel, curves=curves, left_out=0))
+    best.sort(key=lambda panel: not _spectra(panel))
+    return plots.figure(best, draw, height=lambda panel: 3.9 if _spectra(panel) else 2.3)
+
+
+def _spectra(panel: Panel) -> dict[Key, tuple[Any, Any]]:
+    """Frequencies and median power of the curves that have them."""
+    found = {}
+    for key, group in panel.curves.items():
+        spectra = [record["latent"]["spectrum"] for record in group if record["latent"]["spectrum"]]
+        if spectra:
+            found[key] = spectra[0]["frequency"], np.median([spectrum["power"] for spectrum in spectra], axis=0)
+    return found
+
+
+def _density(histograms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Edges and density of all together, in bins twice as wide where there are few values."""
+    edges = np.array(histograms[0]["edges"])
+    counts = np.sum([histogram["counts"] for histogram in histograms], axis=0)
+    if counts.sum() < 4000 and len(counts) % 2 == 0:
+        edges, counts = edges[::2], counts.reshape(-1, 2).sum(1)
+    return edges, np.maximum(counts / counts.sum() / np.diff(edges), 1e-9)
+
+
+def pareto(records: Sequence[Record]) -> Figure:
+    """Error against evaluations, the best curves and all that are on the Pareto front, which is the grey line."""
+
+    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        ax, points = fig.subplots(), _points(panel)
+        lines = []
+        for key, xy in points:
+            x, y = np.array(xy).T
+            lines.append(plots.line(ax, x, y, looks.style(key, linestyle="", markersize=4.5), looks.label(key)))
+        every = [point for _, xy in points for point in xy]
+        ax.step(*zip(*plots.front(every), strict=True), where="post", color=plots.GREY, linewidth=0.8, zorder=1)
+        plots.error_axis(ax)
+        ax.set_xlabel("denoiser evaluations per sample, up and down")
+        plots.count_ticks(ax, [x for x, _ in every])
+        return lines
+
+    found = []
+    for panel in plots.panels(records, "steps", points=1, most=1000):
+        points = dict(_points(panel))
+        best = set(plots.front(point for xy in points.values() for point in xy))
+        leading = [key for key, xy in points.items() if best & set(xy)]
+        kept = {*leading, *[key for key in points if key not in leading][: max(0, plots.MOST - len(leading))]}
+        if kept:
+            curves = {key: group for key, group in panel.curves.items() if key in kept}
+            found.append(replace(panel, curves=curves, left_out=len(panel.curves) - len(kept)))
+    return plots.figure(found, draw)
+
+
+def _points(panel: Panel) -> list[tuple[Key, list[tuple[float, float]]]]:
+    """Cost and error of every curve at every number of steps, where they are known."""
+    found = []
+    for key, group in panel.curves.items():
+        points = [(plots.cost(point), plots.error(point)) for point in plots.by_value(group, "steps").values()]
+        found.append((key, [point for point in points if not math.isnan(point[1])]))
+    return [(key, points) for key, points in found if points]
+
+
+TILE, GAP, TEXT, BLOCK = 0.335, 0.03, 1.55, 1.62  # inches: an image, the space to the next, the labels, four images
+
+
+def reconstructions(records: Sequence[Record]) -> Figure:
+    """Images, their latents, what was sampled back, and the difference, for records whose arrays are there.
+
+    `record["arrays"]` is the path of a safetensors file with `image`, `latent` and `restored`, (count, channels, H, W);
+    the first channel is drawn. Latents are scaled to three standard deviations, differences to the limit behind them.
+    """
+    shown = [record for record in records if record.get("arrays") and record["cell"]["question"] == "reconstruction"]
+    found = [_thinned(panel) for panel in plots.panels(shown, most=1000)]
+    if not found:
+        raise NothingToDrawError("no record has arrays of images")
+    looks, heights = Looks.of(found), [0.75 + (1 + len(panel.curves)) * (TILE + 2 * GAP) for panel in found]
+    result = Figure(figsize=(plots.PAGE, sum(heights)))
+    parts = result.subfigures(len(found), 1, squeeze=False, height_ratios=heights).flat
+    for panel, part, height in zip(found, parts, heights, strict=True):
+        part.text(0.05 / plots.PAGE, 1 - 0.05 / height, plots.title(panel, looks), fontsize=8, va="top")
+        _strips(panel, part, height)
+    return result
+
+
+def _thinned(panel: Panel, most: int = 8) -> Panel:
+    """Evenly spaced curves, from the lowest error to the highest."""
+    keys = list(panel.curves)
+    kept = (
+        sorted({round(k * (len(keys) - 1) / (most - 1)) for k in range(most)}) if len(keys) > most else range(len(keys))
+    )
+    return replace(panel, curves={keys[k]: panel.curves[keys[k]] for k in kept}, left_out=0)
+
+
+def _strips(panel: Panel, fig: SubFigure, height: float) -> None:
+    def place(left: float, row: float) -> tuple[float, float]:
+        return left / plots.PAGE, 1 - (0.6 + row * (TILE + 2 * GAP)) / height
+
+    def words(left: float, row: float, label: str, **style: Any) -> None:
+        fig.text(*place(left, row + 0.5), label, va="center", **{"fontsize": 7} | style)
+
+    def tiles(block: int, row: int, images: np.ndarray, limit: float, colours: str) -> None:
+        for k, image in enumerate(images[:4, 0]):
+            corner = place(TEXT + block * BLOCK + k * (TILE + GAP), row + 1)
+            ax = fig.add_axes((*corner, TILE / plots.PAGE, TILE / height), xticks=[], yticks=[])
+            ax.spines[:].set(visible=True, color=plots.PALE, linewidth=0.5)
+            ax.imshow(image, vmin=-limit, vmax=limit, cmap=colours, interpolation="nearest", aspect="auto")
+
+    for block, name in enumerate(("latent", "sampled back", "difference")):
+        words(TEXT + block * BLOCK, -0.8, name)
+    words(0.05, 0, "original")
+    for row, ((method, sampler), group) in enumerate(panel.curves.items(), 1):
+        arrays = load_file(group[0]["arrays"])
+        image, latent, restored = (arrays[name] for name in ("image", "latent", "restored"))
+        if row == 1:
+            tiles(1, 0, image, 1.0, "gray_r")
+        limit = round_up(float(np.quantile(np.abs(restored - image), 0.99)))
+        decibels = text(median(group[0]["metrics"]["nmse_db"]), ".0f")
+        words(0.05, row, f"{sampler}\n{method}, {decibels} dB")
+        tiles(0, row, latent, 3 * float(latent.std()) or 1.0, "gray")
+        tiles(1, row, restored, 1.0, "gray_r")
+        tiles(2, row, restored - image, limit, "RdBu_r")
+        scale = f"{limit:g}" if limit >= 0.01 else text(limit, ".0e")
+        words(TEXT + 3 * BLOCK - 0.12, row, f"±{scale}", color=plots.GREY)
+
+
+FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
+    "error-steps": error_against_steps,
+    "error-evaluations": error_against_evaluations,
+    "order": distance_against_steps,
+    "pareto": pareto,
+    "error-cfg": error_against_cfg,
+    "trajectory": error_along_trajectory,
+    "precision": precision_floors,
+    "truth": distance_to_truth,
+    "latents": latents,
+    "reconstructions": reconstructions,
+}
+"""Name -> function, in the order of a report."""
+
+
+def draw(name: str, records: Sequence[Record]) -> Figure:
+    """The figure of that name in `FIGURES`, in the style that they share.
+
+    Raises:
+        NothingToDrawError: no record has what it shows.
+    """
+    with matplotlib.rc_context(plots.STYLE):
+        return FIGURES[name](records)
+
+
+def encode(drawn: Figure, suffix: str) -> bytes:
+    """A figure as "svg" or "png" (300 dpi); the same figure gives the same bytes."""
+    buffer = BytesIO()
+    metadata: dict[str, Any] = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+    with matplotlib.rc_context(plots.STYLE):
+        drawn.savefig(buffer, format=suffix, dpi=300, metadata=metadata)
+    return buffer.getvalue()
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def _row_height(panel: Panel) -> float:
+    return 0.95 + 0.165 * len(panel.curves)

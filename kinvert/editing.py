@@ -1,0 +1,236 @@
+r"""Is a latent good for anything but going back? Change the class of an image, and walk between latents.
+
+An exact inversion can return a latent that samples back to its image and to nothing else. Two questions show it:
+
+* *Edits*: invert an image with its label, sample the latent with another one. A small classifier says whether the edit
+  took, MSE and SSIM how much of the image stayed. Only both together mean something: a latent that forgot the image
+  takes every edit, one that ignores the label keeps everything.
+* *Walks*: between latents u and v at the angle w, `slerp(u, v, t) = (sin((1 - t) w) u + sin(t w) v) / sin w` stays
+  where noise of its norm is likely, which a straight line does not. *Self-interpolation* walks from the true latent of
+  a sample to the recovered one, and asks whether the same image is sampled all the way.
+
+Sources: slerp, "Animating Rotation with Quaternion Curves" (Shoemake, 1985, doi 10.1145/325165.325242); the change of
+the condition between inversion and sampling, "Prompt-to-Prompt Image Editing with Cross Attention Control" (Hertz,
+Mokady, Tenenbaum, Aberman, Pritch, Cohen-Or, 2022, arXiv 2208.01626).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import kinvert as ki
+from kinvert import metrics
+from kinvert.models import EmbeddedDenoiser
+from kinvert.models.classifier import Classifier
+from kinvert.models.classifier import load as load_classifier
+from kinvert.tensors import wide_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Images whose class was changed; `print` gives a short report.
+
+    Attributes:
+        latent: what the inversion with the old labels found, shape (batch, 1, H, W).
+        edited: what sampling with the new labels made of it, the same shape.
+        measured: `edit_metrics` of it, each of shape (batch,).
+    """
+
+    latent: Tensor
+    edited: Tensor
+    measured: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        took, count = int(self.measured["edit_took"].sum()), len(self.edited)
+        kept = ", ".join(f"{name[5:]} {self.measured[name].median():.3g}" for name in ("edit_mse", "edit_ssim"))
+        return f"{took} of {count} edits took; to the images before them, in the median: {kept}"
+
+
+def edit(
+    denoiser: EmbeddedDenoiser,
+    image: Tensor,
+    label: Tensor,
+    target: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | ki.Rule = "euler",
+    method: Literal["unsample", "invert"] = "unsample",
+    cfg: float = 1.0,
+) -> Edit:
+    """Invert images with their labels, sample them with other ones, and measure.
+
+    Args:
+        denoiser: an embedded model, from `ki.models.load`.
+        image: shape (batch, 1, H, W), in [-1, 1].
+        label: the classes of the images, int64, shape (batch,).
+        target: the classes to give them, int64, shape (batch,).
+        sigmas: the sampling schedule, decreasing; for "invert" it ends above 0.
+        sampler: of both directions.
+        method: how to go up, without guidance: "unsample" or "invert". Of an algebraically reversible sampler the
+            latent alone is sampled.
+        cfg: guidance towards the new class on the way down.
+
+    Returns:
+        An `Edit`.
+
+    Raises:
+        ValueError: a method that is neither; as `change_class`, `ki.unsample` and `ki.invert`.
+    """
+    if method not in ("unsample", "invert"):
+        raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
+    up: dict[str, Any] = {"sampler": sampler, "positive": {"label": label}}
+    if method == "invert":
+        latent = ki.invert(denoiser, image, sigmas, **up).latent
+    else:
+        latent = ki.unsample(denoiser, image, sigmas, **up)
+    return change_class(denoiser, latent, image, target, sigmas, sampler=sampler, cfg=cfg)
+
+
+def change_class(
+    denoiser: EmbeddedDenoiser,
+    latent: Tensor,
+    image: Tensor,
+    target: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | ki.Rule = "euler",
+    cfg: float = 1.0,
+    noise: ki.noise.Noise | None = None,
+) -> Edit:
+    """Sample latents, from whichever method, with other classes than their images have, and measure.
+
+    Args:
+        denoiser, target, sigmas, sampler, cfg: as in `edit`.
+        latent: shape (batch, 1, H, W).
+        image: what the latents are of, the same shape.
+        noise: for stochastic samplers, as in `ki.sample`, e.g. `ki.noise.replay(inversion.noises)`.
+
+    Returns:
+        An `Edit`.
+
+    Raises:
+        ValueError: a target that is not one class for each image; as `ki.sample`.
+    """
+    if target.shape != image.shape[:1]:
+        raise ValueError(f"target must be one class an image, shape ({len(image)},), got {tuple(target.shape)}")
+    edited = ki.sample(
+        denoiser, latent, sigmas, sampler=sampler, cfg=cfg, noise=noise, positive={"label": target},
+        negative={"label": torch.full_like(target, denoiser.null_label)},
+    )  # fmt: skip
+    classifier = load_classifier(denoiser.name, dtype=edited.dtype, device=edited.device)
+    return Edit(latent, edited, edit_metrics(edited, image, target, classifier))
+
+
+@torch.no_grad()
+def edit_metrics(edited: Tensor, image: Tensor, target: Tensor, classifier: Classifier) -> dict[str, Tensor]:
+    """Whether edits took and how much stayed, by the names they have in records, each of shape (batch,).
+
+    `edit_took`: 1 where the classifier gives the edited image its new class, else 0; `edit_probability`: what it gives
+    the new class; `edit_mse` and `edit_ssim` compare the edited image with the one before.
+
+    Args:
+        edited: images in [-1, 1], shape (batch, 1, H, W).
+        image: before the edit, the same shape.
+        target: the new classes, int64, shape (batch,).
+        classifier: of the images, from `kinvert.models.classifier.load`, in their dtype.
+    """
+    odds = classifier(edited).softmax(1)
+    return {
+        "edit_took": (odds.argmax(1) == target).to(edited.dtype),
+        "edit_probability": odds.gather(1, target[:, None]).squeeze(1),
+        "edit_mse": metrics.mse(edited, image),
+        "edit_ssim": metrics.ssim(edited, image),
+    }
+
+
+def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
+    """Spherical linear interpolation from `a` (t = 0) to `b` (t = 1), each sample by its own angle.
+
+    The angle is that between the samples as vectors; their norms are interpolated along with them.
+
+    Args:
+        a: shape (batch, *event).
+        b: the same shape.
+        t: a number, or one for each sample, shape (batch,).
+
+    Raises:
+        ValueError: the shapes differ; two samples point in opposite directions, so that no great circle is the
+            shortest, or one is 0 and has no direction.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be equal, (batch, *event)")
+    flat = [x.reshape(len(x), -1).to(wide_dtype(x.dtype)) for x in (a, b)]
+    u, v = (x / x.norm(dim=1, keepdim=True) for x in flat)
+    # Half angles by differences: the arc cosine loses half the digits near 0 and pi.
+    angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+    if bad := (~(angle < torch.pi - 1e-4)).nonzero().flatten().tolist():
+        raise ValueError(f"a and b must not be 0 nor point in opposite directions, as samples {bad} do")
+    t = torch.as_tensor(t, dtype=angle.dtype, device=angle.device).expand(len(a))
+    same = angle == 0
+    sine = torch.where(same, 1.0, angle.sin())
+    first = torch.where(same, 1 - t, ((1 - t) * angle).sin() / sine)
+    second = torch.where(same, t, (t * angle).sin() / sine)
+    return (first[:, None] * flat[0] + second[:, None] * flat[1]).reshape(a.shape).to(a.dtype)
+
+
+def self_interpolation(
+    denoiser: ki.Denoiser, true: Tensor, recovered: Tensor, sigmas: Any, *, points: int = 5, **options: Any
+) -> Tensor:
+    """How far samples on the way from the true latents to the recovered ones are from those of the true ones.
+
+    Args:
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`.
+        true: latents that images were sampled from, shape (batch, *event).
+        recovered: what an inversion of those images found, the same shape.
+        sigmas: the sampling schedule.
+        points: how many, evenly spaced from t = 0, where it is 0, to t = 1, which is the reconstruction error.
+        options: `sampler`, `cfg`, `positive` and `negative`, as in `ki.sample`.
+
+    Returns:
+        Mean squared errors, shape (points, batch). An inversion that found the latent stays at 0; one that found
+        another latent of the same image rises between the ends.
+
+    Raises:
+        ValueError: fewer than two points; as `slerp` and `ki.sample`.
+    """
+    if points < 2:
+        raise ValueError(f"points must be at least 2, the two ends, got {points}")
+    image = ki.sample(denoiser, true, sigmas, **options)
+    steps = [k / (points - 1) for k in range(points)]
+    samples = (ki.sample(denoiser, slerp(true, recovered, t), sigmas, **options) for t in steps)
+    return torch.stack([metrics.mse(x, image) for x in samples])
+
+
+def lpips(reconstruction: Tensor, original: Tensor, net: str = "alex") -> Tensor:
+    """Learned perceptual distance per sample, shape (batch,), by the package `lpips` and its weights, where they are.
+
+    Args:
+        reconstruction: images in [-1, 1], shape (batch, 1 or 3, H, W); one channel is repeated to three. The networks
+            need some 64 pixels a side.
+        original: the same shape.
+        net: whose features are compared: "alex", "vgg" or "squeeze". State it with the number.
+
+    Raises:
+        ModuleNotFoundError: the package is not there.
+        ValueError: no images with one or three channels, or two shapes.
+
+    Source: "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (Zhang, Isola, Efros, Shechtman,
+    Wang, 2018, arXiv 1801.03924).
+    """
+    try:
+        import lpips as package  # type: ignore[import-not-found]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("lpips needs the package of that name and its weights: pip install lpips") from error
+    if original.ndim != 4 or original.shape[1] not in (1, 3) or reconstruction.shape != original.shape:
+        raise ValueError(
+            "reconstruction and original must be images of one shape (batch, 1 or 3, H, W), "
+            f"got {tuple(reconstruction.shape)} and {tuple(original.shape)}"
+        )
+    network = package.LPIPS(net=net, verbose=False).to(original.device).eval()
+    with torch.no_grad():
+        distance: Tensor = network(*(x.float().expand(-1, 3, -1, -1) for x in (reconstruction, original)))
+    return distance.reshape(len(original))

@@ -1,0 +1,106 @@
+"""Every private name of torch and of CPython that kinvert uses: why it is needed, and what happens without it.
+
+* `sys.getrefcount` counts who holds a tensor: the denoiser may keep its input, or use its output again. Without it:
+  the plain loop, and copies of outputs.
+* `torch._C._storage_Use_Count` with `UntypedStorage._cdata` counts who shares a tensor's memory. Without it: the plain
+  loop, and copies of outputs.
+* `torch._C._functorch.peek_interpreter_stack` tells whether `torch.func` vectorises or differentiates. Without it: the
+  plain loop, and copies of outputs.
+* `torch.autograd.forward_ad._current_level` tells whether forward-mode derivatives are computed. Without it: the plain
+  loop.
+* `is_traceable_wrapper_subclass` tells whether a subclass takes over torch's operations. Without it: the plain loop for
+  every subclass.
+* `Tensor._version` counts the writes into a tensor. Without it: a denoiser that writes into x is not noticed, and what
+  is otherwise kept on the device (noise levels, coefficients, cast parameters) is uploaded every time.
+* `FakeTensor` tells whether a tensor has values. Without it: torch fails where a fake tensor is read.
+
+The plain loop is the one of `kinvert.engine` that makes a new tensor for every value; `kinvert.denoisers.buffers` makes
+the copies. The results are the same in each case. Names are looked up when they are used, so that a test can remove
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+with contextlib.suppress(ImportError):
+    import torch._subclasses
+    import torch.utils._python_dispatch
+
+__all__ = [
+    "can_count_holders",
+    "can_reuse_memory",
+    "holder_counters",
+    "is_fake",
+    "is_forward_mode",
+    "is_transformed",
+    "is_wrapper",
+    "storage_key",
+    "version",
+]
+
+
+def can_count_holders() -> bool:
+    """Tell whether this Python and this torch can count who holds a tensor and who shares its memory."""
+    return hasattr(sys, "getrefcount") and hasattr(torch._C, "_storage_Use_Count")
+
+
+def can_reuse_memory() -> bool:
+    """Tell whether everything is there that shows whether memory may be overwritten."""
+    return can_count_holders() and _functorch_stack() is not None and hasattr(forward_ad, "_current_level")
+
+
+def holder_counters() -> tuple[Callable[[object], int], Callable[[int], int]]:
+    """Return two functions: the number of references to an object, and of tensors that share a storage, by its key.
+
+    The first counts the names of its caller as well, so only numbers of the same place can be compared.
+    """
+    return sys.getrefcount, torch._C._storage_Use_Count
+
+
+def storage_key(x: Tensor) -> int:
+    """Return a number that tensors share if they share their memory."""
+    return x.untyped_storage()._cdata
+
+
+def is_transformed() -> bool:
+    """Tell whether `torch.func` or `torch.compile` may watch, so that no value can be read; True if unknown."""
+    if torch.compiler.is_compiling():
+        return True
+    stack = _functorch_stack()
+    return stack is None or stack() is not None
+
+
+def is_forward_mode() -> bool:
+    """Tell whether forward-mode derivatives are computed; True if unknown."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def is_wrapper(x: Tensor) -> bool:
+    """Tell whether x is of a subclass that takes over torch's operations; True for any subclass if unknown."""
+    if type(x) is Tensor:
+        return False
+    known = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
+    return known is None or known(x)
+
+
+def is_fake(x: Tensor) -> bool:
+    """Tell whether x has a shape but no values, as under torch's `FakeTensorMode`; False if unknown."""
+    fake = getattr(getattr(torch, "_subclasses", None), "FakeTensor", None)
+    return fake is not None and isinstance(x, fake)
+
+
+def version(x: Tensor) -> int | None:
+    """Return a number that grows with every write into x, 0 for tensors of inference mode; None if unknown."""
+    return 0 if x.is_inference() else getattr(x, "_version", None)
+
+
+def _functorch_stack() -> Callable[[], object] | None:
+    """Return the function that gives the innermost transform of `torch.func`, or None if torch has none."""
+    return getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)

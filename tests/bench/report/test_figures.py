@@ -1,0 +1,110 @@
+"""Figures of records: the points, the legends, and that equal records give equal files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchrecords import INF, NAN, everything, record
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
+
+from kinvert.bench.report import figures, plots
+
+
+def axes_of(figure: Any) -> list[Any]:
+    return [ax for part in figure.subfigs for ax in part.axes]
+
+
+def legend_of(part: Any) -> list[str]:
+    return [text.get_text() for text in part.legends[0].get_texts() if text.get_text().strip()]
+
+
+def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
+    found = [record(sampler=s, steps=n) for s in ("euler", "heun") for n in (10, 20, 40, 80)]
+    figure = figures.draw("error-steps", found)
+    assert legend_of(figure.subfigs[0]) == ["heun (slope 2.0)", "euler (slope 1.0)"]
+    euler = axes_of(figure)[0].lines[1]
+    assert list(euler.get_xdata()) == [10, 20, 40, 80]
+    # The median of four values a decibel apart is half a decibel below the relative error.
+    expected = [2.0 / n * 10 ** (-0.5 / 20) for n in (10, 20, 40, 80)]
+    np.testing.assert_allclose(euler.get_ydata(), expected)
+    evaluations = figures.draw("error-evaluations", found)
+    assert list(axes_of(evaluations)[0].lines[0].get_xdata()) == [20, 40, 80, 160]
+    assert legend_of(evaluations.subfigs[0]) == legend_of(figure.subfigs[0])
+
+
+def test_the_order_of_the_sampler_is_in_the_distance_from_the_ode() -> None:
+    found = [record(sampler="heun", steps=n, question="recovery") for n in (10, 20, 40)]
+    for one in found:
+        one["metrics"]["distance_to_ode"] = [7.0 * one["cell"]["steps"] ** -3.0] * 4
+    figure = figures.draw("order", found)
+    assert legend_of(figure.subfigs[0]) == ["heun (order 3.0)"]
+    np.testing.assert_allclose(axes_of(figure)[0].lines[0].get_ydata(), [7.0 * n**-3.0 for n in (10, 20, 40)])
+
+
+def test_the_front_is_that_of_all_curves() -> None:
+    cheap = [record(sampler="cheap", relative=0.9, steps=2)]
+    found = cheap + [record(sampler=f"s{k}", relative=10.0 ** -(k + 1), steps=20 + k) for k in range(12)]
+    dominated = [record(sampler=f"d{k}", relative=0.5, steps=100 + k) for k in range(5)]
+    figure = figures.draw("pareto", found + dominated)
+    # All that are on the front, though these are more than ten; no others.
+    assert legend_of(figure.subfigs[0]) == [*(f"s{k}" for k in range(11, -1, -1)), "cheap"]
+    assert figure.subfigs[0].get_suptitle().endswith("best 13 of 18")
+    (step,) = [ax for ax in axes_of(figure)[0].lines if ax.get_drawstyle() == "steps-post"]
+    assert list(step.get_xdata()) == [4, *(40 + 2 * k for k in range(12))]
+
+
+def test_zeros_infinities_and_nans_are_drawn_at_the_edge_or_left_out() -> None:
+    found = [record(steps=n, relative=e) for n, e in ((10, INF), (20, 1e-3), (40, 0.0))]
+    found.append(record(steps=80, relative=NAN))
+    line = axes_of(figures.draw("error-steps", found))[0].lines[0]
+    np.testing.assert_allclose(line.get_ydata()[[0, 2]], [plots.HIGHEST, plots.LOWEST])
+    assert math.isnan(line.get_ydata()[3])
+    for name in ("error-steps", "pareto"):
+        figures.encode(figures.draw(name, found), "svg")
+
+
+def test_precision_and_truth_have_a_row_for_each_curve(tmp_path: Path) -> None:
+    found = everything(tmp_path)
+    precision = axes_of(figures.draw("precision", found))[0]
+    assert [t.get_text() for t in precision.get_yticklabels()] == ["invert", "unsample"]
+    truth = axes_of(figures.draw("truth", found))[0]
+    round_off = next(line for line in truth.lines if line.get_label() == "round-off")
+    assert all(math.isnan(x) for x in round_off.get_xdata())  # a part of 0 is not drawn
+
+
+def test_latents_are_densities() -> None:
+    found = [record(seed=s) for s in (0, 1)]
+    figure = figures.draw("latents", found)
+    (values, edges, _) = axes_of(figure)[0].patches[0].get_data()
+    assert (values * np.diff(edges)).sum() == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(axes_of(figure)[1].lines[0].get_ydata(), [1.1, 0.9, 1.0, 1.2])
+    found[0]["latent"]["spectrum"] = found[1]["latent"]["spectrum"] = None
+    assert len(axes_of(figures.draw("latents", found))) == 1
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_every_figure_is_drawn_the_same_twice_or_not_at_all(name: str, tmp_path: Path) -> None:
+    found = everything(tmp_path)
+    first, second = (figures.draw(name, found) for _ in range(2))
+    svg = figures.encode(first, "svg")
+    assert svg == figures.encode(second, "svg") and b"<dc:date>" not in svg and b"http://www.w3.org" in svg
+    png = figures.encode(first, "png")
+    assert png.startswith(b"\x89PNG") and png == figures.encode(second, "png")
+    width, height = first.get_size_inches()
+    assert width in (plots.COLUMN, plots.PAGE) and 1 < height < 12
+    for nothing in ([], [record(error="no")]):
+        with pytest.raises(figures.NothingToDrawError):
+            figures.draw(name, nothing)
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.encode(figures.draw("error-cfg", everything(tmp_path)), "svg")
+    assert dict(matplotlib.rcParams) == before

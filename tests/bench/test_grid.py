@@ -1,0 +1,133 @@
+"""Cells, their keys, and grids of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cells import SMALL, cells
+
+import kinvert as ki
+from kinvert import bench
+from kinvert.bench import METHODS, PROBLEMS, Cell
+from kinvert.inversion.routes import choose
+
+
+def test_key_is_a_hash_of_the_settings() -> None:
+    cell = Cell(**SMALL)
+    settings = json.dumps(cell.settings, sort_keys=True, separators=(",", ":"))
+    assert settings == (
+        '{"cfg":1.0,"count":2,"dtype":"float64","method":"unsample","model":"gaussian","options":{},'
+        '"question":"reconstruction","sampler":"euler","schedule":"karras","seed":0,"steps":3}'
+    )
+    assert cell.key == "198411778cb7cb8c"
+    assert len({replace(cell, **{name: value}).key for name, value in VARIATIONS.items()} | {cell.key}) == 12
+
+
+VARIATIONS = {
+    "model": "mixture", "question": "recovery", "method": "invert", "sampler": "heun", "options": (("s_churn", 1.0),),
+    "schedule": "exponential", "steps": 4, "cfg": 2.0, "dtype": "float32", "seed": 1, "count": 3,
+}  # fmt: skip
+
+
+def test_equal_samplers_have_equal_keys() -> None:
+    assert Cell(**SMALL, cfg=1) == Cell(**SMALL, cfg=1.0)
+    assert Cell(**SMALL, sampler="bdia", options=(("gamma", 1),)) == Cell(**SMALL, sampler="bdia")
+    half = Cell(**SMALL, sampler="bdia", options=(("gamma", 0.5),))
+    assert half.rule == ki.rules.BDIA(gamma=0.5) and half.settings["options"] == {"gamma": 0.5}
+
+
+def test_grid_is_the_product_of_its_lists() -> None:
+    grid = cells(sampler=["euler", {"name": "bdia", "gamma": 0.5}], steps=[2, 3], cfg=1.0)
+    assert [(c.sampler, dict(c.options), c.steps) for c in grid] == [
+        ("euler", {}, 2), ("euler", {}, 3), ("bdia", {"gamma": 0.5}, 2), ("bdia", {"gamma": 0.5}, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "gausian"}, "did you mean 'gaussian'?"),
+        ({"question": "recover"}, "did you mean 'recovery'?"),
+        ({"method": "unsampel"}, "did you mean 'unsample'?"),
+        ({"sampler": "eulr"}, "did you mean 'euler'?"),
+        ({"schedule": "karas"}, "did you mean 'karras'?"),
+        ({"dtype": "float46"}, "did you mean 'float64'?"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be an int, got 2.5"),
+        ({"count": True}, "count must be an int, got True"),
+        ({"cfg": "7"}, "cfg must be a number, got '7'"),
+        ({"sampler": "bdia", "options": (("gama", 0.5),)}, "did you mean 'gamma'?"),
+        ({"sampler": "bdia", "options": (("gamma", 2.0),)}, "gamma must be a number from 0.01 to 1"),
+    ],
+)
+def test_cells_refuse(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        Cell(**SMALL | settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = [", "is not TOML"),
+        ("steps = 3", "a grid needs the key 'model'"),
+        ("model = 'gaussian'\nsampler_name = 'euler'", "did you mean 'sampler'?"),
+        ("model = 'gaussian'\noptions = {gamma = 1}", "an option belongs to its sampler"),
+        ("model = 'gaussian'\nsteps = []", "steps is an empty list"),
+        ("model = 'gaussian'\nsampler = [{gamma = 0.5}]", "sampler must be a name or a table"),
+        ("steps = 3\n[[grid]]\nmodel = 'gaussian'", "'steps' stands outside of the blocks"),
+        ("imports = 'own'\nmodel = 'gaussian'", "imports must be a list"),
+        ("imports = ['no_such_module']\nmodel = 'gaussian'", "cannot import 'no_such_module': ModuleNotFoundError"),
+        (
+            "model = 'no_such_module:f'",
+            "model 'no_such_module:f': there is no module 'no_such_module'; is its folder on PYTHONPATH",
+        ),
+        ("model = 'kinvert.bench.no_such:f'", "the package 'kinvert.bench' has no module 'no_such'"),
+        ("model = 'kinvert:unsampel'", "has no function 'unsampel'; did you mean 'unsample'?"),
+        ("model = 'kinvert:__version__'", "is not a function"),
+    ],
+)
+def test_grid_files_refuse(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        bench.read_grid(path)
+    assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_grid_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the grid .*none\.toml.*No such file"):
+        bench.read_grid(tmp_path / "none.toml")
+
+
+def test_blocks_of_a_grid_file_and_no_cell_twice(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("[[grid]]\nmodel='gaussian'\nsteps=[2, 3]\n[[grid]]\nmodel='gaussian'\nsteps=[3, 4]\n")
+    found, imports = bench.read_grid(path)
+    assert [cell.steps for cell in found] == [2, 3, 4] and imports == ()
+
+
+@pytest.mark.parametrize("name", ["quick", "standard", pytest.param("full", marks=pytest.mark.slow)])
+def test_presets(name: str) -> None:
+    grid = bench.preset(name)
+    assert {cell.question for cell in grid} == {"reconstruction", "recovery"}
+    assert {cell.model for cell in grid} == set(PROBLEMS)
+    assert {cell.method for cell in grid} == set(METHODS) or name == "quick"
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'quick'"):
+        bench.preset("quik")
+
+
+@pytest.mark.parametrize("preset", ["quick", "standard", "full"])
+def test_presets_ask_for_methods_that_are_used(preset: str) -> None:
+    settings = {(cell.method, cell.sampler, cell.options) for cell in bench.preset(preset)}
+    for method, sampler, options in settings:
+        if method in ("picard", "invert"):
+            plan = ki.compile_plan(ki.sampler(sampler, **dict(options)), (10.0, 5.0, 2.0, 1.0, 0.5))
+            choose("auto" if method == "invert" else method, plan)

@@ -1,0 +1,68 @@
+"""`kinvert bench`: run, compare, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cells import cells
+from click.testing import CliRunner
+
+from kinvert import bench
+from kinvert.bench import METHODS
+from kinvert.cli import main
+
+
+def command(*args: Any) -> Any:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_commands(tmp_path: Path) -> None:
+    grid, a, b = tmp_path / "grid.toml", tmp_path / "a", tmp_path / "b"
+    grid.write_text("model = 'gaussian'\nsteps = [2, 3]\ncount = 2\ncfg = [1.0, 2.0]\n")
+    for args in (["bench", grid, "--out", a], ["bench", "run", grid, "--out", b]):
+        result = command(*args)
+        assert result.exit_code == 0, result.output
+        assert "4 of 4 cells" in result.output and "2 of them with an error" in result.output
+    same = command("bench", "compare", a, b)
+    assert same.exit_code == 0 and "4 cells are equal" in same.output
+    next(b.glob("*.json")).unlink()
+    differs = command("bench", "compare", a, b)
+    assert differs.exit_code == 1 and f"only in {a}: gaussian" in differs.output
+
+
+def test_compare_prints_the_differences(tmp_path: Path) -> None:
+    for name, steps in (("a", 2), ("b", 3)):
+        bench.run(cells(steps=steps), tmp_path / name)
+    (a,), (b,) = ((tmp_path / name).glob("*.json") for name in "ab")
+    a.write_text(b.read_text().replace('"sampling_evaluations":[3,3]', '"sampling_evaluations":[4,3]'))
+    a.rename(tmp_path / "a" / b.name)
+    output = command("bench", "compare", tmp_path / "a", tmp_path / "b").output
+    assert "sampling_evaluations" in output and "[4, 3]" in output and "0 cells are equal" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["bench", "--preset", "quik"], "did you mean 'quick'?"),
+        (["bench", "grid.toml", "--preset", "quick"], "choose one"),
+        (["bench", "nowhere.toml"], "cannot read the grid"),
+        (["bench", "--import", "no_such_module"], "cannot import 'no_such_module'"),
+        (["bench", "compare", "nowhere", "here"], "there are no results at 'nowhere'"),
+        (["bench", "--slurm", "sixty"], "--slurm must be KEY=VALUE"),
+    ],
+)
+def test_commands_refuse(args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command(*args)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_runs_end_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "unsample", lambda job, x: 1 / 0)
+    grid = tmp_path / "grid.toml"
+    grid.write_text("model = 'gaussian'\nsteps = 2\n")
+    result = command("bench", grid, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "ZeroDivisionError" in result.stderr and "Traceback" not in result.stderr
