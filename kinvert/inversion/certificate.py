@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from kinvert.inversion.verdict import image_size
 from kinvert.plan import Plan
 from kinvert.tensors import rms, wide_dtype
 
-__all__ = ["Found", "certify", "warn_of"]
+__all__ = ["Found", "certify"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +96,3 @@ def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, regi
         back=back,
         warnings=(*found.notes, *found.failures),
     )
-
-
-def warn_of(verb: str, notes: Sequence[str], stacklevel: int) -> None:
-    """Warn of what did not come out, in one RuntimeWarning."""
-    if notes:
-        warnings.warn(f"{verb}: {'; '.join(notes)}", RuntimeWarning, stacklevel=stacklevel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ from kinvert.inversion.problem import Reason
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.inversion.solvers import Auto, Solver
 from kinvert.inversion.task import Task
+from kinvert.inversion.telling import warn_user
 from kinvert.plan import Plan
 
 __all__ = ["ClosedForm"]
@@ -53,7 +53,7 @@ class ClosedForm:
                 f"{rounding:.2g} of the image's size in {task.x.dtype}, more than the tolerance {task.tol:.2g}; use a "
                 "higher precision or fewer steps"
             )
-            warnings.warn(before[0], RuntimeWarning, stacklevel=4)
+            warn_user(before[0])
         undone = invert_reversible(plan, task.solving, x)
         restored = task.sample(undone.latent, undone.memory)
         error = task.error(restored)

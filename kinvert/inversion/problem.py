@@ -242,9 +242,9 @@ class Search:
         """Replace the best iterates of the samples `index`."""
         self.u[index], self.residual[index] = u, residual
 
-    def root(self, denoised: Tensor | None = None, reached: Tensor | None = None) -> Root:
-        """Return the best iterates, with the reason why each search ended."""
-        poor = self.affords(self.everyone) < 1
+    def root(self, denoised: Tensor | None = None, reached: Tensor | None = None, least: int = 1) -> Root:
+        """Return the best iterates, with the reason why each search ended; a next step would take `least` calls."""
+        poor = self.affords(self.everyone) < least
         reason = torch.where(poor, int(Reason.BUDGET), int(Reason.STALLED))
         reason = torch.where(self.residual.isfinite(), reason, int(Reason.NOT_FINITE))
         enough = self.problem.tolerance if self.problem.judge is None else self.problem.judge.enough

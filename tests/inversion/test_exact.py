@@ -264,3 +264,23 @@ def test_bad_input_is_named(name: str) -> None:
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_warnings_point_at_the_line_of_the_user() -> None:
+    """Of a sample that is not inverted, of a tolerance below rounding, of a denoiser that is no function."""
+    generator = torch.Generator().manual_seed(0)
+
+    def dropout(x: Tensor, sigma: Tensor) -> Tensor:
+        return MIXTURE(x, sigma) * (torch.rand(x.shape, generator=generator) > 0.5)
+
+    def broken(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.full_like(x, torch.nan)
+
+    with pytest.warns(RuntimeWarning) as caught:
+        ki.invert(broken, images(2), schedule(4))
+        ki.invert(broken, images(2), schedule(4), sampler="dpmpp_2m")
+        ki.invert(broken, images(2), schedule(4), sampler="o_belm")
+        ki.invert(MIXTURE, images(2).float(), schedule(4), tol=1e-12, max_evals=40)
+        ki.invert(dropout, images(2), schedule(4), max_evals=40)
+        ki.extract_noise(dropout, images(2), schedule(4))
+    assert {warning.filename for warning in caught} == {__file__} and len(caught) >= 7

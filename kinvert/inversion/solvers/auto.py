@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from kinvert.inversion.problem import Guess, Problem, Root, Search
+from kinvert.inversion.problem import Guess, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.continuation import Continuation
@@ -35,6 +35,7 @@ class Sequence(Solver):
     def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""
         search, denoised, todo = Search(problem, guess.u), None, None
+        ended = torch.full_like(search.evaluations, int(Reason.STALLED))
         for attempt in self.attempts:
             index = search.everyone if todo is None else search.open(todo)
             if not len(index):
@@ -45,6 +46,7 @@ class Sequence(Solver):
             start = guess if whole and attempt.start == "best" else starts[attempt.start]
             found = attempt.solver.solve(part, start if whole else start.take(index))
             search.evaluations[index] += found.evaluations
+            ended[index] = found.reason
             better = search.keep(index, found.u, found.residual)
             if whole:
                 denoised = found.denoised
@@ -54,7 +56,9 @@ class Sequence(Solver):
                     known = torch.where(per_sample(better, implied), implied[index], denoised[index])
                     denoised = denoised.index_copy(0, index, known)
             todo = index
-        return search.root(denoised)
+        root = search.root(denoised)
+        poor = (root.reason == Reason.STALLED) & (ended == Reason.BUDGET)  # too poor for a step of the last solver
+        return replace(root, reason=torch.where(poor, int(Reason.BUDGET), root.reason))
 
 
 @dataclass(frozen=True)
