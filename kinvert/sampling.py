@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -131,7 +132,7 @@ def sample(
         TypeError, ValueError: an input that cannot work, named with what was got and the fix; a denoiser that returned
             NaN or infinity, with the step and its sigma.
     """
-    needs = getattr(x, NEEDS, ())
+    needs = _needs_of(x)
     x = check_state(x)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     check_decreasing("sigmas", schedule, "to run upwards use unsample, or ki.run with a Plan")
@@ -232,15 +233,22 @@ def unsample(
     return _normalize(latent, normalize, job.sigmas[-1])
 
 
-NEEDS = "_kinvert_needs"
-"""The attribute of a latent tensor that names what else it takes to give its image back."""
+_NEEDS: dict[int, tuple[weakref.ref[Tensor], tuple[str, ...]]] = {}
+"""By id: latents of inversions, and what else each takes to give its image back. A tensor itself stays as it is."""
 
 
 def tell_needs(latent: Tensor, memory: Mapping[str, Tensor], noises: Sequence[Tensor]) -> None:
-    """Note on the tensor of a latent what belongs to it, so that `sample` can warn if it is left behind."""
-    needs = [name for name, given in (("auxiliary state", memory), ("noises", noises)) if len(given)]
+    """Remember what belongs to a latent, for as long as its tensor lives, so that `sample` can warn if it is left."""
+    needs = tuple(name for name, given in (("auxiliary state", memory), ("noises", noises)) if len(given))
     if needs:
-        setattr(latent, NEEDS, tuple(needs))
+        key = id(latent)
+        _NEEDS[key] = weakref.ref(latent, lambda _: _NEEDS.pop(key, None)), needs
+
+
+def _needs_of(x: Any) -> tuple[str, ...]:
+    """Return what was told of a tensor."""
+    latent, needs = _NEEDS.get(id(x), (None, ()))
+    return needs if latent is not None and latent() is x else ()
 
 
 def _warn_of_needs(needs: tuple[str, ...], job: Ready, noise: Noise | None) -> None:

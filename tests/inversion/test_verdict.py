@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kinvert.inversion.choice import METHODS
 from problems import guided_mixture, mixture, noise_like
 from torch import Tensor
 
 import kinvert as ki
 from kinvert.bench.problems import make_problem
-from kinvert.inversion import baselines
+from kinvert.inversion import METHODS, baselines
 from kinvert.inversion.result import Inversion
 from kinvert.tensors import rms
 

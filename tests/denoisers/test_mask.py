@@ -245,3 +245,15 @@ def test_x_and_noise_must_be_like_the_background() -> None:
         masked(torch.cat([X, X]), torch.cat([SIGMA, SIGMA]))
     with pytest.raises(TypeError, match=r"denoiser must return a tensor, got NoneType"):
         Masked(lambda x, sigma: None, rand(4, 6), CLEAN)(X, SIGMA)
+
+
+def test_a_masked_denoiser_is_cut_into_rows() -> None:
+    """Inside guidance and around it, with what is inside cut too; rows may be there several times."""
+    masked = Masked(lambda x, sigma, shift=0.0: DENOISER(x - shift, sigma) + shift, rand(2, 4, 6), CLEAN)
+    inside = guide(masked, 3.0, {"shift": 0.5}, {}, batch=2)
+    outside = Masked(guide(masked.denoiser, 3.0, {"shift": 0.5}, {}, batch=2), masked.mask, CLEAN)
+    index = torch.tensor([1, 1, 0])
+    for guided in (inside, outside):
+        torch.testing.assert_close(
+            guided.take(index)(X[index], SIGMA[index]), outside(X, SIGMA)[index], rtol=0, atol=1e-14
+        )
