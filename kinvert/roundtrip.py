@@ -112,7 +112,7 @@ def round_trip(
         ValueError: an unknown method, or an argument that the method has no use for, with the fix.
         TypeError, ValueError: as in `unsample`, `invert` and `sample`.
     """
-    check_choice("method", method, METHODS)
+    check_choice("method", method, dict.fromkeys((*METHODS, *BASELINES)))  # with those registered later
     if method != "unsample" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
     x = check_state(x)
