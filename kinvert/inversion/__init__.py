@@ -47,4 +47,5 @@ __all__ = [
     "register_method",
 ]
 
-import_all(solvers.__name__, solvers.__path__)
+for _part in (solvers, baselines):
+    import_all(_part.__name__, _part.__path__)

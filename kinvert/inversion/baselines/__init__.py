@@ -27,7 +27,6 @@ import functools
 from collections.abc import Callable
 from typing import TypeVar
 
-from kinvert._discover import import_all
 from kinvert.inversion.baselines.explicit import ddim_inversion, easyinv, fireflow, rf_solver
 from kinvert.inversion.baselines.iterative import Averaged, aidi, dpm_solver_inversion, renoise
 from kinvert.inversion.baselines.steered import rf_inversion, steer
@@ -85,6 +84,3 @@ def register_baseline(name: str) -> Callable[[Baseline], Baseline]:
         return baseline
 
     return register
-
-
-import_all(__name__, __path__)
