@@ -1,4 +1,4 @@
-r"""What the numbers of a run mean: sigmas of variance-exploding (VE) coordinates, or flow times.
+r"""The meaning of the numbers of a run: sigmas of variance-exploding (VE) coordinates, or flow times.
 
 `x = x0 + sigma eps` in VE coordinates, `x_t = (1 - t) x0 + t eps` in flow time. A denoiser takes one of the two, and a
 schedule holds one of the two. The numbers do not say which: 0.9 can be a sigma or a time. So denoisers, levels and
@@ -72,7 +72,7 @@ class Setting(NamedTuple):
     """The setting of a run.
 
     Attributes:
-        coordinates: what its numbers mean.
+        coordinates: the coordinates of its states and levels.
         rule: its sampler in these coordinates.
         schedule: its noise levels, or flow times, as floats.
     """

@@ -130,7 +130,7 @@ class Plan:
     @property
     def stage_levels(self) -> tuple[float, ...]:
         """The noise level of each evaluation of one run, in order."""
-        return tuple(stage.sigma for step in self.steps for stage in step.stages)
+        return tuple([stage.sigma for step in self.steps for stage in step.stages])  # a list: torch.compile traces it
 
     @functools.cached_property
     def draws(self) -> int:

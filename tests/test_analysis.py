@@ -156,7 +156,7 @@ def test_brownian_covariance_of_overlapping_and_opposite_intervals() -> None:
         analysis.marginal_variances(plan, "pink")  # type: ignore[arg-type]
 
 
-def test_a_law_that_is_broken_shows() -> None:
+def test_broken_marginal_law_is_measured() -> None:
     """s_noise = 2 draws four times the variance that eta asks for."""
     plan = ki.compile_plan(ki.sampler("euler_ancestral", s_noise=2.0), (4.0, 2.0))
     down, up = 1.0, math.sqrt(3.0)  # up^2 = 4 (16 - 4) / 16

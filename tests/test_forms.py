@@ -59,7 +59,7 @@ NONLINEAR: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", NONLINEAR)
-def test_everything_else_is_refused_with_a_reason(name: str) -> None:
+def test_nonlinear_operations_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match=r"linear"):
         NONLINEAR[name]()
 

@@ -140,7 +140,7 @@ def test_dead_noise_is_never_drawn(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_runs_leave_inputs_alone_and_samples_apart(name: str) -> None:
+def test_runs_keep_inputs_and_samples_are_independent(name: str) -> None:
     """x is not modified, a sample does not depend on its neighbours, and the same noise gives the same result."""
     plan = ki.compile_plan(name, ki.schedules.karras(6, 0.1, 10))
     x = 10 * noise_like((3, 6))
@@ -171,7 +171,7 @@ def test_dtypes(name: str, dtype: torch.dtype) -> None:
     [ki.sampler("edict", evaluate_at="sigma_next"), ki.sampler("bdia", coordinates="ve")],
     ids=lambda rule: rule.name,
 )
-def test_outside_of_vp_coordinates_reversible_rules_have_no_unit(rule: ki.Rule) -> None:
+def test_reversible_rules_have_no_unit_outside_vp_coordinates(rule: ki.Rule) -> None:
     """What breaks the law above is the published choice of coordinates, and nothing else."""
     sigmas = ki.schedules.karras(6, 0.1, 10)[:-1]
     x = 10 * noise_like((2, 6))

@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from problems import mixture, noise_like, schedules
 
 import kinvert as ki
 from kinvert.forms import Denoised, Form, Noise, State
 from kinvert.plan import Interval
-from kinvert.rules import StepBuilder
+from kinvert.rules import (
+    StepBuilder,
+)
 
 KARRAS = ki.schedules.karras(6, 0.1, 10)
 
@@ -48,7 +47,7 @@ def test_properties_are_read_off() -> None:
     assert ki.compile_plan("euler", KARRAS[:-1].flip(0)).is_rising
 
 
-def test_memory_that_nobody_reads_is_not_kept() -> None:
+def test_unread_memory_is_dropped() -> None:
     """The last steps of a multistep method remember nothing."""
     steps = ki.compile_plan("lms", KARRAS[:-1]).steps
     assert [len(step.memory) for step in steps] == [1, 2, 3, 2 + 1, 0][: len(steps)]
@@ -131,38 +130,6 @@ def test_schedules_come_in_any_container() -> None:
         assert ki.compile_plan("euler", sigmas).sigmas == (4.0, 2.0, 0.5)
 
 
-def test_bad_samplers() -> None:
-    with pytest.raises(ValueError, match="did you mean 'dpmpp_2m'"):
-        ki.sampler("dpmp_2m")
-    with pytest.raises(ValueError, match="unknown sampler.*did you mean 'heun'"):
-        ki.compile_plan("hein", KARRAS)
-    with pytest.raises(TypeError, match="no option 'etta'.*did you mean 'eta'"):
-        ki.sampler("euler_ancestral", etta=0.5)
-    with pytest.raises(TypeError, match="dpmpp_2m has no option 'eta'"):
-        ki.sampler("dpmpp_2m", eta=0.5)
-    with pytest.raises(
-        ValueError, match="unknown solver_type 'huen'; did you mean 'heun'. It must be one of midpoint, heun"
-    ):
-        ki.sampler("dpmpp_2m_sde", solver_type="huen")
-    with pytest.raises(TypeError, match="eta must be a float, got '1'"):
-        ki.sampler("euler_ancestral", eta="1")
-    with pytest.raises(ValueError, match=r"eta must be a number from .*got nan"):
-        ki.sampler("euler_ancestral", eta=float("nan"))
-    with pytest.raises(TypeError, match="order must be an int, got 2.5"):
-        ki.sampler("lms", order=2.5)
-    with pytest.raises(ValueError, match="order must be a number from 1 to inf, got 0"):
-        ki.sampler("lms", order=0)
-    with pytest.raises(TypeError, match="sampler must be a name or a Rule, got 3"):
-        ki.compile_plan(3, KARRAS)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="options eta were given with a finished rule"):
-        ki.sampler(ki.rules.EulerAncestral(), eta=0.5)
-
-
-def test_options_of_equal_value_are_equal_rules() -> None:
-    assert ki.sampler("euler_ancestral", eta=1) == ki.sampler("euler_ancestral", eta=1.0)
-    assert repr(ki.sampler("euler_ancestral", eta=1)) == repr(ki.sampler("euler_ancestral"))
-
-
 def test_sde_upwards_is_refused_with_the_fix() -> None:
     with pytest.raises(ValueError, match=r"dpmpp_2m_sde cannot step from sigma 0.1 to .*use eta=0"):
         ki.compile_plan("dpmpp_2m_sde", KARRAS[:-1].flip(0))
@@ -201,7 +168,7 @@ class Forgotten(ki.Rule):
         return None  # type: ignore[return-value]
 
 
-def test_rules_that_are_no_rules() -> None:
+def test_invalid_rules_are_refused() -> None:
     with pytest.raises(TypeError, match="not linear"):
         ki.compile_plan(Squared(), KARRAS)
     with pytest.raises(
@@ -212,71 +179,15 @@ def test_rules_that_are_no_rules() -> None:
         ki.compile_plan(Forgotten(), KARRAS)
 
 
-def test_registering_a_rule_of_ones_own() -> None:
-    try:
-        ki.rules.register(Wasteful)
-        assert ki.sampler("wasteful") == Wasteful()
-        with pytest.raises(ValueError, match="'euler' is taken by Euler"):
-            ki.rules.register(Wasteful, "euler")
-    finally:
-        del ki.SAMPLERS["wasteful"]
+def test_stage_levels_are_the_levels_of_all_evaluations() -> None:
+    assert ki.compile_plan("heun", [4.0, 2.0, 1.0, 0.0]).stage_levels == (4.0, 2.0, 2.0, 1.0, 1.0)
+    plan = ki.compile_plan("leapfrog", KARRAS)
+    assert len(plan.stage_levels) == plan.evaluations
 
 
-EQUIVALENT = {
-    "lms(order=1) is euler": ("lms", {"order": 1}, "euler", {}),
-    "euler_ancestral(eta=0) is euler": ("euler_ancestral", {"eta": 0}, "euler", {}),
-    "dpmpp_2s_ancestral(eta=0) is dpmpp_sde(eta=0)": ("dpmpp_2s_ancestral", {"eta": 0}, "dpmpp_sde", {"eta": 0}),
-    "dpmpp_2m_sde(eta=0) is dpmpp_2m": ("dpmpp_2m_sde", {"eta": 0}, "dpmpp_2m", {}),
-    "no churn below s_tmin": ("heun", {"s_churn": 5.0, "s_tmin": 1e3}, "heun", {}),
-}
-
-
-@pytest.mark.parametrize("claim", EQUIVALENT)
-@given(sigmas=schedules())
-@settings(max_examples=20, deadline=None)
-def test_equivalences_of_the_docstrings(claim: str, sigmas: list[float]) -> None:
-    a, a_options, b, b_options = EQUIVALENT[claim]
-    x, denoise = sigmas[0] * noise_like((2, 6)), mixture()
-    results = [
-        ki.run(ki.compile_plan(ki.sampler(name, **options), sigmas), denoise, x)
-        for name, options in ((a, a_options), (b, b_options))
-    ]
-    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
-
-
-@given(sigmas=schedules(zero=False), start=st.floats(0.6, 0.99))
-@settings(max_examples=20, deadline=None)
-def test_euler_is_the_same_in_flow_time(sigmas: list[float], start: float) -> None:
-    """Euler on flow times is Euler in VE coordinates; Heun is not."""
-    times = [start * sigma / sigmas[0] for sigma in sigmas]
-    denoise = mixture()
-
-    def in_flow_time(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return denoise(x / (1 - t)[:, None], t / (1 - t))
-
-    x = noise_like((2, 6))
-    plain, changed = (
-        ki.run(ki.compile_plan(rule, times), in_flow_time, x) for rule in ("euler", ki.rules.Flow(ki.sampler("euler")))
-    )
-    torch.testing.assert_close(plain, changed, rtol=1e-10, atol=1e-10)
-
-
-def test_flow_starts_below_one_and_refuses_more() -> None:
-    rule = ki.rules.Flow(ki.sampler("dpmpp_2m"), start=0.999)
-    assert ki.compile_plan(rule, [1.0, 0.5, 0.0]).sigmas == pytest.approx((0.999, 0.5, 0.0))
-    with pytest.raises(ValueError, match=r"dpmpp_2m: flow times must lie in \[0, 1\], got 1.0001"):
-        ki.compile_plan(rule, [1e-4, 0.5, 1.0001])
-    with pytest.raises(TypeError, match="rule must be a Rule"):
-        ki.rules.Flow("euler")  # type: ignore[arg-type]
-
-
-def test_a_flow_schedule_close_to_1_keeps_its_times() -> None:
-    """Only 1 itself is moved, and not past the next time."""
-    model = ki.levels.flux()
-    times = ki.schedule("beta", 200, model)
-    assert float(times[0]) == 1.0 and float(times[1]) > 0.9999
-    plan = ki.compile_plan(ki.rules.Flow(ki.sampler("dpmpp_2m")), times)
-    assert plan.sigmas[0] == pytest.approx((1 + float(times[1])) / 2, abs=1e-12)
-    assert plan.sigmas[1:] == pytest.approx(times[1:].tolist(), abs=1e-12)
-    near = ki.compile_plan(ki.rules.Flow(ki.sampler("euler")), [0.99999, 0.5, 0.1])
-    assert near.sigmas[0] == pytest.approx(0.99999, abs=1e-12)
+def test_the_old_name_of_sampler_is_deprecated() -> None:
+    with pytest.warns(DeprecationWarning, match="compile_plan: the argument rule is now sampler"):
+        plan = ki.compile_plan(rule="heun", sigmas=KARRAS)  # type: ignore[call-arg]
+    assert plan is ki.compile_plan(sampler="heun", sigmas=KARRAS)
+    with pytest.warns(DeprecationWarning, match="properties: the argument rule is now sampler"):
+        assert ki.analysis.properties(rule="heun").name == "heun"  # type: ignore[call-arg]

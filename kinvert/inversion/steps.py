@@ -109,7 +109,7 @@ def invert_steps(
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:
     """Return the noise levels of every step's evaluations, shape (stages, batch) each, in one upload for the run."""
-    every = stage_sigmas([stage.sigma for step in plan.steps for stage in step.stages], x)
+    every = stage_sigmas(plan.stage_levels, x)
     return every.split([len(step.stages) for step in plan.steps])
 
 

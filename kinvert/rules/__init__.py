@@ -7,7 +7,7 @@ this package is imported, so a new one that calls `register` needs no entry here
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kinvert._discover import import_all
@@ -209,7 +209,8 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
     entry = SAMPLERS[name]
     for key in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {key!r}; {suggestion(key, entry.options)}")
-    return entry.rule(**{**entry.defaults, **options}, named=name)
+    rule = entry.rule(**{**entry.defaults, **options})
+    return rule if rule.name == name else replace(rule, named=name)
 
 
 import_all(__name__, __path__)

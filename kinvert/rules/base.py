@@ -1,4 +1,4 @@
-r"""What a sampler is (a `Rule`), and one step of a schedule as a rule sees it (a `StepBuilder`).
+r"""The two classes of every sampler: `Rule`, and `StepBuilder`, which is one step of a schedule as a rule sees it.
 
 Notation of every rule: variance-exploding coordinates `x = x0 + sigma * eps`, `D = D(x, sigma)` the denoised image,
 `d = (x - D) / sigma` the slope `dx/dsigma` of the probability-flow ODE, `q = sigma_next / sigma`, and a prime for
@@ -8,6 +8,7 @@ exponential Euler step in `log sigma` (DDIM).
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,8 +105,8 @@ class Rule(ABC):
     """A sampler: how one step follows from linear combinations of states, denoised values and noise.
 
     A subclass is a frozen dataclass. Its fields are the options: numbers and names, checked when the rule is built. It
-    is final and hashable, and it imports no tensors. It declares `name` and `ode_order`, and where the defaults do not
-    fit `default_noise` and `noise_clip`. Evaluations, memory, noise and invertibility are read off its Plan.
+    is final and hashable, and it imports no tensors. It declares `name` and `ode_order`, and it may declare
+    `default_noise` and `noise_clip`. Evaluations, memory, noise and invertibility are read off its Plan.
 
     Options of these names mean the same in every rule: `eta`, `s_churn` and `s_noise` scale the noise and switch it off
     at 0, `flow` says that the noise levels are flow times.
@@ -153,9 +154,9 @@ class Rule(ABC):
 
     @property
     def noise_options(self) -> dict[str, Any]:
-        """The options that scale the noise and are not off, with the values that switch them off: `{"eta": 0.0}`.
+        """The options that make noise now, with the values that switch it off, e.g. `{"eta": 0.0}`.
 
-        Where `eta` or `s_churn` does it, `s_noise` is left as it is: without `eta` there is nothing for it to scale.
+        If a rule has `eta` or `s_churn`, that option is enough: at 0 there is no noise for `s_noise` to scale.
         """
         options = self.options
         switch = next((name for name in ("eta", "s_churn", "s_noise") if name in options), None)
@@ -163,12 +164,12 @@ class Rule(ABC):
 
     @property
     def keeps_last(self) -> bool:
-        """Whether the result is at the last noise level of the schedule, and not at the one before."""
+        """Whether the result is at the last noise level of the schedule, and not at the level before it."""
         return True
 
     @property
     def is_in_flow(self) -> bool:
-        """Whether the noise levels of a schedule are flow times to this rule."""
+        """Whether the rule takes the noise levels of a schedule as flow times."""
         return self.options.get("flow") is True
 
     def quiet(self) -> Self:
@@ -212,11 +213,17 @@ class Rule(ABC):
         return self, sigmas
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _types_of(type(self))
         for f in options_of(self):
             label = f"{type(self).__name__}: {f.name}"
             checked = _check_option(label, getattr(self, f.name), hints[f.name], f.metadata)
             object.__setattr__(self, f.name, checked)  # in the type of the field, so that equal rules are equal
+
+
+@functools.lru_cache(maxsize=256)
+def _types_of(rule: type[Rule]) -> dict[str, Any]:
+    """Return the declared types of a rule's fields; evaluating the annotations takes most of the time to build it."""
+    return get_type_hints(rule)
 
 
 def options_of(rule: Rule | type[Rule]) -> tuple[Field[Any], ...]:

@@ -132,11 +132,6 @@ class Flow(Rule):
         return (1.0 - (s.sigma if discarded else s.sigma_next)) * x
 
 
-def unwrapped(rule: Rule) -> Rule:
-    """Return the rule that `Flow` wraps, or the rule itself."""
-    return rule.rule if isinstance(rule, Flow) else rule
-
-
 class _FlowStep(StepBuilder):
     """A step in variance-exploding coordinates that passes each request on to the step in flow time."""
 

@@ -34,7 +34,7 @@ REGISTRIES: dict[str, Mapping[str, object]] = {"sampler": {}, "schedule": {}}
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a name of another host is called here.
+    """The meaning of a name of another host.
 
     Attributes:
         sampler: a name of `SAMPLERS`, or None.

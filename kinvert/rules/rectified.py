@@ -1,4 +1,4 @@
-r"""Solvers for rectified flows, in flow time: the midpoint method, and a method that reuses its velocity.
+r"""Rectified-flow solvers, in flow time: the midpoint method, and a method that reuses its velocity.
 
 A rectified flow has `x_t = (1 - t) x0 + t eps`, `t = sigma / (1 + sigma)`, and the velocity `v = eps - x0`. Seen from
 variance-exploding coordinates `x = (1 + sigma) x_t`, with the denoised image D and the slope d,

@@ -138,7 +138,7 @@ def test_a_schedule_is_no_sampler_and_the_other_way_round() -> None:
     assert "it names a sampler: use sampler='euler_ancestral'" in schedule_error("Euler a")
 
 
-def test_what_kinvert_does_not_have_is_said() -> None:
+def test_absent_names_are_reported() -> None:
     assert "kinvert does not have it" in sampler_error("Restart")
     assert "kinvert does not have it" in schedule_error("bong_tangent")
     assert sampler_error("xyz") == "unknown sampler 'xyz' (all names: ki.SAMPLERS or `kinvert samplers`)"
