@@ -19,8 +19,7 @@ import kinvert as ki
 ROOT = Path(__file__).parent.parent
 
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
-PUBLIC = {
-}
+PUBLIC = {}
 
 
 def modules() -> Iterator[str]:
@@ -114,7 +113,8 @@ def test_an_import_of_the_package_warns_of_nothing() -> None:
 
 
 VERBS = {
-    name: getattr(ki, name) for name in ("sample", "unsample", "invert", "extract_noise", "round_trip", "run", "stepwise")
+    name: getattr(ki, name)
+    for name in ("sample", "unsample", "invert", "extract_noise", "round_trip", "run", "stepwise")
 }
 
 
@@ -133,7 +133,8 @@ def test_the_table_of_arguments_is_what_the_verbs_take() -> None:
     for name, verb in VERBS.items():
         parameters = inspect.signature(verb).parameters
         expected = {
-            key: "required" if value.default is value.empty else repr(value.default) for key, value in parameters.items()
+            key: "required" if value.default is value.empty else repr(value.default)
+            for key, value in parameters.items()
         }
         assert list(table[name].items()) == list(expected.items()), name
 
