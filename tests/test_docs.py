@@ -110,6 +110,19 @@ def test_links_resolve(page: Path) -> None:
             assert fragment in map(anchor, headings), f"{target}: no such heading"
 
 
+EXAMPLES = {"two_thirds.py", "adams_two.py", "spectral.py", "midpoint_up.py"}
+"""The files that CONTRIBUTING.md shows how to write."""
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"], ids=lambda page: page.name
+)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"`(?:python )?([\w/]+\.py)\b[^`]*`", FENCE.sub("", page.read_text())):
+        found = any((root / name).exists() for root in (ROOT, ROOT / "kinvert", ROOT / "tests"))
+        assert found or Path(name).name in EXAMPLES, name
+
+
 def hook() -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hook", ROOT / "docs" / "hook.py")
     assert spec and spec.loader
