@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,7 +30,7 @@ class ClosedForm:
             networks.
     """
 
-    methods: ClassVar[Mapping[str, Callable[[], Solver]]] = {"auto": Auto}
+    methods: ClassVar[dict[str, Callable[[], Solver]]] = {"auto": Auto}
     scope: ClassVar[str] = "closed form"
 
     spread: float = 0.1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -37,7 +37,7 @@ class StepByStep:
         rounded: residuals up to so many roundings of the state are rounding.
     """
 
-    methods: ClassVar[Mapping[str, Callable[[], Solver]]] = {
+    methods: ClassVar[dict[str, Callable[[], Solver]]] = {
         "auto": Auto,
         "anderson": Anderson,
         "damped": Damped,

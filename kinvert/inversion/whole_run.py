@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
@@ -44,7 +44,7 @@ class WholeRun:
         rounded: errors up to so many roundings of the image are rounding.
     """
 
-    methods: ClassVar[Mapping[str, Callable[[], Solver]]] = {"auto": Sweeps, "sweeps": Sweeps}
+    methods: ClassVar[dict[str, Callable[[], Solver]]] = {"auto": Sweeps, "sweeps": Sweeps}
     scope: ClassVar[str] = "run"
 
     bases: tuple[Rule, ...] = (Euler(), Heun(), DPMpp2SAncestral(eta=0.0))
