@@ -1,12 +1,15 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
 `<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
-`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`.
+`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`. The page
+of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
 import json
 import re
@@ -18,6 +21,7 @@ from typing import Any
 
 import kinvert as ki
 from kinvert.analysis import properties
+from kinvert.inversion import ROUTES
 from kinvert.rules import SamplerEntry
 from kinvert.rules.names import SAMPLERS_ELSEWHERE, SCHEDULES_ELSEWHERE
 
@@ -27,7 +31,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
     pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
-    for render in (*pages, versions, environments):
+    for render in (*pages, versions, environments, layers, routes):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -153,7 +157,7 @@ def inversion() -> str:
         goals = ", ".join(f"{t:g}" for t in sorted({r["tolerance"] for r in report["rows"] if "tolerance" in r}))
         parts += [f"### `{model}`, {dtype}", table(head, [inverted(cell, measured) for cell in cells])]
         parts += [
-            f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; rms at most "
+            f"`python benchmarks/exact_inversion.py --model {model} --dtype {dtype} --count {counts}`; rms at most "
             f"{goals}; {versions}, on a CPU."
         ]
     return "\n\n".join(parts)
@@ -175,7 +179,7 @@ def reversible() -> str:
             line.append(alone)
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     head = ["sampler", "steps", *dtypes, "without the auxiliary state"]
-    return f"{table(head, lines.values())}\n\n`python benchmarks/reversible.py`; {versions}, on a CPU."
+    return f"{table(head, lines.values())}\n\n`python benchmarks/reversible_samplers.py`; {versions}, on a CPU."
 
 
 def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, Any]]) -> Sequence[str]:
@@ -214,7 +218,7 @@ def baselines() -> str:
         lines.append([f"`{name}`", _range(costs), *(_error(found.get(key)) for key in columns)])
     head = ["baseline", "evaluations a step", *(f"{steps} steps, cfg {cfg:g}" for steps, cfg in columns)]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{table(head, lines)}\n\n`python benchmarks/baselines.py`; {versions}, on a CPU."
+    return f"{table(head, lines)}\n\n`python benchmarks/published_inversions.py`; {versions}, on a CPU."
 
 
 def _range(values: Sequence[float]) -> str:
@@ -269,7 +273,8 @@ def dtypes() -> str:
     verbs = ", ".join(f"`{verb}`" for verb in dict.fromkeys(row["verb"] for row in report["rows"]))
     lines = [[*(f"`{name}`" for name in key), *(_verdicts(found[way]) for way in ways)] for key, found in cells.items()]
     head = ["x", "network", "adapter", "function that returns the network's dtype", "... x's dtype", "network as it is"]
-    note = f"Of {verbs}, without and with autocast to bfloat16; `python benchmarks/dtypes.py`, torch {report['torch']}."
+    source = f"`python benchmarks/mixed_dtypes.py`, torch {report['torch']}"
+    note = f"Of {verbs}, without and with autocast to bfloat16; {source}."
     return f"{table(head, lines)}\n\n{note}"
 
 
@@ -298,7 +303,7 @@ def flow() -> str:
         rows.append([f"`{name}`", found["rule"] if found["rule"] == "as it is" else f"`{found['rule']}`", *cells])
     head = ["sampler", "runs", "down: mean", "std", "mixture", "order", "up: mean", "std", "mixture", "order"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{table(head, rows)}\n\n`python benchmarks/flow.py`; {versions}, on a CPU."
+    return f"{table(head, rows)}\n\n`python benchmarks/flow_samplers.py`; {versions}, on a CPU."
 
 
 def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> list[str]:
@@ -384,6 +389,58 @@ def environments() -> str:
     intro = f"{calls['calls']} calls in each dtype, of which {calls['refused']} are refused, with the same words."
     source = f"`python benchmarks/environments.py`; {named}, on a CPU."
     return "\n\n".join([intro, table(head, lines), *(["What differs:", "\n".join(notes)] if notes else []), source])
+
+
+def layers() -> str:
+    """The layers of imports, as the test has them, without the modules that only remember an old name."""
+    root = Path(__file__).parent.parent
+    tree = ast.parse((root / "tests" / "test_layers.py").read_text())
+    found = next(
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    )
+    files = {path.stem: path.read_text() for path in (root / "kinvert").glob("*.py")}
+    rows = []
+    for names in ast.literal_eval(found.value):
+        shown = [f"`{name}`" for name in sorted(names) if "= moved(__name__" not in files.get(name, "")]
+        rows.append([str(len(rows)), ", ".join(shown)])
+    return table(["", "modules and packages"], rows)
+
+
+def routes() -> str:
+    """The routes of `invert`, and for each the numbers that tune it, with their reasons."""
+    head, text = ["route", "which runs", "solves", "methods"], []
+    rows = []
+    for route in ROUTES:
+        accepts = (inspect.getdoc(route.accepts) or "").removeprefix("Tell whether ").removesuffix(".")
+        methods = ", ".join(f"`{name}`" for name in route.methods)
+        rows.append(
+            [f"`{type(route).__name__}`", accepts, f"a {route.scope}".replace("a closed", "nothing: closed"), methods]
+        )
+        doc = inspect.getdoc(route) or ""
+        summary, _, fields = doc.partition("\nAttributes:\n")
+        text.append(f"**`{type(route).__name__}`**: {summary.strip()}")
+        values = {name: getattr(route, name) for name in vars(route)}
+        lines = []
+        for names, meaning in re.findall(r"^    (\w[\w, ]*): (.*(?:\n     +.*)*)", fields, re.MULTILINE):
+            given = ", ".join(short(values[name]) for name in names.split(", "))
+            lines.append([f"`{names}`", given, re.sub(r"\s+", " ", meaning)])
+        text.append(table(["field", "value", "meaning"], lines))
+    return "\n\n".join([table(head, rows), *text])
+
+
+def short(value: Any) -> str:
+    """The value of a field of a route in a table: a rule or a solver by its class and what was changed."""
+    if isinstance(value, tuple):
+        return ", ".join(map(short, value))
+    fields = {f.name: f.default for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else {}
+    if not fields:
+        return f"`{value!r}`"
+    changed = [
+        f"{key}={new!r}"
+        for key, default in fields.items()
+        if key != "named" and (new := getattr(value, key)) != default
+    ]
+    return f"`{type(value).__name__}({', '.join(changed)})`"
 
 
 def description(documented: Any) -> str:

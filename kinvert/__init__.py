@@ -1,7 +1,7 @@
 """kinvert: the noise behind an image.
 
-Diffusion samplers and noise schedules as data, `unsample` (run a sampler backwards), and a measure of how well it went.
-`import kinvert as ki`; the names below are the public surface.
+Diffusion samplers and schedules as data, in both directions: `sample`, `unsample`, exact inversion by `invert` and
+`extract_noise`, and measures of how well they did. `import kinvert as ki`; the names in `__all__` are the public ones.
 """
 
 from kinvert import analysis as analysis
@@ -16,8 +16,11 @@ from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
+from kinvert.engine import Progress as Progress
+from kinvert.engine import Stepwise as Stepwise
 from kinvert.engine import graphs as graphs
 from kinvert.engine import run as run
+from kinvert.engine.stepwise import stepwise as stepwise
 from kinvert.inversion import Inversion as Inversion
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert
@@ -34,3 +37,35 @@ from kinvert.schedules import SCHEDULES as SCHEDULES
 from kinvert.schedules import schedule as schedule
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULES",
+    "Denoiser",
+    "Guided",
+    "Inversion",
+    "Plan",
+    "RoundTrip",
+    "Rule",
+    "__version__",
+    "analysis",
+    "compile_plan",
+    "denoisers",
+    "extract_noise",
+    "flow_sampler",
+    "graphs",
+    "inversion",
+    "invert",
+    "levels",
+    "metrics",
+    "models",
+    "noise",
+    "round_trip",
+    "rules",
+    "run",
+    "sample",
+    "sampler",
+    "schedule",
+    "schedules",
+    "unsample",
+]

@@ -79,13 +79,13 @@ def round_trip(
     sampler: str | Rule = "euler",
     method: str = "unsample",
     end_at_step: int = 0,
-    normalize: Normalize = False,
-    sigma_offset: float | None = None,
-    data_range: float = 2.0,
     cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
+    normalize: Normalize = False,
+    sigma_offset: float | None = None,
+    data_range: float = 2.0,
     noise: Noise | None = None,
     callback: Callback | None = None,
     progress: bool = False,
@@ -112,9 +112,11 @@ def round_trip(
         ValueError: an unknown method, or an argument that the method has no use for, with the fix.
         TypeError, ValueError: as in `unsample`, `invert` and `sample`.
     """
-    check_choice("method", method, METHODS)
+    check_choice("method", method, dict.fromkeys((*METHODS, *BASELINES)))  # with those registered later
     if method != "unsample" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
+    if method != "unsample" and sigma_offset is not None:
+        raise ValueError(f"sigma_offset is for method='unsample', got it for {method!r}; leave it out")
     x = check_state(x)
     coordinates, rule, levels = settle(denoiser, sampler, sigmas)
     # what they mean, for a denoiser that does not say

@@ -16,15 +16,18 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import kinvert as ki
+from kinvert.inversion import METHODS, ROUTES
+from kinvert.inversion.baselines import BASELINES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -53,7 +56,8 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    registered = dict(ki.SAMPLERS)
+    registries: list[dict[str, Any]] = [ki.SAMPLERS, METHODS, BASELINES, *(route.methods for route in ROUTES)]
+    registered = [dict(registry) for registry in registries]
     try:
         for block in blocks(page):
             if block.info != "python":
@@ -64,8 +68,9 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             if block.output is not None:
                 assert stdout.getvalue().strip() == block.output.strip(), f"{page.name}, line {block.line}"
     finally:  # what a page registers is gone after it
-        ki.SAMPLERS.clear()
-        ki.SAMPLERS.update(registered)
+        for registry, before in zip(registries, registered, strict=True):
+            registry.clear()
+            registry.update(before)
 
 
 def commands(page: Path, program: str) -> set[str]:
@@ -103,6 +108,19 @@ def test_links_resolve(page: Path) -> None:
             text = hook().on_page_markdown(linked.read_text())
             headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
             assert fragment in map(anchor, headings), f"{target}: no such heading"
+
+
+EXAMPLES = {"two_thirds.py", "adams_two.py", "spectral.py", "midpoint_up.py"}
+"""The files that CONTRIBUTING.md shows how to write."""
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"], ids=lambda page: page.name
+)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for name in re.findall(r"`(?:python )?([\w/]+\.py)\b[^`]*`", FENCE.sub("", page.read_text())):
+        found = any((root / name).exists() for root in (ROOT, ROOT / "kinvert", ROOT / "tests"))
+        assert found or Path(name).name in EXAMPLES, name
 
 
 def hook() -> types.ModuleType:
@@ -166,7 +184,7 @@ def test_the_tables_of_performance_are_what_was_measured() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert nav == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+    assert nav == {str(page.relative_to(ROOT / "docs")) for page in DOCS}
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
 """Exact inversion: the latent, or the noise, that a given sampler maps to a given image, with a certificate."""
 
-from kinvert.inversion import baselines
+from kinvert._discover import import_all
+from kinvert.inversion import baselines, solvers
 from kinvert.inversion.exact import invert
 from kinvert.inversion.extract import extract_noise
 from kinvert.inversion.problem import Guess, Problem, Reason, Root, Search
 from kinvert.inversion.result import Inversion
-from kinvert.inversion.routes import METHODS, ROUTES
+from kinvert.inversion.routes import METHODS, ROUTES, register_method
 from kinvert.inversion.solvers import (
     Anderson,
     Attempt,
@@ -43,4 +44,8 @@ __all__ = [
     "baselines",
     "extract_noise",
     "invert",
+    "register_method",
 ]
+
+for _part in (solvers, baselines):
+    import_all(_part.__name__, _part.__path__)

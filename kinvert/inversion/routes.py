@@ -7,13 +7,13 @@
 | starts from x alone     | `WholeRun`   | "auto", "sweeps", a `Sweeps`                                         |
 
 The first route that accepts the Plan and offers the method is taken. The numbers that a route is tuned by are its
-fields.
+fields. `register_method` adds a root finder of your own to the route that solves for what its `scope` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from kinvert.checks import unknown
 from kinvert.inversion.certificate import Found
@@ -24,7 +24,9 @@ from kinvert.inversion.task import Task
 from kinvert.inversion.whole_run import WholeRun
 from kinvert.plan import Plan
 
-__all__ = ["METHODS", "ROUTES", "Route", "choose"]
+__all__ = ["METHODS", "ROUTES", "Route", "choose", "register_method"]
+
+Make = TypeVar("Make", bound=Callable[[], Solver])
 
 
 class Route(Protocol):
@@ -36,7 +38,7 @@ class Route(Protocol):
     """
 
     @property
-    def methods(self) -> Mapping[str, Callable[[], Solver]]:
+    def methods(self) -> dict[str, Callable[[], Solver]]:
         """Return the root finders that it offers, by name."""
         ...
 
@@ -59,6 +61,32 @@ METHODS: dict[str, Callable[[], Solver]] = {
     name: make for route in reversed(ROUTES) for name, make in route.methods.items()
 }
 """Every root finder by name; "auto" is each route's own first choice."""
+
+
+def register_method(name: str) -> Callable[[Make], Make]:
+    """Make a root finder a `method` of `invert`, under a name; for use as a decorator.
+
+    Args:
+        name: the name; the root finder is called without arguments to make one.
+
+    Returns:
+        A decorator of a class or function that returns a `Solver`.
+
+    Raises:
+        ValueError: the name is taken, or no route solves for the `scope` of this `Solver`.
+    """
+
+    def register(make: Make) -> Make:
+        scope = make().scope
+        route = next((route for route in ROUTES if route.scope == scope), None)
+        if name in METHODS:
+            raise ValueError(f"the method name {name!r} is taken; choose another")
+        if route is None:
+            raise ValueError(unknown("scope", scope, [route.scope for route in ROUTES]))
+        route.methods[name] = METHODS[name] = make
+        return make
+
+    return register
 
 
 def choose(method: str | Solver, plan: Plan) -> tuple[Route, Solver]:

@@ -1,6 +1,7 @@
 """The registry of samplers: it maps each public name to a rule and its defaults. Each family of rules is one file.
 
-`register` adds a sampler of your own. All tests, benchmarks and listings of the registry then include it.
+`register` adds a sampler of your own. All tests, benchmarks and listings of the registry then include it. Every file of
+this package is imported, so a new one that calls `register` needs no entry here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kinvert._discover import import_all
 from kinvert.checks import suggestion
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.ancestral import LCM, DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
@@ -209,3 +211,6 @@ def sampler(name: str | Rule, **options: Any) -> Rule:
         raise TypeError(f"{name} has no option {key!r}; {suggestion(key, entry.options)}")
     rule = entry.rule(**{**entry.defaults, **options})
     return rule if rule.name == name else replace(rule, named=name)
+
+
+import_all(__name__, __path__)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 from kinvert.inversion.baselines.explicit import ddim_inversion, easyinv, fireflow, rf_solver
 from kinvert.inversion.baselines.iterative import Averaged, aidi, dpm_solver_inversion, renoise
@@ -42,12 +43,15 @@ __all__ = [
     "easyinv",
     "fireflow",
     "null_text",
+    "register_baseline",
     "renoise",
     "rf_inversion",
     "rf_solver",
     "sample_null_text",
     "steer",
 ]
+
+Baseline = TypeVar("Baseline", bound=Callable[..., Inversion])
 
 BASELINES: dict[str, Callable[..., Inversion]] = {
     "ddim_clean": functools.partial(ddim_inversion, at="clean"),
@@ -64,3 +68,19 @@ BASELINES: dict[str, Callable[..., Inversion]] = {
     "direct_inversion": direct_inversion,
 }
 """Name -> function, for every baseline that takes any conditioning; `null_text` needs one that can be optimised."""
+
+
+def register_baseline(name: str) -> Callable[[Baseline], Baseline]:
+    """Add a published inversion to `BASELINES`, under a name; for use as a decorator.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(baseline: Baseline) -> Baseline:
+        if name in BASELINES:
+            raise ValueError(f"the name {name!r} is taken by another baseline; choose another")
+        BASELINES[name] = baseline
+        return baseline
+
+    return register

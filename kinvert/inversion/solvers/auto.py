@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kinvert.inversion.noise_floor import measure_noise
-from kinvert.inversion.problem import Guess, Problem, Root, Search
+from kinvert.inversion.problem import Guess, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.continuation import Continuation
 from kinvert.inversion.solvers.newton import NewtonKrylov
 from kinvert.inversion.solvers.sweeps import StepSweeps
+from kinvert.tensors import per_sample
 
 __all__ = ["Attempt", "Auto", "Sequence"]
 
@@ -36,6 +37,7 @@ class Sequence(Solver):
     def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""
         search, denoised, todo = Search(problem, guess.u), None, None
+        ended = torch.full_like(search.evaluations, int(Reason.STALLED))
         for k, attempt in enumerate(self.attempts):
             index = search.everyone if todo is None else self._left(search, todo, first=k == 1)
             if not len(index):
@@ -46,41 +48,41 @@ class Sequence(Solver):
             start = guess if whole and attempt.start == "best" else starts[attempt.start]
             found = attempt.solver.solve(part, start if whole else start.take(index))
             search.evaluations[index] += found.evaluations
-            better = index[search.keep(index, found.u, found.residual)]
-            denoised = self._known(denoised, found, problem, search, better, whole)
+            ended[index] = found.reason
+            better = search.keep(index, found.u, found.residual)
+            if whole:
+                denoised = found.denoised
+            elif denoised is not None:  # from here on, what the solution of a step implies
+                implied = problem.denoised(search.u)
+                if implied is not None:
+                    known = torch.where(per_sample(better, implied), implied[index], denoised[index])
+                    denoised = denoised.index_copy(0, index, known)
             todo = index
-        return search.root(denoised)
+        root = search.root(denoised)
+        poor = (root.reason == Reason.STALLED) & (ended == Reason.BUDGET)  # too poor for a step of the last solver
+        return replace(root, reason=torch.where(poor, int(Reason.BUDGET), root.reason))
 
     @staticmethod
     def _left(search: Search, todo: Tensor, first: bool) -> Tensor:
         """Return the samples that are open, without those whose residual is the noise of F: no solver improves them.
 
-        The noise is measured when the first solver leaves something, unless the problem knows it.
+        The noise is measured if the first solver leaves something that the known noise does not explain.
         """
-        index = search.open(todo)
-        near = search.is_near_floor(index, search.residual[index])
-        index = index if near is None else index[(~near).nonzero()[:, 0]]
-        if first and len(index):
-            able = index[(search.affords(index) >= 4).nonzero()[:, 0]]
-            floor = torch.zeros_like(search.residual) if search.floor is None else search.floor.clone()
-            if len(able):
-                floor[able] = floor[able].maximum(measure_noise(search, able))
-            search.floor = floor
-            index = search.open(index)
-        near = search.is_near_floor(index, search.residual[index])
-        return index if near is None else index[(~near).nonzero()[:, 0]]
+        index = _far(search, search.open(todo))
+        if not first or not len(index):
+            return index
+        able = index[(search.affords(index) >= 4).nonzero()[:, 0]]
+        floor = torch.zeros_like(search.residual) if search.floor is None else search.floor.clone()
+        if len(able):
+            floor[able] = floor[able].maximum(measure_noise(search, able))
+        search.floor = floor
+        return _far(search, search.open(index))
 
-    @staticmethod
-    def _known(
-        denoised: Tensor | None, found: Root, problem: Problem, search: Search, better: Tensor, whole: bool
-    ) -> Tensor | None:
-        """Return D at the best iterates: what a solver saw, else what the solution of a step implies."""
-        if whole:
-            return found.denoised
-        implied = None if denoised is None else problem.denoised(search.u)
-        if denoised is not None and implied is not None:
-            denoised[better] = implied[better]
-        return denoised
+
+def _far(search: Search, index: Tensor) -> Tensor:
+    """Return those of `index` whose best iterates are not near the noise of F."""
+    near = search.is_near_floor(index, search.residual[index])
+    return index if near is None else index[(~near).nonzero()[:, 0]]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,221 @@
+"""The public surface: its names, that each module says what it offers, and that old names still answer."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kinvert as ki
+
+ROOT = Path(__file__).parent.parent
+
+# Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
+PUBLIC = {
+    "kinvert": """
+        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Stepwise __version__ analysis
+        compile_plan denoisers extract_noise flow_sampler graphs inversion invert levels metrics models noise
+        round_trip rules run sample sampler schedule schedules stepwise unsample
+    """,
+    "kinvert.analysis": """
+        INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
+        marginal_variances properties row_sums
+    """,
+    "kinvert.bench": """
+        DTYPES METHODS PROBLEMS Cell Grid MethodResult Problem Setup UnfinishedError compare import_modules load
+        measure preset read_grid run submit_cells
+    """,
+    "kinvert.bench.report": """
+        read write
+    """,
+    "kinvert.denoisers": """
+        BoundDenoiser Cfg Dataset Denoiser Gaussian GaussianMixture Guidance Guided Masked Preconditioned StepCfg
+        expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg resize_mask step_cfg
+    """,
+    "kinvert.engine": """
+        Callback FusedRun Memory Progress Stepwise advance check_state combine fused_loop noise_for plain_loop run
+        run_state stage_sigmas
+    """,
+    "kinvert.engine.graphs": """
+        RECORDERS CapturedDenoiser CapturedRun Recorder Recording Steps capture captured_denoiser record_cuda_graphs
+    """,
+    "kinvert.inversion": """
+        METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion NewtonKrylov Picard Problem Reason
+        Root Search Sequence Solver StepSweeps Sweeps baselines extract_noise invert register_method
+    """,
+    "kinvert.inversion.baselines": """
+        BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow null_text
+        register_baseline renoise rf_inversion rf_solver sample_null_text steer
+    """,
+    "kinvert.inversion.solvers": """
+        Anderson Attempt Auto Continuation Damped Guess Judge NewtonKrylov Picard Problem Reason Root Search Sequence
+        Solver StepSweeps Sweeps
+    """,
+    "kinvert.levels": """
+        DiscreteLevels EDMLevels FlowLevels FlowTimes Levels TableLevels VDiffusionLevels edm flow flow_to_ve flux
+        from_alphas_cumprod from_betas from_table stable_diffusion v_diffusion ve_to_flow
+    """,
+    "kinvert.metrics": """
+        Per anderson autocorrelation cosine dagostino ks kurtosis latent_metrics max_error mean mse nmse norm_score
+        patch_correlation psnr radial_spectrum reconstruction_metrics skew spectrum_slope ssim std
+    """,
+    "kinvert.models": """
+        NAMES EmbeddedDenoiser held_out load
+    """,
+    "kinvert.noise": """
+        Brownian Clipped Noise NoiseFunction NoiseSource Replay White bind brownian clipped default_noise derived_seed
+        replay white
+    """,
+    "kinvert.reference": """
+        SMALLEST_RTOL ErrorSplit solve_ode split_error
+    """,
+    "kinvert.rules": """
+        BDIA DEIS DPM2 EDICT ERSDE IPNDM IPNDMV LCM LMS OBELM RES2S RES3S SAMPLERS CFGppUD10AB DDIMInverse
+        DPM2Ancestral DPMAdaptive DPMFast DPMpp2M DPMpp2MCFGpp DPMpp2MSDE DPMpp2SAncestral DPMpp2SAncestralCFGpp
+        DPMpp3MSDE DPMppSDE DirectInversion Euler EulerAncestral EulerAncestralCFGpp ExponentialAdams FireFlow Flow
+        GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 Leapfrog McCallumFoster
+        RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
+        StepBuilder Tableau UniPC interpolate register sampler slope weighted_sum
+    """,
+    "kinvert.schedules": """
+        ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 ddim_uniform exponential karras
+        kl_optimal laplace linear_quadratic normal polyexponential schedule sgm_uniform simple vp
+    """,
+}  # fmt: skip
+
+
+def modules() -> Iterator[str]:
+    yield "kinvert"
+    for module in pkgutil.walk_packages(ki.__path__, "kinvert."):
+        if not module.name.endswith(".__main__"):
+            yield module.name
+
+
+MODULES = list(modules())
+
+
+def source(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text()
+
+
+FACES = {name: new for name in MODULES for new in re.findall(r"= moved\(__name__, \"([\w.]+)\"\)", source(name))}
+"""Old path of a module -> the new one."""
+
+
+def renamed_names(module: str) -> dict[str, str]:
+    """Old name -> full new name, of the names of a module that were renamed or moved."""
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "moved_names":
+            return ast.literal_eval(node.args[1])
+    return {}
+
+
+RENAMED = [(module, *pair) for module in MODULES if module not in FACES for pair in renamed_names(module).items()]
+OFFERING = [name for name in MODULES if name not in FACES and "\n__all__ = " in source(name)]
+
+
+def kind(name: str) -> tuple[int, list[str | int]]:
+    """The place of a name in `__all__`: constants, classes, the rest, and numbers by their size."""
+    rank = 0 if name.isupper() else 1 if name[0].isupper() else 2
+    return rank, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_the_public_names_are_these(package: str) -> None:
+    assert sorted(importlib.import_module(package).__all__) == sorted(PUBLIC[package].split())
+
+
+def test_every_module_says_what_it_offers() -> None:
+    """But for those that only remember old names."""
+    assert {*MODULES} - {*OFFERING} <= {*FACES} | {module for module, _, _ in RENAMED}
+
+
+@pytest.mark.parametrize("name", OFFERING)
+def test_what_a_module_offers_is_there_and_sorted(name: str) -> None:
+    module = importlib.import_module(name)
+    assert list(module.__all__) == sorted(set(module.__all__), key=kind)
+    for offered in module.__all__:
+        assert hasattr(module, offered), offered
+        assert not offered.startswith("_") or offered == "__version__", offered
+
+
+@pytest.mark.parametrize("name", OFFERING)
+def test_every_public_function_and_class_has_a_docstring(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for offered in module.__all__:
+        value = getattr(module, offered)
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("kinvert"):
+            assert inspect.getdoc(value), offered
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if hasattr(importlib.import_module(name), "__path__")])
+def test_no_module_has_the_name_of_a_function_of_its_package(name: str) -> None:
+    package = importlib.import_module(name)
+    for module in pkgutil.iter_modules(package.__path__):
+        value = getattr(package, module.name, None)
+        assert value is None or isinstance(value, types.ModuleType), f"{name}.{module.name}"
+
+
+@pytest.mark.parametrize("old", FACES)
+def test_old_modules_answer_with_a_warning(old: str) -> None:
+    new = importlib.import_module(FACES[old])
+    for name in new.__all__:
+        with pytest.warns(DeprecationWarning, match=rf"{old} is now {FACES[old]}"):
+            assert getattr(importlib.import_module(old), name) is getattr(new, name)
+
+
+@pytest.mark.parametrize(("module", "old", "new"), RENAMED, ids=[f"{module}.{old}" for module, old, _ in RENAMED])
+def test_old_names_of_a_module_answer_with_a_warning(module: str, old: str, new: str) -> None:
+    where, _, name = new.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=rf"{module}.{old} is now {new}"):
+        assert getattr(importlib.import_module(module), old) is getattr(importlib.import_module(where), name)
+
+
+def test_an_import_of_the_package_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(importlib.import_module("kinvert"))
+
+
+VERBS = {
+    name: getattr(ki, name)
+    for name in ("sample", "unsample", "invert", "extract_noise", "round_trip", "run", "stepwise")
+}
+
+
+def table_of_arguments() -> dict[str, dict[str, str]]:
+    """The table of docs/arguments.md: for each verb the default of every argument that it has."""
+    lines = [line for line in (ROOT / "docs" / "arguments.md").read_text().splitlines() if line.startswith("| ")]
+    head, _, *rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+    return {verb: {row[0]: row[i] for row in rows if row[i]} for i, verb in enumerate(head) if i}
+
+
+def test_the_table_of_arguments_is_what_the_verbs_take() -> None:
+    """In the order of the signatures, so that what the verbs share is in the same order in each."""
+    table = table_of_arguments()
+    assert list(table) == list(VERBS)
+    for name, verb in VERBS.items():
+        parameters = inspect.signature(verb).parameters
+        expected = {
+            key: "required" if value.default is value.empty else repr(value.default)
+            for key, value in parameters.items()
+        }
+        assert list(table[name].items()) == list(expected.items()), name
+
+
+@pytest.mark.parametrize("name", list(VERBS)[:5])
+def test_what_is_not_data_is_given_by_keyword(name: str) -> None:
+    parameters = inspect.signature(VERBS[name]).parameters.values()
+    positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert positional == ["denoiser", "x", "sigmas"]
