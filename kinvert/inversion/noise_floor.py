@@ -4,10 +4,10 @@ A network that computes in half precision, or that answers differently each time
 
     F(u + e) + F(u - e) - 2 F(u)
 
-a smooth F leaves `e^2 F''`, which is small next to e if e is small; noise leaves `sqrt(6)` times itself, however small e
-is. So where a search no longer comes closer, two evaluations tell whether that is noise.
+a smooth F leaves `e^2 F''`, which is small next to e if e is small; noise leaves `sqrt(6)` times itself, however small
+e is. So if a search no longer comes closer, a few evaluations tell whether that is noise.
 
-Source: More and Wild, Estimating Computational Noise (2011), with one difference table over all values of a sample.
+Source: Moré and Wild, Estimating Computational Noise (2011), with one difference table over all values of a sample.
 """
 
 from __future__ import annotations
@@ -19,14 +19,21 @@ from kinvert.inversion.problem import Search
 from kinvert.noise import white
 from kinvert.tensors import per_sample, rms
 
-__all__ = ["LONGEST", "NOISY", "is_noise", "measure_noise"]
+__all__ = ["LONGEST", "NOISY", "is_noise", "measure_noise", "small_steps"]
 
-NOISY = "what is left is the denoiser's own noise, rounding or randomness; use a wider dtype of the network, or a larger tol"
-
-MOST = 10.0  # noise explains a residual that is at most so many second differences
-
+NOISY = (
+    "what is left is the denoiser's own noise, rounding or randomness; run the network in a wider dtype, or give a "
+    "larger tol"
+)
 LONGEST = 0.01  # of e in parts of the size: shorter than that, a smooth F leaves little even where it bends
 ROUGH = 0.2  # a second difference above this part of e is noise; that of a smooth F is of order e
+MOST = 10.0  # noise explains a residual that is at most so many second differences
+
+
+def small_steps(u: Tensor, length: Tensor) -> Tensor:
+    """Return steps of the rms `length`, shape (batch,), in one direction for all samples of u, (batch, *event)."""
+    direction = white(0).bind(u[:1])(1.0, 0.0)
+    return direction * per_sample(length / rms(direction), u)
 
 
 def is_noise(second: Tensor, length: Tensor, residual: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -41,15 +48,15 @@ def is_noise(second: Tensor, length: Tensor, residual: Tensor, gain: Tensor | fl
     return (second > ROUGH * length) & (residual <= MOST * gain * second)
 
 
-def measure_noise(search: Search, index: Tensor) -> Tensor:
+def measure_noise(search: Search, index: Tensor, center: Tensor | None = None) -> Tensor:
     """Return the noise that the best iterates of the samples `index` are lost in, as an rms residual; 0 if F is smooth.
 
-    It takes three evaluations of F. A noisy F leaves about the residual that the search ended at, which is returned.
+    It takes two evaluations of F, and one more if `center`, F at the best iterates, is not known. The best residual of
+    a search on a noisy F is about its noise, so that is what is returned.
     """
-    u, residual = search.u[index], search.residual[index]
-    direction = white(0).bind(u[:1])(1.0, 0.0).expand_as(u)  # the same for every sample
-    length = torch.where(residual.isfinite(), residual.minimum(LONGEST * search.size[index]), 0.0) / rms(direction)
-    e = direction * per_sample(length, u)
-    center = search.call(u, index)
-    second = search.call(u + e, index) + search.call(u - e, index) - 2 * center
-    return torch.where(is_noise(rms(second), rms(e), residual) & residual.isfinite(), residual, 0.0)
+    u, residual = search.u[index], search.residual[index].nan_to_num(0.0, 0.0, 0.0)
+    length = residual.minimum(LONGEST * search.size[index])
+    e = small_steps(u, length)
+    middle = search.call(u, index) if center is None else center
+    second = search.call(u + e, index) + search.call(u - e, index) - 2 * middle
+    return torch.where(is_noise(rms(second), length, residual), residual, 0.0)

@@ -13,9 +13,9 @@ from torch import Tensor
 from kinvert.denoisers import BoundDenoiser
 from kinvert.engine import run
 from kinvert.inversion.certificate import Found
-from kinvert.inversion.noise_floor import NOISY
+from kinvert.inversion.noise_floor import NOISY, measure_noise
 from kinvert.inversion.plain import Recorded, rising
-from kinvert.inversion.problem import Guess, Problem, Reason
+from kinvert.inversion.problem import Guess, Problem, Reason, Search
 from kinvert.inversion.solvers import Anderson, Solver, Sweeps
 from kinvert.inversion.task import UNLIMITED, Task, measure_fold
 from kinvert.inversion.through import ThroughBase
@@ -69,6 +69,7 @@ class WholeRun:
         if plan.sigmas[-1] > 0:  # a step to 0 forgets x
             plain = Recorded.of(up, plan, task.denoiser, task.x) if up and limited else None
             latent, restored, error, spent, ended = _sweep(task, solver, plain, budget)
+            spent = _tell_noise(task, latent, restored, error, spent, ended, budget)
         for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
             least = ThroughBase.least(task, base)
             unsolved = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION)
@@ -127,6 +128,25 @@ class WholeRun:
             elif not poor and value is not None and value < self.folded * free:
                 reasons[i] = Reason.FOLD
         return reasons, notes
+
+
+def _tell_noise(
+    task: Task, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int
+) -> Tensor:
+    """Mark samples in `ended` whose errors are the denoiser's noise; return what is spent then.
+
+    It takes two runs of each sample that is left, before anything dearer is tried on it.
+    """
+    unknown = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION) & error.isfinite()
+    able = budget - spent >= 3 * task.plan.evaluations
+    index = (task.is_lost(error) & unknown & able).nonzero()[:, 0]
+    if not len(index) or task.is_half:
+        return spent
+    search = Search(task.problem, latent)
+    search.residual = error.clone()
+    noise = measure_noise(search, index, restored[index])
+    ended[index] = torch.where(noise > 0, int(Reason.PRECISION), ended[index])
+    return spent + search.evaluations
 
 
 def _run_rows(plan: Plan, denoiser: BoundDenoiser, u: Tensor, index: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from kinvert import linalg
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import stage_sigmas
 from kinvert.inversion.couplings import Couplings
+from kinvert.inversion.noise_floor import small_steps
 from kinvert.inversion.problem import Guess
-from kinvert.noise import white
 from kinvert.tensors import rms
 
 __all__ = ["Secants"]
@@ -96,8 +96,7 @@ class Secants:
     def probe(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
         """Return the rms of the second difference of D at evaluation k, over steps of rms `length`; two evaluations."""
         y = self.Y[rows, k]
-        direction = white(0).bind(y[:1])(1.0, 0.0).expand_as(y)
-        e = direction * (length / rms(direction[:1]))[:, None]
+        e = small_steps(y, length)
         denoiser, sigma = self.whole.take(self.index[rows]), self.sigmas[k, : len(rows)]
         total = -2 * self.D[rows, k * self.outputs]
         for u in (y + e, y - e):

@@ -23,7 +23,7 @@ from kinvert.tensors import per_sample, rms, wide_dtype
 
 __all__ = ["StepSweeps", "Sweeps"]
 
-STALLED = 3  # sweeps without a halved residual after which the noise of the denoiser is measured, again and again
+STALLED = 6  # sweeps without a halved residual after which the noise of the denoiser is measured
 
 
 class _Course:
