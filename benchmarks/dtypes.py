@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import kinvert as ki
-from kinvert.denoisers.dtypes import FLOATS
+from kinvert.checks import FLOATS
 
 RESULT = Path(__file__).parent / "results" / "dtypes.json"
 LEVELS = ki.levels.stable_diffusion()

@@ -1,21 +1,15 @@
-"""The embedded denoisers: what is shipped, how it may be called, and that it was really trained."""
+"""The embedded denoisers: how they may be called, and that they were really trained."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kinvert import models
 from kinvert.models import EmbeddedDenoiser, held_out, load
-
-PACKAGE = Path(models.__file__).parent
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,17 +38,10 @@ def exact(name: str) -> EmbeddedDenoiser:
 def noisy(
     name: str, sigma: float, dtype: torch.dtype = torch.float32, every: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Held-out ``x0``, ``x0 + sigma eps``, ``sigma`` and labels, of every so manieth image."""
+    """Held-out `x0`, `x0 + sigma eps`, `sigma` and labels; every `every`-th image."""
     x0, label = (t[::every] for t in held_out(name))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     return x0.to(dtype), (x0 + sigma * eps).to(dtype), torch.full((len(x0),), sigma, dtype=dtype), label
-
-
-def test_held_out_images_are_four_of_each_class(name: str, model: EmbeddedDenoiser) -> None:
-    images, labels = held_out(name)
-    assert images.shape == (40, *model.shape) and images.dtype == torch.float32
-    assert labels.dtype == torch.int64 and labels.bincount().tolist() == [4] * 10
-    assert images.min() == -1 and images.max() == 1
 
 
 def test_attributes(name: str, model: EmbeddedDenoiser) -> None:
@@ -155,50 +142,6 @@ def test_jvp_and_vmap(name: str, exact: EmbeddedDenoiser) -> None:
     # For an exact denoiser D' is a covariance, hence symmetric; the adjoint product must at least be defined.
     adjoint = torch.func.vjp(denoise, x)[1]
     torch.testing.assert_close((adjoint(v[0])[0] * v[1]).sum(), (v[0] * products[1]).sum(), rtol=1e-10, atol=1e-10)
-
-
-def test_loading_leaves_the_random_state_alone(name: str) -> None:
-    before = torch.get_rng_state()
-    load(name)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_training_repeats_itself_and_spares_the_held_out_images(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    from kinvert.models.train import RECIPES, split, train
-
-    _, labels = RECIPES["digits"].read()
-    kept, held = split(labels)
-    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(len(labels)))
-    for folder in ("first", "second"):
-        train("digits", tmp_path / folder, seed=3, iterations=2)
-    first, second = (load_file(tmp_path / folder / "weights" / "digits.safetensors") for folder in ("first", "second"))
-    assert all(t.dtype == torch.float16 and torch.equal(t, second[key]) for key, t in first.items())
-    shipped, written = (load_file(folder / "data" / "digits.safetensors") for folder in (PACKAGE, tmp_path / "first"))
-    assert all(torch.equal(t, shipped[key]) for key, t in written.items())
-
-
-def test_everything_together_is_under_three_megabytes() -> None:
-    files = [f for f in PACKAGE.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
-    assert sum(f.stat().st_size for f in files) < 3_000_000
-
-
-def test_importing_reads_no_weights_and_no_training_libraries() -> None:
-    heavy = "sklearn", "mlxtend", "matplotlib", "kinvert.models.train"
-    code = f"import sys, kinvert.models; sys.exit(any(m in sys.modules for m in {heavy}))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parents[1], check=False).returncode == 0
-
-
-def test_notice_names_both_data_sets() -> None:
-    notice = (PACKAGE / "data" / "NOTICE.md").read_text()
-    for part in ("Alpaydin", "Kaynak", "CC BY 4.0", "LeCun", "Cortes", "Burges", "CC BY-SA 3.0"):
-        assert part in notice
-
-
-def test_unknown_name() -> None:
-    for function in (load, held_out):
-        with pytest.raises(ValueError, match="unknown model 'cifar'; it must be one of digits, mnist"):
-            function("cifar")
 
 
 def test_bad_calls_name_the_argument(name: str, model: EmbeddedDenoiser) -> None:

@@ -14,9 +14,10 @@ from problems import noise_like
 from torch import Tensor, nn
 
 import kinvert as ki
-from kinvert.denoisers.dtypes import FLOATS, explain
+from kinvert.checks import FLOATS
+from kinvert.denoisers.dtypes import explain
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LEVELS = ki.levels.stable_diffusion()
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 

@@ -300,18 +300,3 @@ def test_a_wrong_output_is_refused_with_the_fix(make) -> None:
 def test_wrong_arguments_are_refused_with_the_fix(build, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
-
-
-def test_wrong_x_and_sigma_are_refused_with_the_fix() -> None:
-    denoiser = from_eps(Exact("eps"), DDPM)
-    x = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match=r"sigma must be a tensor of shape \(batch,\), got float; .*new_full"):
-        denoiser(x, 1.0)
-    with pytest.raises(ValueError, match=r"sigma must have shape \(2,\), got \(\)"):
-        denoiser(x, torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"sigma must have shape \(2,\), got \(1,\)"):
-        denoiser(x, torch.ones(1))
-    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch.int64; use x.float\(\)"):
-        denoiser(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2))
-    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got list"):
-        denoiser([0.0], torch.ones(1))

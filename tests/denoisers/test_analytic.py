@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from kinvert.denoisers import Dataset, Gaussian, GaussianMixture, expand
+from kinvert.denoisers import Dataset, Gaussian, GaussianMixture
 
 EVENTS = [(), (3,), (2, 3), (2, 2, 2), (2, 1, 2, 2)]
 sigmas = st.floats(0.05, 50.0)
@@ -286,7 +286,7 @@ POINTS = torch.zeros(3, 2)
         (lambda: GaussianMixture(POINTS, 1.0, torch.zeros(3)), ValueError, r"weights sum to 0"),
         (lambda: GaussianMixture(POINTS, -1.0), ValueError, r"std must be finite and >= 0"),
         (lambda: Dataset(torch.zeros(0, 2)), ValueError, r"means is empty"),
-        (lambda: Gaussian(0.0, 0.0).ode(POINTS, 0.0, 1.0), ValueError, r"sigma_from must be > 0 where std is 0"),
+        (lambda: Gaussian(0.0, 0.0).ode(POINTS, 0.0, 1.0), ValueError, r"sigma_from must be > 0 if std is 0"),
         (lambda: Gaussian(0.0, 1.0).ode(POINTS, -1.0, 1.0), ValueError, r"sigma_from must be finite and >= 0, got -1"),
         (lambda: Gaussian(0.0, 1.0).ode(POINTS, 1.0, NAN), ValueError, r"sigma_to must be finite and >= 0, got nan"),
     ],
@@ -307,14 +307,6 @@ def test_wrong_shapes_are_refused_with_the_fix() -> None:
             denoiser(torch.zeros(2, 3), sigma)
     with pytest.raises(ValueError, match=r"sigma must have shape \(2,\), got \(3,\)"):
         GaussianMixture(POINTS, 1.0)(torch.zeros(2, 2), torch.ones(3))
-
-
-def test_expand_makes_sigma_multiply_x() -> None:
-    x = torch.zeros(2, 3, 4, dtype=torch.float16)
-    assert expand(torch.ones(2), x).shape == (2, 1, 1)
-    assert expand(torch.ones(2), x).dtype == torch.float32
-    assert expand(torch.ones(2), x.double()).dtype == torch.float64
-    assert expand(torch.ones(2), torch.zeros(2)).shape == (2,)
 
 
 def test_parameters_of_another_dtype_follow_changes_and_gradients() -> None:
