@@ -51,3 +51,12 @@ def test_a_trained_network(name: str) -> None:
     found = ki.invert(denoiser, x.double(), sigmas, sampler=name, tol=1e-8, positive={"label": labels})
     assert found.converged.all()
     assert float(found.evaluations.double().median()) / 20 <= (200 if name == "ipndm" else 35)
+
+
+def test_a_tolerance_below_rounding_is_the_reason_of_a_run() -> None:
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return MIXTURE(x.double(), sigma.double()).to(x.dtype)
+
+    plan, x = ki.compile_plan("dpmpp_2m", schedule(8)), images(2).float()
+    found = WholeRun(bases=()).solve(task_of(plan, x, 1e-12, network), Sweeps(max_sweeps=20))
+    assert found.reasons == {0: Reason.PRECISION, 1: Reason.PRECISION}
