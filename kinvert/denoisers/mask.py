@@ -1,7 +1,7 @@
 r"""Denoising a part of the sample, with the rest pinned to a known one.
 
 A mask `m` is 1 where the sampler works and 0 where the clean latent `z` is kept. With the kept region at the noise
-level of the step, `b = a z + sigma eps` (`b = a z` if no noise is given), with `a = 1`, or `a = 1 - sigma` in flow time,
+level of the step, `b = a z + sigma eps` (`b = a z` if no noise is given), where `a = 1`, in flow time `a = 1 - sigma`,
 
     x' = m x + (1 - m) b          what the denoiser sees
     D' = m D(x', sigma) + (1 - m) z
