@@ -111,7 +111,7 @@ class Guidance:
         """Return the guidance of the rows `index`, shape (n,), of the batch it was made for.
 
         Raises:
-            ValueError: `guide` was not told the batch, so that nobody knows what belongs to one row.
+            ValueError: `guide` was not given the batch, so it is not known what belongs to one row.
         """
         if self.batch is None:
             raise ValueError("guidance can be cut into rows if it knows its batch: guide(..., batch=len(x))")

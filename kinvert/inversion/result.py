@@ -33,7 +33,7 @@ class Inversion:
         evaluations: denoiser evaluations spent on sample i, shape (batch,), int64; a guided pair counts as one.
         checking: those of `evaluations` that went into the certificate, per sample: the run that checks the latent, and
             the contraction.
-        row_checks: those of `evaluations` that told whether the denoiser mixes the samples of its batch, shape
+        row_checks: those of `evaluations` that checked whether the denoiser mixes the samples of its batch, shape
             (batch,): three of the first sample and one of the second; None if that was not checked.
         round_trip_error: root mean square of `sample(latent) - image`, shape (batch,); with a mask, over the
             processed region. float32 if the image is in half precision.

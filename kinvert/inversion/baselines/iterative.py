@@ -134,7 +134,7 @@ def dpm_solver_inversion(
 
     The iterate that the last evaluation leads to is taken, and `residuals` are those of the one before. For order 2 the
     step also needs `D - D_prev`, which is taken from a fine DDIM inversion over this interval and the one above and
-    kept fixed: `dpmpp_2m` is then inverted approximately, whatever the iterations. tau is halved when the residual
+    kept fixed: `dpmpp_2m` is then inverted approximately, for any number of iterations. tau is halved when the residual
     grows; the released code has a fixed schedule that depends on the step, stops at a sum of squares of 1e-3, and
     returns what it has after 500 iterations without a word. Gradient descent, its other solver, is left out.
 

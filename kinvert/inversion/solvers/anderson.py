@@ -39,7 +39,8 @@ class Anderson(Solver):
     Of all iterates the best whose residual is known is returned; with `last` the one that the last evaluation led to,
     as publications do, along with the residual of the one before, since its own would take another evaluation.
 
-    Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni (2011).
+    Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni,
+    Anderson Acceleration for Fixed-Point Iterations (2011).
     """
 
     window: int = 6
@@ -149,7 +150,7 @@ def Picard(max_iterations: int = 60, last: bool = False) -> Anderson:  # noqa: N
     It returns its best iterate, and with `last` the one after the last evaluation, as published.
 
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
-    2309.04907; Garibi et al., ReNoise (2024), arXiv 2403.14602.
+    2309.04907; Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
     """
     return Anderson(window=0, tau=1.0, max_iterations=max_iterations, growth=math.inf, last=last)
 
