@@ -12,8 +12,8 @@ solution: with
 the curve `H = 0` through (u0, 0) is smooth for almost every u0, stays bounded, meets t = 0 nowhere else, and therefore
 ends in a solution of `F(u) = y` at t = 1. On its way t goes up and down: in (u, t) a fold is a bend like any other.
 
-Source: Chow, Mallet-Paret and Yorke, Finding Zeroes of Maps: Homotopy Methods That Are Constructive with Probability One
-(1978); Allgower and Georg, Numerical Continuation Methods (1990).
+Source: Chow, Mallet-Paret and Yorke, Finding Zeroes of Maps: Homotopy Methods That Are Constructive with Probability
+One (1978); Allgower and Georg, Numerical Continuation Methods (1990).
 """
 
 from __future__ import annotations
