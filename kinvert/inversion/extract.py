@@ -126,7 +126,7 @@ def extract_noise(
     if mask is not None:
         bound = Masked(bound, mask, x, coordinates=coordinates)
         cut = Masked(guided, mask, x, coordinates=coordinates)
-    asked = check_rows(FewBatches(cut, min(len(x), max_batch or len(x)), fixed=True), x, plan.sigmas)
+    asked = check_rows(FewBatches(cut, max(2, min(len(x), max_batch or len(x))), fixed=True), x, plan.sigmas)
     normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas(plan.stage_levels, x)
@@ -144,7 +144,7 @@ def extract_noise(
         miss = state["x"].to(wide_dtype(x.dtype)) - target.to(wide_dtype(x.dtype))
         residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
         if callback is not None and seen is not None:
-            copies = seen[0].clone(), seen[1].clone()
+            copies = (part.clone() for part in seen)
             callback(Progress(step.index, step.sigma, step.sigma_next, *copies, evaluations=evaluations))
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, mask, x)
     again = back.sample(denoiser, states[0], memory={}, noises=noises, embeddings={}, max_batch=max_batch)
