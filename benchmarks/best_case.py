@@ -1,8 +1,8 @@
-"""The least that PyTorch's own operations can do: one loop by hand for each of ten samplers.
+"""A lower bound for samplers made of PyTorch's operations: one loop by hand for each of ten samplers.
 
-In place, nothing checked, nothing protected: a loop overwrites what the denoiser returned, which no library may do.
-Coefficients are read off the Plan once, before the loop. `best_case(plan, denoiser, x, noise)` gives a function that
-runs it; the result is that of `ki.run`, to rounding.
+The loops work in place, check nothing and protect nothing: they overwrite what the denoiser returned, which a library
+must not do. Coefficients are read off the Plan once, before the loop. `best_case(plan, denoiser, x, noise)` returns a
+function that runs the loop; the result is that of `ki.run`, to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ X, D, D2, N = State("x"), Denoised(0), Denoised(1), Noise(0)
 
 
 def levels(plan: ki.Plan, x: Tensor) -> list[list[Tensor]]:
-    """The noise levels of each step's evaluations as the denoiser gets them."""
+    """Return the noise levels of each step's evaluations as the denoiser gets them."""
     return [
         [torch.full((len(x),), stage.sigma, dtype=x.dtype, device=x.device) for stage in step.stages]
         for step in plan.steps
@@ -189,5 +189,5 @@ BEST_CASES: dict[str, Callable[[ki.Plan, Any, Tensor, Tensor], Run]] = {
 
 
 def best_case(plan: ki.Plan, denoiser: Any, x: Tensor, noise: Tensor) -> Run:
-    """The loop by hand for the Plan's sampler; `noise` is added as it is wherever the sampler draws."""
+    """Return the loop by hand for the Plan's sampler; `noise` is used wherever the sampler draws."""
     return BEST_CASES[plan.rule.name](plan, denoiser, x, noise)

@@ -1,4 +1,4 @@
-"""The effects that are published of inversion, one by one, each as a figure and a small file of results.
+"""Reproduce the published effects of inversion one by one, each as a figure and a small file of results.
 
     python benchmarks/effects.py                          # all of them, some minutes on one core
     python benchmarks/effects.py order cfg --out figures   # some of them, figures to another folder
@@ -6,7 +6,7 @@
 Every effect is a handful of benchmark cells on `mixture`, Gaussians in 16 dimensions with an exact denoiser (see
 `kinvert.bench.problems`), noise levels from 15 to 0.03 after Karras et al. (2022), arXiv 2206.00364. It writes
 `results/effects-<name>.json`, and `<out>/effects-<name>.png`, which is not kept in the repository. All errors are
-medians over the samples. Cells that were measured before are taken from `<out>/cells`.
+medians over the samples. Cells that were measured before are read from `<out>/cells`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ METHODS["Anderson, 50 iterations"] = lambda setup, x: ki.invert(
 
 @dataclass(frozen=True)
 class Effect:
-    """An effect: how its rows are measured, and what is drawn: `y` over `x`, one line for each of `line`."""
+    """An effect: the function that measures its rows, and its figure: `y` over `x`, one line for each of `line`."""
 
     measure: Callable[[Path], list[Row]]
     x: str
@@ -149,7 +149,7 @@ def measured(
     metric: str,
     statistic: Callable[[Sequence[float]], float] = statistics.median,
 ) -> list[Row]:
-    """A row for each cell, in their order: the settings that vary, the metric, and what was claimed."""
+    """Measure cells, and return a row for each in their order: settings, the metric, and what the method claims."""
     cells = list(cells)
     records = {record["key"]: record for record in bench.run(cells, folder, progress=True)}
     rows = []
@@ -169,14 +169,14 @@ def measured(
 
 
 def label(cell: Cell) -> str:
-    """The sampler with its options, and how its latent is found where that matters."""
+    """Return the sampler with its options, and a mark if its latent is kept without the auxiliary state."""
     options = ", ".join(f"{key}={value}" for key, value in cell.options)
     alone = ALONE if cell.method == "reversible_alone" else ""
     return f"{cell.sampler}{f' ({options})' if options else ''}{alone}"
 
 
 def with_slopes(rows: list[Row], metric: str) -> list[Row]:
-    """The order between a number of steps and the one before it."""
+    """Add the order between each number of steps and the one before it."""
     before: dict[str, Row] = {}
     for row in rows:
         if last := before.get(row["sampler"]):
@@ -186,7 +186,7 @@ def with_slopes(rows: list[Row], metric: str) -> list[Row]:
 
 
 def draw(name: str, rows: list[Row]) -> Figure:
-    """The figure of an effect: a panel for each question, and latents without their auxiliary state dashed."""
+    """Draw an effect: a panel for each question, with dashed lines for latents without their auxiliary state."""
     effect, questions = EFFECTS[name], list(dict.fromkeys(row.get("question") for row in rows))
     figure = Figure(figsize=(1.6 + 4.6 * len(questions), 4.0), layout="constrained")
     panels = figure.subplots(1, len(questions), squeeze=False, sharey=True)[0]
@@ -210,7 +210,7 @@ def draw(name: str, rows: list[Row]) -> Figure:
 
 
 def main() -> None:
-    """Measure, print, write and draw the effects that were named, or all."""
+    """Measure, print, write and draw the effects that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EFFECTS))
     parser.add_argument("--out", type=Path, default=Path("effects"), help="folder of the figures and the cells")

@@ -1,10 +1,10 @@
-"""The same calls in one condition after the other: do they end, and do they give the same?
+"""Make the same calls in many conditions, and compare the results: do they end, and are they equal?
 
 Every sampler goes through every verb, and `invert` through all its methods, on an exact denoiser, in float32 and
-float64, some 430 calls in each. A condition is a mode of torch, a number of threads, a layout of x or of what the
-denoiser returns, or a flag of the interpreter. It has a process of its own and a time limit, because a hang is a
+float64, some 430 calls in each. A condition is a mode of torch, a number of threads, a layout of x or of the
+denoiser's output, or a flag of the interpreter. It runs in its own process with a time limit, because a hang is a
 result too. It is compared with the baseline (one thread, nothing changed) call by call: values, to a relative 1e-4;
-what is refused, and in which words; `converged`; evaluations; results that keep a graph; inputs that were written to.
+refusals, and their words; `converged`; evaluations; results that keep a graph; inputs that were written to.
 
     python benchmarks/environments.py                  # all, some twenty minutes
     python benchmarks/environments.py threads autocast # these, the others stay as they are in the file
@@ -48,13 +48,13 @@ SHAPE = (3, 2, 4, 4)
 
 
 def same(x: Any) -> Any:
-    """Nothing changed."""
+    """Return x unchanged."""
     return x
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What differs from the baseline, the condition without arguments.
+    """A difference from the baseline, which is the condition without arguments.
 
     Attributes:
         what: in words, for the table.
@@ -79,7 +79,7 @@ class Condition:
 # -- modes and layouts -------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def setting(set_to: Callable[[Any], Any], value: Any) -> Iterator[None]:
-    """One of torch's global settings; the process ends afterwards, so nothing is put back."""
+    """Change one of torch's global settings; the process ends afterwards, so nothing is put back."""
     set_to(value)
     yield
 
@@ -89,36 +89,36 @@ class Image(Tensor):
 
 
 def larger(x: Tensor, pad: int = 3) -> Tensor:
-    """A tensor with the values of x somewhere in the middle, and the rest NaN."""
+    """Return a view with the values of x in the middle of a larger tensor whose rest is NaN."""
     whole = x.new_full([n + 2 * pad for n in x.shape], torch.nan)
     whole[tuple(slice(pad, pad + n) for n in x.shape)] = x
     return whole[tuple(slice(pad, pad + n) for n in x.shape)]
 
 
 def stepped(x: Tensor) -> Tensor:
-    """Every second value of a tensor twice as wide."""
+    """Return a view of every second value of a tensor twice as wide."""
     return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
 
 
 def permuted(x: Tensor) -> Tensor:
-    """The dimensions in the opposite order in memory."""
+    """Return x with its dimensions in the opposite order in memory."""
     order = tuple(reversed(range(x.ndim)))
     return x.permute(order).contiguous().permute(order)
 
 
 def expanded(x: Tensor) -> Tensor:
-    """One image for all, with stride 0."""
+    """Return the first image for all samples, with stride 0."""
     return x[:1].expand(x.shape)
 
 
 def inference(x: Tensor) -> Tensor:
-    """A tensor made in inference mode."""
+    """Return a copy made in inference mode."""
     with torch.inference_mode():
         return x.clone()
 
 
 def with_graph(x: Tensor) -> Tensor:
-    """What a network returns whose parameters require gradients."""
+    """Return x as the output of a network whose parameters require gradients."""
     return x * torch.ones((), dtype=x.dtype, requires_grad=True)
 
 
@@ -176,7 +176,7 @@ CONDITIONS: dict[str, Condition] = {
 
 # -- the calls ---------------------------------------------------------------------------------------------------------
 def calls(denoiser: Any) -> dict[str, Callable[[Tensor], Any]]:
-    """Name -> what is done with x."""
+    """Return the calls by name; each is a function of x."""
     sigmas = ki.schedule("karras", 8, ki.levels.edm(0.03, 15.0))
     short, high = sigmas[:-1], float(sigmas[0])
     seeded, pair = {"noise": ki.noise.white(0)}, {"negative": {}}
@@ -226,7 +226,7 @@ def calls(denoiser: Any) -> dict[str, Callable[[Tensor], Any]]:
 
 
 def outcome(call: Callable[[Tensor], Any], x: Tensor) -> dict[str, Any]:
-    """What a call returned or refused: numbers, words, and what should not have happened."""
+    """Describe what a call returned or refused: numbers, words, and what should not have happened."""
     before = x.detach().clone()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -255,7 +255,7 @@ KEPT = ("latent", "reconstruction", "restored")  # of reports
 
 
 def denoiser_of(condition: Condition) -> Any:
-    """The exact denoiser of independent Gaussians, whose output takes the form of the condition."""
+    """Return the exact denoiser of independent Gaussians, whose output has the layout of the condition."""
     values = SHAPE[1:]
     stds = torch.linspace(0.3, 1.0, int(np.prod(values)), dtype=torch.float64).reshape(values)
     gaussian = ki.denoisers.Gaussian(0.1, stds)
@@ -267,7 +267,7 @@ def denoiser_of(condition: Condition) -> Any:
 
 
 def child(name: str, out: Path) -> None:
-    """All calls in one condition; each is named in a file before it is made."""
+    """Make all calls in one condition, and write the name of each to a file before it is made."""
     condition = CONDITIONS[name]
     if condition.threads is not None:
         torch.set_num_threads(condition.threads)
@@ -294,7 +294,7 @@ def child(name: str, out: Path) -> None:
 
 # -- the comparison ----------------------------------------------------------------------------------------------------
 def start(name: str, folder: Path, limit: float) -> dict[str, Any]:
-    """Make a condition's calls in a process of its own."""
+    """Make a condition's calls in their own process."""
     condition, out = CONDITIONS[name], folder / f"{name}.pt"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, *condition.flags, __file__, "--child", name, "--out", str(out)]
@@ -312,7 +312,7 @@ def start(name: str, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """The largest difference of values, relative to the largest value."""
+    """Compute the largest difference of values, relative to the largest value."""
     if [len(v) for v in a] != [len(v) for v in b]:
         return float("inf")
     pairs = [(p, q) for p, q in zip(a, b, strict=True) if len(p)]
@@ -320,7 +320,7 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def judge(want: dict[str, Any], got: dict[str, Any], verb: str) -> tuple[list[str], float]:
-    """What is different, in words, and how far the values are apart."""
+    """Return what differs, in words, and how far the values are apart."""
     refused = want.get("refused"), got.get("refused")
     if any(refused):
         return ([] if refused[0] == refused[1] else [f"refused: {refused[1] or 'no more'}"]), 0.0
@@ -336,7 +336,7 @@ def judge(want: dict[str, Any], got: dict[str, Any], verb: str) -> tuple[list[st
 
 
 def compare(name: str, want: dict[str, Any], got: dict[str, Any]) -> dict[str, Any]:
-    """A line of the table."""
+    """Return a line of the table."""
     condition = CONDITIONS[name]
     row: dict[str, Any] = {"condition": name, "what": condition.what, "like": condition.like, "end": got["end"]}
     if "calls" not in got or "calls" not in want:
@@ -363,7 +363,7 @@ def compare(name: str, want: dict[str, Any], got: dict[str, Any]) -> dict[str, A
 
 
 def main() -> None:
-    """Run the conditions that are named, or all, and keep the comparison."""
+    """Run the conditions that are named, or all, and write the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="condition", help=f"any of {', '.join(CONDITIONS)}; all by default")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that a condition may take")

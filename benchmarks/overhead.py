@@ -1,18 +1,20 @@
-"""What a sampler costs above its denoiser, next to k-diffusion, diffusers and loops by hand.
+"""Measure what a sampler costs above its denoiser, next to k-diffusion, diffusers and loops by hand.
 
     python benchmarks/overhead.py [--k-diffusion path/to/k_diffusion/sampling.py] [--device cuda] [--samplers euler,lms]
 
-The denoiser of this benchmark hands out tensors that were there before, each of them once, so that what is counted and
-timed is the sampler. Per step, from the difference of a run of 50 steps and one of 25 (set-up drops out):
+The denoiser of this benchmark hands out existing tensors, each of them once, so that only the sampler is counted and
+timed. Measured per step, from the difference of a run of 50 steps and one of 25 (so that set-up drops out):
 
-* operations on tensors as large as x, bytes they move in units of x ("passes"; a noise source and the denoiser do not
-  count) and of the least possible, one kernel for each input of the denoiser and for each update; new tensors of that
-  size; and reads of the device by the host, on the simulated device of the tests.
-* time of a run of 50 steps, divided by 50: the median over runs in random order, thread time on a CPU, events on a GPU.
+* operations on tensors as large as x; the bytes they move, in units of x ("passes") and of the least possible, which is
+  one kernel for each input of the denoiser and for each update (the noise source and the denoiser do not count); new
+  tensors of that size; reads of the device by the host, on the simulated device of the tests.
+* the time of a run of 50 steps, divided by 50: the median over runs in random order, thread time on a CPU, events on a
+  GPU.
 
-And milliseconds to compile 1,000 steps of every sampler: the Plan, and its kernels.
+Measured once: milliseconds to compile 1,000 steps of every sampler, the Plan and its kernels.
 
-k-diffusion's file is loaded alone (the package needs much that it does not use); diffusers is used if it is installed.
+k-diffusion's file is loaded alone, without the packages that it imports and does not need here; diffusers is used if it
+is installed.
 Results go to `benchmarks/results/overhead-<device>.json`.
 """
 
@@ -96,11 +98,11 @@ class Given:
         return self.noise
 
     def into(self, out: Tensor, sigma_from: float, sigma_to: float) -> None:
-        """A source of kinvert's writes where it is told to; so its noise is there."""
+        """Do nothing: the sources of kinvert write into the given row, so the noise is there already."""
 
 
 class Count(TorchDispatchMode):
-    """Counts operations that touch tensors as large as x, what they read and write, and what they create."""
+    """A mode that counts operations on tensors as large as x, the bytes they read and write, and new tensors."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -147,7 +149,7 @@ def returns(func: Any) -> Any:
 def runs(
     x: Tensor, steps: int, k_diffusion: Any
 ) -> Iterator[tuple[str, str, Callable[[], object], Callable[[], object]]]:
-    """(sampler, who, set-up that does not count, the run) for everything that there is."""
+    """Yield (sampler, who, set-up that does not count, the run) for every implementation."""
     sigmas = ki.schedules.karras(steps, *SIGMAS)
     noise = torch.randn_like(x)
     for name, (options, function, scheduler, settings) in CASES.items():
@@ -172,7 +174,7 @@ def runs(
 def diffusers_run(
     name: str, settings: dict[str, Any], x: Tensor, steps: int, denoiser: Outputs, noise: Tensor
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A scheduler's `step` alone, on as many steps; a singlestep solver of order 2 makes two timesteps of a step."""
+    """Return set-up and run of a scheduler's `step`; a singlestep solver of order 2 takes two timesteps a step."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()  # type: ignore[attr-defined]
@@ -196,7 +198,7 @@ def diffusers_run(
 
 
 def load_k_diffusion(path: Path) -> types.ModuleType:
-    """k-diffusion's sampling file, without what it imports and this benchmark does not use."""
+    """Load k-diffusion's sampling file without the packages that it imports and this benchmark does not use."""
     stubs = {name: types.ModuleType(name) for name in ("alone", "alone.utils", "torchdiffeq", "torchsde")}
     stubs["alone"].__path__ = []
     stubs["alone"].utils = stubs["alone.utils"]  # type: ignore[attr-defined]
@@ -215,7 +217,7 @@ def load_k_diffusion(path: Path) -> types.ModuleType:
 
 # -- counts ------------------------------------------------------------------------------------------------------------
 def counts(k_diffusion: Any) -> dict[tuple[str, str], dict[str, float]]:
-    """Operations, passes and new tensors a step: deterministic, the same on every device."""
+    """Count operations, passes and new tensors a step: deterministic, the same on every device."""
     x = SIGMAS[1] * torch.randn(2, 4, 32, 32)
     found: dict[tuple[str, str], list[Count]] = {}
     for steps in (STEPS, STEPS // 2):
@@ -239,7 +241,7 @@ def per_step(long: Count, short: Count) -> dict[str, float]:
 
 
 def least(plan: ki.Plan) -> tuple[int, int]:
-    """Passes of one kernel for each denoiser input and each update, and the operations that a step may take."""
+    """Count the passes of one kernel for each denoiser input and each update, and the operations allowed in a step."""
     step = plan.steps[len(plan.steps) // 2]
     inputs = [stage.input for stage in step.stages if stage.input.alias() is None]
     rows = [form for form in (step.x, *(form for _, form in step.memory)) if form.alias() is None]
@@ -249,7 +251,7 @@ def least(plan: ki.Plan) -> tuple[int, int]:
 
 
 def synchronisations(args: argparse.Namespace) -> dict[tuple[str, str], int]:
-    """Reads of the device by the host in a run of 50 steps; in a process of its own, which has the simulated device."""
+    """Count reads of the device by the host in a run of 50 steps, in a new process with the simulated device."""
     command = [sys.executable, "-W", "ignore", __file__, "--count-synchronisations", "--samplers", args.samplers]
     if args.k_diffusion:
         command += ["--k-diffusion", str(args.k_diffusion)]
@@ -258,7 +260,7 @@ def synchronisations(args: argparse.Namespace) -> dict[tuple[str, str], int]:
 
 
 def count_synchronisations(k_diffusion: Any) -> None:
-    """Print them as JSON."""
+    """Print the reads as JSON."""
     sys.path.insert(0, str(TESTS))
     import simdevice
 
@@ -278,7 +280,7 @@ def count_synchronisations(k_diffusion: Any) -> None:
 
 # -- time --------------------------------------------------------------------------------------------------------------
 def timer(device: str) -> Callable[[Callable[[], object]], float]:
-    """A function that times a call, in seconds."""
+    """Return a function that times a call, in seconds."""
 
     def on_cpu(run: Callable[[], object]) -> float:
         start = time.thread_time()
@@ -297,7 +299,7 @@ def timer(device: str) -> Callable[[Callable[[], object]], float]:
 
 
 def times(shape: tuple[int, ...], device: str, k_diffusion: Any, repetitions: int) -> dict[tuple[str, str], float]:
-    """Microseconds a step: the median over repetitions, each of which runs everything once, in random order."""
+    """Return microseconds a step: the median over repetitions, each of which runs everything once in random order."""
     x = SIGMAS[1] * torch.randn(shape, device=device)
     cells = list(runs(x, STEPS, k_diffusion))
     clock, order = timer(device), random.Random(0)
@@ -312,7 +314,7 @@ def times(shape: tuple[int, ...], device: str, k_diffusion: Any, repetitions: in
 
 
 def brownian(shape: tuple[int, ...], device: str, repetitions: int) -> dict[str, float]:
-    """Microseconds a step of dpmpp_2m_sde with either kind of noise."""
+    """Return microseconds a step of dpmpp_2m_sde with either kind of noise."""
     x = SIGMAS[1] * torch.randn(shape, device=device)
     plan = ki.compile_plan("dpmpp_2m_sde", ki.schedules.karras(STEPS, *SIGMAS))
     denoiser, clock = Outputs(x, plan.evaluations), timer(device)
@@ -326,7 +328,7 @@ def brownian(shape: tuple[int, ...], device: str, repetitions: int) -> dict[str,
 
 
 def compilation(steps: int = 1000) -> dict[str, list[float]]:
-    """Milliseconds from a sampler's name to its Plan, and on to its kernels: the best of three."""
+    """Return milliseconds from a sampler's name to its Plan, and from there to its kernels: the best of three."""
     sigmas, found, count = ki.schedules.karras(steps, *SIGMAS), {}, itertools.count()
     for name in ki.SAMPLERS:
         if name == "dpm_adaptive":  # its steps follow from the state
@@ -391,7 +393,7 @@ def main() -> None:
 
 
 def machine(device: str) -> str:
-    """What the times were measured on."""
+    """Describe what the times were measured on."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -399,7 +401,7 @@ def machine(device: str) -> str:
 
 
 def versions(k_diffusion: Path | None) -> dict[str, str]:
-    """Of everything that was measured; a hash for k-diffusion's file."""
+    """Return the versions of everything that was measured; a hash for k-diffusion's file."""
     found = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if importlib.util.find_spec("diffusers"):
         import diffusers

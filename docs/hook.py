@@ -157,7 +157,7 @@ def inversion() -> str:
         goals = ", ".join(f"{t:g}" for t in sorted({r["tolerance"] for r in report["rows"] if "tolerance" in r}))
         parts += [f"### `{model}`, {dtype}", table(head, [inverted(cell, measured) for cell in cells])]
         parts += [
-            f"`python benchmarks/inversion.py --model {model} --dtype {dtype} --count {counts}`; rms at most "
+            f"`python benchmarks/exact_inversion.py --model {model} --dtype {dtype} --count {counts}`; rms at most "
             f"{goals}; {versions}, on a CPU."
         ]
     return "\n\n".join(parts)
@@ -179,7 +179,7 @@ def reversible() -> str:
             line.append(alone)
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     head = ["sampler", "steps", *dtypes, "without the auxiliary state"]
-    return f"{table(head, lines.values())}\n\n`python benchmarks/reversible.py`; {versions}, on a CPU."
+    return f"{table(head, lines.values())}\n\n`python benchmarks/reversible_samplers.py`; {versions}, on a CPU."
 
 
 def inverted(cell: tuple[Any, ...], measured: dict[tuple[Any, ...], dict[str, Any]]) -> Sequence[str]:
@@ -218,7 +218,7 @@ def baselines() -> str:
         lines.append([f"`{name}`", _range(costs), *(_error(found.get(key)) for key in columns)])
     head = ["baseline", "evaluations a step", *(f"{steps} steps, cfg {cfg:g}" for steps, cfg in columns)]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{table(head, lines)}\n\n`python benchmarks/baselines.py`; {versions}, on a CPU."
+    return f"{table(head, lines)}\n\n`python benchmarks/published_inversions.py`; {versions}, on a CPU."
 
 
 def _range(values: Sequence[float]) -> str:
@@ -273,7 +273,8 @@ def dtypes() -> str:
     verbs = ", ".join(f"`{verb}`" for verb in dict.fromkeys(row["verb"] for row in report["rows"]))
     lines = [[*(f"`{name}`" for name in key), *(_verdicts(found[way]) for way in ways)] for key, found in cells.items()]
     head = ["x", "network", "adapter", "function that returns the network's dtype", "... x's dtype", "network as it is"]
-    note = f"Of {verbs}, without and with autocast to bfloat16; `python benchmarks/dtypes.py`, torch {report['torch']}."
+    source = f"`python benchmarks/mixed_dtypes.py`, torch {report['torch']}"
+    note = f"Of {verbs}, without and with autocast to bfloat16; {source}."
     return f"{table(head, lines)}\n\n{note}"
 
 
@@ -302,7 +303,7 @@ def flow() -> str:
         rows.append([f"`{name}`", found["rule"] if found["rule"] == "as it is" else f"`{found['rule']}`", *cells])
     head = ["sampler", "runs", "down: mean", "std", "mixture", "order", "up: mean", "std", "mixture", "order"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{table(head, rows)}\n\n`python benchmarks/flow.py`; {versions}, on a CPU."
+    return f"{table(head, rows)}\n\n`python benchmarks/flow_samplers.py`; {versions}, on a CPU."
 
 
 def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> list[str]:

@@ -16,8 +16,11 @@ from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
+from kinvert.engine import Progress as Progress
+from kinvert.engine import Stepwise as Stepwise
 from kinvert.engine import graphs as graphs
 from kinvert.engine import run as run
+from kinvert.engine.stepwise import stepwise as stepwise
 from kinvert.inversion import Inversion as Inversion
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert

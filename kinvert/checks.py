@@ -46,7 +46,8 @@ __all__ = [
     "unknown",
 ]
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of states."""
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

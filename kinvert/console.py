@@ -1,7 +1,7 @@
-"""What the command line prints: tables that fit the terminal, notes, and lines.
+"""Print what the command line has to say: tables that fit the terminal, notes, and lines.
 
-Where a table is too wide for the terminal its last columns are left out, and a note says which; where that is not
-enough, each row becomes a paragraph. Output that goes to a file or a pipe has a line for each row, as wide as it needs.
+If a table is too wide for the terminal, its last columns are left out, and a note says which. If that is not enough,
+each row becomes a paragraph. Output to a file or a pipe has a line for each row, as wide as it needs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+__all__ = ["print_lines", "print_notes", "print_table"]
+
 UNLIMITED = 100_000
 
 
@@ -26,7 +28,7 @@ def print_lines(*lines: str) -> None:
 
 
 def print_notes(*notes: str) -> None:
-    """Print sentences, broken between words."""
+    """Print sentences, and break lines between words."""
     for note in notes:
         _wrapped(_console(), note, later="    ")
 
@@ -42,11 +44,11 @@ def print_table(
     """Print a table with a title.
 
     Args:
-        title: what is above the table.
-        columns: their names, which may have two lines, the most important first.
+        title: the line above the table.
+        columns: names of the columns, the most important first; a name may have two lines.
         rows: a value for each column.
         numbers: whether all columns but the first have numbers.
-        needed: how many columns there must be room for in a table; by default all.
+        needed: number of columns that a table must have room for; by default all.
     """
     console, cells = _console(), [[str(cell) for cell in row] for row in rows]
     for shown in range(len(columns), (needed or len(columns)) - 1, -1):
@@ -74,7 +76,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], nu
 
 
 def _put(console: Console, table: Table) -> None:
-    """Print a table; without the blanks that fill its lines where no one sees a difference."""
+    """Print a table; outside of a terminal, without the blanks at the ends of lines."""
     if console.is_terminal:
         console.print(table)
         return
@@ -94,5 +96,5 @@ def _flat(name: str) -> str:
 
 
 def _console() -> Console:
-    """As wide as the terminal; wide enough for everything where the output goes elsewhere."""
+    """Return a console as wide as the terminal, or wide enough for everything if the output goes elsewhere."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else UNLIMITED, highlight=False)

@@ -1,7 +1,7 @@
 r"""The demo: unsample images that an embedded denoiser never saw, sample them back, measure, draw.
 
-`run` computes, `Demo.table` has the figures, `draw` makes the picture and `save` writes all three files. The picture
-needs matplotlib: `pip install 'kinvert[cli]'`.
+`run` computes, `Demo.table` returns the numbers, `draw` makes the picture and `save` writes all three files. The
+picture needs matplotlib: `pip install 'kinvert[cli]'`.
 
 Every sampler gets the schedule that a host would give it (`ki.schedule(..., sampler=name)`), the labels of the images
 as positive conditioning, and the null label as negative.
@@ -30,12 +30,14 @@ from kinvert.jsontext import to_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["SAMPLERS", "Demo", "Settings", "draw", "run", "save"]
+
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a demo did. `steps` are those asked for; some schedules make another number of them."""
+    """The settings of a demo. `steps` is the number that was asked for; some schedules make another number of steps."""
 
     model: str = "mnist"
     samplers: tuple[str, ...] = SAMPLERS
@@ -53,7 +55,7 @@ class Demo:
     """The outcome of a demo.
 
     Attributes:
-        settings: what was done.
+        settings: the settings of the demo.
         images: held-out images in [-1, 1], shape (count, 1, H, W).
         labels: their classes, shape (count,).
         schedules, trips: by sampler, the noise levels and the measured round trip.
@@ -66,7 +68,7 @@ class Demo:
     trips: dict[str, ki.RoundTrip]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each sampler; errors and moments are means over the images, `max_error` is the largest.
+        """Return a row for each sampler; errors and moments are means over the images, `max_error` is the largest.
 
         `mse`, `psnr` (dB, a range of 2) and `max_error` compare the reconstruction with the image; `latent_mean` and
         `latent_std` are of `latent / sigma`, 0 and 1 for pure noise.
@@ -87,12 +89,12 @@ class Demo:
         ]
 
     def report(self) -> dict[str, Any]:
-        """Table, settings and versions, ready for `to_json`."""
+        """Return table, settings and versions, ready for `kinvert.jsontext.to_json`."""
         versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
         return {"table": self.table(), "settings": asdict(self.settings), "versions": versions}
 
 
-@computing_with(1)  # the networks are so small that threads only get in each other's way
+@computing_with(1)  # the networks are so small that more threads are slower
 def run(settings: Settings, progress: bool = False) -> Demo:
     """Unsample held-out images with each sampler and sample them back.
 
@@ -101,7 +103,7 @@ def run(settings: Settings, progress: bool = False) -> Demo:
         progress: show a bar on stderr where that is a terminal.
 
     Raises:
-        ValueError: an unknown name or a number that cannot work; a sampler that cannot unsample.
+        ValueError: a name is unknown, a number cannot work, or a sampler cannot unsample.
     """
     if not settings.samplers:
         raise ValueError(f"samplers must name at least one sampler, e.g. {','.join(SAMPLERS)}")
@@ -139,7 +141,7 @@ def _device(name: str) -> torch.device:
 
 
 def _pick(settings: Settings) -> tuple[Tensor, Tensor]:
-    """Held-out images: the first of each class, then the second of each, and so on."""
+    """Choose held-out images: the first of each class, then the second of each, and so on."""
     images, labels = models.held_out(settings.model)
     if not 1 <= settings.count <= len(images):
         raise ValueError(f"count must be from 1 to {len(images)}, the held-out images there are, got {settings.count}")
@@ -187,10 +189,10 @@ PAPER, INK, GREY, FRAME = "white", "#1a1a1a", "#666666", "#d8d8d8"
 
 
 def draw(demo: Demo) -> Figure:
-    """The picture: a row for each sampler with latents, reconstructions and differences; the originals on top.
+    """Draw the picture: a row for each sampler with latents, reconstructions and differences; the originals on top.
 
-    It shows the first `SHOWN` images; the figures are those of the table, over all images. The last column says at
-    which error `s` the colours of its row end; one pixel in a hundred lies beyond.
+    It shows the first `SHOWN` images; its numbers are those of the table, over all images. The last column gives the
+    error `s` at which the colours of its row end; one pixel in a hundred lies beyond.
     """
     shown = min(SHOWN, len(demo.images))
     block = max(shown, 4) * (TILE + SPACE) - SPACE
@@ -246,7 +248,7 @@ class _Page:
             self.image(left + k * (TILE + SPACE), top, TILE, TILE, X=image, vmin=-limit, vmax=limit, cmap=cmap)
 
     def scale(self, left: float, top: float, cmap: str, low: str, high: str) -> None:
-        """A bar of the colours between its two ends."""
+        """Draw a bar of the colours between two labelled ends."""
         self.image(left, top, 1.4, 0.11, X=np.linspace(-1, 1, 256)[None], cmap=cmap)
         self.text(left, top + 0.23, low, color=GREY)
         self.text(left + 1.4, top + 0.23, high, ha="right", color=GREY)

@@ -1,18 +1,20 @@
-"""What a device can do: it is asked, once, by trying; its name says nothing about the next model or version."""
+"""What a device can do, found once by trying: its name would say nothing about the next model or version."""
 
 from __future__ import annotations
 
 import torch
+
+__all__ = ["has_float64", "widest"]
 
 _FLOAT64: dict[torch.device, bool] = {}
 
 
 @torch.compiler.assume_constant_result
 def has_float64(device: torch.device) -> bool:
-    """Whether the device computes in float64; Apple GPUs, Intel Arc and some NPUs do not."""
+    """Tell whether the device computes in float64; Apple GPUs, Intel Arc and some NPUs do not."""
     if device not in _FLOAT64:
         try:
-            torch.ones(1, dtype=torch.float64, device=device).add_(1)  # some devices store what they cannot add
+            torch.ones(1, dtype=torch.float64, device=device).add_(1)  # some devices store float64 but cannot add it
             _FLOAT64[device] = True
         except torch.cuda.OutOfMemoryError:
             raise
@@ -22,5 +24,5 @@ def has_float64(device: torch.device) -> bool:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64 where the device has it, else float32."""
+    """Return float64 if the device has it, else float32."""
     return torch.float64 if has_float64(device) else torch.float32

@@ -1,17 +1,17 @@
-r"""Is a latent good for anything but going back? Change the class of an image, and walk between latents.
+r"""Edit images through their latents: change the class of an image, and walk between latents.
 
-An exact inversion can return a latent that samples back to its image and to nothing else. Two questions show it:
+An exact inversion can return a latent that samples back to its image but is of no other use. Two tests show it:
 
-* *Edits*: invert an image with its label, sample the latent with another one. A small classifier says whether the edit
-  took, MSE and SSIM how much of the image stayed. Only both together mean something: a latent that forgot the image
-  takes every edit, one that ignores the label keeps everything.
-* *Walks*: between latents u and v at the angle w, `slerp(u, v, t) = (sin((1 - t) w) u + sin(t w) v) / sin w` stays
-  where noise of its norm is likely, which a straight line does not. *Self-interpolation* walks from the true latent of
-  a sample to the recovered one, and asks whether the same image is sampled all the way.
+* *Edits*: invert an image with its label, and sample the latent with another label. A small classifier tells whether
+  the edit took; MSE and SSIM tell how much of the image stayed. Only both together mean something: a latent that
+  forgot the image takes every edit, and a latent that ignores the label keeps everything.
+* *Walks*: between latents u and v at the angle w, `slerp(u, v, t) = (sin((1 - t) w) u + sin(t w) v) / sin w` keeps the
+  norm that noise is likely to have; a straight line does not. *Self-interpolation* walks from the true latent of a
+  sample to the recovered one, and measures whether all points on the way give the same image.
 
-Sources: slerp, "Animating Rotation with Quaternion Curves" (Shoemake, 1985, doi 10.1145/325165.325242); the change of
-the condition between inversion and sampling, "Prompt-to-Prompt Image Editing with Cross Attention Control" (Hertz,
-Mokady, Tenenbaum, Aberman, Pritch, Cohen-Or, 2022, arXiv 2208.01626).
+Source: Shoemake, Animating Rotation with Quaternion Curves (1985), doi 10.1145/325165.325242 (slerp).
+Source: Hertz, Mokady, Tenenbaum, Aberman, Pritch and Cohen-Or, Prompt-to-Prompt Image Editing with Cross Attention
+Control (2022), arXiv 2208.01626 (another condition for sampling than for inversion).
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from kinvert.models.classifier import Classifier
 from kinvert.models.classifier import load as load_classifier
 from kinvert.tensors import wide_dtype
 
+__all__ = ["Edit", "change_class", "edit", "edit_metrics", "lpips", "self_interpolation", "slerp"]
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """Images whose class was changed; `print` gives a short report.
 
     Attributes:
-        latent: what the inversion with the old labels found, shape (batch, 1, H, W).
-        edited: what sampling with the new labels made of it, the same shape.
-        measured: `edit_metrics` of it, each of shape (batch,).
+        latent: the latents that the inversion with the old labels found, shape (batch, 1, H, W).
+        edited: the images sampled from them with the new labels, the same shape.
+        measured: `edit_metrics` of the images, each of shape (batch,).
     """
 
     latent: Tensor
@@ -61,7 +63,7 @@ def edit(
     method: Literal["unsample", "invert"] = "unsample",
     cfg: float = 1.0,
 ) -> Edit:
-    """Invert images with their labels, sample them with other ones, and measure.
+    """Invert images with their labels, sample the latents with other labels, and measure the edits.
 
     Args:
         denoiser: an embedded model, from `ki.models.load`.
@@ -69,16 +71,16 @@ def edit(
         label: the classes of the images, int64, shape (batch,).
         target: the classes to give them, int64, shape (batch,).
         sigmas: the sampling schedule, decreasing; for "invert" it ends above 0.
-        sampler: of both directions.
-        method: how to go up, without guidance: "unsample" or "invert". Of an algebraically reversible sampler the
-            latent alone is sampled.
+        sampler: the sampler of both directions.
+        method: how to go up, without guidance: "unsample" or "invert". If the sampler is algebraically reversible, the
+            latent is sampled without its auxiliary state.
         cfg: guidance towards the new class on the way down.
 
     Returns:
         An `Edit`.
 
     Raises:
-        ValueError: a method that is neither; as `change_class`, `ki.unsample` and `ki.invert`.
+        ValueError: an unknown method; as `change_class`, `ki.unsample` and `ki.invert`.
     """
     if method not in ("unsample", "invert"):
         raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
@@ -101,19 +103,19 @@ def change_class(
     cfg: float = 1.0,
     noise: ki.noise.Noise | None = None,
 ) -> Edit:
-    """Sample latents, from whichever method, with other classes than their images have, and measure.
+    """Sample latents, found by any method, with other classes than their images have, and measure the edits.
 
     Args:
         denoiser, target, sigmas, sampler, cfg: as in `edit`.
         latent: shape (batch, 1, H, W).
-        image: what the latents are of, the same shape.
+        image: the images that the latents belong to, the same shape.
         noise: for stochastic samplers, as in `ki.sample`, e.g. `ki.noise.replay(inversion.noises)`.
 
     Returns:
         An `Edit`.
 
     Raises:
-        ValueError: a target that is not one class for each image; as `ki.sample`.
+        ValueError: the target does not have one class for each image; as `ki.sample`.
     """
     if target.shape != image.shape[:1]:
         raise ValueError(f"target must be one class an image, shape ({len(image)},), got {tuple(target.shape)}")
@@ -127,16 +129,17 @@ def change_class(
 
 @torch.no_grad()
 def edit_metrics(edited: Tensor, image: Tensor, target: Tensor, classifier: Classifier) -> dict[str, Tensor]:
-    """Whether edits took and how much stayed, by the names they have in records, each of shape (batch,).
+    """Measure whether edits took and how much of the images stayed.
 
-    `edit_took`: 1 where the classifier gives the edited image its new class, else 0; `edit_probability`: what it gives
-    the new class; `edit_mse` and `edit_ssim` compare the edited image with the one before.
+    The metrics have the names that records use, each of shape (batch,). `edit_took` is 1 if the classifier finds the
+    new class in the edited image, else 0. `edit_probability` is its probability of the new class. `edit_mse` and
+    `edit_ssim` compare the edited image with the image before the edit.
 
     Args:
         edited: images in [-1, 1], shape (batch, 1, H, W).
-        image: before the edit, the same shape.
+        image: the images before the edit, the same shape.
         target: the new classes, int64, shape (batch,).
-        classifier: of the images, from `kinvert.models.classifier.load`, in their dtype.
+        classifier: a classifier from `kinvert.models.classifier.load`, in the dtype of the images.
     """
     odds = classifier(edited).softmax(1)
     return {
@@ -148,18 +151,18 @@ def edit_metrics(edited: Tensor, image: Tensor, target: Tensor, classifier: Clas
 
 
 def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
-    """Spherical linear interpolation from `a` (t = 0) to `b` (t = 1), each sample by its own angle.
+    """Interpolate spherically from `a` (t = 0) to `b` (t = 1), each sample by its own angle.
 
-    The angle is that between the samples as vectors; their norms are interpolated along with them.
+    The angle is the one between the samples as vectors. Their norms are interpolated too.
 
     Args:
         a: shape (batch, *event).
         b: the same shape.
-        t: a number, or one for each sample, shape (batch,).
+        t: a number, or one number for each sample, shape (batch,).
 
     Raises:
-        ValueError: the shapes differ; two samples point in opposite directions, so that no great circle is the
-            shortest, or one is 0 and has no direction.
+        ValueError: the shapes differ; two samples point in opposite directions, so that many great circles are
+            shortest; a sample is 0 and has no direction.
     """
     if a.shape != b.shape:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be equal, (batch, *event)")
@@ -180,19 +183,20 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
 def self_interpolation(
     denoiser: ki.Denoiser, true: Tensor, recovered: Tensor, sigmas: Any, *, points: int = 5, **options: Any
 ) -> Tensor:
-    """How far samples on the way from the true latents to the recovered ones are from those of the true ones.
+    """Compute how far images change on the way from the true latents to the recovered ones.
 
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`.
         true: latents that images were sampled from, shape (batch, *event).
-        recovered: what an inversion of those images found, the same shape.
+        recovered: latents that an inversion of those images found, the same shape.
         sigmas: the sampling schedule.
-        points: how many, evenly spaced from t = 0, where it is 0, to t = 1, which is the reconstruction error.
+        points: number of points, evenly spaced from t = 0, where the error is 0, to t = 1, where it is the
+            reconstruction error.
         options: `sampler`, `cfg`, `positive` and `negative`, as in `ki.sample`.
 
     Returns:
-        Mean squared errors, shape (points, batch). An inversion that found the latent stays at 0; one that found
-        another latent of the same image rises between the ends.
+        Mean squared errors, shape (points, batch). They stay at 0 if the inversion found the latent, and rise between
+        the ends if it found another latent of the same image.
 
     Raises:
         ValueError: fewer than two points; as `slerp` and `ki.sample`.
@@ -206,20 +210,20 @@ def self_interpolation(
 
 
 def lpips(reconstruction: Tensor, original: Tensor, net: str = "alex") -> Tensor:
-    """Learned perceptual distance per sample, shape (batch,), by the package `lpips` and its weights, where they are.
+    """Compute a learned perceptual distance per sample, shape (batch,), by the package `lpips` and its weights.
 
     Args:
         reconstruction: images in [-1, 1], shape (batch, 1 or 3, H, W); one channel is repeated to three. The networks
             need some 64 pixels a side.
         original: the same shape.
-        net: whose features are compared: "alex", "vgg" or "squeeze". State it with the number.
+        net: the network whose features are compared: "alex", "vgg" or "squeeze". State it with the number.
 
     Raises:
-        ModuleNotFoundError: the package is not there.
-        ValueError: no images with one or three channels, or two shapes.
+        ModuleNotFoundError: the package is not installed.
+        ValueError: the shapes differ, or are not those of images with one or three channels.
 
-    Source: "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (Zhang, Isola, Efros, Shechtman,
-    Wang, 2018, arXiv 1801.03924).
+    Source: Zhang, Isola, Efros, Shechtman and Wang, The Unreasonable Effectiveness of Deep Features as a Perceptual
+    Metric (2018), arXiv 1801.03924.
     """
     try:
         import lpips as package  # type: ignore[import-not-found]

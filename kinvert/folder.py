@@ -1,10 +1,10 @@
-"""A folder of images or latents inverted: shard by shard, resumable, on the machinery of the benchmark.
+"""Invert a folder of images or latents: shard by shard, and resumable.
 
 Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
-("latents", and "memory/<name>" or "noises/<i>" where they belong to the latents), then its rows to `<key>.json`, which
-says that it is done; the key is a hash of the settings and of the names and contents of its files. When all shards are
-done, their rows make `manifest.jsonl`: file, index in it, shard, row, converged, round_trip_error, evaluations, and
-with how many threads.
+("latents", and "memory/<name>" or "noises/<i>" if they belong to the latents), then its rows to `<key>.json`, which
+marks it as done. The key is a hash of the settings and of the names and contents of its files. When all shards are
+done, their rows make `manifest.jsonl`: file, index in the file, shard, row in the shard, converged, round_trip_error,
+evaluations and threads.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from kinvert.jobs import UnfinishedError, is_done, run_tasks
 from kinvert.jsontext import canonical_json, content_key
 from kinvert.tensors import rms
 
+__all__ = ["MANIFEST", "SETTINGS", "Shard", "invert_folder"]
+
 IMAGES = (".png", ".jpg", ".jpeg")
 LATENTS = (".safetensors", ".npy", ".pt")
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
@@ -40,7 +42,7 @@ MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """Some files of a folder, as a task.
+    """The inversion of some files of a folder, as a task.
 
     Attributes:
         cell: model, method, sampler, schedule, steps, cfg, dtype and seed; its other settings have no meaning here.
@@ -59,7 +61,7 @@ class Shard:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all shards of a folder have in common."""
+        """The settings that all shards of a folder have in common."""
         kept = {key: value for key, value in self.cell.settings.items() if key not in ("question", "count")}
         own = {"positive": dict(self.positive), "negative": dict(self.negative), "max_evals": self.max_evals}
         return kept | own
@@ -129,39 +131,33 @@ def invert_folder(
             one tensor, .npy, .pt), each of the shape of the model's images, or a batch of them. Other files are left
             alone.
         folder: where the shards and `manifest.jsonl` go.
-        cell: the model and how to invert; its question, seed of images and count have no meaning here.
+        cell: the model and how to invert; its question, its count and the seed of its images have no meaning here.
         positive, negative: conditioning, a number or a string for each keyword of the denoiser, for all files alike.
         max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
-        shard_size: number of files that are inverted as one batch, and kept in one file.
-        workers, threads, imports, progress: as in `run`.
+        shard_size: number of files that are inverted as one batch and kept in one file.
+        workers, threads, imports, progress: as in `kinvert.bench.run`.
 
     Returns:
         The rows of the manifest, in the order of the files: file, index (in the file), shard, row (in the shard),
-        converged (None where the method makes no claim), round_trip_error (root mean square), evaluations, threads
-        (torch's, that computed it). None of them, if other processes of torchrun are not ready yet.
+        converged (None if the method makes no claim), round_trip_error (root mean square), evaluations, and the number
+        of torch's threads. The list is empty if other processes of torchrun are not ready yet.
 
     Raises:
-        ValueError: a source without images or latents; a folder with results of other settings; as `run`.
-        UnfinishedError: files that cannot be read, named when the others are done and in the manifest; a shard that
-            cannot be inverted, or a worker that ended early: the other shards are done.
+        ValueError: a source without images or latents; a folder with results of other settings; as `kinvert.bench.run`.
+        UnfinishedError: files that cannot be read; the others are done and in the manifest first. Also a shard that
+            cannot be inverted, or a worker that ended early; the other shards are done.
     """
     source, folder = Path(source), Path(folder)
     if not is_integer(shard_size) or shard_size < 1:
         raise ValueError(f"shard_size must be a positive int, got {shard_size!r}")
     if max_evals is not None and cell.method not in ITERATING:
         raise ValueError(f"max_evals is for {' and '.join(ITERATING)}, which iterate, got method {cell.method!r}")
-    conditioning = _checked("positive", positive or {}), _checked("negative", negative or {})
+    conditioning = _check_conditioning("positive", positive or {}), _check_conditioning("negative", negative or {})
     check_threads(threads, [cell])
     cell = replace(cell, question="reconstruction", count=1)
-    problem = problem_of(cell.model, 1, 0, cell.dtype)
-    paths, files, unread = _files(source, folder), [], []
-    for path in paths:
-        try:
-            _read(path, problem)
-            files.append((path.relative_to(source).as_posix(), sha256(path.read_bytes()).hexdigest()[:16]))
-        except ValueError as error:
-            unread.append(f"  {error}")
-    complaint = f"{len(unread)} of {len(paths)} are not done; the others are, and in {MANIFEST}:\n" + "\n".join(unread)
+    files, unread = _readable_files(source, folder, problem_of(cell.model, 1, 0, cell.dtype))
+    total = len(files) + len(unread)
+    complaint = f"{len(unread)} of {total} are not done; the others are, and in {MANIFEST}:\n" + "\n".join(unread)
     if not files:
         raise UnfinishedError(complaint)
     shards = [
@@ -179,8 +175,20 @@ def invert_folder(
     return rows
 
 
+def _readable_files(source: Path, folder: Path, problem: Problem) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return names and hashes of the files that can be inverted, and a complaint about each of the others."""
+    files, unread = [], []
+    for path in _files(source, folder):
+        try:
+            _read(path, problem)
+            files.append((path.relative_to(source).as_posix(), sha256(path.read_bytes()).hexdigest()[:16]))
+        except ValueError as error:
+            unread.append(f"  {error}")
+    return files, unread
+
+
 def _files(source: Path, folder: Path) -> list[Path]:
-    """The images and latents of a folder, by name."""
+    """Return the images and latents of a folder, sorted by name."""
     if not source.is_dir():
         raise ValueError(f"source must be a folder of images or latents, got {str(source)!r}, which is none")
     out = folder.resolve()
@@ -196,7 +204,7 @@ def _files(source: Path, folder: Path) -> list[Path]:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """One folder, one manifest: the settings of its latents are kept."""
+    """Write the settings of the latents to the folder; refuse a folder whose latents have other settings."""
     path = folder / SETTINGS
     if not path.exists() or not any(folder.glob("*.safetensors")):
         try:
@@ -213,7 +221,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _checked(name: str, values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _check_conditioning(name: str, values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     for key, value in values.items():
         number = isinstance(value, (bool, int, float)) and math.isfinite(value)
         if not number and not isinstance(value, str):
@@ -222,12 +230,12 @@ def _checked(name: str, values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...
 
 
 def _tensors(values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Conditioning for every item: numbers become tensors with one row."""
+    """Return conditioning for every item: numbers become tensors with one row."""
     return {key: value if isinstance(value, str) else torch.tensor([value]) for key, value in values}
 
 
 def _read(path: Path, problem: Problem) -> Tensor:
-    """The images or latents in a file, shape (n, *event)."""
+    """Read the images or latents of a file, shape (n, *event)."""
     event = tuple(problem.images.shape[1:])
     try:
         x = _read_image(path, event) if path.suffix.lower() in IMAGES else _read_latents(path)

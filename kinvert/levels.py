@@ -1,29 +1,32 @@
 r"""A model's training noise levels: the sigmas it was trained on, and the maps sigma <-> time.
 
-A network is not told sigma but a *time* t, and every family of models has its own map between them:
+A network is not told sigma but a *time* t. Each family of models has its own map between them:
 
-* discrete (DDPM, Ho et al. 2020, arXiv 2006.11239): M levels `T_j = sqrt((1 - abar_j) / abar_j)`
-  with `abar_j = prod_{i <= j} (1 - beta_i)`; t is the index j, and ln sigma is linear in t between
-  two levels;
-* edm (Karras et al. 2022, arXiv 2206.00364): `t = ln(sigma) / 4`;
-* v (Salimans and Ho 2022, arXiv 2202.00512, as in v-diffusion): the cosine process
-  `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`, so `t = 2 / pi atan(sigma)`;
-* table: pairs of sigma and t as they come, e.g. those of a host's scheduler;
-* flow (Esser et al. 2024, arXiv 2403.03206): `x = (1 - s) x0 + s eps`; the noise level is the *flow
-  time* s in [0, 1] itself, with the shift `Sh(u) = a u / (1 + (a - 1) u)` and t = multiplier * s.
+* discrete (DDPM): M levels `T_j = sqrt((1 - abar_j) / abar_j)` with `abar_j = prod_{i <= j} (1 - beta_i)`; t is the
+  index j, and ln sigma is linear in t between two levels;
+* edm: `t = ln(sigma) / 4`;
+* v (as in v-diffusion): the cosine process `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`, so `t = 2 / pi atan(sigma)`;
+* table: given pairs of sigma and t, e.g. those of a host's scheduler;
+* flow: `x = (1 - s) x0 + s eps`; the noise level is the *flow time* s in [0, 1] itself, with the shift
+  `Sh(u) = a u / (1 + (a - 1) u)` and t = multiplier * s.
 
-A `Levels` holds the table (ascending, float64) and both maps. Discrete and edm levels are sigmas of
-the variance-exploding (VE) coordinates `x = x0 + sigma * eps`. Flow levels are flow times s;
-`flow_to_ve` and `ve_to_flow` convert by sigma = s / (1 - s); schedules of flow times are `FlowTimes`.
+A `Levels` holds the table (ascending, float64) and both maps. Discrete and edm levels are sigmas of the
+variance-exploding (VE) coordinates `x = x0 + sigma * eps`. Flow levels are flow times s; `flow_to_ve` and `ve_to_flow`
+convert by sigma = s / (1 - s); schedules of flow times are `FlowTimes`.
 
-Tables are kept in float64 and never rounded. Hosts round them to float32: every schedule picks the
-same entries from both, and the tables differ by float32 rounding alone.
+Tables are kept in float64 and never rounded. Hosts round them to float32. Each schedule picks the same entries from
+both, and the tables differ by float32 rounding alone.
+
+Source: Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020), arXiv 2006.11239 (discrete).
+Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364 (edm).
+Source: Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models (2022), arXiv 2202.00512 (v).
+Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (2024), arXiv 2403.03206
+(flow).
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
@@ -33,8 +36,9 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_number
-from kinvert.devices import widest
 from kinvert.flowtimes import FlowTimes
+from kinvert.levelbase import INFINITE_SIGMA, Levels, as_array, log_uniform, widen
+from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion
 
 __all__ = [
     "DiscreteLevels",
@@ -56,107 +60,39 @@ __all__ = [
     "ve_to_flow",
 ]
 
-# What the hosts use for the infinite sigma at 0 percent of sampling.
-INFINITE_SIGMA = 999999999.9
 # abar of the last level after rescaling to zero terminal SNR: exactly 0 would make sigma infinite.
 ZERO_SNR_ALPHA = 4.8973451890853435e-08
-# An abar this small, sigma above 1000, is one of zero terminal SNR.
+# A last abar up to this value, sigma above 1000, means zero terminal SNR.
 NEAR_ZERO_SNR = 1e-6
-# A sigma this close, in ln sigma, to the middle of two levels is a tie: float32 knows it no better.
+# A sigma this close, in ln sigma, to the middle of two levels is a tie: float32 is no more precise.
 TIE = 1e-6
-
-
-def _widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
-    """The argument in the dtype to compute in, and the dtype to return."""
-    if not isinstance(value, Tensor):
-        value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be real, got {value.dtype}; convert it to float64")
-    wide = widest(value.device)
-    narrow = value.is_floating_point() and value.dtype != torch.float64
-    return value.to(wide), torch.float32 if narrow else wide
-
-
-@dataclass(frozen=True, eq=False)
-class Levels(ABC):
-    """The noise levels of one model (abstract; the functions of this module build one).
-
-    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in
-    float64 and return float64 for float64, integers and numbers, float32 for the rest (bfloat16
-    could not hold the index 999). They never wait for the device, so a negative sigma, or a NaN,
-    gives NaN instead of an error.
-
-    Attributes:
-        sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
-        kind: "discrete", "edm", "v", "table" or "flow".
-        coordinates: what the table holds, "ve" (sigmas) or "flow" (flow times, a `FlowTimes`).
-        sigma_data: standard deviation of the data that the network's preconditioning assumes.
-    """
-
-    sigmas: Tensor = field(repr=False)
-    sigma_data: float = 1.0
-    kind: ClassVar[str]
-    coordinates: ClassVar[Literal["ve", "flow"]] = "ve"
-
-    def __post_init__(self) -> None:
-        s = self.sigmas
-        if s.dtype != torch.float64 or s.device.type != "cpu" or s.ndim != 1 or len(s) < 2:
-            got = f"{s.dtype} {tuple(s.shape)} on {s.device}"
-            raise ValueError(f"sigmas must be 2 or more float64 values on the CPU, 1-D, got {got}")
-        if not bool((s > 0).all() & (s.diff() > 0).all() & s.isfinite().all()):
-            raise ValueError("sigmas must be finite, positive and strictly ascending; sort them")
-
-    @property
-    def sigma_min(self) -> float:
-        """First entry of the table."""
-        return float(self.sigmas[0])
-
-    @property
-    def sigma_max(self) -> float:
-        """Last entry of the table."""
-        return float(self.sigmas[-1])
-
-    @abstractmethod
-    def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """The time the network is given at `sigma`; `quantize` matters to discrete levels only."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor | float) -> Tensor:
-        """The noise level at network time `t`."""
-
-    @abstractmethod
-    def percent_to_sigma(self, p: float) -> float:
-        """The noise level after a fraction p of the training times, from the noisiest down.
-
-        p <= 0 gives the hosts' stand-in for infinity, 999999999.9 (flow: 1), and p >= 1 gives 0.
-        """
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class DiscreteLevels(Levels):
-    """M discrete levels; network time is the index in the table (0 = least noise)."""
+    """M discrete levels; the network's time is the index in the table (0 = least noise)."""
 
     kind: ClassVar[str] = "discrete"
     _buffers: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def _on(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The table, its ln, and the upper edge of each level's cell; copied to a device once."""
+        """Return the table, its ln, and the upper edge of each level's cell; they are copied to a device once."""
         if like.device not in self._buffers:
             log = self.sigmas.log()
             edges = (log[1:] + log[:-1]) / 2 + TIE
-            with torch.inference_mode(False):  # what is cached must serve autograd later
+            with torch.inference_mode(False):  # the cache must also serve autograd later
                 table, log, edges = (b.to(like, copy=True) for b in (self.sigmas, log, edges))
             self._buffers[like.device] = (table, log, edges)
         return self._buffers[like.device]
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """Index of the level nearest in ln sigma; a tie (to within 1e-6) goes to the lower index.
+        """Return the index of the level nearest in ln sigma; a tie (to within 1e-6) goes to the lower index.
 
-        With `quantize=False`: the index interpolated linearly in ln sigma, clamped to [0, M - 1],
-        as k-diffusion does.
+        With `quantize=False` the index is interpolated linearly in ln sigma and clamped to [0, M - 1], as in
+        k-diffusion.
         """
-        wide, dtype = _widen("sigma", sigma)
+        wide, dtype = widen("sigma", sigma)
         _, log, edges = self._on(wide)
         value = wide.log().contiguous()
         if quantize:
@@ -168,11 +104,11 @@ class DiscreteLevels(Levels):
         return (low + weight)[..., 0].to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """exp of ln sigma interpolated linearly at index t, which is clamped to [0, M - 1].
+        """Interpolate ln sigma linearly at index t, clamped to [0, M - 1]; return sigma.
 
-        At a whole t this is the table's entry, to the last bit.
+        At an integer t this is exactly the table's entry.
         """
-        wide, dtype = _widen("t", t)
+        wide, dtype = widen("t", t)
         table, log, _ = self._on(wide)
         index = wide.clamp(0, len(table) - 1)[..., None]  # as in `timestep`
         low = index.nan_to_num().long()
@@ -180,7 +116,7 @@ class DiscreteLevels(Levels):
         return (table[low] * ((index - low) * (log[high] - log[low])).exp())[..., 0].to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """sigma((1 - p) (M - 1)) for 0 < p < 1."""
+        """Return sigma((1 - p) (M - 1)) for 0 < p < 1."""
         p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
@@ -190,22 +126,22 @@ class DiscreteLevels(Levels):
 @final
 @dataclass(frozen=True, eq=False)
 class EDMLevels(Levels):
-    """Continuous levels with network time ln(sigma) / 4."""
+    """Continuous levels; the network's time is ln(sigma) / 4."""
 
     kind: ClassVar[str] = "edm"
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """t = ln(sigma) / 4; `quantize` is accepted and means nothing."""
-        wide, dtype = _widen("sigma", sigma)
+        """Return t = ln(sigma) / 4; `quantize` has no effect."""
+        wide, dtype = widen("sigma", sigma)
         return (wide.log() / 4).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """sigma = exp(4 t), not clamped."""
-        wide, dtype = _widen("t", t)
+        """Return sigma = exp(4 t), not clamped."""
+        wide, dtype = widen("t", t)
         return (wide * 4).exp().to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """sigma_max^(1 - p) sigma_min^p for 0 < p < 1."""
+        """Return sigma_max^(1 - p) sigma_min^p for 0 < p < 1."""
         p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
@@ -217,9 +153,8 @@ class EDMLevels(Levels):
 class FlowLevels(Levels):
     """Rectified-flow levels: flow times s in (0, 1], with `Sh(u) = a u / (1 + (a - 1) u)`.
 
-    `sigma(t) = Sh(t / multiplier)` applies the shift a and `timestep(s) = multiplier * s` does not
-    undo it: the network is told the shifted time. So the maps are inverse only for a = 1, as in the
-    hosts.
+    `sigma(t) = Sh(t / multiplier)` applies the shift a, and `timestep(s) = multiplier * s` does not undo it: the
+    network is told the shifted time. As in the hosts, the two maps are inverse only for a = 1.
 
     Attributes:
         shift: a.
@@ -236,17 +171,17 @@ class FlowLevels(Levels):
         object.__setattr__(self, "sigmas", FlowTimes(self.sigmas))
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """t = multiplier * sigma (a flow time); `quantize` is accepted and means nothing."""
-        wide, dtype = _widen("sigma", sigma)
+        """Return t = multiplier * sigma (a flow time); `quantize` has no effect."""
+        wide, dtype = widen("sigma", sigma)
         return (wide * self.multiplier).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """Sh(t / multiplier), not clamped."""
-        wide, dtype = _widen("t", t)
+        """Return Sh(t / multiplier), not clamped."""
+        wide, dtype = widen("t", t)
         return _shifted(wide / self.multiplier, self.shift).to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """Sh(1 - p) for 0 < p < 1."""
+        """Return Sh(1 - p) for 0 < p < 1."""
         remaining = 1 - min(max(check_number("p", p), 0.0), 1.0)
         return float(self.sigma(remaining * self.multiplier))
 
@@ -256,38 +191,39 @@ def _shifted(u: Tensor, shift: float) -> Tensor:
 
 
 def stable_diffusion(zero_snr: bool = False) -> DiscreteLevels:
-    """Stable Diffusion 1, 2 and XL: 1000 betas from 0.00085 to 0.012, uniform in sqrt(beta).
+    """Return the levels of Stable Diffusion 1, 2 and XL: 1000 betas from 0.00085 to 0.012, uniform in sqrt(beta).
 
-    `zero_snr` rescales to zero terminal SNR, see `from_alphas_cumprod`. Source: High-Resolution
-    Image Synthesis with Latent Diffusion Models, Rombach et al. 2022, arXiv 2112.10752.
+    `zero_snr` rescales to zero terminal SNR, see `from_alphas_cumprod`.
+
+    Source: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), arXiv 2112.10752.
     """
     return from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, zero_snr=zero_snr)
 
 
 def from_betas(betas: Tensor | np.ndarray | Sequence[float], zero_snr: bool = False) -> DiscreteLevels:
-    """Levels of a DDPM with forward variances `betas`: abar_j = prod_{i <= j} (1 - beta_i).
+    """Return the levels of a DDPM with forward variances `betas`: abar_j = prod_{i <= j} (1 - beta_i).
 
     Raises:
-        ValueError: not 1-D with two values or more, or a beta outside (0, 1); with zero_snr the
-            last may be 1.
+        ValueError: not 1-D with two or more values, or a beta outside (0, 1); with zero_snr the last may be 1.
     """
-    return from_alphas_cumprod(np.cumprod(1 - _array("betas", betas)), zero_snr=zero_snr)
+    return from_alphas_cumprod(np.cumprod(1 - as_array("betas", betas)), zero_snr=zero_snr)
 
 
 def from_alphas_cumprod(
     alphas_cumprod: Tensor | np.ndarray | Sequence[float], zero_snr: bool = False
 ) -> DiscreteLevels:
-    """Levels `sqrt((1 - abar) / abar)` of cumulative products abar, read in float64.
+    """Return the levels `sqrt((1 - abar) / abar)` of cumulative products abar, read in float64.
 
-    `zero_snr` shifts and scales sqrt(abar) so that its first value stays and its last becomes 0,
-    and then sets the last abar to 4.9e-8, so that sigma_max is finite (4518.76). Source: Common
-    Diffusion Noise Schedules and Sample Steps are Flawed, Lin et al. 2023, arXiv 2305.08891.
+    `zero_snr` shifts and scales sqrt(abar): its first value stays and its last becomes 0. Then the last abar is set to
+    4.9e-8, so that sigma_max is finite (4518.76).
+
+    Source: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed (2023), arXiv 2305.08891.
 
     Raises:
-        ValueError: not 1-D with two values or more, or not strictly descending in (0, 1); with
-            zero_snr the last may be 0, but not next to 0: such levels are rescaled already.
+        ValueError: not 1-D with two or more values, or not strictly descending in (0, 1). With zero_snr the last may be
+            0 but not nearly 0: such levels are rescaled already.
     """
-    abar = _array("alphas_cumprod", alphas_cumprod)
+    abar = as_array("alphas_cumprod", alphas_cumprod)
     positive = abar[-1] >= 0 if zero_snr else abar[-1] > 0
     if not (positive and abar[0] < 1 and (np.diff(abar) < 0).all()):
         raise ValueError(
@@ -306,38 +242,26 @@ def from_alphas_cumprod(
     return DiscreteLevels(torch.from_numpy(np.sqrt((1 - abar) / abar)))
 
 
-def _array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or len(array) < 2:
-        raise ValueError(f"{name} must be 1-D with 2 values or more, got shape {array.shape}")
-    return array
-
-
 def edm(sigma_min: float = 0.002, sigma_max: float = 120.0, sigma_data: float = 1.0) -> EDMLevels:
-    """Continuous EDM levels; the table is 1000 sigmas, uniform in ln sigma.
+    """Return continuous EDM levels; the table is 1000 sigmas, uniform in ln sigma.
 
     Stable Video Diffusion has sigma_max = 700; Playground 2.5 has sigma_max = 80, sigma_data = 0.5.
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022,
-    arXiv 2206.00364.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364.
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max and sigma_data > 0.
     """
-    low = check_number("sigma_min", sigma_min, above=0)
-    high = check_number("sigma_max", sigma_max, above=low)
-    table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64, device="cpu").exp()
-    table[0], table[-1] = low, high
-    return EDMLevels(table, check_number("sigma_data", sigma_data, above=0))
+    return EDMLevels(log_uniform(sigma_min, sigma_max), check_number("sigma_data", sigma_data, above=0))
 
 
 def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
-    """Rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
+    """Return rectified-flow levels: the table is Sh(j / 1000), j = 1 ... 1000 (Stable Diffusion 3: a = 3).
 
-    Values are flow times, and a denoiser that is built from these levels takes them as they are.
-    Source: Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, Esser et al.
-    2024, arXiv 2403.03206.
+    The values are flow times, and a denoiser built from these levels takes flow times.
+
+    Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (2024), arXiv
+    2403.03206.
 
     Raises:
         ValueError: unless shift > 0 and multiplier > 0.
@@ -346,9 +270,9 @@ def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
 
 
 def flux(mu: float = 1.15) -> FlowLevels:
-    """Flux levels: s(t) = e^mu / (e^mu + 1/t - 1), i.e. the shift e^mu; 10000 levels, time t = s.
+    """Return Flux levels: s(t) = e^mu / (e^mu + 1/t - 1), i.e. the shift e^mu; 10000 levels, time t = s.
 
-    mu is linear in the number of tokens (16 x 16 pixels each): 0.5 at 256 and 1.15 at 4096.
+    mu is linear in the number of tokens (16 x 16 pixels each): 0.5 at 256 tokens and 1.15 at 4096.
 
     Raises:
         ValueError: mu is not finite.
@@ -362,14 +286,14 @@ def _flow_levels(shift: float, multiplier: float, count: int) -> FlowLevels:
 
 
 def flow_to_ve(t: Tensor | float) -> Tensor:
-    """sigma = t / (1 - t), the VE sigma of a flow time in [0, 1); x_ve = x_t / (1 - t).
+    """Return sigma = t / (1 - t), the VE sigma of a flow time in [0, 1); x_ve = x_t / (1 - t).
 
-    For schedules: it looks at the values, and so waits for their device.
+    It is meant for schedules: it reads the values, so it waits for their device.
 
     Raises:
         ValueError: a t outside [0, 1), or NaN.
     """
-    wide, dtype = _widen("t", t)
+    wide, dtype = widen("t", t)
     if bool((wide >= 1).any()):
         raise ValueError(
             f"t must be below 1, got {float(wide.max())}: sigma = t / (1 - t) is infinite at t = 1; "
@@ -381,9 +305,9 @@ def flow_to_ve(t: Tensor | float) -> Tensor:
 
 
 def ve_to_flow(sigma: Tensor | float) -> Tensor:
-    """t = sigma / (1 + sigma), the flow time of a VE sigma; x_t = x_ve (1 - t).
+    """Return t = sigma / (1 + sigma), the flow time of a VE sigma; x_t = x_ve (1 - t).
 
-    For schedules: it looks at the values, and so waits for their device.
+    It is meant for schedules: it reads the values, so it waits for their device.
 
     Returns:
         A `FlowTimes` for a schedule (1-D), a plain tensor for anything else.
@@ -391,12 +315,8 @@ def ve_to_flow(sigma: Tensor | float) -> Tensor:
     Raises:
         ValueError: a sigma that is negative, infinite or NaN.
     """
-    wide, dtype = _widen("sigma", sigma)
+    wide, dtype = widen("sigma", sigma)
     if not bool(((wide >= 0) & wide.isfinite()).all()):
         raise ValueError("sigma must be finite and >= 0, got values that are not; remove them")
     t = (wide / (1 + wide)).to(dtype)
     return FlowTimes(t) if t.ndim == 1 else t
-
-
-# They are levels like the others; they need what is above.
-from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion  # noqa: E402

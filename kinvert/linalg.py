@@ -1,14 +1,14 @@
-"""Small linear algebra: what the solvers multiply and solve. No other place of the package calls `torch.linalg`.
+"""Small linear algebra for the solvers. No other module of the package calls `torch.linalg`.
 
-On a CPU with two or more threads torch's batched LU factorisation, and with it `solve`, `inv` and `det` of a batch,
-waits for itself for ever from about 150 unknowns on, and returns wrong pivots in some builds (pytorch issues 142815,
-141358). One system after the other does not, and takes no longer. Devices without float64, and those that cannot solve,
-have their systems solved by the host; all others solve them where they are, and the host waits for nothing.
+On a CPU with two or more threads, torch's batched LU factorisation (used by `solve`, `inv` and `det` of a batch) hangs
+from about 150 unknowns on, and returns wrong pivots in some builds (pytorch issues 142815, 141358). Solving one system
+after the other avoids both and takes no longer. The host solves the systems of devices that have no float64 or cannot
+solve; all other devices solve their own, and the host does not wait.
 
-Products of matrices in float32 are whatever the caller's modes make of them: bfloat16 under `torch.autocast`,
-TensorFloat-32 or bfloat16 as `torch.set_float32_matmul_precision` says. A solver that is fed such products takes up to
-three times the evaluations. Both modes leave float64 alone, so that is what `gram` multiplies in, and `combine` adds
-rows up without a product of matrices; the networks that the solvers call keep their modes.
+The precision of float32 matrix products depends on the caller's modes: bfloat16 under `torch.autocast`, TensorFloat-32
+or bfloat16 with `torch.set_float32_matmul_precision`. With such products a solver takes up to three times the
+evaluations. Neither mode changes float64. Therefore `gram` multiplies in float64, and `combine` adds rows without a
+matrix product. The networks that the solvers call keep the caller's modes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from kinvert.devices import has_float64, widest
 
+__all__ = ["PIECE", "combine", "gram", "ridged", "singular_values", "solve"]
+
 PIECE = 2**16
-"""Columns that a product takes at once: what it makes in between stays small next to the rows themselves."""
+"""Columns that a product takes at once, so that its intermediate results stay small beside the rows."""
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    """The products of rows with rows, shapes (n, p, m) and (n, q, m) -> (n, p, q), in the device's widest dtype."""
+    """Multiply rows with rows, shapes (n, p, m) and (n, q, m) -> (n, p, q), in the device's widest dtype."""
     wide = widest(left.device)
     total = left.new_zeros(len(left), left.shape[1], right.shape[1], dtype=wide)
     for a, b in zip(left.split(PIECE, -1), right.split(PIECE, -1), strict=True):
@@ -36,7 +38,7 @@ def gram(left: Tensor, right: Tensor) -> Tensor:
 
 
 def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """Sums of rows, `weights @ rows`: shapes (n or 1, p, r) and (n, r, m) -> (n, p, m), in the dtype of the rows."""
+    """Add up rows, `weights @ rows`: shapes (n or 1, p, r) and (n, r, m) -> (n, p, m), in the dtype of the rows."""
     weights = weights.to(rows.dtype)
     if rows.dtype == torch.float64:
         return weights @ rows
@@ -47,15 +49,15 @@ def combine(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def ridged(system: Tensor, ridge: Tensor | float) -> Tensor:
-    """Systems with something added to their diagonals, shapes (n, k, k) and (n,), which regularises them."""
+    """Regularise systems: add `ridge` to their diagonals, in place; shapes (n, k, k) and (n,)."""
     system.diagonal(dim1=1, dim2=2).add_(ridge[:, None] if isinstance(ridge, Tensor) else ridge)
     return system
 
 
 def solve(system: Tensor, right: Tensor) -> Tensor:
-    """`system^-1 right` of regularised systems, shapes (n, k, k) and (n, k, r), solved in float64; right's dtype.
+    """Return `system^-1 right`, shapes (n, k, k) and (n, k, r), solved in float64, in the dtype of `right`.
 
-    A singular system gives values that are not finite instead of an error: no host asks the device whether it worked.
+    A singular system gives values that are not finite instead of an error, so that the host need not wait.
     """
     if system.device.type != "cpu" and has_float64(system.device):
         try:
@@ -67,6 +69,6 @@ def solve(system: Tensor, right: Tensor) -> Tensor:
 
 
 def singular_values(matrix: Tensor) -> list[float]:
-    """The singular values of one matrix, largest first, computed by the host."""
+    """Return the singular values of one matrix, largest first, computed by the host."""
     values: list[float] = torch.linalg.svdvals(matrix.cpu()).tolist()
     return values

@@ -15,9 +15,11 @@ from kinvert.denoisers.buffers import call_to_keep, lay_out
 from kinvert.denoisers.guidance import Guidance
 from kinvert.engine.graphs import captured_denoiser
 
+__all__ = ["batch_parts", "in_parts"]
+
 
 def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) -> Denoiser:
-    """The denoiser in parts of a batch, or as a graph, or both."""
+    """Return the denoiser in parts of a batch, or as a graph, or both."""
     whole: Denoiser = denoiser
     parts = batch_parts(x, max_batch)
     if len(parts) > 1:
@@ -31,7 +33,7 @@ def in_parts(denoiser: Guidance, x: Tensor, max_batch: int | None, graph: bool) 
 
 
 def batch_parts(x: Tensor, max_batch: int | None) -> tuple[Tensor, ...]:
-    """The samples of a batch in parts of at most `max_batch`; one part where that is None."""
+    """Return the indices of a batch in parts of at most `max_batch`; one part if that is None."""
     size = len(x)
     if max_batch is not None:
         size = check_integer("max_batch", max_batch, fix="None evaluates the whole batch at once")

@@ -1,5 +1,12 @@
 """The old name of `kinvert.engine.kernels`."""
 
-from kinvert._moved import moved
+from typing import Any
 
-__getattr__ = moved(__name__, "kinvert.engine.kernels")
+from kinvert._moved import moved, moved_names
+
+_find = moved(__name__, "kinvert.engine.kernels")
+_find_renamed = moved_names(__name__, {"Pass": "kinvert.engine.kernels.StepKernels"})
+
+
+def __getattr__(name: str) -> Any:
+    return (_find_renamed if name == "Pass" else _find)(name)

@@ -1,4 +1,4 @@
-"""A sampler on a schedule, ready to run: what has no meaning is refused before it, and NaN after it."""
+"""A sampler on a schedule, ready to run: it refuses meaningless runs beforehand, and NaN afterwards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from kinvert.noise import Noise, NoiseSource, default_noise, white
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DPMAdaptive, Rule
 from kinvert.rules import sampler as resolve_sampler
+
+__all__ = ["Ready", "uses_evaluations", "with_bar"]
 
 OUTPUTS = ("denoised", "uncond")
 DETERMINISTIC = "'euler', 'heun' or 'dpmpp_2m'"
@@ -42,14 +44,15 @@ class Ready:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the denoiser must return a pair (CFG++)."""
+        """Tell whether the denoiser must return a pair (CFG++)."""
         return self.plan is not None and self.plan.is_guided
 
     def run(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
-        """The result, unchecked."""
+        """Return the result, unchecked."""
         if self.plan is not None:
             return run_state(self.plan, denoiser, {"x": x}, noise, callback)["x"]
-        assert isinstance(self.rule, DPMAdaptive)
+        if not isinstance(self.rule, DPMAdaptive):
+            raise TypeError(f"{self.rule.name} needs a Plan; make one with Ready.of")
         if self.sigmas[0] == self.sigmas[1]:
             raise ValueError(
                 f"{self.rule.name} runs between the positive levels of sigmas and needs two of them, got "
@@ -58,23 +61,23 @@ class Ready:
         return run_adaptive(self.rule, denoiser, x, self.sigmas, noise, callback)[0]
 
     def with_bar(self, callback: Callback | None, verb: str) -> Callback:
-        """The callback with a progress bar."""
+        """Return the callback with a progress bar."""
         steps = None if self.plan is None else len(self.plan.steps)
         return with_bar(callback, f"{verb} {self.rule.name}", steps, self.sigmas[-1])
 
     def run_checked(self, denoiser: Denoiser, x: Tensor, noise: Noise | None, callback: Callback | None) -> Tensor:
-        """Run, then look at the result once: nothing is read inside the loop, and no NaN gets out."""
+        """Run, then read the result once: raise ValueError for NaN or infinity, and read nothing inside the loop."""
         if self.plan is not None and not uses_evaluations(self.plan):
             self.refuse_idle(self.plan)
         if noise is None and self.plan is not None and self.plan.is_stochastic:
-            noise = default_noise(self.rule.default_noise)  # fixed here, so that a second run would see the same noise
+            noise = default_noise(self.rule.default_noise)  # chosen here, so that a second run sees the same noise
         result = self.run(denoiser, x, noise, callback)
         if has_values(result) and not bool(torch.isfinite(result).all()):
             raise ValueError(self._first_bad_step(denoiser, x, noise))
         return result
 
     def refuse_idle(self, plan: Plan) -> None:
-        """Refuse a run that returns x as it came; warn of a multiple of it upwards, which is what the node returns."""
+        """Refuse a run that returns x unchanged; upwards, warn if it returns a multiple of x, as the node does."""
         keeps = "" if self.rule.keeps_last else f"ki.sampler({self.rule.name!r}, keep_last=True), "
         message = (
             f"{self.rule.name} returns x as it came, or a multiple of it: from sigma {self.sigmas[0]:g} to "
@@ -87,7 +90,7 @@ class Ready:
             raise ValueError(message)
 
     def check_unsampling(self, noise: Noise | None, down: Ready) -> None:
-        """Refuse, before the first evaluation, what has no meaning upwards; read off the Plans of both directions."""
+        """Refuse, before the first evaluation, a sampler whose Plans, up or down, make unsampling meaningless."""
         name, noisy = self.rule.name, self.rule.noise_options
         fix = f"use ki.sampler({name!r}, eta=0) or " if "eta" in noisy else "use "
         fix += f"a deterministic sampler such as {DETERMINISTIC}"
@@ -106,7 +109,7 @@ class Ready:
             )
 
     def _first_bad_step(self, denoiser: Denoiser, x: Tensor, noise: Noise | None) -> str:
-        """Run again, reading every value, to say where the first NaN or infinity came from."""
+        """Run again and read every value, to say where the first NaN or infinity came from."""
         check_finite("x", x)
         found: list[str] = []
 
@@ -123,7 +126,7 @@ class Ready:
             if len(found) == 1:
                 found.append(f"in step {step.index} ({step.sigma:g} -> {step.sigma_next:g})")
 
-        # A noise function of the caller's cannot be called again from the start.
+        # A noise function of the caller cannot start again.
         self.run(checked, x, noise if noise is None or isinstance(noise, NoiseSource) else white(0), locate)
         where = " ".join(found) or "the result overflowed"
         return (
@@ -133,8 +136,8 @@ class Ready:
 
 
 def uses_evaluations(plan: Plan) -> bool:
-    """Whether the final x depends on anything that the denoiser returns."""
-    names = frozenset[str]()  # of the values that do
+    """Tell whether the final x depends on anything that the denoiser returns."""
+    names = frozenset[str]()  # the values that depend on it so far
     for step in plan.steps:
         rows = ("x", step.x), *step.memory
         names = frozenset(n for n, form in rows if any(s.kind in OUTPUTS or s.key in names for s, _ in form))
@@ -142,7 +145,7 @@ def uses_evaluations(plan: Plan) -> bool:
 
 
 def with_bar(callback: Callback | None, description: str, steps: int | None, last: float) -> Callback:
-    """The callback with a progress bar, which is closed with the step to the level `last`."""
+    """Return the callback with a progress bar, which the step to the level `last` closes."""
     from tqdm.auto import tqdm
 
     bar = tqdm(total=steps, desc=description)

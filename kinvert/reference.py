@@ -1,13 +1,14 @@
-r"""Reference solutions of the probability-flow ODE: what a sampler with infinitely many steps would return.
+r"""Reference solutions of the probability-flow ODE, the limit of samplers for infinitely many steps.
 
     dx/dsigma = (x - D(x, sigma)) / sigma,    or    dx/du = x - D(x, e^u)  with  u = log sigma
 
-In u the right-hand side has no singularity and its scale does not change over the decades of sigma. It is integrated
-in float64 by DOP853, the pair of order 8 with error estimates of orders 5 and 3 and steps of its own choice, for each
-sample by itself, so that a sample's result does not depend on its neighbours.
+In u the right-hand side has no singularity, and its scale does not change over the decades of sigma. DOP853, the pair
+of order 8 with error estimates of orders 5 and 3, integrates it in float64 with adaptive steps. Each sample is
+integrated separately, so that its result does not depend on its neighbours.
 
-With a reference, the error of a latent splits up. Let z be what a method finds for an image in the image's dtype, Z
-what it finds in float64, E the exact inverse of the sampler and O the solution of the ODE, both from the image up:
+A reference splits the error of a latent. Let z be the latent that a method finds for an image in the image's dtype, and
+Z the one it finds in float64. Let E be the exact inverse of the sampler and O the solution of the ODE, both from the
+image upwards. Then
 
     z - O = (z - Z) + (Z - E) + (E - O)
             round-off  solver   discretisation
@@ -34,7 +35,9 @@ from kinvert.plan import as_schedule
 from kinvert.rules import Rule
 from kinvert.tensors import rms
 
-SMALLEST_RTOL = 1e-13  # about 450 roundings
+__all__ = ["SMALLEST_RTOL", "ErrorSplit", "solve_ode", "split_error"]
+
+SMALLEST_RTOL = 1e-13  # about 450 times the rounding of float64
 
 
 @torch.no_grad()
@@ -54,16 +57,16 @@ def solve_ode(
     """Solve the probability-flow ODE from noise level `sigma_from` to `sigma_to`, up or down, to high accuracy.
 
     Args:
-        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; it is called with x of shape (1, *event) and sigma
-            of shape (1,), both in float64, and must compute in float64. It should be smooth in x and sigma: one that
-            rounds sigma to training levels (`quantize=True`) makes the steps collapse.
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`. It is called with x of shape (1, *event) and sigma
+            of shape (1,), both in float64, and must compute in float64. It should be smooth in x and sigma: if it
+            rounds sigma to training levels (`quantize=True`), the adaptive steps become tiny.
         x: state at `sigma_from`, shape (batch, *event), any floating dtype.
         sigma_from, sigma_to: noise levels, both positive: at 0 the ODE is singular.
-        rtol, atol: tolerances of one step, on the root mean square of a sample's error. The error of the result is some
-            ten times `rtol` of x, times the factor by which the ODE spreads errors (upwards about
+        rtol, atol: tolerances of one step, on the root mean square of a sample's error. The error of the result is
+            about ten times `rtol` of x, times the factor by which the ODE amplifies errors (upwards about
             `sigma_to / sigma_from` for data narrower than sigma_from).
-        max_evals: evaluations after which a sample is given up.
-        cfg, positive, negative: guidance, as in `sample`; conditioning tensors have the whole batch.
+        max_evals: the most evaluations for one sample.
+        cfg, positive, negative: guidance, as in `sample`; conditioning tensors cover the whole batch.
 
     Returns:
         The state at `sigma_to`, of x's shape, on its device, in float64.
@@ -71,7 +74,7 @@ def solve_ode(
     Raises:
         TypeError: a denoiser that does not return float64, or another input of the wrong type.
         ValueError: a noise level that is not positive and finite, a tolerance that float64 cannot meet, NaN or infinity
-            in x or from the denoiser, too many evaluations; with the sample and the sigma where it happened.
+            in x or from the denoiser, too many evaluations; the message names the sample and the sigma.
     """
     x = check_state(x)
     check_values("x", x, "the ODE is solved for them")
@@ -95,14 +98,14 @@ def solve_ode(
 
 @dataclass(frozen=True, eq=False)
 class ErrorSplit:
-    """Where the error of a latent comes from; `print` gives a short report. All values are root mean squares, (batch,).
+    """The sources of a latent's error, as root mean squares of shape (batch,); `print` gives a short report.
 
     Attributes:
-        total: of the latent against the ODE's.
-        discretisation: of the sampler's exact inverse against the ODE: what more steps, or a higher order, reduce.
-        solver: of the latent, found in float64, against the exact inverse: what a better inversion reduces.
-        round_off: of the latent against the one found in float64.
-        converged: whether the exact inverse was found, bool; where it was not, solver and discretisation mean little.
+        total: the latent against the solution of the ODE.
+        discretisation: the sampler's exact inverse against the ODE; more steps or a higher order reduce it.
+        solver: the latent found in float64 against the exact inverse; a better inversion reduces it.
+        round_off: the latent against the one found in float64.
+        converged: whether the exact inverse was found, bool; if not, solver and discretisation mean little.
     """
 
     total: Tensor
@@ -152,15 +155,15 @@ def split_error(
     """Split the error of the latent that a method finds for an image into its three sources.
 
     Args:
-        find: the method, `find(image) -> latent` at `sigmas[0]`, e.g. `lambda x: ki.unsample(denoiser, x, sigmas)`; it
+        find: the method, `find(image) -> latent` at `sigmas[0]`, e.g. `lambda x: ki.unsample(denoiser, x, sigmas)`. It
             is called in image's dtype and in float64.
         denoiser, cfg, positive, negative: as in `solve_ode`.
         image: the state at `sigmas[-1]`, shape (batch, *event).
         sigmas: the decreasing sampling schedule, ending above 0.
-        sampler: the sampler whose inverse is sought, deterministic.
+        sampler: the deterministic sampler to invert.
 
     Raises:
-        TypeError, ValueError: as in `solve_ode` and `invert`; a latent that does not have the image's shape.
+        TypeError, ValueError: as in `solve_ode` and `invert`; the latent does not have the image's shape.
     """
     image = check_state(image)
     schedule, wide = as_schedule(sigmas), image.to(torch.float64)
@@ -203,11 +206,13 @@ class _Drift:
 
 
 def _integrate(drift: _Drift, x: np.ndarray, ends: tuple[float, float], rtol: float, atol: float) -> np.ndarray:
-    from scipy.integrate import DOP853  # here, because it takes long to import
+    from scipy.integrate import DOP853  # here, because importing it takes long
 
     if ends[0] == ends[1]:
         return x
-    first = min(abs(ends[1] - ends[0]), rtol**0.125)  # a step h errs by h^8; the guess of scipy < 1.14 leaves the range
+    first = min(
+        abs(ends[1] - ends[0]), rtol**0.125
+    )  # the error of a step h is h^8; scipy < 1.14 may start outside the range
     solver = DOP853(drift, ends[0], x, ends[1], first_step=first, rtol=rtol, atol=atol)
     while solver.status == "running":
         message = solver.step()

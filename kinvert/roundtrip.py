@@ -115,6 +115,8 @@ def round_trip(
     check_choice("method", method, dict.fromkeys((*METHODS, *BASELINES)))  # with those registered later
     if method != "unsample" and (normalize or end_at_step):
         raise ValueError("normalize and end_at_step are for method='unsample'; cut the schedule, e.g. sigmas[2:]")
+    if method != "unsample" and sigma_offset is not None:
+        raise ValueError(f"sigma_offset is for method='unsample', got it for {method!r}; leave it out")
     x = check_state(x)
     coordinates, rule, levels = settle(denoiser, sampler, sigmas)
     # what they mean, for a denoiser that does not say

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -35,7 +36,18 @@ from kinvert.rules import Rule
 from kinvert.tensors import wide_dtype
 
 Normalize = bool | Literal["sample", "sigma"]
-OFFSET = 1e-4  # the node's
+OFFSET = 1e-4  # the default of the node
+
+__all__ = [
+    "Normalize",
+    "dropped_steps",
+    "offset_for",
+    "rising_schedule",
+    "sample",
+    "tell_needs",
+    "unsample",
+    "without_graph",
+]
 
 
 P = ParamSpec("P")
@@ -43,7 +55,7 @@ R = TypeVar("R")
 
 
 def without_graph(verb: Callable[P, R]) -> Callable[P, R]:
-    """The verb without gradients; it says where they are to be had if x asks for some."""
+    """Make a verb run without gradients; it warns, with the way to get gradients, if x requires them."""
 
     @functools.wraps(verb)
     def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -97,21 +109,21 @@ def sample(
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
         mask: 1 = sample, 0 = keep `latent`; for all items alike, (H, W), for each, (batch, H, W), or for each item and
-            channel, (batch, 1 or channels, H, W), and likewise for events of other dimensions, see
+            channel, (batch, 1 or channels, H, W). For events of other dimensions see
             `kinvert.denoisers.resize_mask`.
         latent: the clean image of the kept region, of x's shape.
-        mask_noise: the noise of the kept region, unit variance, of x's shape. None takes the one that `x` has there,
-            `(x - latent) / sigmas[0]`. Where a mask is soft, x is a blend after the first step: a run that goes on from
-            it needs the noise that the run began with.
+        mask_noise: the noise of the kept region, unit variance, of x's shape. None takes the noise that `x` has there,
+            `(x - latent) / sigmas[0]`. If a mask is soft, x is a blend after the first step: a run that continues from
+            such an x needs the noise that the run began with.
         noise: source for stochastic samplers, e.g. `ki.noise.white(seed)`; None draws the sampler's
             own kind (white or Brownian), seeded by torch's global generator.
         callback: called after each step with `index, sigma, sigma_next, x, denoised`.
         progress: show a progress bar.
         max_batch: the most samples that are evaluated at once; the batch is split, with its conditioning, for each call
             of the denoiser (with guidance a call may get twice as many rows). It bounds the denoiser's memory; the
-            result is the same. Beyond that a run needs a few states (`kinvert.engine.kernels`).
-        graph: record the denoiser as a CUDA graph and launch that for each evaluation, see `ki.graphs`. Where that
-            cannot be done, a RuntimeWarning says why and the denoiser is called as usual.
+            result is the same. The run itself needs a few states more (`kinvert.engine.kernels`).
+        graph: record the denoiser as a CUDA graph and launch that for each evaluation, see `ki.graphs`. If that cannot
+            be done, a RuntimeWarning says why and the denoiser is called as usual.
 
     Returns:
         The sample, shape (batch, *event), in x's dtype and on its device.
@@ -120,7 +132,7 @@ def sample(
         TypeError, ValueError: an input that cannot work, named with what was got and the fix; a denoiser that returned
             NaN or infinity, with the step and its sigma.
     """
-    needs = getattr(x, NEEDS, ())
+    needs = _needs_of(x)
     x = check_state(x)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     check_decreasing("sigmas", schedule, "to run upwards use unsample, or ki.run with a Plan")
@@ -166,9 +178,9 @@ def unsample(
 
     This is the ComfyUI node *Unsampler* for any denoiser: the schedule is reversed, `sigma_offset` is added to every
     entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
-    `sample(denoiser, latent, sigmas[end_at_step:], ...)`. In flow time the offset leads nowhere above t = 1, which is a
-    level like any other; if it is more than the node's 1e-4, x is taken to the time where the run starts,
-    `x_t = (1 - t) x`. The result keeps no graph, see `sample`.
+    `sample(denoiser, latent, sigmas[end_at_step:], ...)`. In flow time the offset is left out where it would exceed
+    t = 1, which is a level like any other; if it is more than the node's 1e-4, x is scaled to the time at which the run
+    starts, `x_t = (1 - t) x`. The result keeps no graph, see `sample`.
 
     Args:
         denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.
@@ -180,9 +192,9 @@ def unsample(
             time, up to the rounding that the run amplifies (about 1e-2 in float32); samplers that lose it are refused.
         normalize: True subtracts the mean and divides by the unbiased standard deviation of the whole batch tensor,
             as the node does; "sample" does so for each sample; "sigma" divides by the last noise level.
-        sigma_offset: added to every entry of the reversed schedule. None is the node's 1e-4 where x's dtype allows it,
-            else the one that makes the first level `2 eps`, 0.016 in bfloat16 and 0.002 in float16, where rounding is
-            half the noise for data of size 1 (`checks.rounding`).
+        sigma_offset: added to every entry of the reversed schedule. None is the node's 1e-4 if x's dtype allows it,
+            else the offset that makes the first level `2 eps`, 0.016 in bfloat16 and 0.002 in float16: rounding is then
+            half the noise for data of size 1 (`kinvert.engine.contract.rounding`).
         noise: only for samplers with churn.
 
     Returns:
@@ -214,22 +226,29 @@ def unsample(
     if mask is not None:
         check_kept(job.plan, coordinates)
         denoise = Masked(denoise, mask, x, coordinates=coordinates)
-    # The same image at the time where the run starts: to the last digit where a mask keeps it.
+    # Scale x to the time at which the run starts, so that what a mask keeps is exact to the last digit.
     if coordinates == "flow" and (mask is not None or rising[0] - kept[-1] > 1.01 * OFFSET):
         x = (1 - rising[0]) / (1 - kept[-1]) * x
     latent = job.run_checked(denoise, x, noise, job.with_bar(callback, "unsample") if progress else callback)
     return _normalize(latent, normalize, job.sigmas[-1])
 
 
-NEEDS = "_kinvert_needs"
-"""The attribute of a latent tensor that names what else it takes to give its image back."""
+_NEEDS: dict[int, tuple[weakref.ref[Tensor], tuple[str, ...]]] = {}
+"""By id: latents of inversions, and what else each takes to give its image back. A tensor itself stays as it is."""
 
 
 def tell_needs(latent: Tensor, memory: Mapping[str, Tensor], noises: Sequence[Tensor]) -> None:
-    """Note on the tensor of a latent what belongs to it, so that `sample` can warn if it is left behind."""
-    needs = [name for name, given in (("auxiliary state", memory), ("noises", noises)) if len(given)]
+    """Remember what belongs to a latent, for as long as its tensor lives, so that `sample` can warn if it is left."""
+    needs = tuple(name for name, given in (("auxiliary state", memory), ("noises", noises)) if len(given))
     if needs:
-        setattr(latent, NEEDS, tuple(needs))
+        key = id(latent)
+        _NEEDS[key] = weakref.ref(latent, lambda _: _NEEDS.pop(key, None)), needs
+
+
+def _needs_of(x: Any) -> tuple[str, ...]:
+    """Return what was told of a tensor."""
+    latent, needs = _NEEDS.get(id(x), (None, ()))
+    return needs if latent is not None and latent() is x else ()
 
 
 def _warn_of_needs(needs: tuple[str, ...], job: Ready, noise: Noise | None) -> None:
@@ -251,9 +270,9 @@ def _warn_of_needs(needs: tuple[str, ...], job: Ready, noise: Noise | None) -> N
 def rising_schedule(
     sigmas: Any, end_at_step: int = 0, sigma_offset: float = 1e-4, highest: float = math.inf
 ) -> tuple[float, ...]:
-    """The schedule on which `unsample` runs: reversed, `sigma_offset` added, the noisiest `end_at_step` steps dropped.
+    """Return the schedule of `unsample`: reversed, `sigma_offset` added, the noisiest `end_at_step` steps dropped.
 
-    Where the offset would lead to `highest` (1 in flow time) or above, it is left out.
+    The offset is left out if it would lead to `highest` (1 in flow time) or above.
 
     Raises:
         ValueError: a schedule that is not strictly decreasing, a negative `end_at_step` or `sigma_offset`.
@@ -270,20 +289,20 @@ def rising_schedule(
 
 
 def offset_for(dtype: torch.dtype, schedule: tuple[float, ...]) -> float:
-    """The offset that `unsample` adds by default: what the dtype allows for data of size 1, 1e-4 to a tenth of sigma.
+    """Return the default offset of `unsample`: what the dtype allows for data of size 1, 1e-4 to a tenth of sigma.
 
-    It does not ask for the size of x: what one item of a batch gets must not depend on the others.
+    The size of x does not enter: the result for one item of a batch must not depend on the others.
     """
     return max(OFFSET, min(2 * torch.finfo(dtype).eps - schedule[-1], 0.1 * schedule[0]))
 
 
 def dropped_steps(schedule: tuple[float, ...], end_at_step: int) -> int:
-    """How many steps `end_at_step` leaves out: at least one step always runs."""
+    """Return how many steps `end_at_step` leaves out: at least one step always runs."""
     return min(check_integer("end_at_step", end_at_step, 0, fix="0 unsamples all the way"), len(schedule) - 2)
 
 
 def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
-    """Refuse a sampler that discards its last step, before its Plan is made: that may fail for the same option."""
+    """Refuse a sampler that discards its last step, before compiling its Plan, which may fail for the same option."""
     if not rule.keeps_last:
         raise ValueError(
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
@@ -292,6 +311,7 @@ def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
 
 
 def _like_x(name: str, value: Any, x: Tensor) -> Tensor:
+    """Return `value`, a finite floating point tensor of x's shape, as a plain tensor, or raise."""
     if isinstance(value, Tensor):
         check_beside(name, value, x)
     if not isinstance(value, Tensor) or value.shape != x.shape:
@@ -304,7 +324,7 @@ def _like_x(name: str, value: Any, x: Tensor) -> Tensor:
 
 
 def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -> Tensor:
-    """The noise of the kept region: as given, or what x has there beside the signal."""
+    """Return the noise of the kept region: the given one, or what x has there beside the signal."""
     if given is not None:
         return _like_x("mask_noise", given, x)
     warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
@@ -313,6 +333,7 @@ def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -
 
 
 def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:
+    """Return the latent as `unsample(normalize=how)` does."""
     if how is False:
         return latent
     if how == "sigma":

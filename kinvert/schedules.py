@@ -1,22 +1,20 @@
 r"""Sigma schedules: which noise levels a sampler visits.
 
-A schedule of n steps is a 1-D float64 CPU tensor, decreasing, of n + 1 values
-`sigma_0 > ... > sigma_n = 0`. Exceptions: `laplace` ends without the 0, `ddim_uniform` and `beta`
-may have another number of steps, and `simple` (n > M) and `laplace` (clamping) may repeat values;
-each says so. A repeated sigma is a step of length 0, which multistep samplers divide by.
+A schedule of n steps is a decreasing 1-D float64 CPU tensor of n + 1 values `sigma_0 > ... > sigma_n = 0`. Exceptions,
+as their docstrings say: `laplace` ends without the 0, `ddim_uniform` and `beta` may have another number of steps, and
+`simple` (n > M) and `laplace` (clamping) may repeat values. A repeated sigma is a step of length 0, by which multistep
+samplers divide.
 
-Symbols: n steps, j the index of a value, `u_j = j / (n - 1)` (0 for n = 1), [sigma_min, sigma_max]
-the bounds, and of a model's `Levels`: the table T of length M (ascending) and the maps t(sigma),
-sigma(t).
+Symbols: n steps, j the index of a value, `u_j = j / (n - 1)` (0 for n = 1), [sigma_min, sigma_max] the bounds, and of a
+model's `Levels`: the table T of length M (ascending) and the maps t(sigma), sigma(t).
 
-Errors, by every function: TypeError for steps that are not an int, a number that is not one, or a
-levels that is not a `Levels`; ValueError for steps < 1, unless 0 < sigma_min < sigma_max, for a shape
-parameter (rho, alpha, beta, ...) that is not positive and finite, and where a docstring says so.
+All functions raise TypeError if steps is not an int, another number is not a number, or levels is not a `Levels`. They
+raise ValueError if steps < 1, if not 0 < sigma_min < sigma_max, if a shape parameter (rho, alpha, beta, ...) is not
+positive and finite, and in the cases that a docstring names.
 
-`schedule` takes the names that ComfyUI and k-diffusion use and applies ComfyUI's rules for
-denoise < 1 and for samplers that drop the penultimate sigma. The hosts compute in float32: their
-values differ from these by its rounding, of up to 2e-4 where it is amplified
-(`kl_optimal` with a large sigma_max, `vp` at small times).
+`schedule` takes the names that ComfyUI and k-diffusion use, and follows ComfyUI's rules for denoise < 1 and for
+samplers that drop the penultimate sigma. The hosts compute in float32. Their values differ from these by its rounding,
+which can be amplified to 2e-4 (`kl_optimal` with a large sigma_max, `vp` at small times).
 """
 
 from __future__ import annotations
@@ -36,9 +34,31 @@ from kinvert.checks import check_choice, check_integer, check_number, is_number,
 from kinvert.levels import FlowTimes, Levels
 from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
 
-# Samplers whose schedule is built with one step more and then loses its second-to-last sigma.
+__all__ = [
+    "ALIGN_YOUR_STEPS",
+    "DISCARD_PENULTIMATE",
+    "SCHEDULES",
+    "ScheduleEntry",
+    "ays",
+    "beta",
+    "beta57",
+    "ddim_uniform",
+    "exponential",
+    "karras",
+    "kl_optimal",
+    "laplace",
+    "linear_quadratic",
+    "normal",
+    "polyexponential",
+    "schedule",
+    "sgm_uniform",
+    "simple",
+    "vp",
+]
+
+# Samplers whose schedule is built with one more step and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
-# A lowest training level at or below this is taken as 0: no 0 is appended after it.
+# A lowest training level up to this value counts as 0: no 0 is appended after it.
 ZERO = 1e-5
 # The published 10-step schedules (11 sigmas), by model.
 ALIGN_YOUR_STEPS = {
@@ -53,8 +73,9 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
     """Uniform in sigma^(1/rho), then 0.
 
     `sigma_j = (A + u_j (B - A))^rho` with A = sigma_max^(1/rho) and B = sigma_min^(1/rho).
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al. 2022,
-    arXiv 2206.00364, eq. 5.
+
+    Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364,
+    eq. 5.
     """
     n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
     rho = check_number("rho", rho, above=0)
@@ -83,8 +104,9 @@ def vp(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1
     """Uniform in the time of the variance-preserving SDE, then 0.
 
     `sigma = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)` at n times t from 1 to eps_s.
-    Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al.
-    2021, arXiv 2011.13456.
+
+    Source: Song et al., Score-Based Generative Modeling through Stochastic Differential Equations (2021), arXiv
+    2011.13456.
     """
     beta_d, beta_min = check_number("beta_d", beta_d, above=0), check_number("beta_min", beta_min, above=0)
     t = _linspace(1, check_number("eps_s", eps_s, above=0, below=1), _steps(steps))
@@ -95,9 +117,10 @@ def vp(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1
 def laplace(steps: int, sigma_min: float, sigma_max: float, mu: float = 0.0, beta: float = 0.5) -> Tensor:
     """Quantiles of a Laplace law of ln sigma, clamped to the bounds; n values, without a 0.
 
-    `ln sigma_j = mu - beta sign(1/2 - u_j) ln(1 - 2 |1/2 - u_j| + 1e-5)`: n - 1 steps, the last one
-    to about sigma_min. Clamping repeats values where the law reaches past a bound.
-    Source: Improved Noise Schedule for Diffusion Training, Hang et al. 2024, arXiv 2407.03297.
+    `ln sigma_j = mu - beta sign(1/2 - u_j) ln(1 - 2 |1/2 - u_j| + 1e-5)`: n - 1 steps, the last one to about sigma_min.
+    Clamping repeats values if the law reaches beyond a bound.
+
+    Source: Hang et al., Improved Noise Schedule for Diffusion Training (2024), arXiv 2407.03297.
     """
     n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
     mu, beta = check_number("mu", mu), check_number("beta", beta, above=0)
@@ -110,11 +133,11 @@ def laplace(steps: int, sigma_min: float, sigma_max: float, mu: float = 0.0, bet
 def kl_optimal(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
     """Uniform in the angle atan sigma, then 0.
 
-    `sigma_j = tan((1 - u_j) atan sigma_max + u_j atan sigma_min)`: uniform time on the cosine
-    schedule (Nichol and Dhariwal 2021, arXiv 2102.09672, without its offset). n = 1 gives
-    [sigma_max, 0], where the hosts divide 0 by 0 and give NaN.
-    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
-    arXiv 2404.14507.
+    `sigma_j = tan((1 - u_j) atan sigma_max + u_j atan sigma_min)`: uniform time on the cosine schedule (Nichol and
+    Dhariwal 2021, arXiv 2102.09672, without its offset). n = 1 gives [sigma_max, 0]; the hosts divide 0 by 0 there and
+    give NaN.
+
+    Source: Sabour et al., Align Your Steps: Optimizing Sampling Schedules in Diffusion Models (2024), arXiv 2404.14507.
     """
     n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
     return _between(_linspace(math.atan(high), math.atan(low), n).tan(), low, high)
@@ -124,10 +147,9 @@ def kl_optimal(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
 def ays(steps: int, model: str = "sd15") -> Tensor:
     """Align Your Steps: published sigmas, interpolated log-linearly to n + 1 values, the last 0.
 
-    n = 10 is the published table itself. `model` is "sd15", "sdxl" or "svd" (Stable Video
-    Diffusion).
-    Source: Align Your Steps: Optimizing Sampling Schedules in Diffusion Models, Sabour et al. 2024,
-    arXiv 2404.14507.
+    n = 10 is the published table itself. `model` is "sd15", "sdxl" or "svd" (Stable Video Diffusion).
+
+    Source: Sabour et al., Align Your Steps: Optimizing Sampling Schedules in Diffusion Models (2024), arXiv 2404.14507.
     """
     check_choice("model", model, ALIGN_YOUR_STEPS)
     table = np.log(ALIGN_YOUR_STEPS[model])
@@ -140,8 +162,8 @@ def ays(steps: int, model: str = "sd15") -> Tensor:
 def normal(steps: int, levels: Levels) -> Tensor:
     """Uniform in network time: sigma(t) at n times from t(sigma_max) to t(sigma_min), then 0.
 
-    Where the last of them is 0 already (sigma <= 1e-5): n + 1 values and no other 0. Flow levels
-    with a shift apply it twice at the low end, as the hosts do: their two maps are not inverse.
+    If the last of them is 0 already (sigma <= 1e-5), there are n + 1 values and no other 0. Flow levels with a shift
+    apply it twice at the low end, as in the hosts, since their two maps are not inverse.
     """
     n, (start, end) = _steps(steps), _time_range(levels)
     if abs(float(levels.sigma(end))) <= ZERO:
@@ -153,7 +175,7 @@ def normal(steps: int, levels: Levels) -> Tensor:
 def sgm_uniform(steps: int, levels: Levels) -> Tensor:
     """Uniform in network time without its end: the first n of n + 1 times of `normal`, then 0.
 
-    It leaves sigma_min out.
+    It does not contain sigma_min.
     """
     n, (start, end) = _steps(steps), _time_range(levels)
     return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n + 1)[:-1])))
@@ -174,9 +196,10 @@ def simple(steps: int, levels: Levels) -> Tensor:
 def ddim_uniform(steps: int, levels: Levels) -> Tensor:
     """Levels 1, 1 + s, 1 + 2 s, ... with the stride s = max(floor(M / n), 1), downwards, then 0.
 
-    That is ceil((M - 1) / s) steps, not always n (M = 1000: n = 30 gives 31), and it starts below
-    sigma_max. Where T[1] is 0 already (<= 1e-5), s is that of n + 1 and no other 0 follows.
-    Source: Denoising Diffusion Implicit Models, Song et al. 2021, arXiv 2010.02502.
+    That is ceil((M - 1) / s) steps, not always n (M = 1000: n = 30 gives 31), and it starts below sigma_max. If T[1] is
+    0 already (<= 1e-5), s is computed for n + 1 steps and no other 0 follows.
+
+    Source: Song et al., Denoising Diffusion Implicit Models (2021), arXiv 2010.02502.
     """
     n, table = _steps(steps), _checked(levels).sigmas
     ends_at_zero = float(table[1]) <= ZERO
@@ -189,13 +212,13 @@ def ddim_uniform(steps: int, levels: Levels) -> Tensor:
 def beta(steps: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Levels at the quantiles of a Beta(alpha, beta) law, then 0.
 
-    `T[round(Q(1 - j / n) (M - 1))]`, rounding half to even, Q the quantile function. An index
-    equal to the one before is dropped, so a large n gives fewer steps (M = 1000: n = 1000 gives
-    847).
-    Source: Beta Sampling is All You Need: Efficient Image Generation Strategy for Diffusion Models
-    using Stepwise Spectral Analysis, Lee et al. 2024, arXiv 2407.12173.
+    `T[round(Q(1 - j / n) (M - 1))]`, rounding half to even, with the quantile function Q. Repeated indices are dropped,
+    so a large n gives fewer steps (M = 1000: n = 1000 gives 847).
+
+    Source: Lee et al., Beta Sampling is All You Need: Efficient Image Generation Strategy for Diffusion Models using
+    Stepwise Spectral Analysis (2024), arXiv 2407.12173.
     """
-    from scipy import special  # here, because it takes a tenth of torch's own import time
+    from scipy import special  # here, because importing it takes a tenth of the time of importing torch
 
     n, table = _steps(steps), _checked(levels).sigmas
     alpha, beta = check_number("alpha", alpha, above=0), check_number("beta", beta, above=0)
@@ -213,18 +236,15 @@ def beta57(steps: int, levels: Levels) -> Tensor:
 
 @renamed(n="steps")
 def linear_quadratic(
-    steps: int,
-    levels: Levels | float,
-    threshold_noise: float = 0.025,
-    linear_steps: int | None = None,
+    steps: int, levels: Levels | float, threshold_noise: float = 0.025, linear_steps: int | None = None
 ) -> Tensor:
     """Linear from sigma_max for half of the steps, then quadratic down to 0.
 
-    `sigma_j = sigma_max (1 - y_j)`; y rises linearly from 0 to theta = threshold_noise in
-    k = linear_steps (default n // 2) steps; then `y_j = a j^2 + b j + a k^2` continues its value
-    and its slope to 1: with m = n - k and delta = k - theta n, `a = delta / (k m^2)` and
-    `b = theta / k - 2 delta / m^2`. n = 1 gives [sigma_max, 0].
-    Source: Movie Gen: A Cast of Media Foundation Models, Polyak et al. 2024, arXiv 2410.13720.
+    `sigma_j = sigma_max (1 - y_j)`; y rises linearly from 0 to theta = threshold_noise in k = linear_steps (default n
+    // 2) steps; then `y_j = a j^2 + b j + a k^2` continues its value and its slope to 1: with m = n - k and delta = k -
+    theta n, `a = delta / (k m^2)` and `b = theta / k - 2 delta / m^2`. n = 1 gives [sigma_max, 0].
+
+    Source: Polyak et al., Movie Gen: A Cast of Media Foundation Models (2024), arXiv 2410.13720.
 
     Args:
         steps: number n of steps.
@@ -233,8 +253,8 @@ def linear_quadratic(
         linear_steps: length k of the linear part.
 
     Raises:
-        ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from
-            there on the quadratic part would pass below 0 and come back.
+        ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from there on the quadratic
+            part would pass below 0 and come back.
     """
     n = _steps(steps)
     sigma_max = check_number("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
@@ -257,8 +277,7 @@ class ScheduleEntry:
 
     Attributes:
         name: the host's name.
-        function: called as function(steps, sigma_min, sigma_max), function(steps, levels) or
-            function(steps), with options.
+        function: called with (steps, sigma_min, sigma_max), (steps, levels) or (steps), and options.
         needs: which of the three: "bounds", "levels" or "nothing".
     """
 
@@ -268,7 +287,7 @@ class ScheduleEntry:
 
     @property
     def summary(self) -> str:
-        """First line of the function's docstring."""
+        """The first line of the function's docstring."""
         return (self.function.__doc__ or "").partition("\n")[0]
 
     @property
@@ -279,7 +298,7 @@ class ScheduleEntry:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Names and defaults of the options that `schedule` passes on."""
+        """The names and defaults of the options that `schedule` passes on."""
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -299,36 +318,29 @@ REGISTRIES["schedule"] = SCHEDULES
 
 
 def schedule(
-    name: str,
-    steps: int,
-    levels: Levels,
-    *,
-    sampler: object = None,
-    denoise: float | None = 1.0,
-    **options: Any,
+    name: str, steps: int, levels: Levels, *, sampler: object = None, denoise: float | None = 1.0, **options: Any
 ) -> Tensor:
-    """The schedule that a host builds from a name, a number of steps and the model.
+    """Build the schedule that hosts make from a name, a number of steps and the model.
 
-    Bounds are the ends of the model's table. For a sampler in `DISCARD_PENULTIMATE` the schedule is
-    built with one step more and loses its second-to-last value. For denoise < 1 it is built with
-    floor(steps / denoise) steps, and its last steps + 1 values are kept (all of them if there are
-    fewer). denoise above 0.9999 or None means all of the noise.
+    The bounds are the ends of the model's table. For a sampler in `DISCARD_PENULTIMATE` the schedule is built with one
+    more step and loses its second-to-last value. For denoise < 1 it is built with floor(steps / denoise) steps, and its
+    last steps + 1 values are kept (all of them if there are fewer). None or denoise above 0.9999 means all of the
+    noise.
 
     Args:
         name: a key of `SCHEDULES`.
         steps: number of steps.
         levels: the model's noise levels.
-        sampler: name of the sampler, or an object with that `name`.
+        sampler: the name of a sampler, or an object with the attribute `name`.
         denoise: fraction of the schedule to run, from its low-noise end.
         **options: options of the schedule's function, e.g. rho.
 
     Returns:
-        float64 tensor (steps + 1,); see the exceptions of the module. Flow levels give flow times, which say so: a
-        `levels.FlowTimes`.
+        A float64 tensor (steps + 1,), with the exceptions that the module lists; for flow levels a `levels.FlowTimes`.
 
     Raises:
-        ValueError: unknown name, steps or options out of range, or denoise outside (0, 1].
-        TypeError: levels is not a Levels, or an option the schedule does not have.
+        ValueError: an unknown name, steps or options out of range, or denoise outside (0, 1].
+        TypeError: levels is not a Levels, or the schedule does not have an option.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
@@ -381,7 +393,7 @@ def _sampler_name(sampler: object) -> str | None:
             f"sampler must be a name or an object with a name, got {type(sampler).__name__}; pass e.g. 'euler'"
         )
     if isinstance(sampler, str) and sampler not in REGISTRIES["sampler"]:
-        raise ValueError(unknown_sampler(sampler))  # whose schedule it is cannot be guessed
+        raise ValueError(unknown_sampler(sampler))  # its rule for the penultimate sigma is not known
     return name
 
 
@@ -395,14 +407,14 @@ def _linspace(start: float, end: float, n: int) -> Tensor:
 
 
 def _between(sigmas: Tensor, low: float, high: float) -> Tensor:
-    """Ends set to the bounds: rounding must not take a flow time to 1 past it, or short of it."""
+    """Set the ends to the bounds exactly, so that rounding does not move a flow time of 1, and append 0."""
     sigmas[-1] = low
     sigmas[0] = high
     return _with_zero(sigmas)
 
 
 def _of(levels: Levels | float, sigmas: Tensor) -> Tensor:
-    """The schedule, which says that it holds flow times where the levels do."""
+    """Return the schedule, as `FlowTimes` if the levels are flow times."""
     return FlowTimes(sigmas) if getattr(levels, "coordinates", "ve") == "flow" else sigmas
 
 

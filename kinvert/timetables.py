@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_number
-from kinvert.levels import INFINITE_SIGMA, Levels, _array, _widen, edm
+from kinvert.levelbase import INFINITE_SIGMA, Levels, as_array, log_uniform, widen
+
+__all__ = ["TableLevels", "VDiffusionLevels", "from_table", "v_diffusion"]
 
 
 @final
@@ -23,17 +25,17 @@ class VDiffusionLevels(Levels):
     kind: ClassVar[str] = "v"
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """t = 2 / pi atan(sigma); `quantize` is accepted and means nothing. A negative sigma gives NaN."""
-        wide, dtype = _widen("sigma", sigma)
+        """Return t = 2 / pi atan(sigma); `quantize` has no effect. A negative sigma gives NaN."""
+        wide, dtype = widen("sigma", sigma)
         return (torch.where(wide < 0, torch.nan, wide).atan() * (2 / math.pi)).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """sigma = tan(pi t / 2), not clamped."""
-        wide, dtype = _widen("t", t)
+        """Return sigma = tan(pi t / 2), not clamped."""
+        wide, dtype = widen("t", t)
         return (wide * (math.pi / 2)).tan().to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """tan(pi t / 2) at t = (1 - p) t_max + p t_min for 0 < p < 1, t_min and t_max the times of the table's ends."""
+        """Return sigma at t = (1 - p) t_max + p t_min for 0 < p < 1; t_min, t_max are the times of the table's ends."""
         p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
@@ -44,10 +46,10 @@ class VDiffusionLevels(Levels):
 @final
 @dataclass(frozen=True, eq=False)
 class TableLevels(Levels):
-    """Noise levels with the network's time of each, which need not be whole; between them t is linear in ln sigma.
+    """Noise levels with the network's time of each, not necessarily integers; in between t is linear in ln sigma.
 
     Attributes:
-        times: the network's time of each entry of the table, float64 1-D on the CPU, not falling.
+        times: the network's time of each entry of the table, float64 1-D on the CPU, never decreasing.
     """
 
     kind: ClassVar[str] = "table"
@@ -55,26 +57,26 @@ class TableLevels(Levels):
     _buffers: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """ln sigma and the times, copied to a device once."""
+        """Return ln sigma and the times; they are copied to a device once."""
         if like.device not in self._buffers:
             with torch.inference_mode(False):  # as in `DiscreteLevels`
                 self._buffers[like.device] = (self.sigmas.log().to(like), self.times.to(like, copy=True))
         return self._buffers[like.device]
 
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
-        """The time at sigma; beyond the ends of the table that of the end. `quantize` is accepted and means nothing."""
-        wide, dtype = _widen("sigma", sigma)
+        """Return the time at sigma, or that of the nearest end outside the table; `quantize` has no effect."""
+        wide, dtype = widen("sigma", sigma)
         log, times = self._on(wide)
         return _interpolated(wide.log(), log, times).to(dtype)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """The level at time t, ln sigma linear in t; of several levels with the same time the lowest."""
-        wide, dtype = _widen("t", t)
+        """Return the level at time t, with ln sigma linear in t; the lowest one if several have the same time."""
+        wide, dtype = widen("t", t)
         log, times = self._on(wide)
         return _interpolated(wide, times, log).exp().to(dtype)
 
     def percent_to_sigma(self, p: float) -> float:
-        """The level at time (1 - p) t_max + p t_min for 0 < p < 1."""
+        """Return the level at time (1 - p) t_max + p t_min for 0 < p < 1."""
         p = check_number("p", p)
         if p <= 0:
             return INFINITE_SIGMA
@@ -82,7 +84,7 @@ class TableLevels(Levels):
 
 
 def _interpolated(value: Tensor, at: Tensor, to: Tensor) -> Tensor:
-    """The piecewise linear function that takes `at` (not falling) to `to`; constant outside. At `at` it is exact."""
+    """Apply the piecewise linear function that maps `at` (never decreasing) to `to`, exactly; constant outside."""
     value = value[..., None]  # as in `DiscreteLevels.timestep`
     high = torch.bucketize(value.contiguous(), at).clamp(1, len(at) - 1)
     width = at[high] - at[high - 1]
@@ -91,15 +93,17 @@ def _interpolated(value: Tensor, at: Tensor, to: Tensor) -> Tensor:
 
 
 def v_diffusion(sigma_min: float = 0.002, sigma_max: float = 120.0) -> VDiffusionLevels:
-    """Levels of the cosine process `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`; for `from_v`, whose network gets t.
+    """Return levels of the cosine process `x_t = cos(pi t / 2) x0 + sin(pi t / 2) eps`, for `from_v`.
 
-    The table is 1000 sigmas, uniform in ln sigma; a time is `2 / pi atan(sigma)`. Source: Progressive Distillation for
-    Fast Sampling of Diffusion Models, Salimans and Ho 2022, arXiv 2202.00512; K. Crowson, v-diffusion (2021).
+    The table is 1000 sigmas, uniform in ln sigma; a time is `2 / pi atan(sigma)`.
+
+    Source: Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models (2022), arXiv 2202.00512; K.
+    Crowson, v-diffusion (2021).
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max.
     """
-    return VDiffusionLevels(edm(sigma_min, sigma_max).sigmas)
+    return VDiffusionLevels(log_uniform(sigma_min, sigma_max))
 
 
 def from_table(
@@ -107,20 +111,20 @@ def from_table(
     timesteps: Tensor | np.ndarray | Sequence[float],
     sigma_data: float = 1.0,
 ) -> TableLevels:
-    """Levels with the network's time of each sigma as given: those of a host's scheduler, whole or fractional.
+    """Return levels with a given network time for each sigma, e.g. those of a host's scheduler.
 
     Args:
-        sigmas: rising or falling noise levels; a 0 at the end, which has no time, is left out.
-        timesteps: the time of each, in the same order.
+        sigmas: rising or falling noise levels; a 0 at the end, which has no time, is dropped.
+        timesteps: the time of each, in the same order; integers or not.
         sigma_data: as in `Levels`.
 
-    With a scheduler of diffusers: `from_table(scheduler.sigmas, scheduler.timesteps)`, after `set_timesteps`.
+    For a scheduler of diffusers: `from_table(scheduler.sigmas, scheduler.timesteps)`, after `set_timesteps`.
 
     Raises:
-        ValueError: not two levels or more, not one time for each, levels that are not positive and strictly
-            monotone, or times that do not follow the order of the levels.
+        ValueError: fewer than two levels, not one time for each, levels that are not positive and strictly monotone, or
+            times that do not follow the order of the levels.
     """
-    table, times = _array("sigmas", sigmas), _array("timesteps", timesteps)
+    table, times = as_array("sigmas", sigmas), as_array("timesteps", timesteps)
     if table[-1] == 0 and len(table) == len(times) + 1:
         table = table[:-1]
     if len(table) != len(times):

@@ -12,6 +12,7 @@
   every subclass.
 * `Tensor._version` counts the writes into a tensor. Without it: a denoiser that writes into x is not noticed, and what
   is otherwise kept on the device (noise levels, coefficients, cast parameters) is uploaded every time.
+* `Tensor._is_view` tells whether a tensor is a part of another. Without it: tensors that a denoiser gets are copied.
 * `FakeTensor` tells whether a tensor has values. Without it: torch fails where a fake tensor is read.
 
 The plain loop is the one of `kinvert.engine` that makes a new tensor for every value; `kinvert.denoisers.buffers` makes
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,24 +37,40 @@ with contextlib.suppress(ImportError):
 __all__ = [
     "can_count_holders",
     "can_reuse_memory",
+    "count_holders",
     "holder_counters",
     "is_fake",
     "is_forward_mode",
     "is_transformed",
+    "is_view",
     "is_wrapper",
     "storage_key",
+    "total_version",
     "version",
 ]
 
 
 def can_count_holders() -> bool:
-    """Tell whether this Python and this torch can count who holds a tensor and who shares its memory."""
-    return hasattr(sys, "getrefcount") and hasattr(torch._C, "_storage_Use_Count")
+    """Tell whether holders can be counted here: the names are there, and tensors are not stand-ins of a transform."""
+    functorch = getattr(torch._C, "_functorch", None)
+    return (
+        not torch.compiler.is_compiling()
+        and hasattr(sys, "getrefcount")
+        and hasattr(torch._C, "_storage_Use_Count")
+        and hasattr(functorch, "peek_interpreter_stack")
+        and functorch.peek_interpreter_stack() is None  # type: ignore[union-attr]
+    )
+
+
+def count_holders(tensors: list[Tensor], i: int) -> tuple[int, int]:
+    """Count the references to a tensor in a list, and the tensors that share its storage."""
+    return sys.getrefcount(tensors[i]), torch._C._storage_Use_Count(tensors[i].untyped_storage()._cdata)
 
 
 def can_reuse_memory() -> bool:
     """Tell whether everything is there that shows whether memory may be overwritten."""
-    return can_count_holders() and _functorch_stack() is not None and hasattr(forward_ad, "_current_level")
+    names = (sys, "getrefcount"), (torch._C, "_storage_Use_Count"), (forward_ad, "_current_level")
+    return all(hasattr(*name) for name in names) and _functorch_stack() is not None
 
 
 def holder_counters() -> tuple[Callable[[object], int], Callable[[int], int]]:
@@ -96,9 +113,23 @@ def is_fake(x: Tensor) -> bool:
     return fake is not None and isinstance(x, fake)
 
 
+def is_view(x: Tensor) -> bool:
+    """Tell whether x is a part of another tensor, in the eyes of autograd; True if unknown."""
+    known = getattr(x, "_is_view", None)
+    return known is None or known()
+
+
 def version(x: Tensor) -> int | None:
     """Return a number that grows with every write into x, 0 for tensors of inference mode; None if unknown."""
     return 0 if x.is_inference() else getattr(x, "_version", None)
+
+
+def total_version(tensors: Sequence[Tensor]) -> int | None:
+    """Return a number that grows with every write into one of the tensors; None if unknown, and in inference mode."""
+    try:
+        return sum([x._version for x in tensors])
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def _functorch_stack() -> Callable[[], object] | None:

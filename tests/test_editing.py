@@ -39,7 +39,7 @@ def test_an_edit_without_a_change_is_a_reconstruction(method: str) -> None:
     assert done.latent.shape == done.edited.shape == images.shape
 
 
-def test_most_edits_take_and_keep_more_than_fresh_noise_does() -> None:
+def test_edits_take_and_keep_more_than_fresh_noise() -> None:
     images, labels = models.held_out("digits")
     denoiser, target = models.load("digits"), (labels + 3) % 10
     done = edit(denoiser, images, labels, target, SIGMAS, sampler="heun", method="unsample")
@@ -152,13 +152,13 @@ def test_self_interpolation() -> None:
 
 
 # -- lpips -------------------------------------------------------------------------------------------------------------
-def test_lpips_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lpips_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ModuleNotFoundError, match="lpips needs the package .* pip install lpips"):
         lpips(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8))
 
 
-def test_lpips_gets_three_channels_and_the_network_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_gets_three_channels_and_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
     class LPIPS(torch.nn.Module):
         def __init__(self, net: str, verbose: bool) -> None:
             super().__init__()

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from digits import PIXELS, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import kinvert as ki
 from kinvert import bench, models
 from kinvert.bench import Cell
-from kinvert.cli import main
 from kinvert.denoisers import guide
 from kinvert.engine import run_state
 from kinvert.folder import invert_folder
@@ -26,18 +25,11 @@ from kinvert.plan import compile_plan
 
 SIGMAS = ki.schedules.karras(4, 0.02, 80.0)[:-1]
 CELL = Cell("digits", steps=3, dtype="float32")
-PIXELS = (((models.held_out("digits")[0][:, 0] + 1) * 127.5).round()).to(torch.uint8).numpy()
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Five images, two of them in a folder, and a file that is neither image nor latent."""
-    folder = tmp_path / "images"
-    (folder / "more").mkdir(parents=True)
-    for i, name in enumerate(("a.png", "b.PNG", "c.png", "more/a.png", "more/d.png")):
-        Image.fromarray(PIXELS[i]).save(folder / name)
-    (folder / "readme.txt").write_text("not an image")
-    return folder
+    return write_digits(tmp_path / "images")
 
 
 def images(*indices: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -52,7 +44,7 @@ def latents(out: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
     return torch.stack([load_file(out / row["shard"])["latents"][row["row"]] for row in rows])
 
 
-def test_every_file_once_and_as_the_library_does_it(source: Path, tmp_path: Path) -> None:
+def test_every_file_is_inverted_once(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rows = invert_folder(source, out, CELL, shard_size=2)
     assert rows == manifest(out)
@@ -149,7 +141,7 @@ def model(count, seed, dtype):
 """
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_worker_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unsampling 3 steps and sampling back makes 6 calls a shard: a worker dies in the middle of its second or third."""
     modules, folder = tmp_path / "modules", tmp_path / "in"
     for path in (modules, folder):
@@ -178,14 +170,14 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: 
         sys.modules.pop("suicidal", None)
 
 
-def test_files_that_come_later_are_added(source: Path, tmp_path: Path) -> None:
+def test_later_files_are_added(source: Path, tmp_path: Path) -> None:
     first = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
     Image.fromarray(PIXELS[7]).save(source / "z.png")
     second = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
     assert second[:4] == first[:4] and [row["file"] for row in second[4:]] == ["more/d.png", "z.png"]
 
 
-def test_another_content_is_another_result(source: Path, tmp_path: Path) -> None:
+def test_changed_content_is_inverted_again(source: Path, tmp_path: Path) -> None:
     """Files of the same names and sizes: latents of an earlier content are not those of this one."""
     x = np.random.default_rng(0).normal(size=(2, 1, 8, 8))
     for name in ("one", "other"):
@@ -200,7 +192,7 @@ def test_another_content_is_another_result(source: Path, tmp_path: Path) -> None
     assert torch.equal(latents(tmp_path / "out", invert_folder(tmp_path / "one", tmp_path / "out", CELL)), found[1])
 
 
-def test_a_bad_file_does_not_take_its_shard_along(source: Path, tmp_path: Path) -> None:
+def test_bad_files_do_not_spoil_their_shard(source: Path, tmp_path: Path) -> None:
     (source / "c.png").write_bytes(b"nonsense")
     (source / "more" / "a.png").write_bytes(b"nonsense")
     with pytest.raises(bench.UnfinishedError, match=r"(?s)2 of 5 are not done; the others are.*c\.png.*a\.png"):
@@ -208,7 +200,7 @@ def test_a_bad_file_does_not_take_its_shard_along(source: Path, tmp_path: Path) 
     assert [row["file"] for row in manifest(tmp_path / "out")] == ["a.png", "b.PNG", "more/d.png"]
 
 
-def test_a_first_run_that_fails_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:
+def test_failed_first_run_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:
     with pytest.raises(bench.UnfinishedError, match="lable"):
         invert_folder(source, tmp_path / "out", CELL, positive={"lable": 3})
     assert len(invert_folder(source, tmp_path / "out", CELL, positive={"label": 3})) == 5
@@ -246,14 +238,14 @@ def test_a_bad_file_is_named_and_the_others_are_done(source: Path, tmp_path: Pat
         (lambda p: (p / "x.jpg").write_bytes(b""), r"cannot read .*x\.jpg"),
     ],
 )  # fmt: skip
-def test_files_that_cannot_be_inverted(save: Any, message: str, tmp_path: Path) -> None:
+def test_bad_files_are_refused(save: Any, message: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save(tmp_path / "in")
     with pytest.raises(bench.UnfinishedError, match=message):
         invert_folder(tmp_path / "in", tmp_path / "out", CELL)
 
 
-def test_folders_that_cannot_be(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_folders_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="source must be a folder"):
         invert_folder(tmp_path / "nowhere", tmp_path / "out", CELL)
     (tmp_path / "empty").mkdir()
@@ -269,45 +261,3 @@ def test_folders_that_cannot_be(source: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r"reading images needs Pillow.*pip install 'kinvert\[cli\]'"):
         invert_folder(source, tmp_path / "other", CELL)
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-def test_command(source: Path, tmp_path: Path) -> None:
-    args = ["invert", source, "--out", tmp_path / "out", "--model", "digits", "--steps", 3, "--method", "invert"]
-    args += ["--sampler", "o_belm", "--shard-size", 2, "--positive", "label=3", "--max-evals", 500]
-    result = CliRunner().invoke(main, [str(a) for a in args])
-    assert result.exit_code == 0, result.output
-    assert "5 latents" in result.output and "manifest.jsonl" in result.output
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    expected = {"model": "digits", "sampler": "o_belm", "positive": {"label": 3}, "max_evals": 500, "dtype": "float32"}
-    assert expected.items() <= settings.items()
-    assert all(row["converged"] for row in manifest(tmp_path / "out"))
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model", "mnits"], "did you mean 'mnist'?"),
-        (["--method", "inverse"], "did you mean 'invert'?"),
-        (["--option", "eta"], "--option must be KEY=VALUE"),
-        (["--positive", "label"], "--positive must be KEY=VALUE"),
-        (["--sampler", "heun", "--option", "s_chrun=1"], "did you mean 's_churn'?"),
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--cfg", "nan"], "cfg must be finite, got nan"),
-        (["--positive", "label=null"], "positive must have a finite number or a string for 'label', got None"),
-        (
-            ["--method", "aidi", "--max-evals", "30"],
-            "max_evals is for picard and invert, which iterate, got method 'aidi'",
-        ),
-    ],
-)
-def test_command_refuses(args: list[str], message: str, source: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "out"), *args])
-    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_command_says_where_it_cannot_write(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    result = CliRunner().invoke(main, ["invert", str(source), "--out", str(tmp_path / "file"), "--model", "digits"])
-    assert result.exit_code == 2 and "cannot write to" in result.stderr and "choose another folder" in result.stderr

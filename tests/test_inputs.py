@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kinvert as ki
 from kinvert.bench import Cell
-from kinvert.checks import check_count, check_positive, has_values, is_integer, is_number, plain
+from kinvert.checks import has_values, is_integer, plain
 from kinvert.engine import Progress
 from kinvert.engine.eager import run_eager
 from kinvert.inversion import baselines
@@ -97,21 +96,6 @@ def test_seeds_may_be_an_array() -> None:
     for bad in (np.arange(2.0), np.zeros((2, 2), dtype=int), np.array([True, False]), "12", []):
         with pytest.raises(TypeError, match="seed must be an int"):
             ki.noise.white(bad)  # type: ignore[arg-type]
-
-
-def test_what_is_an_integer_and_a_number() -> None:
-    assert is_integer(3) and is_integer(np.int8(3)) and is_number(3) and is_number(np.float32(0.5)) and is_number(0.5)
-    for neither in (True, np.True_, "3", None, 3j, torch.tensor(3)):
-        assert not is_integer(neither) and not is_number(neither)
-    assert not is_integer(3.0)
-    check_count("n", np.int64(1))
-    check_positive("v", np.float32(1))
-    for bad in (np.int64(0), True, 1.0):
-        with pytest.raises(ValueError, match="n must be an int of at least 1"):
-            check_count("n", bad)
-    for bad in (np.float32(0), True, np.float64(math.inf), np.float32("nan")):
-        with pytest.raises(ValueError, match="v must be a positive number"):
-            check_positive("v", bad)
 
 
 def test_cells_of_the_benchmark_are_the_same_cell() -> None:

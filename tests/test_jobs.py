@@ -15,7 +15,7 @@ from cells import cells
 from kinvert import bench
 
 
-def test_workers_stop_when_nobody_waits_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_stop_if_their_parent_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = types.SimpleNamespace(is_alive=lambda: False)
     monkeypatch.setattr("multiprocessing.parent_process", lambda: gone)
     assert bench.run(cells(), tmp_path) == [] and not list(tmp_path.iterdir())
@@ -43,7 +43,7 @@ def test_torchrun_ranks_share_the_cells(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "one" / "results.jsonl").read_bytes() == (tmp_path / "ranks" / "results.jsonl").read_bytes()
 
 
-def test_workers_and_folders_that_cannot_be(tmp_path: Path) -> None:
+def test_bad_workers_and_folders_are_refused(tmp_path: Path) -> None:
     for workers in (0, 1.5, True):
         with pytest.raises(ValueError, match="workers must be a positive int"):
             bench.run(cells(), tmp_path, workers=workers)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def test_workers_and_folders_that_cannot_be(tmp_path: Path) -> None:
         bench.run(cells(), tmp_path / "file" / "below")
 
 
-def test_threads_are_as_before(tmp_path: Path) -> None:
+def test_threads_are_restored(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     bench.run(cells(), tmp_path)
     assert torch.get_num_threads() == before

@@ -17,8 +17,8 @@ LAYERS = [
     {"forms", "coefficients", "linalg"},
     {"rules"},
     {"plan", "coordinates", "flowtimes"},
-    {"levels", "timetables"},
-    {"moments", "schedules", "denoisers", "analysis", "noise", "metrics"},
+    {"levelbase", "levels", "timetables"},
+    {"moments", "schedules", "denoisers", "analysis", "streams", "brownian", "noise", "fidelity", "metrics"},
     {"engine", "program", "eager", "graphs", "adaptive"},
     {"parts", "ready"},
     {"sampling"},
@@ -30,6 +30,7 @@ LAYERS = [
     {"folder"},
     {"adapters", "demo", "cli", "console", "__main__"},
 ]
+BENCH = [{"problems"}, {"methods"}, {"grid"}, {"measurement"}, {"results"}, {"runner"}, {"report"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
 
@@ -58,13 +59,23 @@ def test_imports_run_one_way(path: Path) -> None:
             assert RANK[pieces[1]] <= RANK[part(path)], f"{path.name} imports {name}"
 
 
+def test_the_rooms_of_the_benchmark_are_entered_one_way() -> None:
+    rank = {name: rank for rank, names in enumerate(BENCH) for name in names}
+    for path in sorted((PACKAGE / "bench").rglob("*.py")):
+        room = path.relative_to(PACKAGE / "bench").with_suffix("").parts[0]
+        for name in imports(path) if room in rank else ():
+            other = [*name.split("."), "", ""][2]
+            if name.startswith("kinvert.bench.") and other in rank:
+                assert rank[other] <= rank[room], f"{path.name} imports {name}"
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "rules").glob("*.py")), ids=lambda p: p.name)
 def test_rules_import_no_tensors(path: Path) -> None:
     assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy", "scipy"}
 
 
 def test_plan_and_forms_import_no_tensors() -> None:
-    for name in ("forms", "plan", "engine/kernels", "analysis"):
+    for name in ("forms", "plan", "engine/kernels", "engine/operations", "analysis"):
         assert not {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py")} & {"torch"}
 
 

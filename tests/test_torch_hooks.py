@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent.parent / "kinvert"
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 SAMPLERS = ("heun", "dpmpp_2m", "lms")
 PRIVATE = re.compile(
-    r"torch\._C|getrefcount|_cdata|\._version\b|_current_level|peek_interpreter_stack|_subclasses|_python_dispatch"
+    r"torch\._C|getrefcount|_cdata|\._version\b|_current_level|peek_interpreter_stack|_subclasses|_python_dispatch|_is_view"
 )
 
 
@@ -37,14 +37,14 @@ def without_refcounts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_hooks, "sys", SimpleNamespace(**public))
 
 
-REMOVALS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+REMOVALS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "getrefcount": without_refcounts,
     "storage_use_count": lambda patch: patch.delattr(torch._C, "_storage_Use_Count"),
     "functorch": lambda patch: patch.delattr(torch._C, "_functorch"),
     "interpreter_stack": lambda patch: patch.delattr(torch._C._functorch, "peek_interpreter_stack"),
     "forward_mode": lambda patch: patch.delattr(torch.autograd.forward_ad, "_current_level"),
     "wrappers": lambda patch: patch.delattr(torch.utils._python_dispatch, "is_traceable_wrapper_subclass"),
-    "version": lambda patch: patch.setattr(torch_hooks, "version", lambda x: None),
+    "version": lambda patch: [patch.setattr(torch_hooks, f, lambda x: None) for f in ("version", "total_version")],
     "fake": lambda patch: patch.delattr(torch._subclasses, "FakeTensor"),
 }
 PLAIN = {"getrefcount", "storage_use_count", "functorch", "interpreter_stack", "forward_mode"}
@@ -129,6 +129,7 @@ def test_what_hooks_tell() -> None:
     assert not torch_hooks.is_wrapper(x) and not torch_hooks.is_fake(x)
     with FakeTensorMode():
         assert torch_hooks.is_fake(torch.ones(2))
+    assert torch_hooks.is_view(x[1:]) and not torch_hooks.is_view(x)
     assert torch_hooks.storage_key(x) == torch_hooks.storage_key(x[1:]) != torch_hooks.storage_key(x.clone())
     before = torch_hooks.version(x)
     x.add_(1)

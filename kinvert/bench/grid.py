@@ -1,9 +1,9 @@
-"""What is measured: a `Cell` is one combination of settings, a `Grid` all combinations of lists of them.
+"""What to measure: a `Cell` is one combination of settings, a `Grid` is all combinations of lists of settings.
 
-A grid file is TOML. Its keys are the fields of `Cell`, each with a value or a list of them; what is left out has the
-default of `Cell`. A sampler with options is a table: `sampler = ["euler", {name = "bdia", gamma = 0.5}]`. Several
-blocks `[[grid]]` make several grids, and `imports = ["my_module"]` at the top names modules that register samplers,
-methods or problems of the user's own. The presets are such files, in `kinvert/bench/presets`.
+A grid file is TOML. Its keys are the fields of `Cell`, each with a value or a list of values; a key that is left out
+has the default of `Cell`. A sampler with options is a table: `sampler = ["euler", {name = "bdia", gamma = 0.5}]`.
+Several blocks `[[grid]]` make several grids, and `imports = ["my_module"]` at the top names modules that register
+samplers, methods or problems of the user's own. The presets are such files, in `kinvert/bench/presets`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from kinvert.jsontext import content_key
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_sampler, unknown_schedule
 
+__all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "describe", "preset", "read_grid", "unique"]
+
 QUESTIONS = ("reconstruction", "recovery")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PRESETS = Path(__file__).parent / "presets"
@@ -31,18 +33,18 @@ PRESETS = Path(__file__).parent / "presets"
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: all that its result depends on.
+    """One measurement: all settings that its result depends on.
 
     Attributes:
         model: a name of `PROBLEMS`, or a Python entry point "module:function" (see `Problem`).
         question: "reconstruction", data -> latent -> data, or "recovery", latent -> data -> latent.
         method: how data becomes a latent, a name of `METHODS`.
-        sampler, options: how a latent becomes data, and where the method inverts a sampler, which one.
+        sampler, options: how a latent becomes data. Methods that invert a sampler invert this one.
         schedule: a name of `ki.SCHEDULES`.
-        steps: number of steps between the model's largest and smallest noise level, which is above 0.
-        cfg: guidance, in both directions.
-        dtype: of the states and of the model.
-        seed: of the images, latents and noises.
+        steps: number of steps between the model's largest and smallest noise level; the smallest is above 0.
+        cfg: guidance scale, in both directions.
+        dtype: floating point format of the states and of the model.
+        seed: seed of the images, latents and noises.
         count: number of samples.
 
     Raises:
@@ -78,7 +80,7 @@ class Cell:
         object.__setattr__(self, "options", self._canonical_options())
 
     def _canonical_options(self) -> tuple[tuple[str, Any], ...]:
-        """Those that differ from the sampler's defaults, in its types: equal samplers have equal keys."""
+        """Return the options that differ from the sampler's defaults, in its types: equal samplers have equal keys."""
         given = dict(self.options)
         if not given:  # building a rule takes long
             return ()
@@ -87,7 +89,7 @@ class Cell:
 
     @property
     def rule(self) -> Rule:
-        """The sampler."""
+        """The sampler with its options."""
         return ki.sampler(self.sampler, **dict(self.options))
 
     @property
@@ -97,7 +99,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Hash of the settings, 16 hexadecimal digits: the name of the result file."""
+        """A hash of the settings, 16 hexadecimal digits, which names the result file."""
         return content_key(self.settings)
 
     def __str__(self) -> str:
@@ -106,11 +108,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Lists of settings, and the cells that all their combinations make. `options` belong to samplers: see `sampler`.
+    """Lists of settings; iterate over it for the cells that all their combinations make.
 
     Attributes:
         model, question, method, schedule, steps, cfg, dtype, seed, count: values of the field of `Cell`, or one.
-        sampler: names, or mappings `{"name": ..., option: value, ...}`.
+        sampler: names, or mappings `{"name": ..., option: value, ...}` for samplers with options.
     """
 
     model: Any
@@ -132,10 +134,10 @@ class Grid:
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Grid:
-        """A grid from a table of a TOML file.
+        """Make a grid from a table of a TOML file.
 
         Raises:
-            ValueError: a key that is no setting, or no model.
+            ValueError: a key is not a setting; the model is missing.
         """
         known = [f.name for f in fields(cls)]
         for key in table:
@@ -148,10 +150,10 @@ class Grid:
 
 
 def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
-    """The cells of a grid file, each once, and the modules that it imports.
+    """Read the cells of a grid file, each once, and the modules that it imports.
 
     Raises:
-        ValueError: a file that is not TOML or not a grid, with its name and what is wrong.
+        ValueError: the file is not TOML or not a grid; the message has its name and what is wrong.
     """
     path = Path(path)
     try:
@@ -175,7 +177,7 @@ def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
 
 
 def preset(name: str) -> list[Cell]:
-    """The cells of a preset: "quick" (about a minute on two cores), "standard" or "full".
+    """Return the cells of a preset: "quick" (about a minute on two cores), "standard" or "full".
 
     Raises:
         ValueError: an unknown name.
@@ -186,7 +188,7 @@ def preset(name: str) -> list[Cell]:
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """The settings of a cell in a line."""
+    """Return the settings of a cell as one line of text."""
     options = "".join(f", {key}={value}" for key, value in settings["options"].items())
     return (
         "{model} {question} {method} {sampler}{options} {schedule} {steps} steps cfg {cfg:g} {dtype} seed {seed} "
@@ -195,7 +197,7 @@ def describe(settings: Mapping[str, Any]) -> str:
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Every cell once, in the order of their first appearance."""
+    """Return each cell once, in the order of first appearance."""
     return list(dict.fromkeys(cells))
 
 
@@ -207,7 +209,7 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def _sampler(value: Any) -> dict[str, Any]:
-    """The fields `sampler` and `options` of a cell."""
+    """Return the fields `sampler` and `options` of a cell."""
     if isinstance(value, str):
         return {"sampler": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):

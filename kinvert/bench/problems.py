@@ -1,6 +1,6 @@
-r"""What is inverted: a denoiser, images, their conditioning and the noise levels.
+r"""The problems that are inverted: a denoiser, images, their conditioning and the noise levels.
 
-Four come with kinvert:
+These come with kinvert:
 
 * `gaussian`: independent Gaussian coordinates in 16 dimensions, standard deviations from 0.2 to 1;
 * `mixture`: two classes of three Gaussians each in 16 dimensions; the exact denoiser of a class is guided by that of
@@ -9,7 +9,7 @@ Four come with kinvert:
 * `digits`, `mnist`: the embedded networks, with digits that they never saw.
 
 The first three have exact denoisers, so that the ODE gives the true latent. Their images are draws of `x_sigma` at
-the smallest noise level, where every run starts or ends; the networks get clean images there, as a user would.
+the smallest noise level, where every run starts or ends. The networks get clean images there, as a user would do.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ from kinvert import levels, models
 from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
 
+__all__ = ["PROBLEMS", "ByLabel", "Problem", "ProblemFunction", "find_problem", "is_built_in", "make_problem"]
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A denoiser, and what it is to be tried on. An entry point `function(count, seed, dtype)` returns one.
+    """A denoiser and the images to try it on. An entry point `function(count, seed, dtype)` returns a problem.
 
     Attributes:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`, in the dtype that was asked for.
         images: shape (count, *event): the states at the smallest noise level.
         levels: the model's noise levels, e.g. `ki.levels.edm(0.02, 80.0)` or `ki.levels.stable_diffusion()`.
         positive: conditioning of the images, as in `sample`; tensors have a row for each image.
-        negative: conditioning of the unconditional branch; None where there is none, and then cfg must be 1.
+        negative: conditioning of the unconditional branch; None if the model has none, and then cfg must be 1.
         data_range: distance between the darkest and the brightest value, for PSNR and SSIM.
-        exact: whether the denoiser is exact (and smooth, in float64), so that the ODE is worth solving.
+        exact: whether the denoiser is exact (and smooth, in float64), so that the ODE gives the true latent.
     """
 
     denoiser: Denoiser
@@ -52,17 +54,17 @@ class Problem:
 
 
 class ProblemFunction(Protocol):
-    """What `PROBLEMS` holds and an entry point names."""
+    """A function that makes a problem: `PROBLEMS` holds such functions, and entry points name them."""
 
     def __call__(self, count: int, seed: int, dtype: torch.dtype) -> Problem:
-        """The problem with `count` images, which `seed` chooses, in `dtype`."""
+        """Return the problem with `count` images, chosen by `seed`, in `dtype`."""
 
 
 def find_problem(name: str) -> ProblemFunction:
-    """The function behind a name of `PROBLEMS` or an entry point "module:function".
+    """Return the function behind a name of `PROBLEMS` or an entry point "module:function".
 
     Raises:
-        ValueError: an unknown name; an entry point that cannot be imported, with the reason.
+        ValueError: the name is unknown; the entry point cannot be imported, with the reason.
     """
     if not isinstance(name, str) or ":" not in name:
         check_choice("model", name, PROBLEMS, ", or an entry point 'module:function'")
@@ -75,12 +77,12 @@ def find_problem(name: str) -> ProblemFunction:
 
 
 def is_built_in(name: str) -> bool:
-    """Whether a model comes with kinvert. It is computed with one thread: its records are equal to the byte."""
+    """Tell whether a model comes with kinvert and so is computed with one thread: its records are equal to the byte."""
     return getattr(find_problem(name), "__module__", None) == __name__
 
 
 def _imported(name: str, module: str) -> ModuleType:
-    """The module of an entry point. One that is not there, and one that fails by itself, are different mistakes."""
+    """Import the module of an entry point; the message tells a missing module from one that fails to import."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -106,11 +108,11 @@ def _attribute(name: str, module: ModuleType, attribute: str) -> ProblemFunction
 
 
 def make_problem(name: str, count: int, seed: int, dtype: torch.dtype) -> Problem:
-    """Call the function behind a name, and check what it returns.
+    """Call the function behind a name, and check its result.
 
     Raises:
-        TypeError: an entry point that does not return a `Problem`.
-        ValueError: as `find_problem`; another number of images than asked for, or of another dtype.
+        TypeError: the entry point does not return a `Problem`.
+        ValueError: as `find_problem`; the problem has another number of images than asked for, or another dtype.
     """
     problem = find_problem(name)(count, seed, dtype)
     if not isinstance(problem, Problem):
@@ -124,13 +126,13 @@ def make_problem(name: str, count: int, seed: int, dtype: torch.dtype) -> Proble
 
 
 class ByLabel:
-    """One denoiser for each label, and one, the last, for no label."""
+    """A denoiser made of one denoiser for each label and a last one for no label."""
 
     def __init__(self, parts: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> None:
         self.parts = parts
 
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
-        """E[x0 | x, label], from x (batch, *event), sigma (batch,) and label (batch,), int64."""
+        """Return E[x0 | x, label], for x (batch, *event), sigma (batch,) and label (batch,), int64."""
         if label is None:
             return self.parts[-1](x, sigma)
         every = torch.stack([part(x, sigma) for part in self.parts])
@@ -181,11 +183,11 @@ PROBLEMS: dict[str, ProblemFunction] = {
     "digits": _embedded("digits"),
     "mnist": _embedded("mnist"),
 }
-"""Name -> function. Enter one of your own by `PROBLEMS["mine"] = function`."""
+"""Name -> function. Add your own by `PROBLEMS["mine"] = function`."""
 
 
 def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Positive and negative conditioning."""
+    """Return positive and negative conditioning."""
     return {"label": label}, {"label": torch.full_like(label, null)}
 
 

@@ -1,6 +1,6 @@
 r"""Denoisers with exact answers, for distributions whose posterior mean is a closed formula.
 
-With ``x = x0 + sigma eps``, ``D(x, sigma) = E[x0 | x]`` and ``p_sigma`` the density of x,
+With `x = x0 + sigma eps`, `D(x, sigma) = E[x0 | x]` and `p_sigma` the density of x,
 
     D = x + sigma² ∇ log p_sigma(x)  (Tweedie's formula),      ∂D/∂x = Cov[x0 | x] / sigma²
 
@@ -15,11 +15,10 @@ A mixture of K isotropic Gaussians on R^d, means m_k, stds s_k, weights w_k, v_k
 
 A finite data set is the mixture with every s_k = 0.
 
-At sigma = 0 the denoisers take their limits: x itself where std > 0, the mean (of a data set: the
-nearest point) where std = 0. They compute in float64 for float64 x and in float32 otherwise, and
-round once to x's dtype.
+At sigma = 0 the denoisers take their limits: x itself if std > 0, the mean (of a data set: the nearest point) if std is
+0. They compute in float64 for float64 x and in float32 otherwise, and round once to x's dtype.
 
-Source: "Tweedie's Formula and Selection Bias", Efron 2011, JASA 106(496).
+Source: Efron, Tweedie's Formula and Selection Bias (2011), doi 10.1198/jasa.2011.tm11181.
 """
 
 from __future__ import annotations
@@ -34,13 +33,16 @@ from torch import Tensor
 from kinvert import torch_hooks
 from kinvert.denoisers.protocol import broadcasts, expand, working_dtype
 
+__all__ = ["Dataset", "Gaussian", "GaussianMixture"]
+
 _Cache = dict[tuple[torch.dtype, torch.device], tuple[tuple[int | None, ...], tuple[Tensor, ...]]]
 
 
 def _cast(parameters: tuple[Tensor, ...], x: Tensor, cache: _Cache) -> tuple[Tensor, ...]:
-    """The parameters in x's working dtype, on its device; cached, as moving them waits for it.
+    """Return the parameters in x's working dtype, on its device.
 
-    Not where they are differentiated, and anew where they were changed in place.
+    They are cached, since moving them waits for the device. Parameters that are differentiated are not cached; those
+    that were changed in place are cast again.
     """
     key = (working_dtype(x), x.device)
     if all((p.dtype, p.device) == key for p in parameters):
@@ -57,7 +59,7 @@ def _cast(parameters: tuple[Tensor, ...], x: Tensor, cache: _Cache) -> tuple[Ten
 
 
 def _variance(std: Tensor, sigma: Tensor) -> Tensor:
-    """std² + sigma², kept above zero so that the limits at std = sigma = 0 are finite.
+    """Return std² + sigma², kept above zero so that the limits at std = sigma = 0 are finite.
 
     The floor is sqrt(tiny), not tiny: squared distances are divided by it and must not overflow.
     """
@@ -66,7 +68,7 @@ def _variance(std: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _parameter(name: str, value: Tensor | float, low: float = -math.inf) -> Tensor:
-    """A finite parameter >= low as a tensor; Python numbers become float64."""
+    """Return a finite parameter >= low as a tensor; Python numbers become float64."""
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a float or a floating-point tensor, got {tensor.dtype}; use .float()")
@@ -82,15 +84,14 @@ def _parameter(name: str, value: Tensor | float, low: float = -math.inf) -> Tens
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """The exact denoiser of N(mean, std²): ``D = mean + std² / (std² + sigma²) (x - mean)``.
+    """The exact denoiser of N(mean, std²): `D = mean + std² / (std² + sigma²) (x - mean)`.
 
     Args:
         mean, std: floats or tensors that broadcast to x's event shape; std >= 0, 0 for a Dirac.
 
     Raises:
         TypeError: a parameter is a tensor of integers.
-        ValueError: a parameter is not finite or std is negative; in a call, they do not broadcast
-            to x's event shape.
+        ValueError: a parameter is not finite or std is negative; in a call, they do not broadcast to x's event shape.
     """
 
     coordinates: ClassVar[Literal["ve"]] = "ve"
@@ -104,29 +105,29 @@ class Gaussian:
         object.__setattr__(self, "_parameters", parameters)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x], from x (batch, *event) and sigma (batch,)."""
+        """Return E[x0 | x], from x (batch, *event) and sigma (batch,)."""
         mean, std = self._cast(x)
         gain = std**2 / _variance(std, expand(sigma, x))
         return (mean + gain * (x.to(mean.dtype) - mean)).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``∇ log p_sigma(x) = (D - x) / sigma² = (mean - x) / (std² + sigma²)``."""
+        """Return the score, `∇ log p_sigma(x) = (D - x) / sigma² = (mean - x) / (std² + sigma²)`."""
         mean, std = self._cast(x)
         return ((mean - x.to(mean.dtype)) / _variance(std, expand(sigma, x))).to(x.dtype)
 
     def ode(self, x: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
-        """The exact solution of the probability-flow ODE ``dx/dsigma = (x - D) / sigma``.
+        """Return the exact solution of the probability-flow ODE `dx/dsigma = (x - D) / sigma`.
 
-        ``x' = mean + (x - mean) sqrt((std² + sigma_to²) / (std² + sigma_from²))``, up or down.
+        `x' = mean + (x - mean) sqrt((std² + sigma_to²) / (std² + sigma_from²))`, up or down.
 
         Raises:
-            ValueError: a sigma is negative or not finite, or sigma_from is 0 where std is 0.
+            ValueError: a sigma is negative or not finite, or sigma_from is 0 and std is 0 somewhere.
         """
         for name, value in (("sigma_from", sigma_from), ("sigma_to", sigma_to)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {value}")
         if sigma_from == 0 and bool((self._parameters[1] == 0).any()):
-            raise ValueError("sigma_from must be > 0 where std is 0: every path starts at the mean")
+            raise ValueError("sigma_from must be > 0 if std is 0: every path starts at the mean")
         mean, std = self._cast(x)
         spread_to, spread_from = (
             torch.hypot(std, torch.full_like(std, float(sigma))) for sigma in (sigma_to, sigma_from)
@@ -134,7 +135,7 @@ class Gaussian:
         return (mean + (x.to(mean.dtype) - mean) * (spread_to / spread_from)).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws of x0, shape (n, *event), with the event shape and dtype of mean and std."""
+        """Draw n samples of x0, shape (n, *event), with the event shape and dtype of mean and std."""
         mean, std = self._parameters
         event = torch.broadcast_shapes(mean.shape, std.shape)
         dtype = torch.promote_types(mean.dtype, std.dtype)
@@ -154,7 +155,7 @@ class Gaussian:
 class GaussianMixture:
     """The exact denoiser of a mixture of isotropic Gaussians; the module docstring has the formula.
 
-    A call holds ``batch * K * d`` numbers.
+    A call holds `batch * K * d` numbers.
 
     Args:
         means: (K, *event).
@@ -163,8 +164,8 @@ class GaussianMixture:
 
     Raises:
         TypeError: a parameter is a tensor of integers.
-        ValueError: a parameter is not finite, negative or of the wrong shape, the weights sum to 0;
-            in a call, x's event shape is not that of the means.
+        ValueError: a parameter is not finite, negative or of the wrong shape, the weights sum to 0; in a call, x's
+            event shape is not that of the means.
     """
 
     coordinates: ClassVar[Literal["ve"]] = "ve"
@@ -192,20 +193,20 @@ class GaussianMixture:
         object.__setattr__(self, "_parameters", (means, std, weights))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x], from x (batch, *event) and sigma (batch,)."""
+        """Return E[x0 | x], from x (batch, *event) and sigma (batch,)."""
         flat, means, std, variance, share = self._posterior(x, sigma)
         gain = std**2 / variance
         denoised = (share * (1 - gain)) @ means + (share * gain).sum(1, keepdim=True) * flat
         return denoised.reshape(x.shape).to(x.dtype)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``∇ log p_sigma(x) = (D - x) / sigma² = Σ_k r_k (m_k - x) / v_k``."""
+        """Return the score, `∇ log p_sigma(x) = (D - x) / sigma² = Σ_k r_k (m_k - x) / v_k`."""
         flat, means, _, variance, share = self._posterior(x, sigma)
         pull = share / variance
         return (pull @ means - pull.sum(1, keepdim=True) * flat).reshape(x.shape).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws of x0, of shape (n, *event), in the dtype of the means."""
+        """Draw n samples of x0, shape (n, *event), in the dtype of the means."""
         means, std, weights = self._parameters
         index = torch.multinomial(weights, n, replacement=True, generator=generator)
         drawn, scale = means[index], std.to(means).expand(len(means))[index]
@@ -213,7 +214,7 @@ class GaussianMixture:
         return drawn + expand(scale, drawn) * noise
 
     def _posterior(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-        """x (batch, d), means (K, d), std () or (K,), v_k (batch, K or 1), r_k (batch, K)."""
+        """Return x (batch, d), means (K, d), std () or (K,), v_k (batch, K or 1), r_k (batch, K)."""
         means, std, weights = _cast(self._parameters, x, self._cache)
         if x.shape[1:] != means.shape[1:]:
             got, event = tuple(x.shape), tuple(means.shape[1:])
@@ -229,9 +230,8 @@ class GaussianMixture:
 class Dataset:
     """The exact denoiser of a finite data set, which puts the mass 1/N on each of its points.
 
-    ``D = Σ_n r_n x_n, r = softmax_n( -|x - x_n|² / (2 sigma²) )``, at sigma = 0 the nearest point:
-    what a network that had memorised its training set would compute. A call holds ``batch * N * d``
-    numbers.
+    `D = Σ_n r_n x_n, r = softmax_n( -|x - x_n|² / (2 sigma²) )`, and the nearest point at sigma = 0. A network that had
+    memorised its training set would compute this. A call holds `batch * N * d` numbers.
 
     Args:
         points: (N, *event).
@@ -248,9 +248,9 @@ class Dataset:
         object.__setattr__(self, "_mixture", GaussianMixture(self.points, 0.0))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x], from x (batch, *event) and sigma (batch,)."""
+        """Return E[x0 | x], from x (batch, *event) and sigma (batch,)."""
         return self._mixture(x, sigma)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``∇ log p_sigma(x) = (D - x) / sigma²``."""
+        """Return the score, `∇ log p_sigma(x) = (D - x) / sigma²`."""
         return self._mixture.score(x, sigma)

@@ -31,7 +31,7 @@ def keep(outputs: list[Any]) -> None:
             parts, outputs[i] = list(outputs[i]), None
             keep(parts)
             outputs[i] = Guided(*parts)
-        elif isinstance(outputs[i], Tensor) and not (_can_tell() and _is_alone(outputs, i)):
+        elif isinstance(outputs[i], Tensor) and not (torch_hooks.can_count_holders() and _is_alone(outputs, i)):
             outputs[i] = outputs[i].clone()
 
 
@@ -51,24 +51,13 @@ def lay_out(x: Tensor) -> Tensor:
     return x if dense and x.storage_offset() == 0 else x.clone()
 
 
-def _can_tell() -> bool:
-    """Tell whether holders can be counted, and tensors are not stand-ins of `torch.func` or `torch.compile`."""
-    return not torch_hooks.is_transformed() and torch_hooks.can_count_holders()
-
-
-def _holders(outputs: list[Any], i: int) -> tuple[int, int]:
-    """Count the references to a tensor, and the tensors that share its storage."""
-    references, users = torch_hooks.holder_counters()
-    return references(outputs[i]), users(torch_hooks.storage_key(outputs[i]))
-
-
 def _is_alone(outputs: list[Any], i: int) -> bool:
     """Tell whether nobody else holds a tensor or its memory."""
     return (
         type(outputs[i]) is Tensor
         and outputs[i].untyped_storage().resizable()  # else the memory is NumPy's or an engine's
-        and _holders(outputs, i) == _ALONE
+        and torch_hooks.count_holders(outputs, i) == _ALONE
     )
 
 
-_ALONE = _holders([torch.empty(1)], 0) if torch_hooks.can_count_holders() else (0, 0)
+_ALONE = torch_hooks.count_holders([torch.empty(1)], 0) if torch_hooks.can_count_holders() else (0, 0)

@@ -1,11 +1,12 @@
-r"""Another guidance scale in every step of a schedule, as a function of the noise level.
+r"""A guidance scale for each step of a schedule, as a function of the noise level.
 
-A denoiser is told its noise level, not the number of the step. So the scale of an evaluation is that of the step in
-whose interval its level lies; where two steps meet, that of the step that starts there. Stages in the middle of a step
-have the scale of the step; a stage at the end of a step (Heun's second one) has that of the next, so that the guided
-denoiser is one function of x and sigma, the same for every sampler, and for `invert` as for `sample`. A run upwards
-goes through the same steps the other way round: `unsample` takes a step up with the scale of the step down that it
-undoes.
+A denoiser is told its noise level, not the number of the step. So an evaluation takes the scale of the step whose
+interval contains its level; at a level where two steps meet, the scale of the step that starts there. Stages inside a
+step have the scale of the step. A stage at the end of a step (Heun's second one) has the scale of the next step. Thus
+the guided denoiser is one function of x and sigma, the same for every sampler, and for `invert` as for `sample`.
+
+A run upwards goes through the same steps in reverse order: `unsample` takes a step up with the scale of the step down
+that it undoes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 from kinvert.checks import is_number
 from kinvert.devices import widest
 
-Cfg = float | Sequence[float] | Callable[[Tensor], Tensor]
-"""A guidance scale; one for each step; or a function of sigma, of shape (batch,), that returns one for each sample."""
+__all__ = ["Cfg", "StepCfg", "kept_cfg", "step_cfg"]
 
-# Levels come back from the device in the dtype of the run: so near to where two steps meet, they are taken to be there.
+Cfg = float | Sequence[float] | Callable[[Tensor], Tensor]
+"""A guidance scale; one for each step; or a function of sigma, shape (batch,), that returns one for each sample."""
+
+# Levels have the precision of the run: a level that is relatively this close to where two steps meet counts as there.
 NEAR = 1e-6
 
 
@@ -34,7 +37,7 @@ class StepCfg:
 
     Attributes:
         values: one for each step, from the lowest noise level up.
-        edges: where steps meet, rising, one less.
+        edges: the levels where steps meet, rising, one fewer than values.
         from_below: whether the level of an edge belongs to the step above it, as in a run upwards.
     """
 
@@ -44,12 +47,12 @@ class StepCfg:
     _buffers: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        """The scales at `sigma`, shape (batch,); nothing is read back from the device."""
+        """Return the scales at `sigma`, shape (batch,), without reading the device."""
         values, edges = self._on(sigma)
         return values[torch.bucketize(sigma.to(edges.dtype).contiguous(), edges, right=self.from_below)]
 
     def _on(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and edges, copied to a device once."""
+        """Return values and edges on the device of `sigma`; they are copied once."""
         if sigma.device not in self._buffers:
             wide = widest(sigma.device)
             near = 1.0 - NEAR if self.from_below else 1.0 + NEAR
@@ -62,13 +65,14 @@ class StepCfg:
 
 
 def step_cfg(cfg: Any, sigmas: Sequence[float], run: Sequence[float] | None = None) -> Any:
-    """A `cfg` with one entry for each step of a schedule, as a function of the noise level.
+    """Turn a `cfg` with one entry for each step of a schedule into a function of the noise level.
 
     Args:
         cfg: a sequence, a 1-D array or tensor of `len(sigmas) - 1` scales, the first for the noisiest step. Anything
-            else, such as a number, is returned as it is; so is, as a number, a scale that all steps share.
+            else, such as a number, is returned as it is. Equal scales become one number.
         sigmas: the decreasing sampling schedule.
-        run: the levels of the run if they are others, as in `unsample`: rising, without steps at the noisy end.
+        run: the levels of the run if they differ from `sigmas`, as in `unsample`: rising, without steps at the noisy
+            end.
 
     Raises:
         ValueError: another number of scales than steps, a scale that is not finite.
@@ -96,5 +100,5 @@ def step_cfg(cfg: Any, sigmas: Sequence[float], run: Sequence[float] | None = No
 
 
 def kept_cfg(cfg: Any, steps: int) -> Any:
-    """The entries of a `cfg` for the last `steps` steps of its schedule."""
+    """Return the entries of a `cfg` for the last `steps` steps of its schedule."""
     return cfg[-steps:] if hasattr(cfg, "__len__") and not isinstance(cfg, str) else cfg

@@ -1,4 +1,4 @@
-"""Which dtype a network is called in, and what to say where it was called in another."""
+"""Which dtype a network is called in, and the message for a network that fails on another."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kinvert.checks import FLOATS
 from kinvert.denoisers.protocol import Denoiser
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["call", "checked_dtype", "dtype_of", "explain"]
+
 _RAW = re.compile(
     r"same dtype|same type|scalar type|dtypes? match|not implemented for '(Half|BFloat16|Float|Double)'"
     r"|(?:Input|Expected) type \((?P<a>\S+)\) and (?:weight|bias) type \((?P<b>\S+)\) should be the same"
@@ -18,10 +20,10 @@ _RAW = re.compile(
 
 
 def checked_dtype(dtype: Any) -> torch.dtype | None:
-    """The option of an adapter: None, or a dtype that networks compute in.
+    """Return `dtype` if it is None or a dtype that networks compute in.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: anything else.
     """
     if dtype is not None and dtype not in FLOATS:
         names = ", ".join(map(str, FLOATS))
@@ -30,14 +32,14 @@ def checked_dtype(dtype: Any) -> torch.dtype | None:
 
 
 def dtype_of(model: Any) -> torch.dtype | None:
-    """The dtype of a module's first floating point parameter, which is what it expects; None where it has none."""
+    """Return the dtype that a module expects: that of its first floating point parameter; None if it has none."""
     if not isinstance(model, nn.Module):
         return None
     return next((p.dtype for p in model.parameters() if p.dtype in FLOATS), None)
 
 
 def explain(error: RuntimeError, x: Tensor) -> TypeError | None:
-    """What to say instead where a denoiser failed on dtypes; None where it failed on something else."""
+    """Return a clearer error if a denoiser failed on dtypes; None if it failed on something else."""
     found = _RAW.search(str(error))
     if found is None or (found["a"] and _without_device(found["a"]) == _without_device(found["b"])):
         return None
@@ -50,10 +52,10 @@ def explain(error: RuntimeError, x: Tensor) -> TypeError | None:
 
 
 def call(denoiser: Denoiser, x: Tensor, sigma: Tensor, **conditioning: Any) -> Any:
-    """Call a denoiser; a failure on dtypes, of which torch names neither x nor the fix, is a TypeError that does.
+    """Call a denoiser, and explain a failure on dtypes: torch's own message names neither x nor the fix.
 
     Raises:
-        TypeError: as said; what else the denoiser raises is left as it is.
+        TypeError: the denoiser failed on dtypes. Other exceptions pass unchanged.
     """
     if torch.compiler.is_compiling():
         return denoiser(x, sigma, **conditioning)

@@ -1,11 +1,11 @@
-r"""From what a network predicts to a denoiser.
+r"""Adapters: turn a network into a denoiser.
 
-A network ``F(x_scaled, t)`` predicts the noise, the data or a mixture of both from a scaled input
-and a timestep. Every parametrisation has the same form (Karras et al. 2022, Eq. 7),
+A network `F(x_scaled, t)` predicts the noise, the data or a mixture of both from a scaled input and a timestep. All
+parametrisations have the same form (Karras et al., Eq. 7),
 
     D(x, sigma) = c_skip x + c_out F(c_in x, t(sigma))
 
-with ``sd = sigma_data`` (1 for DDPM levels):
+with `sd = sigma_data` (1 for DDPM levels):
 
     prediction   c_in                       c_skip                    c_out
     eps          1 / sqrt(sigma² + sd²)     1                         -sigma
@@ -14,26 +14,24 @@ with ``sd = sigma_data`` (1 for DDPM levels):
     x0           1 / sqrt(sigma² + sd²)     0                         1
     velocity     1 / (1 + sigma)            1 / (1 + sigma)           -sigma / (1 + sigma)
 
-The last line is a rectified flow ``x_t = (1 - t) x0 + t eps`` seen in variance-exploding
-coordinates, ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``; in its own coordinates it is
-``1, 1, -sigma`` with ``sigma = t``.
+The last line is a rectified flow `x_t = (1 - t) x0 + t eps` seen in variance-exploding coordinates,
+`t = sigma / (1 + sigma)` and `x_t = x / (1 + sigma)`; in its own coordinates it is `1, 1, -sigma` with `sigma = t`.
 
-The network gets ``c_in x`` in ``dtype``: by default that of its first floating point parameter where
-it is a module, else x's. The scaling and the combination are computed in float64 for float64 x and in
-float32 otherwise, and rounded once to x's dtype; t is float64 for networks in float64, float32 for all
-others, never half precision.
+The network gets `c_in x` in `dtype`: by default the dtype of its first floating point parameter if it is a module, else
+x's. The scaling and the combination are computed in float64 for float64 x and in float32 otherwise, and rounded once to
+x's dtype; t is float64 for networks in float64, float32 for all others, never half precision.
 
-Sources: "Elucidating the Design Space of Diffusion-Based Generative Models", Karras et al. 2022,
-arXiv 2206.00364. v: "Progressive Distillation for Fast Sampling of Diffusion Models", Salimans and
-Ho 2022, arXiv 2202.00512. velocity: "Flow Straight and Fast: Learning to Generate and Transfer Data
-with Rectified Flow", Liu et al. 2022, arXiv 2209.03003.
+Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364.
+Source: Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models (2022), arXiv 2202.00512 (v).
+Source: Liu et al., Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow (2022), arXiv
+2209.03003 (velocity).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +39,17 @@ from torch import Tensor
 from kinvert.denoisers.dtypes import checked_dtype, dtype_of
 from kinvert.denoisers.protocol import check_output, expand, working_dtype
 from kinvert.tensors import wide_dtype
+
+__all__ = [
+    "Coordinates",
+    "Preconditioned",
+    "Prediction",
+    "from_edm",
+    "from_eps",
+    "from_v",
+    "from_velocity",
+    "from_x0",
+]
 
 if TYPE_CHECKING:
     from kinvert.levels import Levels
@@ -51,15 +60,15 @@ Coordinates = Literal["ve", "flow"]
 
 @dataclass(frozen=True, repr=False)
 class Preconditioned:
-    """A network as a denoiser: ``D = c_skip x + c_out model(c_in x, t, **conditioning)``.
+    """A network as a denoiser: `D = c_skip x + c_out model(c_in x, t, **conditioning)`.
 
     Built by `from_eps`, `from_v`, `from_edm`, `from_x0` and `from_velocity`.
 
     Raises:
-        TypeError: `model` is not callable, `levels` has no ``timestep``, `dtype` is none of a network;
-            in a call, the model returns no tensor.
-        ValueError: unknown `coordinates`, `levels` of another kind of model; in a call, the model's
-            output does not have its input's shape.
+        TypeError: `model` is not callable, `levels` has no `timestep`, `dtype` is not a dtype of networks; in a call,
+            the model returns no tensor.
+        ValueError: unknown `coordinates`, `levels` of another kind of model; in a call, the model's output does not
+            have its input's shape.
     """
 
     model: Callable[..., Tensor]
@@ -103,14 +112,14 @@ class Preconditioned:
 
     @property
     def network_dtype(self) -> torch.dtype | None:
-        """What the network is called in; None: in x's dtype, as far as is known."""
+        """The dtype that the network is called in; None stands for x's dtype."""
         return self.dtype or dtype_of(self.model)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
-        """The denoised x, from x (batch, *event) and sigma (batch,)."""
+        """Return the denoised x, from x (batch, *event) and sigma (batch,)."""
         c_in, c_skip, c_out = self._scales(expand(sigma, x))
         wide = x.to(working_dtype(x))
-        # The nearest training level is found with all the digits sigma came with.
+        # The nearest training level is found in the full precision of sigma.
         t = self._timestep(sigma.to(torch.promote_types(sigma.dtype, wide.dtype)))
         dtype = self.network_dtype or x.dtype
         t = t.to(wide_dtype(dtype))
@@ -119,7 +128,7 @@ class Preconditioned:
         return (c_skip * wide + c_out * output).to(x.dtype)
 
     def _scales(self, sigma: Tensor) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-        """(c_in, c_skip, c_out), each a float or of sigma's shape."""
+        """Return (c_in, c_skip, c_out), each a float or of sigma's shape."""
         if self.prediction == "velocity":
             if self.coordinates == "flow":
                 return 1.0, 1.0, -sigma
@@ -136,28 +145,27 @@ class Preconditioned:
         return c_in, 0.0, 1.0
 
     def _timestep(self, sigma: Tensor) -> Tensor:
-        """The network's time, of shape (batch,)."""
+        """Return the network's time, shape (batch,)."""
         if self.prediction == "velocity":
             t = sigma if self.coordinates == "flow" else sigma / (1 + sigma)
             return t if self.levels is None else self.levels.timestep(t)
-        assert self.levels is not None
-        return self.levels.timestep(sigma, quantize=self.quantize)
+        levels = cast("Levels", self.levels)  # `__post_init__` demands them
+        return levels.timestep(sigma, quantize=self.quantize)
 
 
 def from_eps(
     model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
 ) -> Preconditioned:
-    """A denoiser from a network that predicts the noise.
+    """Make a denoiser from a network that predicts the noise.
 
-    ``D = x - sigma model(x / sqrt(sigma² + sd²), t)``.
+    `D = x - sigma model(x / sqrt(sigma² + sd²), t)`.
 
     Args:
-        model: ``model(x_scaled, t, **conditioning)``, x_scaled of shape (batch, *event), t of shape
-            (batch,).
+        model: `model(x_scaled, t, **conditioning)`, x_scaled of shape (batch, *event), t of shape (batch,).
         levels: the noise levels it was trained on.
-        quantize: hand it the nearest training timestep instead of an interpolated one.
-        dtype: what the network is called in, whatever x's dtype is; None takes the dtype of its first
-            floating point parameter where it is a module, else x's.
+        quantize: pass the nearest training timestep instead of an interpolated one.
+        dtype: what the network is called in, for x of any dtype; None takes the dtype of its first floating point
+            parameter if it is a module, else x's.
 
     Raises:
         TypeError, ValueError: as `Preconditioned`.
@@ -168,10 +176,10 @@ def from_eps(
 def from_v(
     model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
 ) -> Preconditioned:
-    """A denoiser from a network that predicts ``v``, the noise and data rotated by the noise level.
+    """Make a denoiser from a network that predicts `v`, the noise and the data rotated by the noise level.
 
-    ``D = x sd² / (sigma² + sd²) - model(x / sqrt(sigma² + sd²), t) sigma sd / sqrt(sigma² + sd²)``.
-    Arguments and errors as in `from_eps`.
+    `D = x sd² / (sigma² + sd²) - model(x / sqrt(sigma² + sd²), t) sigma sd / sqrt(sigma² + sd²)`. Arguments and errors
+    as in `from_eps`.
     """
     return Preconditioned(model, levels, "v", quantize, dtype=dtype)
 
@@ -179,16 +187,16 @@ def from_v(
 def from_edm(
     model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
 ) -> Preconditioned:
-    """A denoiser from a network of EDM: ``D = c_skip x + c_out model(c_in x, c_noise)``.
+    """Make a denoiser from a network of EDM: `D = c_skip x + c_out model(c_in x, c_noise)`.
 
-    ``c_skip = sd² / (sigma² + sd²)``, ``c_out = sigma sd / sqrt(sigma² + sd²)``, ``c_in = 1 / sqrt(sigma² + sd²)`` and,
-    with `kinvert.levels.edm`, ``c_noise = ln(sigma) / 4``. It is `from_v` with the other sign of the network's output.
+    `c_skip = sd² / (sigma² + sd²)`, `c_out = sigma sd / sqrt(sigma² + sd²)`, `c_in = 1 / sqrt(sigma² + sd²)` and, with
+    `kinvert.levels.edm`, `c_noise = ln(sigma) / 4`. It is `from_v` with the other sign of the network's output.
     diffusers' EDM schedulers call this prediction type "epsilon", although the network predicts no noise (`from_eps`
-    would be wrong without a word); their "v_prediction" is `from_v`.
+    would be silently wrong); their "v_prediction" is `from_v`.
 
     Args:
-        model: ``model(x_scaled, c_noise, **conditioning)``.
-        levels: e.g. ``kinvert.levels.edm(0.002, 80.0, sigma_data=0.5)``; sd is its ``sigma_data``.
+        model: `model(x_scaled, c_noise, **conditioning)`.
+        levels: e.g. `kinvert.levels.edm(0.002, 80.0, sigma_data=0.5)`; sd is its `sigma_data`.
         quantize: as in `from_eps`; it means nothing to EDM levels.
         dtype: as in `from_eps`.
 
@@ -204,7 +212,7 @@ def from_edm(
 def from_x0(
     model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
 ) -> Preconditioned:
-    """A denoiser from a network that predicts the data: ``D = model(x / sqrt(sigma² + sd²), t)``.
+    """Make a denoiser from a network that predicts the data: `D = model(x / sqrt(sigma² + sd²), t)`.
 
     Arguments and errors as in `from_eps`.
     """
@@ -218,18 +226,18 @@ def from_velocity(
     *,
     dtype: torch.dtype | None = None,
 ) -> Preconditioned:
-    """A denoiser from a rectified flow: a network that predicts ``eps - x0``.
+    """Make a denoiser from a rectified flow: a network that predicts `eps - x0`.
 
-    ``D = x_t - t model(x_t, t)`` at ``x_t = (1 - t) x0 + t eps``. In ``"ve"`` coordinates
-    ``t = sigma / (1 + sigma)`` and ``x_t = x / (1 + sigma)``; pure noise, t = 1, is an infinite
-    sigma there, so start just below it. In ``"flow"`` coordinates x is x_t and sigma is t itself.
+    `D = x_t - t model(x_t, t)` at `x_t = (1 - t) x0 + t eps`. In `"ve"` coordinates `t = sigma / (1 + sigma)` and
+    `x_t = x / (1 + sigma)`; pure noise, t = 1, is an infinite sigma there, so start just below it. In `"flow"`
+    coordinates x is x_t and sigma is t itself.
 
     Args:
-        model: ``model(x_t, t, **conditioning)``, x_t of shape (batch, *event), t of shape (batch,).
-        levels: maps t to the network's time, e.g. ``1000 t``; None hands it t.
-        coordinates: what x and sigma mean, ``"ve"`` or ``"flow"``; None takes those of the levels,
-            ``"flow"`` for `levels.flow()`, and ``"ve"`` without levels. The denoiser's attribute
-            `coordinates` says it, so that no verb takes a schedule of the other kind.
+        model: `model(x_t, t, **conditioning)`, x_t of shape (batch, *event), t of shape (batch,).
+        levels: maps t to the network's time, e.g. `1000 t`; None hands it t.
+        coordinates: what x and sigma mean, `"ve"` or `"flow"`; None takes those of the levels, `"flow"` for
+            `levels.flow()`, and `"ve"` without levels. The denoiser's attribute `coordinates` says it, so that no verb
+            takes a schedule of the other kind.
         dtype: as in `from_eps`.
 
     Raises:

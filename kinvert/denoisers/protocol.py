@@ -1,11 +1,11 @@
-"""What a denoiser is, and the checks every denoiser shares.
+"""What a denoiser is, and the checks that all denoisers share.
 
-In variance-exploding coordinates, ``x = x0 + sigma * eps`` with ``eps ~ N(0, I)``, a denoiser is
+In variance-exploding coordinates, `x = x0 + sigma * eps` with `eps ~ N(0, I)`, a denoiser is
 
     D(x, sigma) ≈ E[x0 | x]
 
-from which everything else follows: the slope of the probability-flow ODE is ``(x - D) / sigma`` and
-the score is ``(D - x) / sigma**2``.
+Everything else follows from it: the slope of the probability-flow ODE is `(x - D) / sigma`, the score is
+`(D - x) / sigma**2`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from torch import Tensor
 
 from kinvert.tensors import wide_dtype
 
+__all__ = ["Denoiser", "Guided", "broadcasts", "check_output", "expand", "working_dtype"]
+
 
 class Guided(NamedTuple):
-    """What a denoiser returns to CFG++ samplers: they step to D along the slope of U.
+    """What a denoiser returns to CFG++ samplers, which step to D along the slope of U.
 
     Attributes:
-        denoised: the guided prediction ``D``, of x's shape.
-        uncond: the unconditional prediction ``U``, of x's shape.
+        denoised: the guided prediction `D`, of x's shape.
+        uncond: the unconditional prediction `U`, of x's shape.
 
-    Source: "CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models", Chung et
-    al. 2024, arXiv 2406.08070.
+    Source: Chung et al., CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models (2024), arXiv
+    2406.08070.
     """
 
     denoised: Tensor
@@ -34,20 +36,18 @@ class Guided(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """``denoiser(x, sigma, **conditioning) -> denoised``: any callable of this form is a denoiser.
+    """`denoiser(x, sigma, **conditioning) -> denoised`: any callable of this form is a denoiser.
 
-    ``x`` has shape (batch, *event) for any event shape, ``sigma`` has shape (batch,), and
-    ``denoised`` (or both members of the `Guided` pair returned instead) has x's shape.
-    ``conditioning`` is whatever the callable takes.
+    `x` has shape (batch, *event) for any event shape, `sigma` has shape (batch,), and `denoised` (or both members of
+    the `Guided` pair returned instead) has x's shape. `conditioning` stands for any keyword arguments.
 
-    What it returns is read again later, by samplers that remember it and by guidance in two calls.
-    A buffer that the next call overwrites is copied then (``kinvert.denoisers.buffers``); a new tensor
-    each time saves the copy. ``x`` is not the denoiser's to write to; where a run starts it is the
-    caller's own.
+    The result is read again later, by samplers that remember it and by guidance in two calls. If it is a buffer that
+    the next call overwrites, it is copied (`kinvert.denoisers.buffers`); returning a new tensor each time saves the
+    copy. A denoiser must not write to `x`, which is the caller's own tensor at the start of a run.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, /, *args: Any, **conditioning: Any) -> Tensor | Guided:
-        """The denoised x."""
+        """Return the denoised x."""
         ...
 
 
@@ -74,7 +74,7 @@ def take_rows(denoiser: Denoiser, index: Tensor) -> Denoiser:
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype to compute in: float64 for float64 x, float32 for float32 and half precision.
+    """Return the dtype to compute in: float64 for float64 x, float32 for float32 and half precision.
 
     Raises:
         TypeError: x is not a floating-point tensor.
@@ -86,7 +86,7 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def expand(sigma: Tensor, x: Tensor) -> Tensor:
-    """sigma (batch,) as (batch, 1, …, 1), to multiply x (batch, *event), in x's working dtype.
+    """Reshape sigma (batch,) to (batch, 1, …, 1), so that it multiplies x (batch, *event), in x's working dtype.
 
     Raises:
         TypeError: sigma is not a tensor.
@@ -104,8 +104,8 @@ def expand(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    """Whether a tensor of `shape` broadcasts to exactly `target`."""
-    last = target[len(target) - len(shape) :]  # of the same length: torch.compile of torch 2.4 zips no other
+    """Tell whether a tensor of `shape` broadcasts to exactly `target`."""
+    last = target[len(target) - len(shape) :]  # same length: torch.compile of torch 2.4 supports no other zip
     return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, last, strict=True))
 
 
@@ -115,13 +115,12 @@ def check_output(output: Any, x: Tensor, name: str, call: str) -> Tensor:
     Args:
         output: what the callable returned.
         x: its first argument.
-        name: what to call it in messages, e.g. ``"model"``.
-        call: its arguments as they are written in a lambda, e.g. ``"x, t, **c"``.
+        name: its name in messages, e.g. "model".
+        call: its arguments as written in a lambda, e.g. "x, t, **c".
 
     Raises:
         TypeError: it is not a tensor; the message says how to unwrap it.
-        ValueError: it has another shape; the message says how to drop a learned variance where that
-            is the cause.
+        ValueError: it has another shape; the message says how to drop a learned variance, if that is the cause.
     """
     wrap = f"wrap it: lambda {call}: {name}({call})"
     if not isinstance(output, Tensor):

@@ -1,18 +1,29 @@
-"""The engine: the one place where Plans, and rules, meet tensors."""
+"""The engine: the one place where Plans, and rules, meet tensors.
 
-from kinvert.engine.contract import check_state as check_state
-from kinvert.engine.fused import BLOCK as BLOCK
-from kinvert.engine.fused import Constants as Constants
-from kinvert.engine.fused import FusedRun as FusedRun
-from kinvert.engine.fused import fused_loop as fused_loop
-from kinvert.engine.loop import noise_for as noise_for
-from kinvert.engine.loop import plain_loop as plain_loop
-from kinvert.engine.loop import run as run
-from kinvert.engine.loop import run_state as run_state
-from kinvert.engine.step import Callback as Callback
-from kinvert.engine.step import Memory as Memory
-from kinvert.engine.step import Progress as Progress
-from kinvert.engine.step import advance as advance
-from kinvert.engine.step import combine as combine
-from kinvert.engine.step import evaluate as evaluate
-from kinvert.engine.step import stage_sigmas as stage_sigmas
+`loop` is the loop that runs every sampler, `step` one step of it, `stepwise` the loop in the caller's hands. `kernels`
+and `fused` do the same in fewer passes over memory; `graphs` records it; `adaptive` chooses its steps on the way.
+"""
+
+from kinvert.engine.contract import check_state
+from kinvert.engine.draws import noise_for
+from kinvert.engine.fused import FusedRun, fused_loop
+from kinvert.engine.loop import plain_loop, run, run_state
+from kinvert.engine.step import Callback, Memory, Progress, advance, combine, stage_sigmas
+from kinvert.engine.stepwise import Stepwise
+
+__all__ = [
+    "Callback",
+    "FusedRun",
+    "Memory",
+    "Progress",
+    "Stepwise",
+    "advance",
+    "check_state",
+    "combine",
+    "fused_loop",
+    "noise_for",
+    "plain_loop",
+    "run",
+    "run_state",
+    "stage_sigmas",
+]

@@ -1,8 +1,8 @@
 r"""Steps chosen on the way: DPM-Solver with an error estimate, `dpm_adaptive`.
 
-A trial step is a Step like any other: compiled from the rule for the levels in question, executed by `engine.advance`.
-The controller reads one number per trial, the error, and decides on the next step; so, other than a Plan, the levels
-depend on the state, and on the whole batch.
+A trial step is compiled from the rule for its levels and made by `advance`, like any step of a Plan. The controller
+reads one number per trial, the error, and decides on the next step. So, unlike those of a Plan, the levels depend on
+the state, and on the whole batch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kinvert.checks import check_values
 from kinvert.coefficients import ancestral_split
 from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
-from kinvert.engine import Callback, Memory, Progress, advance, combine, stage_sigmas
 from kinvert.engine.contract import check_state, checked_noise
+from kinvert.engine.step import Callback, Memory, Progress, advance, combine, stage_sigmas
 from kinvert.forms import Form, State
 from kinvert.forms import Noise as NoiseSymbol
 from kinvert.noise import Noise, bind, default_noise, replay
@@ -26,19 +26,21 @@ from kinvert.plan import Interval, compile_step
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.tensors import wide_dtype
 
+__all__ = ["AdaptiveInfo", "ends", "run_adaptive"]
+
 MAX_TRIALS = 10_000
 X, NOISE = Form.of(State("x")), Form.of(NoiseSymbol(0))
 
 
 @dataclass(frozen=True)
 class AdaptiveInfo:
-    """What a run took.
+    """The cost of a run.
 
     Attributes:
         steps: trial steps.
         evaluations: denoiser evaluations, `order` for each trial.
-        accepted: trials whose result was taken.
-        rejected: trials that were made again with a shorter step.
+        accepted: trials whose result was used.
+        rejected: trials that were repeated with a shorter step.
         memory: values of x's size that are carried from trial to trial besides x: the low-order result of the last
             accepted one.
     """
@@ -58,10 +60,10 @@ def run_adaptive(
     noise: Noise | None = None,
     callback: Callback | None = None,
 ) -> tuple[Tensor, AdaptiveInfo]:
-    """Run from `x` at `sigmas[0]` to the last positive noise level of the schedule, by steps of its own.
+    """Run from `x` at `sigmas[0]` to the last positive noise level of the schedule, in steps that it chooses.
 
     Args:
-        solver: the pair and the settings of the controller.
+        solver: the pair of methods, and the settings of the controller.
         denoiser: `denoiser(x, sigma) -> denoised` with x (batch, *event) and sigma (batch,).
         x: the state, shape (batch, *event), floating point. It is not modified.
         sigmas: noise levels, 1-D, falling or rising; only the ends count. With a single positive level x is returned.
@@ -111,20 +113,20 @@ def run_adaptive(
 
 
 def ends(sigmas: tuple[float, ...]) -> tuple[float, float]:
-    """The first level of a schedule and its last positive one."""
+    """Return the first level of a schedule and its last positive one."""
     return sigmas[0], sigmas[-1] or sigmas[-2]
 
 
 @dataclass
 class _Controller:
-    """Signed width h of the next trial in lambda, and what the PID law remembers: the last two accepted 1 / error."""
+    """The signed width h of the next trial in lambda, and the last two accepted 1 / error for the PID law."""
 
     solver: DPMAdaptive
     h: float
     history: tuple[float, float] | None = None
 
     def accepts(self, error: float, sigma: float, target: float, trials: int) -> bool:
-        """Take note of a trial: whether it is accepted. Sets h for the next one."""
+        """Tell whether a trial is accepted, and set h for the next one."""
         p, i, d = self.solver.pcoeff, self.solver.icoeff, self.solver.dcoeff
         where = f"{self.solver.name}: in the trial step {trials} from sigma {sigma:g} to {target:g}"
         if not math.isfinite(error):
@@ -152,7 +154,7 @@ class _Controller:
 
 
 def _error(solver: DPMAdaptive, state: Memory, low_before: Tensor) -> float:
-    """The one number that the host reads in a trial."""
+    """Return the error estimate, the one number that the host reads in a trial."""
     wide = wide_dtype(low_before.dtype)
     low, high = state["low"].to(wide), state["x"].to(wide)
     allowed = (solver.rtol * torch.maximum(low.abs(), low_before.to(wide).abs())).clamp(min=solver.atol)
@@ -160,7 +162,7 @@ def _error(solver: DPMAdaptive, state: Memory, low_before: Tensor) -> float:
 
 
 def _split(solver: DPMAdaptive, sigma: float, target: float, last: float) -> tuple[float, float]:
-    """Where the step goes, not below the last level, and how much noise fills up to its target."""
+    """Return the level that the step goes to, not below the last one, and the noise that leads from there to target."""
     if not solver.eta:
         return target, 0.0
     down = max(ancestral_split(sigma, target, solver.eta)[0], last)

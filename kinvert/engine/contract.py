@@ -23,9 +23,11 @@ from kinvert.tensors import is_half, wide_dtype
 
 __all__ = [
     "check_coordinates",
+    "check_edit",
     "check_memory",
     "check_outputs",
     "check_plan",
+    "check_resumed",
     "check_state",
     "checked_noise",
     "checked_output",
@@ -180,3 +182,55 @@ def check_coordinates(plan: Plan, denoiser: Any) -> None:
                 f"the Plan of {plan.rule.name} is one for variance-exploding coordinates, but the denoiser takes flow "
                 f"times; use ki.compile_plan(ki.flow_sampler({plan.rule.name!r}, levels), sigmas)"
             )
+
+
+def check_edit(plan: Plan, index: int, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Raise TypeError or ValueError if `new` values cannot replace those that step number `index` starts from."""
+    step, name = plan.steps[index], plan.rule.name
+    for key, value in new.items():
+        if key not in step.reads:
+            raise ValueError(
+                f"step {index} of {name} does not read {key!r}, so that replacing it changes nothing; it reads "
+                f"{', '.join(sorted(step.reads))}"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the new {key} must be a tensor, got {type(value).__name__}")
+        check_beside(f"the new {key}", value, old[key])
+        got, want = [(tuple(t.shape), t.dtype, t.device) for t in (value, old[key])]
+        if got != want:
+            error = ValueError if got[1:] == want[1:] else TypeError
+            raise error(
+                f"the new {key} must have shape {want[0]}, {want[1]}, on {want[2]}, as the old one, got {got[0]}, "
+                f"{got[1]}, on {got[2]}"
+            )
+    rows = (step.x, *(form for _, form in step.memory))
+    carried = {str(symbol.key) for row in rows for symbol, _ in row if symbol.kind == "state"}
+    missing = carried & _copies_of_x(plan, index) - new.keys()
+    if "x" not in carried and missing:
+        raise ValueError(
+            f"step {index} of {name} shows x to the denoiser and goes on from {', '.join(sorted(missing))} instead, so "
+            f"that a new x alone would be lost; replace it too, run.replace(x, {', '.join(sorted(missing))}=...)"
+        )
+
+
+def _copies_of_x(plan: Plan, index: int) -> set[str]:
+    """Return the values before a step that depend on the first state by other ways than the denoiser alone."""
+    names = set(plan.steps[0].reads | {"x"})
+    for step in plan.steps[:index]:
+        rows = ("x", step.x), *step.memory
+        names = {key for key, form in rows if any(s.kind == "state" and s.key in names for s, _ in form)}
+    return names
+
+
+def check_resumed(plan: Plan, state: Any) -> None:
+    """Raise TypeError or ValueError if `state` is not where a run of the Plan can go on."""
+    if not isinstance(state, dict) or not {"sampler", "sigmas", "step", "stage", "values"} <= state.keys():
+        raise TypeError(f"state must be the state of a run, run.state, got {type(state).__name__}")
+    if (state["sampler"], tuple(state["sigmas"])) != (repr(plan.rule), plan.sigmas):
+        raise ValueError(
+            f"the state belongs to {state['sampler']} on {len(state['sigmas'])} noise levels, the Plan is of "
+            f"{plan.rule!r} on {len(plan.sigmas)}; compile the Plan for the same sampler and the same sigmas"
+        )
+    needed = {"x"} if state["step"] == len(plan.steps) else plan.steps[state["step"]].reads | {"x"}
+    if not needed <= state["values"].keys():
+        raise ValueError(f"the state lacks {', '.join(sorted(needed - state['values'].keys()))}; save all of run.state")

@@ -1,7 +1,7 @@
 """The readable reference: a rule run step by step on tensors, without a Plan.
 
-The rule's own step maths is what is computed, in the order in which it is written. So it serves to debug a rule, and
-the compiled run is tested against it for every sampler.
+It computes the rule's own formulas in the order in which they are written. It serves to debug a rule, and the tests
+compare the compiled run of every sampler with it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from torch import Tensor
 from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep
-from kinvert.engine import Memory, evaluate, stage_sigmas
-from kinvert.engine.contract import check_state, checked_noise
+from kinvert.engine.contract import check_outputs, check_state, checked_noise
+from kinvert.engine.step import Memory, stage_sigmas
 from kinvert.forms import Form
 from kinvert.noise import Noise, NoiseFunction, bind, default_noise
 from kinvert.plan import Interval, Stage, Step
 from kinvert.rules.base import Rule, StepBuilder
+
+__all__ = ["run_eager"]
 
 
 def run_eager(rule: Rule, denoiser: Denoiser, x: Tensor, sigmas: Any, noise: Noise | None = None) -> Tensor:
@@ -54,7 +56,7 @@ class _EagerStep(StepBuilder):
 
     def _evaluate(self, x: Any, sigma: float, guided: bool) -> tuple[Any, Any]:
         stage = Stage(sigma, Form({}), guided)
-        outputs = list(evaluate(self._denoiser, x, stage_sigmas([sigma], x)[0], stage, self._step))
+        outputs = list(check_outputs(self._denoiser(x, stage_sigmas([sigma], x)[0]), x, stage, self._step))
         keep(outputs)  # the rule may remember them
         return outputs[0], outputs[1]
 

@@ -1,7 +1,7 @@
-"""A run in few passes over memory: the kernels that `program` lays out for a Plan, in buffers that are used again.
+"""A run in few passes over memory: the kernels that `kernels.program` lays out for a Plan, in reused memory.
 
-The results are those of `engine`'s plain loop, to rounding. It is for runs that no one differentiates, vectorises or
-compiles, and needs to know who holds a tensor: a row that the denoiser keeps is not overwritten.
+The results are those of the plain loop, to rounding. It serves runs that nobody differentiates, vectorises or compiles,
+and it counts who holds a tensor: a row that the denoiser keeps is not overwritten.
 """
 
 from __future__ import annotations
@@ -18,83 +18,88 @@ from kinvert import torch_hooks
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
 from kinvert.engine.contract import check_outputs, checked_noise
-from kinvert.engine.kernels import Call, Kernel, Pass, Program, program
+from kinvert.engine.kernels import Call, Program, StepKernels, program
+from kinvert.engine.operations import Add, Blend, Kernel, Lerp, Mix, Scale, Sum
+from kinvert.engine.products import Products, blocks_for
 from kinvert.engine.step import Callback, Memory, Progress, stage_sigmas
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan
 from kinvert.tensors import is_half, wide_dtype
 
-BLOCK = 2048
-"""A product with one result is made in pieces of so many columns, if they divide the rows: on a CPU 15 to 40 % faster
-than in one piece. Products with several results are slower in pieces."""
-_CONSTANTS: WeakKeyDictionary[Plan, tuple[Any, Constants, int | None]] = WeakKeyDictionary()
+__all__ = ["FusedRun", "Uploaded", "fused_loop"]
+
+_Kind = tuple[torch.Size, torch.dtype, torch.device, type]
+_LATEST: WeakKeyDictionary[Plan, tuple[_Kind, Uploaded, int | None]] = WeakKeyDictionary()
+"""What the latest run of each Plan uploaded, for which kind of state, and the version of its noise levels then."""
+
+StepOnDevice = tuple[StepKernels, tuple[tuple[Call, Tensor], ...]]
+"""The kernels of a step, and its evaluations with their noise levels, shape (batch,)."""
 
 
 @dataclass(frozen=True)
-class Constants:
-    """What does not change from run to run: the program of a Plan, and its numbers on the device.
+class Uploaded:
+    """The program of a Plan and its numbers on the device, which do not change from run to run.
 
     Attributes:
         program: the kernels.
-        passes: the steps of the program, and the evaluations of each with their noise levels, shape (batch,).
+        steps: the steps of the program, with the noise levels of their evaluations.
+        levels: those noise levels, one after the other.
         matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
-        blocks: pieces that a product is made in; see `BLOCK`.
+        blocks: the number of blocks that a product is computed in; see `products.BLOCK`.
     """
 
     program: Program
-    passes: tuple[tuple[Pass, tuple[tuple[Call, Tensor], ...]], ...]
+    steps: tuple[StepOnDevice, ...]
+    levels: tuple[Tensor, ...]
     matrices: tuple[Tensor, ...]
     blocks: int
 
     @classmethod
-    def of(cls, plan: Plan, x: Tensor) -> Constants:
+    def of(cls, plan: Plan, x: Tensor) -> Uploaded:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=is_half(x.dtype))
         sigmas = stage_sigmas(plan.stage_levels, x)
-        levels = (level.clone() for level in sigmas.unbind(0))  # a compiled network asks where a tensor starts
-        passes = tuple([(one, tuple([(call, next(levels)) for call in one.calls])) for one in code.passes])
-        blocks = x.numel() // BLOCK if code.side == 1 and x.numel() % BLOCK == 0 else 0
+        levels = tuple([level.clone() for level in sigmas.unbind(0)])  # a compiled network asks where a tensor starts
+        rest = iter(levels)
+        steps = tuple([(one, tuple([(call, next(rest)) for call in one.calls])) for one in code.steps])
         if not code.matrices:
-            return cls(code, passes, (), 1)
+            return cls(code, steps, levels, (), 1)
+        blocks = blocks_for(code, x)
         lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
         lines = lines.to(x.dtype).to(x.device)
-        matrices = [m.expand(blocks or 1, -1, -1) for m in lines.split([len(matrix) for matrix in code.matrices])]
-        return cls(code, passes, tuple(matrices), blocks or 1)
-
-    @property
-    def version(self) -> int | None:
-        """Return a number that changes if somebody writes into the noise levels, or None if that cannot be told."""
-        versions = [torch_hooks.version(level) for _, evaluations in self.passes for _, level in evaluations]
-        return None if None in versions else sum(filter(None, versions))
+        matrices = [m.expand(blocks, -1, -1) for m in lines.split([len(matrix) for matrix in code.matrices])]
+        return cls(code, steps, levels, tuple(matrices), blocks)
 
 
-def constants_for(plan: Plan, x: Tensor) -> Constants:
-    """The constants of a Plan; those of its latest run, if the state is alike and no denoiser wrote into its sigma."""
-    if torch.is_inference_mode_enabled():  # tensors made in it are of no use outside
-        return Constants.of(plan, x)
-    key = (x.shape, x.dtype, x.device, type(x))
-    known = _CONSTANTS.get(plan)
-    if known is None or known[0] != key or known[2] is None or known[1].version != known[2]:
-        constants = Constants.of(plan, x)
-        known = _CONSTANTS[plan] = (key, constants, constants.version)
-    return known[1]
+def uploaded(plan: Plan, x: Tensor) -> Uploaded:
+    """Return the numbers of a Plan on the device: those of its latest run if they still serve.
+
+    They do if the state is alike and no denoiser wrote into its sigma.
+    """
+    if torch.is_inference_mode_enabled():  # tensors made in this mode cannot be used outside of it
+        return Uploaded.of(plan, x)
+    kind = (x.shape, x.dtype, x.device, type(x))
+    latest = _LATEST.get(plan)
+    version = torch_hooks.total_version
+    if latest is None or latest[0] != kind or latest[2] is None or version(latest[1].levels) != latest[2]:
+        numbers = Uploaded.of(plan, x)
+        latest = _LATEST[plan] = (kind, numbers, version(numbers.levels))
+    return latest[1]
 
 
 class FusedRun:
-    """A run as `program` lays it out: `start`, `advance` through the steps, `end`; again and again if need be.
+    """A run by the kernels of a program: `start`, `make_steps`, `end`; as often as needed.
 
-    The values of the run are rows, which are used again from step to step, and tensors that are not the engine's (x,
-    what the denoiser returned), which are never written to. Products need the rows side by side in one buffer. Each row
-    is a tensor that starts its storage all the same, so that all inputs of a compiled network look alike.
+    Values live in rows, which are used again from step to step, and in foreign tensors (x, what the denoiser returned),
+    which are never written to. Products need the rows side by side in one buffer. Each row is still a tensor that
+    starts its own storage, so that all inputs of a compiled network look alike.
     """
 
-    def __init__(self, constants: Constants, x: Tensor) -> None:
-        code = constants.program
-        self.constants, self.code, self.x = constants, code, x
+    def __init__(self, numbers: Uploaded, x: Tensor) -> None:
+        code = numbers.program
+        self.numbers, self.code, self.x = numbers, code, x
         self.values: list[Any] = [None] * (code.rows + code.foreign)
         self.contiguous = x.is_contiguous()
-        # Products of matrices, unlike those with vectors, may be taken in TensorFloat-32 or less if the user allows it.
-        self.exact = code.side and x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
         self.storages, self.users = [0] * code.rows, [0] * code.rows
         if code.side:
             strides = x.stride() if self.contiguous else torch.empty_like(x).stride()
@@ -105,59 +110,50 @@ class FusedRun:
                 self.place(slot, torch.empty_like(x))
 
     def bind(self, buffer: Tensor) -> None:
-        """Take the rows of `buffer`, shape (rows, batch, *event), for the values."""
-        n, numel = self.code.rows, self.x.numel()
+        """Use the rows of `buffer`, shape (rows, batch, *event), for the values."""
         self.buffer, rows = buffer, separate(buffer)
-        self.sides, self.results = self.products(buffer.as_strided((n, numel), (numel, 1)))
-        for slot in range(n):
+        self.products = Products(self.code, buffer, self.numbers.blocks)
+        for slot in range(self.code.rows):
             self.place(slot, rows[self.code.place(slot)])
 
     def place(self, slot: int, row: Tensor) -> None:
-        """Take a tensor for a row, and note how many know its memory."""
+        """Use a tensor as a row, and note how many tensors share its memory."""
+        _, users = torch_hooks.holder_counters()
         self.values[slot], self.storages[slot] = row, torch_hooks.storage_key(row)
-        self.users[slot] = torch_hooks.holder_counters()[1](self.storages[slot])
+        self.users[slot] = users(self.storages[slot])
 
-    def replace(self, slot: int) -> None:
+    def leave(self, slot: int) -> None:
         """Leave a row to the denoiser, which keeps it, and go on with a copy."""
         if self.code.side:
             self.bind(self.buffer.clone())
         else:
             self.place(slot, self.values[slot].clone())
 
-    def products(self, buffer: Tensor) -> tuple[Any, Any]:
-        """What a product reads and what it writes, for either side: rows in pieces, or one by one."""
-        n, side = self.code.rows, self.code.side
-        if self.exact:
-            blocks = self.constants.blocks
-            pieces = buffer.view(n, blocks, buffer.shape[1] // blocks).transpose(0, 1)
-            return (pieces[:, : n - side], pieces[:, side:]), (pieces[:, :side], pieces[:, n - side :])
-        return (buffer[: n - side].t(), buffer[side:].t()), (buffer[:side].unbind(0), buffer[n - side :].unbind(0))
-
     def start(self, state: Memory) -> None:
-        """Take up the initial state: as it is, or copied into its row."""
-        if self.code.side:  # a product reads all rows of a side, with weight 0 where they mean nothing yet
+        """Take the initial state: by reference, or copied into its row."""
+        if self.code.side:  # a product reads all rows of a side, with weight 0 if they mean nothing yet
             self.buffer.zero_()
         self.evaluations = 0
         for name, slot in self.code.start.items():
-            self.put(slot, state[name])
+            self.store(slot, state[name])
 
-    def advance(
+    def make_steps(
         self,
-        passes: Iterable[tuple[Pass, tuple[tuple[Call, Tensor], ...]]],
+        steps: Iterable[StepOnDevice],
         denoiser: Denoiser,
         draw: NoiseFunction,
         callback: Callback | None = None,
     ) -> None:
-        """Make steps, which are some of `constants.passes`. An input that the denoiser keeps is not overwritten."""
+        """Make some of the steps in `numbers.steps`. An input that the denoiser keeps is not overwritten."""
         values, compute, dtype, shape = self.values, self.compute, self.x.dtype, self.x.shape
         holders, users = torch_hooks.holder_counters()
-        for (step, draws, _, kernels, dead), calls in passes:
+        for (step, draws, _, update, dead), calls in steps:
             seen = None
             for slot, interval in draws:
                 self.draw(slot, draw, interval)
-            for (stage, before, slot, out, out_uncond, lives_on), sigma in calls:
-                if before:
-                    compute(before)
+            for (stage, kernels, slot, out, out_uncond, lives_on), sigma in calls:
+                if kernels:
+                    compute(kernels)
                 x = values[slot]
                 held = holders(x)
                 denoised: Any = denoiser(x, sigma)
@@ -168,20 +164,20 @@ class FusedRun:
                 if slot >= 0 and (holders(x) != held or users(self.storages[slot]) != self.users[slot]):
                     denoised, uncond = self.owned(denoised, slot), self.owned(uncond, slot)
                     if holders(x) != held or users(self.storages[slot]) != self.users[slot]:
-                        self.replace(slot)
+                        self.leave(slot)
                 if lives_on and out < 0:
                     outputs = [denoised, uncond]
-                    del denoised, uncond  # the list has to be all there is of them
+                    del denoised, uncond  # the list has to hold the only references
                     keep(outputs)
                     denoised, uncond = outputs
                     del outputs
-                self.put(out, denoised)
+                self.store(out, denoised)
                 if out_uncond is not None:
-                    self.put(out_uncond, uncond)
+                    self.store(out_uncond, uncond)
                 if callback is not None and seen is None:
                     seen = values[slot].clone(), denoised.clone()
-                del denoised, uncond  # what is in a row need not live on
-            compute(kernels)
+                del denoised, uncond  # what was copied into a row can be freed
+            compute(update)
             for slot in dead:
                 values[slot] = None
             self.evaluations += len(calls)
@@ -189,22 +185,22 @@ class FusedRun:
                 callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=self.evaluations))
 
     def end(self) -> Memory:
-        """The final state, in tensors of its own."""
+        """Return the final state, in tensors of its own."""
         final = {}
         for name, (slot, scale) in self.code.end.items():
             value = self.values[slot].to(self.x.dtype, copy=True)
             final[name] = value if scale == 1.0 else value.mul_(scale)
         return final
 
-    def put(self, slot: int, value: Tensor) -> None:
-        """A tensor that is not the engine's: as it is, or copied into a row."""
+    def store(self, slot: int, value: Tensor) -> None:
+        """Store a foreign tensor in `slot`: by reference (slot < 0), or copied into the row."""
         if slot < 0:
             self.values[slot] = value
         else:
             self.values[slot].copy_(value)
 
     def draw(self, slot: int, draw: NoiseFunction, interval: Interval) -> None:
-        """Noise, straight into its row where the source can do that."""
+        """Draw noise, straight into its row if the source can write there."""
         into = getattr(draw, "into", None)
         if into is not None and self.contiguous:
             into(self.values[slot], *interval)
@@ -212,42 +208,36 @@ class FusedRun:
             self.values[slot].copy_(checked_noise(draw, interval, self.x))
 
     def owned(self, out: Any, slot: int) -> Any:
-        """What the denoiser returned; a copy where that is its input, or a part of it."""
+        """Return what the denoiser returned, as a copy if it is the denoiser's input or a part of it."""
         return out.clone() if out is not None and torch_hooks.storage_key(out) == self.storages[slot] else out
 
     def compute(self, kernels: tuple[Kernel, ...]) -> None:
-        """Run kernels; see `program.Kernel`."""
+        """Run kernels."""
         values = self.values
-        for op, out, a, b, weight, terms in kernels:
-            if op == "lerp":
+        for kernel in kernels:
+            if type(kernel) is Lerp:
+                out, a, b, weight = kernel
                 lerp(values[a], values[b], weight, out=values[out])
-            elif op == "add":
+            elif type(kernel) is Add:
+                out, a, b, weight = kernel
                 torch.add(values[a], values[b], alpha=weight, out=values[out])
-            elif op == "mix":
-                self.mix(out, a, self.constants.matrices[b])
-            elif op == "scale":
+            elif type(kernel) is Mix:
+                out, side, number = kernel
+                self.products.mix(out, side, self.numbers.matrices[number])
+            elif type(kernel) is Scale:
+                out, a, weight = kernel
                 torch.mul(values[a], weight, out=values[out])
-            elif op == "blend" and values[a].dtype == values[b].dtype:
-                torch.lerp(values[a], values[b], weight, out=values[out])
-            else:
+            elif type(kernel) is Blend and values[kernel.a].dtype == values[kernel.b].dtype:
+                torch.lerp(values[kernel.a], values[kernel.b], kernel.weight, out=values[kernel.out])
+            elif type(kernel) is Sum or type(kernel) is Blend:
                 wide = torch.zeros_like(self.x, dtype=wide_dtype(self.x.dtype))
-                for slot, c in terms:
+                for slot, c in kernel.terms:
                     wide.add_(values[slot], alpha=c)
-                values[out].copy_(wide)
-
-    def mix(self, out: int, side: int, matrix: Tensor) -> None:
-        """The product for a whole side, or for the input of an evaluation, which takes the place of x alone."""
-        rows, result = self.sides[side], self.results[out != 0]
-        if self.exact:
-            lines = matrix.size(1)
-            torch.bmm(matrix, rows, out=result if lines == self.code.side else result[:, :lines])
-        else:
-            for line, row in zip(matrix[0].unbind(0), result, strict=False):
-                torch.mv(rows, line, out=row)
+                values[kernel.out].copy_(wide)
 
 
 def separate(buffer: Tensor) -> tuple[Tensor, ...]:
-    """The rows of a buffer, each as a tensor that starts its own storage where torch can do that."""
+    """Return the rows of a buffer, each as a tensor that starts its own storage if torch can do that."""
     rows = buffer.unbind(0)
     if type(buffer) is not Tensor or buffer.device.type == "meta":
         return rows
@@ -257,14 +247,18 @@ def separate(buffer: Tensor) -> tuple[Tensor, ...]:
 
 
 def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
-    """The run as `program` lays it out: the same values in buffers that are used again from step to step."""
+    """Run a Plan by the kernels of its program.
+
+    Raises:
+        ValueError: the denoiser wrote into x.
+    """
     state = {name: lay_out(value) for name, value in state.items()}
     x = state["x"]
     version = torch_hooks.version(x)
-    constants = constants_for(plan, x)
-    fused = FusedRun(constants, x)
+    numbers = uploaded(plan, x)
+    fused = FusedRun(numbers, x)
     fused.start(state)
-    fused.advance(constants.passes, denoiser, draw, callback)
+    fused.make_steps(numbers.steps, denoiser, draw, callback)
     if torch_hooks.version(x) != version:
         raise ValueError(
             "the denoiser wrote into x, so that the state and your own tensor changed under the run; let it work on a "

@@ -1,43 +1,81 @@
 """CUDA graphs: the kernels of a run, of a step, or of one evaluation, recorded once and launched as one.
 
-Between two kernels of a small network the GPU waits for Python. A recorded graph has no Python in it: `capture` records
-the denoiser and all steps of a Plan, for runs that are repeated (the same Plan, denoiser, conditioning and shape, other
-x and noise), as one graph or as one for each step; `captured_denoiser` records one evaluation, which pays within a
-single run and is what `sample(..., graph=True)` uses.
+Between two kernels of a small network the GPU waits for Python. A recorded graph has no Python in it:
+
+* `capture` records the denoiser and all steps of a Plan, as one graph or as one for each step. It pays for runs that
+  are repeated: the same Plan, denoiser, conditioning and shape, other x and noise.
+* `captured_denoiser` records one evaluation. It pays within a single run; `sample(..., graph=True)` uses it.
 
 Recording needs a CUDA device and a denoiser that can be recorded: no reads of the device by the host, no shapes that
-depend on values, no random numbers of its own. Where that is not so, the same calls run without a graph and `reason`
-says why. Noise is drawn before a launch, into tensors that the graph reads, so that any noise source will do.
+depend on values, no random numbers of its own. Otherwise the same calls run without a graph and `reason` says why.
+Noise is drawn before a launch, into tensors that the graph reads, so any noise source will do.
 
-Graphs of single steps share their memory and are launched in the order in which they were recorded, so that what one
-leaves, denoised values among it, the next ones find. Between them there is Python again: a callback can see the run,
-and noise is drawn step by step. A run in one graph is one launch; its noise, `plan.draws` states, is drawn ahead.
+Graphs of single steps share their memory and are launched in the order in which they were recorded, so that each finds
+what earlier ones left there. Between them there is Python again: a callback can see the run, and noise is drawn step by
+step. A run in one graph is one launch; its noise, `plan.draws` states, is drawn ahead.
 
 Compiling instead, `torch.compile(lambda x: ki.run(plan, denoiser, x), fullgraph=True)`, fuses each linear combination
-into one kernel and works where the denoiser compiles as a whole.
+into one kernel and works if the denoiser compiles as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from kinvert.checks import check_choice
 from kinvert.denoisers import Denoiser, Guided
-from kinvert.engine import Callback, Constants, FusedRun, Progress, noise_for, run
 from kinvert.engine.contract import check_plan, check_state, checked_noise
+from kinvert.engine.draws import noise_for
+from kinvert.engine.fused import FusedRun, Uploaded
+from kinvert.engine.loop import run
+from kinvert.engine.step import Callback, Progress
 from kinvert.noise import Noise
 from kinvert.plan import Plan
 from kinvert.tensors import wide_dtype
 from kinvert.torch_hooks import can_reuse_memory
 
+__all__ = [
+    "RECORDERS",
+    "CapturedDenoiser",
+    "CapturedRun",
+    "Recorder",
+    "Recording",
+    "Steps",
+    "capture",
+    "captured_denoiser",
+    "record_cuda_graphs",
+]
+
 Steps = Literal["all", "each"]
 
 WARM_UPS = 2  # calls before the recording: libraries choose their kernels and take their memory in the first ones
+
+
+class Recording(NamedTuple):
+    """What a recorder gives.
+
+    Attributes:
+        launches: one function for each recorded function, which carries it out again; empty if there is a reason.
+        result: the tensor that the last of them writes.
+        reason: None, or why nothing was recorded.
+    """
+
+    launches: list[Callable[[], None]]
+    result: Any
+    reason: str | None
+
+
+class Recorder(Protocol):
+    """Records functions on a device; see `RECORDERS`."""
+
+    def __call__(self, functions: Sequence[Callable[[], Any]], x: Tensor, /) -> Recording:
+        """Record functions that work in place, to be launched in this order, for states like x."""
+        ...
 
 
 def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> CapturedRun:
@@ -49,12 +87,12 @@ def capture(plan: Plan, denoiser: Denoiser, x: Tensor, steps: Steps = "all") -> 
             graph is launched: change it in place, or capture again.
         x: a state like those to come: shape, dtype and device count, its values do not matter.
         steps: "all" in one graph, or a graph for "each", for runs that are watched by a callback, or whose noise
-            would take too much memory all at once.
+            would take too much memory if it were drawn ahead.
 
     Returns:
         A function `(x, noise=None, callback=None) -> Tensor` with the results of `ki.run(plan, denoiser, x, noise,
-        callback)`; its `reason` is None, or says why it runs without a graph. It also does so, for that call, where x
-        is of another shape, dtype or device, or a callback is given and all steps are one graph.
+        callback)`; its `reason` is None, or says why it runs without a graph. A single call runs without it, too, if x
+        has another shape, dtype or device, or if a callback is given and all steps are one graph.
 
     Raises:
         TypeError, ValueError: as `ki.run`, whose checks are made while recording.
@@ -89,29 +127,29 @@ class CapturedRun:
         self._parts = [range(count)] if steps == "all" else [range(i, i + 1) for i in range(count)]
         draws = [sum(len(plan.steps[i].noises) for i in part) for part in self._parts]
         self._noises = [torch.zeros_like(x) for _ in range(max(draws))]
-        self._seen: dict[int, Progress] = {}  # by step; the tensors are the same two for all of them
-        self._constants = Constants.of(plan, x)  # of its own: the graphs read them where they are
+        self._seen: dict[int, Progress] = {}  # by step; all share two tensors
+        self._numbers = Uploaded.of(plan, x)  # its own, since the graphs read them at their addresses
         self._fused: FusedRun | None = None
         self._launches, self._result, self.reason = _record([self._recording(part) for part in self._parts], x)
 
     def _recording(self, part: range) -> Callable[[], Tensor | None]:
-        """The function that is recorded for some steps; the last one returns the result."""
+        """Return the function to record for some steps; that of the last step returns the result."""
 
         def steps() -> Tensor | None:
             if self._fused is None:
-                self._fused = FusedRun(self._constants, self._x)
+                self._fused = FusedRun(self._numbers, self._x)
             if part[0] == 0:
                 self._fused.start({"x": self._x})
             noises = iter(self._noises)
             callback = self._keep if self.steps == "each" else None
-            passes = self._constants.passes[part[0] : part[-1] + 1]
-            self._fused.advance(passes, self.denoiser, lambda a, b: next(noises), callback)
+            recorded = self._numbers.steps[part[0] : part[-1] + 1]
+            self._fused.make_steps(recorded, self.denoiser, lambda a, b: next(noises), callback)
             return self._fused.end()["x"] if part[-1] == len(self.plan.steps) - 1 else None
 
         return steps
 
     def _keep(self, progress: Progress) -> None:
-        """Where a callback finds what it is to see: in two tensors that every step writes."""
+        """Copy what callbacks receive into two fixed tensors, so that the graph writes to stable addresses."""
         known = next(iter(self._seen.values()), None)
         x = torch.empty_like(progress.x) if known is None else known.x
         denoised = torch.empty_like(progress.denoised) if known is None else known.denoised
@@ -163,25 +201,32 @@ class CapturedDenoiser:
 
 
 def _alike(x: Tensor, like: Tensor) -> bool:
+    """Tell whether a recording for `like` serves x."""
     return (x.shape, x.dtype, x.device, x.stride()) == (like.shape, like.dtype, like.device, like.stride())
 
 
-def _record(functions: Sequence[Callable[[], Any]], x: Tensor) -> tuple[list[Callable[[], None]], Any, str | None]:
-    """(launches, the result that the last of them writes, None), or (no launches, None, the reason why not)."""
-    if x.device.type != "cuda":
-        return [], None, f"x is on {x.device.type}, and only a CUDA device has graphs"
+def _record(functions: Sequence[Callable[[], Any]], x: Tensor) -> Recording:
+    """Record functions, one graph for each, with the recorder of x's device."""
+    recorder = RECORDERS.get(x.device.type)
+    if recorder is None:
+        return Recording([], None, f"x is on {x.device.type}, and only a CUDA device has graphs")
     if not can_reuse_memory():
-        return [], None, "this version of torch lacks what the engine needs to run in place"
+        return Recording([], None, "this version of torch lacks what the engine needs to run in place")
+    return recorder(functions, x)
+
+
+def record_cuda_graphs(functions: Sequence[Callable[[], Any]], x: Tensor) -> Recording:
+    """Record functions as CUDA graphs that share their memory; the `Recorder` for "cuda"."""
     with torch.no_grad(), torch.cuda.device(x.device):
         try:
-            return *_cuda_graphs(functions), None
+            return _cuda_graphs(functions)
         except RuntimeError as error:  # also what CUDA raises for an operation that cannot be recorded
             torch.cuda.synchronize()
-            return [], None, f"the denoiser cannot be recorded: {error}"
+            return Recording([], None, f"the denoiser cannot be recorded: {error}")
 
 
-def _cuda_graphs(functions: Sequence[Callable[[], Any]]) -> tuple[list[Callable[[], None]], Any]:
-    """Warm up on a stream of its own, as CUDA asks for, then record one after the other into shared memory."""
+def _cuda_graphs(functions: Sequence[Callable[[], Any]]) -> Recording:
+    """Warm up on a stream of its own, as CUDA requires, then record one function after the other."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -195,4 +240,8 @@ def _cuda_graphs(functions: Sequence[Callable[[], Any]]) -> tuple[list[Callable[
         with torch.cuda.graph(graph, pool=memory):
             result = function()
         launches.append(graph.replay)
-    return launches, result
+    return Recording(launches, result, None)
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": record_cuda_graphs}
+"""The recorder for each type of device; add one for a device that has graphs of its own."""

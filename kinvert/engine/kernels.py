@@ -1,19 +1,21 @@
-r"""A Plan as kernel calls: where each value of a run lives, and in how many passes over memory it is computed.
+r"""A Plan as kernel calls: where each value of a run lives, and how it is computed in few passes over memory.
 
-A run keeps its values in *slots*. Slots 0, 1, ... are rows, which the engine allocates once and
-overwrites from step to step; slots -1, -2, ... hold tensors that are not the engine's own (the caller's x, what the
-denoiser returned) and are never written to. The linear combinations of a Plan become
+A run keeps its values in *slots*. Slots 0, 1, ... are rows: the engine allocates them once and overwrites them from
+step to step. Slots -1, -2, ... hold foreign tensors (the caller's x, what the denoiser returned), which are never
+written to. The linear combinations of a Plan become
 
-* chains of `lerp` and scaled `add`, in place where the old value is not needed any more. Terms that sum to 1 (x,
-  denoised values) are interpolated one after the other, positive weights first, so that no partial sum vanishes; the
-  rest (noise, slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes.
-* `mix`: one product of a small matrix with neighbouring rows, for all rows of an update at once. k terms and m results
-  take k + m passes, and 2 for every denoised value, which has to be copied into a row first. On a CPU it is as fast as
-  the chain at 4 terms and faster from 5 on, so a Plan with a row of more than `CHAIN` terms is computed so.
+* chains of `Lerp` and `Add`, in place if the old value is not needed any more. Terms that sum to 1 (x, denoised values)
+  are interpolated one after the other, positive weights first, so that no partial sum vanishes; the rest (noise,
+  slopes) is added. k terms take k - 1 operations and 3 (k - 1) passes over memory.
+* `Mix`: one product of a small matrix with neighbouring rows, for all rows of an update at once. k terms and m results
+  take k + m passes, and 2 more for every denoised value, which is first copied into a row. On a CPU a product is as
+  fast as a chain at 4 terms and faster from 5 on, so a Plan with a row of more than `CHAIN` terms is computed so.
 
-For `mix` the rows are laid out as [side A | ring | side B]. A side has the new x and the memory that is computed anew
-in each step; an update reads one side and the ring and writes the other side. The ring has what lives on as it is:
-noise, denoised values, past slopes.
+For `Mix` the rows are laid out as [side A | ring | side B]. A side holds the new x and the memory that each step
+computes anew; an update reads one side and the ring and writes the other side. The ring holds values that later steps
+read unchanged: noise, denoised values, past slopes.
+
+No tensor is met here: `kinvert.engine.fused` runs the kernels.
 """
 
 from __future__ import annotations
@@ -21,34 +23,26 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from kinvert.engine.operations import Add, Blend, Kernel, Lerp, Mix, Scale, Sum
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.plan import Interval, Plan, Stage, Step
+
+__all__ = ["Call", "Kernel", "Program", "StepKernels", "outlives", "program"]
 
 CHAIN = 3  # the most terms for which a chain is preferred
 
 
-class Kernel(NamedTuple):
-    """One operation that writes the slot `out`.
-
-    "lerp": `a + weight (b - a)`; "add": `a + weight b`; "scale": `weight a`. "sum": the sum of `terms` (slot,
-    coefficient), in float32 where the state is in half precision; "blend": the same as a lerp if that can be. "mix":
-    the product of matrix number `b` with the rows of side `a` and the ring, into `out` and the slots after it.
-    """
-
-    op: Literal["lerp", "add", "scale", "sum", "blend", "mix"]
-    out: int
-    a: int = 0
-    b: int = 0
-    weight: float = 0.0
-    terms: tuple[tuple[int, float], ...] = ()
-
-
 class Call(NamedTuple):
-    """One evaluation: kernels that prepare the input, its slot, and the slots of what the denoiser returns.
+    """One evaluation of the denoiser.
 
-    `outlives`: they are read after another evaluation.
+    Attributes:
+        stage: the evaluation in the Plan.
+        kernels: what prepares the input.
+        input: the slot of the input.
+        denoised, uncond: the slots of what the denoiser returns; uncond is None if it returns no pair.
+        outlives: whether that is read after another evaluation.
     """
 
     stage: Stage
@@ -59,13 +53,21 @@ class Call(NamedTuple):
     outlives: bool
 
 
-class Pass(NamedTuple):
-    """One step: noises to draw into rows, evaluations, the kernels of the update, and slots that are done with."""
+class StepKernels(NamedTuple):
+    """One step as kernels.
+
+    Attributes:
+        step: the step in the Plan.
+        draws: rows and the intervals of the noises that are drawn into them.
+        calls: the evaluations.
+        update: the kernels of the new state.
+        dead: slots of foreign tensors that nothing reads after the step.
+    """
 
     step: Step
     draws: tuple[tuple[int, Interval], ...]
     calls: tuple[Call, ...]
-    kernels: tuple[Kernel, ...]
+    update: tuple[Kernel, ...]
     dead: tuple[int, ...]
 
 
@@ -75,12 +77,12 @@ class Program:
 
     Attributes:
         rows: number of rows, each as large as x.
-        side: number of rows of a side; 0 where there is no `mix`.
-        foreign: number of slots for tensors that are not the engine's.
+        side: number of rows of a side; 0 if there is no `Mix`.
+        foreign: number of slots for foreign tensors.
         start: slot of each value of the initial state.
         end: slot and scale of each value of the final state.
-        passes: the steps.
-        matrices: the rows of coefficients of each `mix`.
+        steps: the kernels of each step.
+        matrices: the rows of coefficients of each `Mix`.
         held: the most denoised values that are kept, outside the rows, while the denoiser is called again.
     """
 
@@ -89,17 +91,17 @@ class Program:
     foreign: int
     start: dict[str, int]
     end: dict[str, tuple[int, float]]
-    passes: tuple[Pass, ...]
+    steps: tuple[StepKernels, ...]
     matrices: tuple[tuple[tuple[float, ...], ...], ...]
     held: int
 
     @property
     def memory(self) -> int:
-        """Tensors of x's size that a run needs besides x and what the denoiser itself needs: rows and kept values."""
+        """Count the tensors of x's size that a run needs besides x and the denoiser's own memory."""
         return self.rows + self.held
 
     def place(self, slot: int) -> int:
-        """Where the row of a slot lies in memory, [side A | ring | side B]; slots count side A, side B, ring."""
+        """Return where the row of a slot lies in memory, [side A | ring | side B]; slots count side A, side B, ring."""
         return _place(slot, self.side, self.rows)
 
 
@@ -110,7 +112,10 @@ def _place(slot: int, side: int, rows: int) -> int:
 
 
 class _Value(NamedTuple):
-    """A value is `scale` times what its slot holds, which moves by `weight` where x and D are moved by 1."""
+    """A value: `scale` times what `slot` holds.
+
+    `weight` says by how much the slot's content shifts if x and all D shift by 1: 1 for states, 0 for noise.
+    """
 
     slot: int
     scale: float = 1.0
@@ -123,7 +128,7 @@ _coefficient = itemgetter(0)
 
 @dataclass
 class _Pool:
-    """Slots that are taken and given back; `step` is 1 for rows and -1 for the others."""
+    """Slots to take and to give back; `step` is 1 for rows and -1 for slots of foreign tensors."""
 
     next: int
     step: int
@@ -138,9 +143,12 @@ class _Pool:
 
 @functools.lru_cache(maxsize=64)
 def program(plan: Plan, half: bool = False) -> Program:
-    """The kernel calls of a Plan: chains alone or, where a row has many terms, products too.
+    """Return the kernel calls of a Plan: chains alone or, if a row has many terms, products too.
 
-    half: the state is in half precision. A lerp computes in float32 and rounds once; longer combinations are "sum"s.
+    Args:
+        plan: the Plan.
+        half: the state is in half precision. A lerp computes in float32 and rounds once; longer combinations are
+            computed as `Sum`.
     """
     longest = max(len(form) for step in plan.steps for form in _rows(step))
     return (_Mixed(plan) if longest > CHAIN and not half else _Chained(plan, half)).program()
@@ -151,45 +159,46 @@ def _rows(step: Step) -> list[Form]:
 
 
 def outlives(step: Step, stage: int) -> bool:
-    """Whether what a stage returns is read after another evaluation, or handed out as it is."""
+    """Tell whether what a stage returns is read after another evaluation, or handed out as it is."""
+    outputs = Denoised(stage), Uncond(stage)
     rows = [step.x, *(form for _, form in step.memory)]
     if stage == len(step.stages) - 1:
-        return any(form.alias() in (Denoised(stage), Uncond(stage)) for form in rows)
-    rows += [later.input for later in step.stages[stage + 2 :]]
-    return any(form[Denoised(stage)] or form[Uncond(stage)] for form in rows)
+        return any(form.alias() in outputs for form in rows)
+    later = [*rows, *(after.input for after in step.stages[stage + 2 :])]
+    handed_out = step.stages[stage + 1].input.alias() in outputs
+    return handed_out or any(form[symbol] for form in later for symbol in outputs)
 
 
 def _chain(out: int, form: Form, known: Known, first: int | None = None) -> list[Kernel]:
-    """The kernels for a form, from the slot `first` on, by default the one with the largest coefficient."""
+    """Return the kernels for a form, starting from the slot `first`, by default the one of the largest coefficient."""
     terms = _by_slot(form, known)
     moving = sorted([(c, slot) for slot, (c, value) in terms.items() if _moves(value)], key=_coefficient, reverse=True)
     others = sorted([(c, v.slot) for c, v in terms.values() if not _moves(v)], key=_coefficient, reverse=True)
     if not terms:
-        return [Kernel("sum", out)]
+        return [Sum(out, ())]
     start, a = (terms[first][0], first) if first is not None else (moving or others)[0]
     rest = [(c, slot) for c, slot in moving if slot != a]
     total = start + sum([c for c, _ in rest])
     size = sum([abs(c) for c, _ in terms.values()])
     if not (len(rest) < len(moving) and start > 0 and abs(total - 1.0) <= 1e-12 * size):
-        scaled = [Kernel("scale", out, a, weight=start)]
-        return scaled + [Kernel("add", out, out, slot, c) for c, slot in rest + others if slot != a]
+        return [Scale(out, a, start), *(Add(out, out, slot, c) for c, slot in rest + others if slot != a)]
     kernels, before, left = list[Kernel](), start, [c for c, _ in rest]
     for i, (c, slot) in enumerate(rest, start=1):
-        reached = 1.0 - sum(left[i:])  # partial sums, that end at 1
+        reached = 1.0 - sum(left[i:])  # the partial sum up to here; the last one is 1
         # The smaller weight is passed on: near 1 it would lose its digits in float32.
         if before < c:
-            kernels.append(Kernel("lerp", out, slot, a, before / reached))
+            kernels.append(Lerp(out, slot, a, before / reached))
         else:
-            kernels.append(Kernel("lerp", out, a, slot, c / reached))
+            kernels.append(Lerp(out, a, slot, c / reached))
         a, before = out, reached
     for c, slot in others:
-        kernels.append(Kernel("add", out, a, slot, c))
+        kernels.append(Add(out, a, slot, c))
         a = out
-    return kernels or [Kernel("scale", out, a, weight=1.0)]
+    return kernels or [Scale(out, a, 1.0)]
 
 
 def _by_slot(form: Form, known: Known) -> dict[int, tuple[float, _Value]]:
-    """The terms of a form by their slots; one slot may have several names."""
+    """Return the terms of a form by their slots; one slot may have several names."""
     terms: dict[int, tuple[float, _Value]] = {}
     for symbol, c in form:
         value = known[symbol]
@@ -199,7 +208,7 @@ def _by_slot(form: Form, known: Known) -> dict[int, tuple[float, _Value]]:
 
 
 def _moves(value: _Value) -> bool:
-    """Whether a value moves with x and D, so that it may be interpolated."""
+    """Tell whether a value shifts as x and D do, so that it may be interpolated."""
     return abs(value.weight - 1.0) < 1e-9
 
 
@@ -208,9 +217,9 @@ def _weight(form: Form, known: Known) -> float:
 
 
 class _Chained:
-    """Assigns slots and writes down the kernels; every combination is a chain."""
+    """Assign slots and write down the kernels; every combination is a chain."""
 
-    fixed = 0  # rows below are not given back
+    fixed = 0  # rows below this number are never given back
 
     def __init__(self, plan: Plan, half: bool = False) -> None:
         self.plan, self.half = plan, half
@@ -221,15 +230,15 @@ class _Chained:
         names = sorted(self.plan.steps[0].reads | {"x"})
         self.state = {State(name): _Value(self.home(name)) for name in names}
         self.start = {name: self.state[State(name)].slot for name in names}
-        passes = tuple([self.step(step) for step in self.plan.steps])
+        steps = tuple([self.step(step) for step in self.plan.steps])
         end = {str(symbol.key): (value.slot, value.scale) for symbol, value in self.state.items()}
-        return Program(self.rows.next, 0, -1 - self.foreign.next, self.start, end, passes, (), self.held)
+        return Program(self.rows.next, 0, -1 - self.foreign.next, self.start, end, steps, (), self.held)
 
     def home(self, name: str) -> int:
-        """The slot of a value of the initial state: it stays the caller's."""
+        """Return the slot of a value of the initial state, which stays the caller's tensor."""
         return self.foreign.take()
 
-    def step(self, step: Step) -> Pass:
+    def step(self, step: Step) -> StepKernels:
         known = dict(self.state)
         draws, calls, scratch = [], [], list[int]()
         for r, interval in enumerate(step.noises):
@@ -253,10 +262,10 @@ class _Chained:
         dead = tuple(slot for slot in done if slot < 0)
         self.foreign.free += dead
         self.rows.free += [slot for slot in done if slot >= self.fixed]
-        return Pass(step, tuple(draws), tuple(calls), tuple(kernels), dead)
+        return StepKernels(step, tuple(draws), tuple(calls), tuple(kernels), dead)
 
     def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
-        """The slot and the kernels of a denoiser's input."""
+        """Return the slot and the kernels of a denoiser's input."""
         scratch.append(self.rows.take())
         return scratch[-1], self.combine(scratch[-1], form, known)
 
@@ -265,16 +274,16 @@ class _Chained:
         if not self.half:
             return kernels
         terms = tuple((known[s].slot, c) for s, c in form)
-        if len(kernels) == 1 and kernels[0].op == "lerp":
-            return [kernels[0]._replace(op="blend", terms=terms)]
-        return [Kernel("sum", out, terms=terms)]
+        if len(kernels) == 1 and isinstance(kernels[0], Lerp):
+            return [Blend(*kernels[0], terms)]
+        return [Sum(out, terms)]
 
     def output(self, symbol: Symbol, step: Step) -> int:
-        """The slot of what the denoiser returns."""
+        """Return the slot of what the denoiser returns."""
         return self.foreign.take()
 
     def update(self, step: Step, known: Known) -> list[Kernel]:
-        """The new state: memory first, then x, each in place of an old row that nothing reads after it if it can be."""
+        """Compute memory, then x. Each overwrites a row that is not read again, if there is one."""
         rows = [*step.memory, ("x", step.x)]
         kernels: list[Kernel] = []
         self.state = {State(name): known[alias] for name, form in rows if (alias := form.alias()) is not None}
@@ -293,7 +302,7 @@ class _Chained:
 
 
 class _Mixed(_Chained):
-    """The same with `Mix` for updates, and for inputs of more than `CHAIN` terms."""
+    """Use `Mix` for updates, and for inputs of more than `CHAIN` terms."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -304,7 +313,7 @@ class _Mixed(_Chained):
         self.fixed = 2 * len(self.side)
         self.rows = _Pool(self.fixed, 1)
         self.now = 0
-        self.mixes: list[tuple[int, list[dict[int, float]]]] = []  # the side that is read, and the rows
+        self.mixes: list[tuple[int, list[dict[int, float]]]] = []  # for each: the side that is read, and the rows
 
     def program(self) -> Program:
         chained = super().program()
@@ -312,11 +321,11 @@ class _Mixed(_Chained):
         return replace(chained, side=len(self.side), matrices=matrices)
 
     def home(self, name: str) -> int:
-        """The slot of a value of the initial state, which is copied into its row."""
+        """Return the row of a value of the initial state, which is copied there."""
         return self.side.index(name) if name in self.side else self.rows.take()
 
-    def step(self, step: Step) -> Pass:
-        """Settle first which rows the product computes, and which denoised values it has to find in the ring."""
+    def step(self, step: Step) -> StepKernels:
+        """Decide first which rows the product computes, and which denoised values have to lie in the ring."""
         self.kept = [(name, form) for name, form in step.memory if name not in self.side]
         self.mixed = {name: form for name, form in (("x", step.x), *step.memory) if name in self.side}
         in_ring = {alias for _, form in self.kept if (alias := form.alias()) is not None}
@@ -331,16 +340,16 @@ class _Mixed(_Chained):
         return super().step(step)
 
     def prepare(self, form: Form, known: Known, scratch: list[int]) -> tuple[int, list[Kernel]]:
-        """The denoiser's input lies where the next x will be."""
+        """Return the slot of the next x, where the denoiser's input is computed, and the kernels."""
         out = (1 - self.now) * len(self.side)
         return out, _chain(out, form, known) if len(form) <= CHAIN else [self.mix(out, [form], known)]
 
     def output(self, symbol: Symbol, step: Step) -> int:
-        """A row of the ring for what a product needs."""
+        """Return a row of the ring for what a product reads, else the slot of a foreign tensor."""
         return self.rows.take() if symbol in self.in_ring else self.foreign.take()
 
     def update(self, step: Step, known: Known) -> list[Kernel]:
-        """Past values stay where they are, new ones enter the ring, and one product computes the rest."""
+        """Leave past values where they are, put new ones into the ring, and compute the rest by one product."""
         kernels: list[Kernel] = []
         state: Known = {}
         known = dict(known)
@@ -351,10 +360,12 @@ class _Mixed(_Chained):
                 continue
             out, unit = self.rows.take(), 1.0
             chain = _chain(out, form, known)
-            if len(chain) > 1 and chain[0].op == "scale":  # saves a pass: the value in units of its first coefficient
-                (_, _, a, _, unit, _), *rest = chain
-                chain = [k._replace(a=a if i == 0 else out, weight=k.weight / unit) for i, k in enumerate(rest)]
-            kernels += chain
+            if len(chain) > 1 and isinstance(chain[0], Scale):  # saves a pass: in units of the first coefficient
+                _, first, unit = chain[0]
+                added = [k for k in chain if isinstance(k, Add)]
+                kernels += [Add(out, out if i else first, k.b, k.weight / unit) for i, k in enumerate(added)]
+            else:
+                kernels += chain
             state[State(name)] = known[_new(name)] = _Value(out, unit, _weight(form, known) / unit)
         if self.mixed:
             out = (1 - self.now) * len(self.side)
@@ -369,14 +380,14 @@ class _Mixed(_Chained):
         self.state = state
         return kernels
 
-    def mix(self, out: int, forms: list[Form], known: Known) -> Kernel:
-        """The kernel for some forms at once; its matrix is written down when the number of rows is known."""
+    def mix(self, out: int, forms: list[Form], known: Known) -> Mix:
+        """Return the kernel for some forms at once; its matrix is made when the number of rows is known."""
         rows = [{slot: c for slot, (c, _) in _by_slot(form, known).items()} for form in forms]
         self.mixes.append((self.now, rows))
-        return Kernel("mix", out, self.now, len(self.mixes) - 1)
+        return Mix(out, self.now, len(self.mixes) - 1)
 
     def matrix(self, now: int, rows: list[dict[int, float]]) -> tuple[tuple[float, ...], ...]:
-        """The coefficients in the order of the rows in memory, from the side that is read to the end of the ring."""
+        """Return the coefficients in the order in memory of the rows that are read: a side and the ring."""
         total, side = self.rows.next, len(self.side)
         dense = []
         for row in rows:
@@ -392,7 +403,7 @@ def _new(name: str) -> Symbol:
 
 
 def _eliminate(row: Form, symbol: Symbol, form: Form, name: str) -> Form:
-    """`row` with `symbol` expressed by the new value `name`, which is `form`."""
+    """Return `row` with `symbol` expressed by the new value `name`, which is `form`."""
     factor = row[symbol] / form[symbol]
     terms = {s: row[s] - factor * form[s] for s in {**row.terms, **form.terms} if s != symbol}
     return Form({**terms, _new(name): factor})

@@ -24,12 +24,14 @@ from kinvert.checks import check_callback, has_values, plain
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.dtypes import explain
 from kinvert.engine.contract import check_coordinates, check_memory, check_plan, warn_if_rising_drowns
+from kinvert.engine.draws import noise_for
 from kinvert.engine.fused import fused_loop
-from kinvert.engine.step import Callback, Memory, Progress, advance, stage_sigmas
-from kinvert.noise import Noise, NoiseFunction, bind, default_noise
+from kinvert.engine.step import Callback, Memory
+from kinvert.engine.stepwise import Stepwise
+from kinvert.noise import Noise, NoiseFunction
 from kinvert.plan import Plan
 
-__all__ = ["noise_for", "plain_loop", "run", "run_state"]
+__all__ = ["plain_loop", "run", "run_state"]
 
 _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
@@ -105,20 +107,13 @@ def run_state(
 
 
 def _plain_loop(
-    plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None
+    plan: Plan, denoiser: Denoiser, values: Memory, draw: NoiseFunction, callback: Callback | None
 ) -> Memory:
     """Run a Plan as it is written: a new tensor for every value."""
-    sigmas = stage_sigmas(plan.stage_levels, state["x"])
-    first = 0
-    for step in plan.steps:
-        levels = sigmas[first : first + len(step.stages)]
-        state, seen = advance(step, denoiser, state, draw, levels, watched=callback is not None)
-        first += len(step.stages)
-        if callback is not None and seen is not None:
-            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=first))
-    # A last step "x' = D" hands out the denoiser's own tensor, which the denoiser may reuse.
-    rows = {"x": plan.steps[-1].x, **dict(plan.steps[-1].memory)}
-    return {name: value.clone() if rows[name].alias() else value for name, value in state.items()}
+    run = Stepwise(plan, values, draw, callback)
+    while not run.done:
+        run.send(denoiser(run.x, run.sigma))
+    return run.values
 
 
 @contextmanager
@@ -142,11 +137,3 @@ def _is_watched(x: Tensor) -> bool:
         or torch_hooks.is_forward_mode()
         or torch_hooks.is_wrapper(x)
     )
-
-
-def noise_for(plan: Plan, noise: Noise | None, x: Tensor) -> NoiseFunction:
-    """Return the noise function of a run; a deterministic Plan leaves torch's global generator alone."""
-    if not plan.is_stochastic:
-        return lambda sigma_from, sigma_to: x  # never called
-    source = default_noise(plan.rule.default_noise) if noise is None else noise
-    return bind(source, x, plan.noise_levels, plan.rule.noise_clip)

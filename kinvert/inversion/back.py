@@ -17,7 +17,7 @@ from torch import Tensor
 from kinvert.checks import has_values, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of, settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, expand, guide, step_cfg
-from kinvert.engine import Callback, advance, check_state, run_state, stage_sigmas
+from kinvert.engine import Callback, Progress, advance, check_state, run_state, stage_sigmas
 from kinvert.flowtimes import FlowTimes
 from kinvert.noise import replay
 from kinvert.parts import in_parts
@@ -91,7 +91,10 @@ class WayBack:
             guidance, max_batch = {}, None
         if embeddings:
             plan = compile_plan(self.sampler, self.sigmas)
-            return sample_embedded(plan, denoiser, latent, embeddings, **guidance)
+            return sample_embedded(
+                plan, denoiser, latent, embeddings, callback=callback, progress=progress, max_batch=max_batch,
+                **guidance,
+            )  # fmt: skip
         if memory:
             denoise = in_parts(self._bound(denoiser, latent, sigmas), latent, max_batch, graph=False)
             if self.mask is not None and self.image is not None:
@@ -116,7 +119,8 @@ class WayBack:
     ) -> Tensor:
         plan = compile_plan(self.sampler, self.sigmas).closed
         if bar:
-            callback = with_bar(callback, f"sample {self.sampler.name}", len(plan.steps), plan.sigmas[-1])
+            steps = sum(1 for step in plan.steps if step.stages)  # the first step of a given pair may need none
+            callback = with_bar(callback, f"sample {self.sampler.name}", steps, plan.sigmas[-1])
         image = run_state(plan, denoiser, {"x": latent, **memory}, callback=callback)["x"]
         if has_values(image) and not bool(image.isfinite().all()):
             raise ValueError(f"{self.sampler.name}: the result is not finite; check the denoiser, or use a wider dtype")
@@ -141,13 +145,22 @@ def sample_embedded(
     cfg: float = 1.0,
     positive: Conditioning = None,
     negative: Conditioning = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+    max_batch: int | None = None,
 ) -> Tensor:
     """Sample with a negative conditioning for each step: `embeddings`, by keyword, shape (steps, batch, ...)."""
-    state = x
+    if progress:
+        callback = with_bar(callback, f"sample {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     for step in plan.steps:
         at_step = {key: value[step.index] for key, value in embeddings.items()}
-        state = guided_step(step, denoiser, state, cfg, positive, {**(negative or {}), **at_step})
-    return state
+        bound = guide(denoiser, cfg, positive, {**(negative or {}), **at_step}, batch=len(x))
+        parts, level = in_parts(bound, x, max_batch, graph=False), stage_sigmas([step.sigma], x)
+        state, seen = advance(step, parts, {"x": x}, lambda *_: x, level, watched=callback is not None)  # noqa: B023
+        x = state["x"]
+        if callback is not None and seen is not None:
+            callback(Progress(step.index, step.sigma, step.sigma_next, *seen, evaluations=step.index + 1))
+    return x
 
 
 def guided_step(

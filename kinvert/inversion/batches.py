@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine.contract import checked_output
+from kinvert.torch_hooks import is_view
 
 
 @dataclass(frozen=True)
@@ -64,4 +65,4 @@ def _filled(rows: Tensor, more: int) -> Tensor:
     """The rows and `more` copies of the first, in a tensor of its own: a view of another is copied."""
     if more:
         return torch.cat([rows, rows[:1].expand(more, *rows.shape[1:])])
-    return rows.clone() if rows._is_view() or rows.storage_offset() else rows
+    return rows.clone() if is_view(rows) or rows.storage_offset() else rows

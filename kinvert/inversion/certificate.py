@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +16,7 @@ from kinvert.inversion.verdict import image_size
 from kinvert.plan import Plan
 from kinvert.tensors import rms, wide_dtype
 
-__all__ = ["Found", "certify", "warn_of"]
+__all__ = ["Found", "certify"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +29,9 @@ class Found:
         evaluations: spent on each sample, the check included; a number, or shape (batch,).
         checking: those of `evaluations` that went into the certificate.
         residuals: shape (steps, batch), or (1, batch) for a run solved as one; None takes the round-trip error.
-        reasons: why samples did not converge, by their place; `otherwise` for the rest.
-        otherwise: why a sample did not converge that `reasons` says nothing about.
+        reasons: why samples did not converge, by their place, for every one that did not; None if the method did not
+            look, so that the certificate asks the device.
+        otherwise: the reason of every sample that did not converge, if `reasons` is None.
         notes: what else to tell a reader.
         failures: what to tell of the samples that did not converge; `invert` warns of it.
         row_checks, noises, memory, embeddings, contraction, amplification: see `Inversion`.
@@ -42,7 +42,7 @@ class Found:
     evaluations: Tensor | int
     checking: int
     residuals: Tensor | None = None
-    reasons: Mapping[int, Reason] = field(default_factory=dict)
+    reasons: Mapping[int, Reason] | None = None
     otherwise: Reason = Reason.STALLED
     notes: Sequence[str] = ()
     failures: Sequence[str] = ()
@@ -71,10 +71,10 @@ def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, regi
     allowed = tol * image_size(x, plan.sigmas, region)
     converged = error <= allowed
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device) + found.evaluations
-    reasons = []
-    for i, (is_there, is_finite) in enumerate(zip(converged.tolist(), error.isfinite().tolist(), strict=True)):
-        reason = found.reasons.get(i, found.otherwise) if is_finite else Reason.NOT_FINITE
-        reasons.append(Reason.CONVERGED if is_there else reason)
+    reasons = found.reasons
+    if reasons is None:
+        reasons = dict.fromkeys((~converged).nonzero()[:, 0].tolist(), found.otherwise)
+    reasons = {i: reason if error[i].isfinite() else Reason.NOT_FINITE for i, reason in reasons.items()}
     return Inversion(
         latent=plain(found.latent).to(x.dtype),
         residuals=error[None] if found.residuals is None else plain(found.residuals),
@@ -92,13 +92,7 @@ def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, regi
         restored=restored.to(x.dtype),
         contraction=found.contraction,
         amplification=found.amplification,
-        reasons=tuple(reasons),
+        reasons=tuple(reasons.get(i, Reason.CONVERGED) for i in range(len(x))),
         back=back,
         warnings=(*found.notes, *found.failures),
     )
-
-
-def warn_of(verb: str, notes: Sequence[str], stacklevel: int) -> None:
-    """Warn of what did not come out, in one RuntimeWarning."""
-    if notes:
-        warnings.warn(f"{verb}: {'; '.join(notes)}", RuntimeWarning, stacklevel=stacklevel)

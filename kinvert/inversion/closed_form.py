@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +14,7 @@ from kinvert.inversion.problem import Reason
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.inversion.solvers import Auto, Solver
 from kinvert.inversion.task import Task
+from kinvert.inversion.telling import warn_user
 from kinvert.plan import Plan
 
 __all__ = ["ClosedForm"]
@@ -53,21 +53,21 @@ class ClosedForm:
                 f"{rounding:.2g} of the image's size in {task.x.dtype}, more than the tolerance {task.tol:.2g}; use a "
                 "higher precision or fewer steps"
             )
-            warnings.warn(before[0], RuntimeWarning, stacklevel=4)
+            warn_user(before[0])
         undone = invert_reversible(plan, task.solving, x)
         restored = task.sample(undone.latent, undone.memory)
         error = task.error(restored)
         lost = task.failed(error)
-        finite = error.isfinite().tolist()
+        failures = [f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost]
         return Found(
             latent=undone.latent,
             restored=restored,
             evaluations=torch.full_like(task.problem.budget, undone.evaluations + plan.closed.evaluations),
             checking=plan.closed.evaluations,
             residuals=x.new_zeros(1, len(x)),  # nothing was solved, so nothing is left over
-            reasons={i: Reason.PRECISION if finite[i] else Reason.NOT_FINITE for i in lost},
-            notes=before,
-            failures=[f"sample {task.samples[i]} not inverted: round-trip error {error[i]:.2g}" for i in lost],
+            reasons=dict.fromkeys(lost, Reason.PRECISION),
+            notes=[*before, *failures] if before else (),  # warned of before the run
+            failures=() if before else failures,
             memory={name: value.to(task.x.dtype) for name, value in undone.memory.items()},
             amplification=growth,
         )

@@ -19,11 +19,12 @@ from kinvert.engine import Callback, check_state
 from kinvert.forms import State
 from kinvert.inversion.back import WayBack
 from kinvert.inversion.batches import FewBatches
-from kinvert.inversion.certificate import certify, warn_of
+from kinvert.inversion.certificate import certify
 from kinvert.inversion.result import Inversion
 from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
 from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.telling import warn_user
 from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
@@ -136,7 +137,8 @@ def invert(
         inside = None if region is None else region[index]
         task = Task(plan, part, x[index], goal, limit, callback, index, inside, network=network)
         found = route.solve(task, solver)
-        warn_of(f"invert({plan.rule.name})", found.failures, stacklevel=4)
+        if found.failures:
+            warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
         parts.append(certify(plan, task.x, goal, found, back, inside))
     joined = Inversion.join(parts)
     evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)

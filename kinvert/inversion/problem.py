@@ -135,7 +135,7 @@ class Problem:
         """
         if self.plan is None or len(self.plan.steps) != 1:
             return None
-        r = self.couplings.r
+        r = self.plan.sigmas[-1] / self.plan.sigmas[0]
         return (self.value - r * u) / (1.0 - r)
 
 
@@ -242,9 +242,9 @@ class Search:
         """Replace the best iterates of the samples `index`."""
         self.u[index], self.residual[index] = u, residual
 
-    def root(self, denoised: Tensor | None = None, reached: Tensor | None = None) -> Root:
-        """Return the best iterates, with the reason why each search ended."""
-        poor = self.affords(self.everyone) < 1
+    def root(self, denoised: Tensor | None = None, reached: Tensor | None = None, least: int = 1) -> Root:
+        """Return the best iterates, with the reason why each search ended; a next step would take `least` calls."""
+        poor = self.affords(self.everyone) < least
         reason = torch.where(poor, int(Reason.BUDGET), int(Reason.STALLED))
         reason = torch.where(self.residual.isfinite(), reason, int(Reason.NOT_FINITE))
         enough = self.problem.tolerance if self.problem.judge is None else self.problem.judge.enough

@@ -177,20 +177,31 @@ class StepByStep:
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)
-            fine = residual <= max(
-                float(allowed[step.index, i]), self.rounded * task.eps * float(task.unit(step.sigma)[i])
-            )
-            ended = Reason.STALLED if found.reasons is None else Reason(int(found.reasons[step.index, i]))
+            rounded = residual <= self.rounded * task.eps * float(task.unit(step.sigma)[i])
+            ended = _ended(found.reasons, step.index, i)
+            if residual <= float(allowed[step.index, i]) and task.limit < UNLIMITED:
+                ended = Reason.BUDGET  # for solving the steps finer, since their errors add up
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
-            reasons[i] = _reason(ended, fine, folded)
+            reasons[i] = _reason(ended, rounded, folded)
         return reasons, notes
 
 
-def _reason(ended: Reason, fine: bool, folded: bool) -> Reason:
+def _ended(reasons: Tensor | None, step: int, i: int) -> Reason:
+    """Return how the attempt on a sample ended: at its worst step, or at the first other one that it did not solve.
+
+    `reasons` is None if there were no evaluations for an attempt.
+    """
+    if reasons is None:
+        return Reason.BUDGET
+    every = [int(reasons[step, i]), *reasons[:, i].tolist()]  # all CONVERGED if the plain run came closer
+    return next((Reason(code) for code in every if code != Reason.CONVERGED), Reason.STALLED)
+
+
+def _reason(ended: Reason, rounded: bool, folded: bool) -> Reason:
     """Return why a sample was not inverted, from how its worst step ended."""
     if ended == Reason.NOT_FINITE:
         return ended
-    if fine:
+    if rounded:
         return Reason.PRECISION
     if ended == Reason.BUDGET:
         return ended
@@ -206,8 +217,7 @@ def _plain(task: Task, up: Plan | None) -> tuple[Trajectory, Tensor]:
     residuals = x.new_zeros(len(plan.steps), len(x))
     residuals[-1] = task.error(plain.restored)  # every other step goes where the next one starts
     spent = torch.full((len(x),), plain.evaluations, dtype=torch.int64, device=x.device)
-    reasons = torch.full((len(plan.steps), len(x)), int(Reason.STALLED), device=x.device)
-    return Trajectory(plain.trajectory(plan, x), residuals, spent, reasons), plain.restored.to(x.dtype)
+    return Trajectory(plain.trajectory(plan, x), residuals, spent), plain.restored.to(x.dtype)
 
 
 def _solve_again(

@@ -8,7 +8,6 @@ units give the same latents, in those units, and the same verdicts.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from kinvert.checks import is_number
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import stage_sigmas
+from kinvert.inversion.telling import warn_user
 from kinvert.noise import white
 from kinvert.tensors import rms, wide_dtype
 
@@ -74,7 +74,7 @@ def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtyp
             f"images or none can reach it{wider}, or leave tol out"
         )
     if note:
-        warnings.warn(note, RuntimeWarning, stacklevel=4)
+        warn_user(note)
     return [note] if note else []
 
 
@@ -143,10 +143,8 @@ def check_rows(denoiser: BoundDenoiser, x: Tensor, sigmas: Sequence[float]) -> T
                 "for others. Is it batch normalisation in training mode? Call model.eval(), or give one sample at a "
                 "time, here and to sample (max_batch=1)"
             )
-        warnings.warn(
+        warn_user(
             f"the denoiser does not return the same for the same input: {again:.2g} of its size apart (sigma "
             f"{level:.4g}), so that no round trip can be exact. Is it dropout? Call model.eval()",
-            RuntimeWarning,
-            stacklevel=4,
         )
     return spent

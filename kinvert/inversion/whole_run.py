@@ -41,6 +41,7 @@ class WholeRun:
         inner: the root finder for the steps of E.
         folded: a run folds if the least singular value of its derivative is below this part of what it would be
             without a denoiser.
+        rounded: errors up to so many roundings of the image are rounding.
     """
 
     methods: ClassVar[dict[str, Callable[[], Solver]]] = {"auto": Sweeps, "sweeps": Sweeps}
@@ -50,6 +51,7 @@ class WholeRun:
     outer: Solver = field(default_factory=lambda: Anderson(window=12, max_iterations=40))
     inner: Solver = field(default_factory=lambda: Anderson(max_iterations=25))
     folded: float = 0.1
+    rounded: float = 8.0
 
     def accepts(self, plan: Plan) -> bool:
         """Tell whether the run starts from x alone."""
@@ -114,7 +116,9 @@ class WholeRun:
                 )
             notes.append(note)
             reasons[i] = Reason.BUDGET if poor else Reason.STALLED
-            if not poor and value is not None and value < self.folded * free:
+            if error[i] <= self.rounded * task.eps * task.judge.size[i]:
+                reasons[i] = Reason.PRECISION
+            elif not poor and value is not None and value < self.folded * free:
                 reasons[i] = Reason.FOLD
         return reasons, notes
 

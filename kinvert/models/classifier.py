@@ -1,34 +1,35 @@
-"""Which digit an image shows: a small classifier for each embedded model, to measure whether an edit took.
+"""Which digit an image shows: a small classifier for each embedded model, to measure whether an edit worked.
 
-``load("digits")(images)`` returns logits. The classifiers saw the images that the denoisers were trained on
-(:mod:`kinvert.models.train_classifier`), and none of :func:`kinvert.models.held_out`; ``data/NOTICE.md`` says whose
-images these are.
+`load("digits")(images)` returns logits. The classifiers saw the images that the denoisers were trained on
+(`kinvert.models.train_classifier`), and none of `kinvert.models.held_out`; `data/NOTICE.md` says whose images these
+are.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from kinvert import models
+from kinvert.models.stored import load_module
+
+__all__ = ["Architecture", "Classifier", "load"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a classifier: all that is needed besides the weights to build it."""
+    """The sizes of a classifier: with the weights, all that is needed to build it."""
 
     name: str
     shape: tuple[int, int, int]
-    """``(1, H, W)``."""
+    """`(1, H, W)`."""
     channels: tuple[int, ...]
     strides: tuple[int, ...]
-    """Of the 3x3 convolutions, one for each of the channels."""
+    """Strides of the 3x3 convolutions, one for each entry of `channels`."""
     features: int
-    """Values that are left for the last, linear layer."""
+    """Number of inputs of the last, linear layer."""
     num_classes: int = 10
 
 
@@ -36,8 +37,8 @@ class Classifier(nn.Module):
     """Convolutions and a linear layer.
 
     Attributes:
-        name: which model's images it knows.
-        shape: ``(1, H, W)`` of one image.
+        name: the model whose images it knows.
+        shape: `(1, H, W)` of one image.
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -72,19 +73,11 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device 
     """Return a trained classifier, in eval mode and with frozen parameters.
 
     Args:
-        name: ``"digits"`` (8x8) or ``"mnist"`` (28x28).
+        name: "digits" (8x8) or "mnist" (28x28).
         dtype: floating dtype of the parameters, and of the images to call it with.
         device: where the parameters go.
 
     Raises:
-        ValueError: no such name, or a dtype that is not floating point.
+        ValueError: an unknown name, or a dtype that is not floating point.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating point, got {dtype}")
-    tensors, metadata = models._read("classifiers", name)
-    arch = json.loads(metadata["architecture"])
-    arch |= {key: tuple(arch[key]) for key in ("shape", "channels", "strides")}
-    with torch.device("meta"):  # no random initialisation: the caller's random state stays as it is
-        model = Classifier(Architecture(**arch))
-    model.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
-    return model.eval().requires_grad_(False)
+    return load_module("classifiers", name, lambda sizes: Classifier(Architecture(**sizes)), dtype, device)

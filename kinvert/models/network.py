@@ -1,6 +1,6 @@
 r"""A small class-conditional U-Net under Karras preconditioning.
 
-With ``x = x0 + sigma * eps``, ``E[x0**2] = sigma_data**2`` and a network ``F`` the denoiser is
+With `x = x0 + sigma * eps`, `E[x0**2] = sigma_data**2` and a network `F` the denoiser is
 
     D(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4, label)
 
@@ -8,12 +8,14 @@ With ``x = x0 + sigma * eps``, ``E[x0**2] = sigma_data**2`` and a network ``F`` 
     c_out  = sigma sigma_data / sqrt(sigma**2 + sigma_data**2)
     c_in   = 1 / sqrt(sigma**2 + sigma_data**2)
 
-so that the input and the training target of ``F`` have unit variance at every sigma, and an error of ``F``
-reaches ``D`` scaled by ``c_out``, which vanishes with sigma ("Elucidating the Design Space of Diffusion-Based
-Generative Models", Karras, Aittala, Aila, Laine, 2022, arXiv 2206.00364, section 5).
+The input and the training target of `F` then have unit variance at every sigma. An error of `F` reaches `D` scaled by
+`c_out`, which vanishes with sigma.
 
-Every operation of ``F`` is smooth (SiLU, group norm, softmax), acts on each item of a batch by itself and
-runs in the dtype of ``x``: in float64 the inverse of a sampling step can be solved to round-off.
+Every operation of `F` is smooth (SiLU, group norm, softmax), acts on each item of a batch separately and runs in the
+dtype of `x`: in float64 the inverse of a sampling step can be solved to rounding.
+
+Source: Karras, Aittala, Aila and Laine, Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv
+2206.00364, section 5.
 """
 
 from __future__ import annotations
@@ -26,24 +28,26 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, sil
 
 from kinvert.checks import is_integer
 
+__all__ = ["Architecture", "EmbeddedDenoiser"]
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a denoiser: all that is needed besides the weights to build it."""
+    """The sizes of a denoiser: with the weights, all that is needed to build it."""
 
     name: str
     shape: tuple[int, int, int]
-    """``(1, H, W)``."""
+    """`(1, H, W)`."""
     sigma_data: float
     channels: tuple[int, int]
     """Channels at full and at half resolution."""
     patch: int = 1
-    """Side of the pixel-unshuffle: ``F`` works on images this many times smaller."""
+    """Side of the pixel unshuffle: `F` works on images that are smaller by this factor."""
     blocks: int = 2
-    """Residual blocks on the way down, at the bottom and on the way up, each."""
+    """Number of residual blocks on the way down, at the bottom, and on the way up."""
     embedding: int = 128
     dropout: float = 0.0
-    """Of the channels' values inside a residual block, in training only."""
+    """Rate of dropout inside a residual block, in training only."""
     num_classes: int = 10
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -71,7 +75,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, written out: every derivative of it exists in ``torch.func``."""
+    """Self-attention over the pixels, written out so that `torch.func` can take every derivative."""
 
     def __init__(self, channels: int, heads: int = 4) -> None:
         super().__init__()
@@ -88,7 +92,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """``F``: down to half resolution, attention there, and up again past one skip a block."""
+    """`F`: down to half resolution, attention there, and up again with one skip connection a block."""
 
     frequencies: Tensor
 
@@ -113,7 +117,7 @@ class UNet(nn.Module):
         self.head = _zeroed(nn.Conv2d(full, pixels, 3, padding=1))
 
     def forward(self, x: Tensor, noise: Tensor, label: Tensor) -> Tensor:
-        """Map an image (batch, 1, H, W), ``ln(sigma) / 4`` (batch,) and a label (batch,) to an image."""
+        """Map an image (batch, 1, H, W), `ln(sigma) / 4` (batch,) and a label (batch,) to an image."""
         angles = noise[:, None] * self.frequencies
         e = self.noise(torch.cat((angles.cos(), angles.sin()), dim=1)) + self.label(label)
         e = silu(self.mix(silu(e)))
@@ -131,13 +135,13 @@ class UNet(nn.Module):
 
 
 class EmbeddedDenoiser(nn.Module):
-    """A class-conditional denoiser ``D(x, sigma, label) = E[x0 | x, label]``.
+    """A class-conditional denoiser `D(x, sigma, label) = E[x0 | x, label]`.
 
     Attributes:
-        name: which data it was trained on.
-        shape: ``(1, H, W)`` of one image.
+        name: the data that it was trained on.
+        shape: `(1, H, W)` of one image.
         sigma_data, sigma_min, sigma_max: root mean square of the data, and the range of sigma to use it in.
-        num_classes, null_label: labels are ``0 .. num_classes - 1``; ``null_label`` stands for "no label".
+        num_classes, null_label: labels are `0 .. num_classes - 1`; `null_label` stands for "no label".
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -152,17 +156,16 @@ class EmbeddedDenoiser(nn.Module):
         """Denoise.
 
         Args:
-            x: ``x0 + sigma * eps``, shape ``(batch, 1, H, W)``, with ``x0`` in [-1, 1], in the model's dtype.
-            sigma: noise level, shape ``(batch,)``. Beyond [sigma_min / 2, 5 sigma_max], ``F`` is told the nearest
-                level in there; at 0 the result is ``x``.
-            label: classes, int64, shape ``(batch,)``, or an int, the class of all; ``null_label`` entries, like
-                ``None``, are unconditional.
+            x: `x0 + sigma * eps`, shape `(batch, 1, H, W)`, with `x0` in [-1, 1], in the model's dtype.
+            sigma: noise level, shape `(batch,)`. Outside [sigma_min / 2, 5 sigma_max] `F` is told the nearest end; at 0
+                the result is `x`.
+            label: classes, int64, shape `(batch,)`, or one int for all; `null_label`, like `None`, means unconditional.
 
         Returns:
-            The denoised images, shape, dtype and device of ``x``.
+            The denoised images, shape, dtype and device of `x`.
 
         Raises:
-            ValueError: a shape, a dtype or a label is not one of these.
+            ValueError: another shape or dtype, or a label out of range.
         """
         self._check(x, sigma)
         label = self._labels(x, label)
@@ -172,7 +175,7 @@ class EmbeddedDenoiser(nn.Module):
         noise = sigma.clamp(self.sigma_min / 2, self.sigma_max * 5).log() / 4  # the range seen in training
         try:
             f = self.net(c_in * x, noise, label)
-        except IndexError as e:  # raised on the CPU only: elsewhere the values of label cannot be looked at for free
+        except IndexError as e:  # only the CPU raises it; other devices cannot check labels without waiting
             raise ValueError(f"label must lie in 0..{self.null_label} ({self.null_label}: none)") from e
         return (data * c_in).square() * x + data * s * c_in * f
 
@@ -186,7 +189,7 @@ class EmbeddedDenoiser(nn.Module):
             raise ValueError(f"sigma must have shape ({len(x)},), one level an item, got {tuple(sigma.shape)}")
 
     def _labels(self, x: Tensor, label: Tensor | int | None) -> Tensor:
-        """A class for each image of x."""
+        """Return a class for each image of x."""
         if label is None:
             label = self.null_label
         if is_integer(label):
@@ -203,6 +206,6 @@ class EmbeddedDenoiser(nn.Module):
 
 
 def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """Start a layer at zero: untrained, a block is the identity and ``F`` is 0."""
+    """Set a layer to zero: before training, a block is the identity and `F` is 0."""
     nn.init.zeros_(layer.weight)
     return layer

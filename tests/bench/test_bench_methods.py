@@ -17,7 +17,7 @@ from kinvert.bench.problems import make_problem
 from kinvert.jsontext import canonical_json
 
 
-def test_the_usual_inverse_scheduler() -> None:
+def test_ddim_noisy_is_the_usual_inverse_scheduler() -> None:
     """It hands the network the variance-preserving latent of level b with the time of a: `w x_b` in these coordinates.
 
     On N(0, s^2) that is `x_a = x_b (1 + (a - b) w a / (s^2 + a^2))`, `w = sqrt((1 + a^2) / (1 + b^2))`.
@@ -30,7 +30,7 @@ def test_the_usual_inverse_scheduler() -> None:
     torch.testing.assert_close(METHODS["ddim_noisy"](setup, problem.images).latent, x)
 
 
-def test_equal_cost_is_counted_per_sample_and_pairs_count_once() -> None:
+def test_evaluations_are_per_sample_and_a_guided_pair_is_one() -> None:
     guided = measured(model="mixture", cfg=3.0)
     assert guided["inversion_evaluations"] == guided["sampling_evaluations"] == [3, 3]
     inverted = measured(method="invert")
@@ -42,7 +42,7 @@ def test_equal_cost_is_counted_per_sample_and_pairs_count_once() -> None:
     assert measured(sampler="euler_cfg_pp", model="mixture")["sampling_evaluations"] == [3, 3]
 
 
-def test_auxiliary_state_is_kept_or_not() -> None:
+def test_reversible_with_and_without_auxiliary_state() -> None:
     worst = {
         (question, method): max(
             measured(question=question, method=method, sampler="o_belm", steps=12)["metrics"]["mse"]
@@ -54,7 +54,7 @@ def test_auxiliary_state_is_kept_or_not() -> None:
     assert worst["reconstruction", "reversible_alone"] > 1e-6 and worst["recovery", "reversible_alone"] > 1e-6
 
 
-def test_noise_extraction_reproduces_and_recovers_nothing() -> None:
+def test_extract_noise_reconstructs_and_refuses_recovery() -> None:
     for method in ("extract_noise", "extract_noise_chain"):
         record = measured(method=method, sampler="euler_ancestral")
         assert max(record["metrics"]["max_error"]) < 1e-12 and "distance_to_ode" not in record["metrics"]
@@ -62,14 +62,14 @@ def test_noise_extraction_reproduces_and_recovers_nothing() -> None:
         assert "recovers none" in refused["error"]
 
 
-def test_every_method_and_model_gives_a_record_that_is_json() -> None:
+def test_every_method_gives_a_record_that_is_json() -> None:
     for cell in cells(method=list(METHODS), sampler=["euler", "leapfrog", "euler_ancestral"], question=["recovery"]):
         record, _ = bench.measure(cell)
         assert json.loads(canonical_json(record))["key"] == cell.key
         assert record.keys() == measured().keys()
 
 
-def test_a_certificate_is_not_part_of_the_way_up() -> None:
+def test_evaluations_leave_out_the_certificate() -> None:
     """What a method spends on its check and its diagnostics is left out: the same count as the library's own."""
     for sampler in ("heun", "dpmpp_2m", "reversible_heun", "edict"):
         cell = Cell("gaussian", method="invert", sampler=sampler, steps=8, count=2)
@@ -81,14 +81,14 @@ def test_a_certificate_is_not_part_of_the_way_up() -> None:
         assert record["inversion_evaluations"] == alone.tolist()
 
 
-def test_a_method_that_would_not_be_used_is_an_error_of_the_cell() -> None:
+def test_unused_method_is_an_error_of_the_cell() -> None:
     for sampler, used in (("dpmpp_2m", "'auto', 'sweeps' or a Sweeps"), ("o_belm", "'auto'")):
         record, _ = bench.measure(Cell("gaussian", method="picard", sampler=sampler, steps=4, count=1))
         assert record["error"].startswith(f"method must be {used} for {sampler}, got 'picard'")
         assert record["converged"] is None and record["metrics"] == {}
 
 
-def test_what_a_baseline_claims_is_for_its_own_sampler() -> None:
+def test_baseline_claims_convergence_for_its_own_sampler_only() -> None:
     for sampler, claim in (("euler", [True, True]), ("heun", None)):
         record, _ = bench.measure(Cell("mixture", method="aidi_anderson", sampler=sampler, steps=40, count=2))
         assert record["converged"] == claim, sampler

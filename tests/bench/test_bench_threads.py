@@ -75,13 +75,13 @@ def histogram(steps: int, threads: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("workers", "threads", "mine"), [(1, None, "6"), (1, 5, "5"), (3, None, "2")])
-def test_who_computes_with_how_many(workers: int, threads: int | None, mine: str, tmp_path: Path) -> None:
+def test_threads_of_each_model_and_worker(workers: int, threads: int | None, mine: str, tmp_path: Path) -> None:
     """The user's model with torch's, shared among the workers (of which two find work), or as many as were asked for."""
     grid = cells(OURS, MINE) if workers > 1 else cells(OURS, MINE, steps=(2, 3))
     assert said(bench.run(grid, tmp_path / "out", workers=workers, threads=threads)) == {OURS: {"1"}, MINE: {mine}}
 
 
-def test_measure_and_demo_pin_what_comes_with_kinvert(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_and_demo_pin_threads_of_built_in_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.measure(cells(OURS)[0])[0]["versions"]["threads"] == "1"
     assert bench.measure(cells(MINE)[0])[0]["versions"]["threads"] == "6"
     seen: list[int] = []
@@ -108,7 +108,7 @@ def test_slurm_jobs_keep_the_threads_of_their_machine(tmp_path: Path, monkeypatc
         assert said(bench.run(cells(OURS, MINE), folder)) == {OURS: {"1"}, MINE: {mine}}
 
 
-def test_the_manifest_says_how_many(tmp_path: Path) -> None:
+def test_manifest_has_the_number_of_threads(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "a.npy", np.ones((2, 3)))
     np.save(tmp_path / "in" / "b.npy", np.ones((2, 16)))
@@ -123,7 +123,7 @@ def test_the_manifest_says_how_many(tmp_path: Path) -> None:
         assert [row["threads"] for row in rows] == [want, want]
 
 
-def test_threads_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
+def test_unused_threads_are_refused(tmp_path: Path) -> None:
     message = "threads is for models of your own, got 2 for gaussian; .* computed with one thread.*: leave threads out"
     with pytest.raises(ValueError, match=message):
         bench.run(cells(OURS), tmp_path / "out", threads=2)

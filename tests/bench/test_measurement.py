@@ -44,7 +44,7 @@ def test_the_latent_of_a_gaussian_is_known() -> None:
     assert record["metrics"]["distance_to_ode"] == pytest.approx((rms(latent - exact) / 15.0).tolist(), rel=1e-6)
 
 
-def test_the_parts_of_the_distance() -> None:
+def test_distance_to_ode_and_its_three_parts() -> None:
     for method in ("unsample", "invert", "ddim_noisy"):
         m = {k: np.array(v) for k, v in measured(method=method, dtype="float32", steps=8)["metrics"].items()}
         assert (m["distance_to_ode"] <= m["discretisation"] + m["solver"] + m["round_off"] + 1e-12).all()
@@ -69,7 +69,7 @@ def test_recovery_compares_latents() -> None:
     assert m["distance_to_ode"] == pytest.approx(rms(image - exact).tolist(), rel=1e-6)
 
 
-def test_trajectory_goes_from_the_error_at_the_image_to_none_at_the_latent() -> None:
+def test_trajectory_of_errors() -> None:
     record = measured(steps=6)
     sigma, error = (record["trajectory"][key] for key in ("sigma", "error"))
     assert sigma == list(setup_of(Cell(**SMALL | {"steps": 6}), make_problem("gaussian", 2, 0, torch.float64)).sigmas)
@@ -98,13 +98,13 @@ def test_residuals_of_stepwise_solvers() -> None:
         ({"model": "digits", "count": 41}, "count must be at most 40"),
     ],
 )
-def test_what_cannot_be_is_recorded_in_the_words_of_the_library(settings: dict[str, Any], message: str) -> None:
+def test_refusal_is_recorded_as_error(settings: dict[str, Any], message: str) -> None:
     record = measured(**settings)
     assert message in record["error"]
     assert record["metrics"] == {} and record["inversion_evaluations"] is None
 
 
-def test_distribution_of_the_latent_and_arrays_of_images() -> None:
+def test_distribution_of_latent_and_arrays_of_images() -> None:
     record, arrays = bench.measure(Cell("digits", steps=3, count=6, dtype="float32"))
     assert {name: value.shape for name, value in arrays.items()} == dict.fromkeys(
         ("image", "latent", "restored"), (4, 1, 8, 8)
@@ -135,7 +135,7 @@ def test_latents_of_the_networks_are_edited(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(torch.tensor(found["edit_mse"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_a_cell_depends_on_nothing_but_itself() -> None:
+def test_cell_does_not_depend_on_random_state_or_other_cells() -> None:
     """Neither on the cells before it nor on the state of torch's generator, which it leaves alone."""
     cell = Cell("mixture", sampler="euler_ancestral", method="ddim_clean", steps=3, count=2)
     torch.manual_seed(1)
@@ -147,7 +147,7 @@ def test_a_cell_depends_on_nothing_but_itself() -> None:
     assert canonical_json(bench.measure(cell)[0]) == first
 
 
-def test_a_sampler_of_ones_own_enters_by_registration() -> None:
+def test_registered_sampler_can_be_measured() -> None:
     try:
 
         @register

@@ -30,7 +30,7 @@ def test_labels_choose_the_denoiser() -> None:
     assert problem.positive["label"].tolist() == [0, 1, 0, 1] and problem.negative["label"].tolist() == [2] * 4
 
 
-def test_problems_of_ones_own_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_problems_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     good = make_problem("gaussian", 2, 0, torch.float64)
     monkeypatch.setitem(PROBLEMS, "own", lambda count, seed, dtype: "nothing")
     with pytest.raises(TypeError, match=r"must return a kinvert\.bench\.Problem, got str"):

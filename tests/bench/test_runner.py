@@ -95,7 +95,7 @@ METHODS["forward"] = lambda setup, x: x + setup.sigmas[0] * torch.randn(
 """
 
 
-def test_models_and_methods_of_ones_own_in_other_processes(tmp_path: Path, module: Path) -> None:
+def test_user_models_and_methods_in_worker_processes(tmp_path: Path, module: Path) -> None:
     module.write_text(OWN)
     grid = tmp_path / "grid.toml"
     grid.write_text(
@@ -114,7 +114,7 @@ def test_models_and_methods_of_ones_own_in_other_processes(tmp_path: Path, modul
         PROBLEMS.pop("registered", None)
 
 
-def test_images_are_kept(tmp_path: Path) -> None:
+def test_run_keeps_images(tmp_path: Path) -> None:
     (record,) = bench.run([Cell("digits", steps=2, count=2, dtype="float32")], tmp_path)
     arrays = load_file(tmp_path / f"{record['key']}.safetensors")
     error = (arrays["restored"] - arrays["image"]).double().square().mean((1, 2, 3))

@@ -68,7 +68,7 @@ def refuse(message: str) -> Any:
     return call
 
 
-def test_what_differs_is_told() -> None:
+def test_differences_between_conditions_are_reported() -> None:
     base = outcome(lambda x: x + 1)
     weight = torch.ones(1, requires_grad=True)
     for call, want in {

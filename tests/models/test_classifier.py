@@ -41,7 +41,7 @@ def test_classifiers_judge_samples_of_the_denoiser(name: str) -> None:
     assert (classifier.load(name)(x).argmax(1) == label).sum() >= 9
 
 
-def test_classifiers_are_the_same_in_every_dtype_and_leave_the_random_state_alone() -> None:
+def test_classifiers_in_every_dtype_leave_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     single, double = classifier.load("digits"), classifier.load("digits", dtype=torch.float64)
     assert torch.equal(before, torch.get_rng_state())

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kinvert as ki
-from kinvert.checks import nearest, unknown
 from kinvert.rules.names import SAMPLERS_ELSEWHERE, SCHEDULES_ELSEWHERE, meaning
 
 SD = ki.levels.stable_diffusion()
@@ -171,11 +170,3 @@ def test_no_name_breaks_the_message(name: str) -> None:
 def test_the_schedule_of_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown sampler 'DPM2'; did you mean 'dpm_2'\?"):
         ki.schedule("karras", 5, SD, sampler="DPM2")
-
-
-def test_other_names() -> None:
-    assert unknown("model", "MNIST", ("digits", "mnist")) == (
-        "unknown model 'MNIST'; did you mean 'mnist'? It must be one of digits, mnist"
-    )
-    assert unknown("colour", "blue", ()) == "unknown colour 'blue'; there are none"
-    assert nearest("qqq", ["abc"]) is None

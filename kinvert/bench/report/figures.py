@@ -1,8 +1,8 @@
-"""Figures of records, for a paper: each is a function of records that returns a matplotlib figure.
+"""Draw figures of records, for a paper: each is a function of records that returns a matplotlib figure.
 
-A figure has a panel for each model and question. What the curves of a panel do not vary over is held at one value,
-which stands in its title: the combination with the most to show. Give fewer records to choose another. Errors are
-amplitudes relative to the original, `10^(NMSE / 20)`, in the median over the samples of all seeds.
+A figure has a panel for each model and question. The settings that the curves of a panel do not vary over are held at
+one combination of values, the one with the most to show; the title names it. Give fewer records to choose another.
+Errors are amplitudes relative to the original, `10^(NMSE / 20)`, the median over the samples of all seeds.
 
 Needs matplotlib: `pip install 'kinvert[cli]'`.
 """
@@ -205,7 +205,7 @@ def latents(records: Sequence[Record]) -> Figure:
 
 
 def _spectra(panel: Panel) -> dict[Key, tuple[Any, Any]]:
-    """Frequencies and median power of the curves that have them."""
+    """Return frequencies and median power of the curves that have spectra."""
     found = {}
     for key, group in panel.curves.items():
         spectra = [record["latent"]["spectrum"] for record in group if record["latent"]["spectrum"]]
@@ -215,7 +215,7 @@ def _spectra(panel: Panel) -> dict[Key, tuple[Any, Any]]:
 
 
 def _density(histograms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and density of all together, in bins twice as wide where there are few values."""
+    """Pool histograms into edges and density, with bins twice as wide if there are few values."""
     edges = np.array(histograms[0]["edges"])
     counts = np.sum([histogram["counts"] for histogram in histograms], axis=0)
     if counts.sum() < 4000 and len(counts) % 2 == 0:
@@ -252,7 +252,7 @@ def pareto(records: Sequence[Record]) -> Figure:
 
 
 def _points(panel: Panel) -> list[tuple[Key, list[tuple[float, float]]]]:
-    """Cost and error of every curve at every number of steps, where they are known."""
+    """Return cost and error of every curve at every number of steps, if the error is known."""
     found = []
     for key, group in panel.curves.items():
         points = [(plots.cost(point), plots.error(point)) for point in plots.by_value(group, "steps").values()]
@@ -283,7 +283,7 @@ def reconstructions(records: Sequence[Record]) -> Figure:
 
 
 def _thinned(panel: Panel, most: int = 8) -> Panel:
-    """Evenly spaced curves, from the lowest error to the highest."""
+    """Keep evenly spaced curves, from the lowest error to the highest."""
     keys = list(panel.curves)
     kept = (
         sorted({round(k * (len(keys) - 1) / (most - 1)) for k in range(most)}) if len(keys) > most else range(len(keys))
@@ -339,17 +339,17 @@ FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
 
 
 def draw(name: str, records: Sequence[Record]) -> Figure:
-    """The figure of that name in `FIGURES`, in the style that they share.
+    """Draw the figure of that name in `FIGURES`, in the style that all figures share.
 
     Raises:
-        NothingToDrawError: no record has what it shows.
+        NothingToDrawError: no record has the data that it shows.
     """
     with matplotlib.rc_context(plots.STYLE):
         return FIGURES[name](records)
 
 
 def encode(drawn: Figure, suffix: str) -> bytes:
-    """A figure as "svg" or "png" (300 dpi); the same figure gives the same bytes."""
+    """Return a figure as the bytes of an "svg" or "png" file (300 dpi); equal figures give equal bytes."""
     buffer = BytesIO()
     metadata: dict[str, Any] = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
     with matplotlib.rc_context(plots.STYLE):

@@ -32,7 +32,7 @@ PAGE = Path(__file__).parent / "page.html"
 def write(source: Iterable[Record | Path | str], out: Path | str) -> Path:
     """Write `report.html`, and beside it `figures/*.svg`, `figures/*.png`, `leaderboard.md` and `leaderboard.tex`.
 
-    Each file is complete or not there. The same records give the same files.
+    Each file is complete or not there. The same records give the same files, up to the last digit of positions.
 
     Args:
         source: records, or places that `kinvert.bench.load` reads: folders of results and `results.jsonl` files.

@@ -1,4 +1,4 @@
-"""What the figures of the benchmark are made of: a style, panels of comparable records, curves, dots and legends."""
+"""The parts that figures are made of: a style, panels of comparable records, curves, dots and legends."""
 
 from __future__ import annotations
 
@@ -19,16 +19,48 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from kinvert.bench.report.tables import evaluations, median, sampler_name
 from kinvert.bench.results import Record
 
+__all__ = [
+    "COLOURS",
+    "COLUMN",
+    "EPS",
+    "GREY",
+    "HIGHEST",
+    "LOWEST",
+    "MOST",
+    "PAGE",
+    "PALE",
+    "STYLE",
+    "Draw",
+    "Key",
+    "Looks",
+    "NothingToDrawError",
+    "Panel",
+    "bounded",
+    "by_value",
+    "cost",
+    "count_ticks",
+    "dots",
+    "error",
+    "error_axis",
+    "figure",
+    "front",
+    "line",
+    "log_ticks",
+    "order",
+    "panels",
+    "title",
+]
+
 COLUMN, PAGE = 3.35, 6.9  # inches: the width of one column of a paper, and of two
-# Okabe and Ito's colours, which stay apart for every kind of colour blindness; for their yellow, too light for lines,
-# and beyond, two of Tol's and a grey. Markers and dashes tell the curves apart without any colour.
+# Okabe and Ito's colours, which stay apart for every kind of colour blindness. Their yellow is too light for lines: two
+# of Tol's colours and a grey stand in for it and add to them. Markers and dashes tell the curves apart without colour.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#888888",
 )  # fmt: skip
 MARKERS, DASHES = "osD^vPX<>*", ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 INK, GREY, PALE = "#1a1a1a", "#767676", "#e4e4e4"
-LOWEST, HIGHEST = 1e-17, 1e2  # errors beyond are drawn there
-MOST = 10  # curves or rows in a panel; there are as many colours
+LOWEST, HIGHEST = 1e-17, 1e2  # errors outside of this range are drawn at its ends
+MOST = 10  # curves or rows in a panel, as many as there are colours
 STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.title_fontsize": 7, "legend.frameon": False, "legend.handlelength": 2.6,
@@ -45,7 +77,7 @@ Key = tuple[str, str]
 
 
 class NothingToDrawError(ValueError):
-    """No record has what a figure shows."""
+    """No record has the data that a figure shows."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +99,13 @@ class Panel:
 
 
 def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = MOST) -> list[Panel]:
-    """One for each model and question, with the combination of the other settings that has the most to show.
+    """Make a panel for each model and question, with the combination of other settings that has the most to show.
 
     Args:
-        records: those that did not fail count.
+        records: the records; those that failed are left out.
         free: settings that may differ within a curve.
-        points: how many different combinations of them a curve must have to be shown, if any are free.
-        most: how many curves to keep, those with the lowest error.
+        points: number of different values of the free settings that a curve must have to be shown.
+        most: number of curves to keep, those with the lowest errors.
     """
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -94,30 +126,34 @@ def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = M
 
 
 def error(records: Sequence[Record]) -> float:
-    """Median amplitude of the error relative to the original, within what is drawn; NaN for no records."""
+    """Compute the median amplitude of the error relative to the original, in the range that is drawn.
+
+    Returns:
+        NaN if there are no records.
+    """
     value = median([decibels for record in records for decibels in record["metrics"].get("nmse_db", ())])
     return bounded(10 ** (min(value, 1000.0) / 20))
 
 
 def bounded(value: float) -> float:
-    """The value within what is drawn; NaN stays."""
+    """Return the value, moved into the range that is drawn; NaN stays."""
     return value if math.isnan(value) else min(max(value, LOWEST), HIGHEST)
 
 
 def by_value(group: Sequence[Record], name: str) -> dict[Any, list[Record]]:
-    """The records of a curve by a setting, in its order."""
+    """Group the records of a curve by a setting, in the order of its values."""
     values = sorted({record["cell"][name] for record in group})
     return {value: [record for record in group if record["cell"][name] == value] for value in values}
 
 
 def cost(group: Sequence[Record]) -> float:
-    """Median of the denoiser evaluations per sample, up and down together."""
+    """Compute the median of the denoiser evaluations per sample, up and down together."""
     return median([spent for record in group for spent in evaluations(record)])
 
 
 @dataclass(frozen=True)
 class Looks:
-    """The same look for a curve in all panels of a figure, and another one for each curve of a panel."""
+    """The looks of curves: the same in all panels of a figure, and different within a panel."""
 
     methods: tuple[str, ...]
     samplers: tuple[str, ...]
@@ -125,7 +161,7 @@ class Looks:
 
     @classmethod
     def of(cls, found: Sequence[Panel]) -> Looks:
-        """Each curve takes the first number that none beside it in a panel has, the most frequent curve first."""
+        """Give each curve the first number that no curve beside it in a panel has, the most frequent curve first."""
         keys = Counter(key for panel in found for key in panel.curves)
         numbers: dict[Key, int] = {}
         for key, _ in sorted(keys.items(), key=lambda item: (-item[1], item[0])):
@@ -135,18 +171,18 @@ class Looks:
         return cls(methods, samplers, numbers)
 
     def label(self, key: Key) -> str:
-        """What tells a curve from the others of the figure."""
+        """Return the words that tell a curve from the others of the figure."""
         parts = (key[1] if len(self.samplers) > 1 else "", key[0] if len(self.methods) > 1 else "")
         return ", ".join(filter(None, parts)) or key[1]
 
     def style(self, key: Key, **other: Any) -> dict[str, Any]:
-        """Arguments of `plot`, with others of the caller's."""
+        """Return the arguments of `plot` for a curve, with the caller's own added."""
         k = self.numbers[key]
         looks = {"color": COLOURS[k % 10], "marker": MARKERS[k % 10], "linestyle": DASHES[k % 4]}
         return {**looks, "markersize": 4.5 if looks["marker"] == "*" else 3.5, **other}
 
     def common(self) -> list[str]:
-        """What all curves have in common, for a title."""
+        """Return what all curves have in common, for a title."""
         return [names[0] for names in (self.methods, self.samplers) if len(names) == 1]
 
 
@@ -160,13 +196,13 @@ def figure(
     height: Callable[[Panel], float] = lambda _: 2.3,
     series: Sequence[str] = (),
 ) -> Figure:
-    """A figure of panels: each with a title, what `draw` makes of it, and a legend of the lines that `draw` returns.
+    """Make a figure of panels, each with a title, its drawing, and a legend of the lines that `draw` returns.
 
     Args:
-        found: the panels; one takes a column of a paper, more stand two to a row.
+        found: the panels; one panel takes a column of a paper, more panels stand two to a row.
         draw: fills a subfigure.
-        height: of a panel without its legend, in inches.
-        series: labels of the lines, where they are not the curves.
+        height: height of a panel without its legend, in inches.
+        series: labels of the lines, if the lines are not the curves.
 
     Raises:
         NothingToDrawError: there are no panels.
@@ -192,7 +228,7 @@ def figure(
 
 
 def title(panel: Panel, looks: Looks) -> str:
-    """What a panel shows, in two lines."""
+    """Return what a panel shows, in two lines."""
     words = {"steps": "{} steps", "cfg": "cfg {:g}"}
     held = [words.get(name, "{}").format(value) for name, value in panel.held.items()]
     if panel.left_out:
@@ -201,15 +237,15 @@ def title(panel: Panel, looks: Looks) -> str:
 
 
 def line(ax: Axes, x: Any, y: Any, style: dict[str, Any], label: str) -> Line2D:
-    """A curve; a point that is NaN is left out."""
+    """Draw a curve; a point that is NaN is left out."""
     (drawn,) = ax.plot(x, y, label=label, **style)
     return drawn
 
 
 def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line2D]:
-    """A row of dots for each label, on a logarithmic axis; a colour and a marker for each name in a row.
+    """Draw a row of dots for each label, on a logarithmic axis, with a colour and a marker for each name in a row.
 
-    The first name is a ring around what lies on it.
+    The first name is a ring, so that dots under it can be seen.
     """
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
     handles = []
@@ -228,13 +264,13 @@ def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line
 
 
 def error_axis(ax: Axes, label: str = "relative error") -> None:
-    """A logarithmic axis for errors."""
+    """Make the y-axis logarithmic, for errors."""
     ax.set(yscale="log", ylabel=label)
     log_ticks(ax.yaxis)
 
 
 def count_ticks(ax: Axes, values: Iterable[float]) -> None:
-    """A logarithmic x-axis of counts, labelled at those of the values that stand far enough apart."""
+    """Make the x-axis logarithmic, for counts, with labels at the values that stand far enough apart."""
     first, *others = sorted(values)
     kept, apart = [first], max(1.3, (max(others, default=first) / first) ** 0.1)
     for value in others:
@@ -246,7 +282,7 @@ def count_ticks(ax: Axes, values: Iterable[float]) -> None:
 
 
 def log_ticks(axis: Any, most: int = 8) -> None:
-    """Labels at powers of ten; at 1, 2 and 5 times these on an axis of less than two decades."""
+    """Label powers of ten; on an axis of less than two decades, 1, 2 and 5 times powers of ten."""
     low, high = axis.get_view_interval()
     if high < 100 * low:
         axis.set_minor_formatter(NullFormatter())
@@ -258,7 +294,11 @@ def log_ticks(axis: Any, most: int = 8) -> None:
 
 
 def order(steps: Sequence[float], errors: Sequence[float], dtype: str) -> float:
-    """Slope of -ln error over ln steps, by least squares between round-off and one half; NaN below three points."""
+    """Fit the slope of -ln error over ln steps, by least squares, to the errors between round-off and one half.
+
+    Returns:
+        NaN if there are fewer than three such points.
+    """
     points = [(n, e) for n, e in zip(steps, errors, strict=True) if 1e3 * EPS[dtype] < e < 0.5]
     if len(points) < 3:
         return math.nan
@@ -271,7 +311,7 @@ EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float16":
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both cost and error, by cost."""
+    """Return the points that no other point beats in both cost and error, sorted by cost."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not kept or y < kept[-1][1]:
@@ -285,13 +325,13 @@ def _curves(group: Sequence[Record], free: Sequence[str], points: int) -> dict[K
     for record in group:
         curves.setdefault((record["cell"]["method"], sampler_name(record["cell"])), []).append(record)
     if free:
-        enough = lambda records: len({tuple(r["cell"][name] for name in free) for r in records}) >= points  # noqa: E731
-        curves = {key: records for key, records in curves.items() if enough(records)}
+        values = {key: {tuple(r["cell"][name] for name in free) for r in found} for key, found in curves.items()}
+        curves = {key: found for key, found in curves.items() if len(values[key]) >= points}
     return dict(sorted(curves.items(), key=lambda curve: (_place(error(curve[1])), curve[0])))
 
 
 def _worth(curves: dict[Key, list[Record]]) -> tuple[int, int]:
-    """How much there is to show; more steps are better than less."""
+    """Rate how much there is to show: the number of records, then the number of steps."""
     found = [record for group in curves.values() for record in group]
     return len(found), max((record["cell"]["steps"] for record in found), default=0)
 

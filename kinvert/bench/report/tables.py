@@ -1,6 +1,6 @@
-"""Records to rows, and rows to Markdown and LaTeX.
+"""Turn records into rows, and rows into Markdown and LaTeX.
 
-A row is one combination of settings; the samples of all its seeds are pooled, and every number is their median, except
+A row is one combination of settings. The samples of all its seeds are pooled, and every number is their median, except
 for shares of samples. A median with a NaN among its values is NaN.
 """
 
@@ -33,12 +33,12 @@ __all__ = [
 ]
 
 SETTINGS = ("model", "question", "method", "sampler", "schedule", "steps", "cfg", "dtype")
-"""What a row is told from the others by; "sampler" with its options."""
+"""The settings that tell rows apart; "sampler" includes its options."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a row: its title, how to write it (a format specification), and which end is good."""
+    """A number of a row: its title, its format specification, and whether the smallest or the largest is best."""
 
     title: str
     spec: str
@@ -67,8 +67,8 @@ class Row:
 
     Attributes:
         settings: values of `SETTINGS`.
-        values: medians of the metrics by name (`edit_took` is a share of samples), and `evaluations` (up and down
-            together), `samples` and, where the method claims it, `converged` (a share too).
+        values: medians of the metrics by name (`edit_took` is a share of samples), `evaluations` (up and down
+            together), `samples` and, if the method makes a claim, `converged` (a share too).
     """
 
     settings: dict[str, Any]
@@ -76,7 +76,7 @@ class Row:
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
-    """Pool records that differ in seed and count alone; those that failed are left out.
+    """Pool records that differ in seed and count alone, and leave out those that failed.
 
     Returns:
         Rows by model and question, the best reconstruction (lowest NMSE) first.
@@ -95,29 +95,29 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 
 def settings(record: Record) -> dict[str, Any]:
-    """The values of `SETTINGS` of a record."""
+    """Return the values of `SETTINGS` of a record."""
     return {name: record["cell"][name] for name in SETTINGS} | {"sampler": sampler_name(record["cell"])}
 
 
 def sampler_name(cell: dict[str, Any]) -> str:
-    """The sampler and its options, e.g. `bdia (gamma=0.5)`."""
+    """Return the sampler with its options, e.g. `bdia (gamma=0.5)`."""
     options = ", ".join(f"{key}={value}" for key, value in cell["options"].items())
     return f"{cell['sampler']} ({options})" if options else str(cell["sampler"])
 
 
 def median(values: Sequence[float]) -> float:
-    """The median; NaN where one value is, or where there are none."""
+    """Compute the median; NaN if a value is NaN or there are no values."""
     return math.nan if not values or any(math.isnan(v) for v in values) else float(statistics.median(values))
 
 
 def evaluations(record: Record) -> list[float]:
-    """Denoiser evaluations per sample, up and down together."""
+    """Return the denoiser evaluations per sample, up and down together."""
     up, down = record["inversion_evaluations"], record["sampling_evaluations"]
     return [a + b for a, b in zip(up, down, strict=True)]
 
 
 def markdown(found: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """A Markdown table, headed by what all rows have in common; the best of each model and question are bold.
+    """Return a Markdown table, headed by what all rows have in common; the best of each model and question are bold.
 
     Args:
         found: from `rows`.
@@ -133,12 +133,12 @@ def markdown(found: Sequence[Row], columns: Sequence[str] | None = None) -> str:
 
 
 def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str = "tab:reversibility") -> str:
-    r"""A LaTeX table for the package `booktabs`, with what all rows have in common in its caption.
+    r"""Return a LaTeX table for the package `booktabs`, whose caption has what all rows have in common.
 
     Args:
         found: from `rows`.
         columns: names of `COLUMNS` or of metrics; by default those of `COLUMNS` that some row has.
-        label: for `\ref`.
+        label: the name for `\ref`.
 
     Raises:
         ValueError: no rows.
@@ -152,7 +152,7 @@ def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str
 
 
 def text(value: float | None, spec: str) -> str:
-    """A number as it is shown: an en dash for none, a proper minus sign and infinity."""
+    """Return a number as it is shown: an en dash if it is None, a proper minus sign and infinity."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -191,7 +191,7 @@ def _values(group: Sequence[Record]) -> dict[str, float]:
 def _cells(
     found: Sequence[Row], columns: Sequence[str] | None, clean: Callable[[str], str], bold: Callable[[str], str]
 ) -> tuple[str, dict[str, str], list[list[str]]]:
-    """What all rows have in common, titles by name, and the cells of the rest."""
+    """Return what all rows have in common, the titles by name, and the cells of the table."""
     if not found:
         raise ValueError("there are no rows to tabulate; did every cell fail?")
     numbers = [n for n in COLUMNS if any(n in row.values for row in found)] if columns is None else list(columns)
@@ -210,7 +210,7 @@ def _cells(
 
 
 def column(name: str) -> Column:
-    """How to show a metric that `COLUMNS` may not have."""
+    """Return how to show a metric, which `COLUMNS` need not have."""
     return COLUMNS.get(name, Column(name.replace("_", " "), ".3g"))
 
 
@@ -219,7 +219,7 @@ def _contest(row: Row) -> tuple[Any, Any]:
 
 
 def _best(found: Sequence[Row], numbers: Sequence[str]) -> dict[tuple[Any, ...], float]:
-    """The best value by model, question and column, where there is something to win."""
+    """Return the best value by model, question and column, if the values differ."""
     best = {}
     for contest in dict.fromkeys(map(_contest, found)):
         for name in numbers:

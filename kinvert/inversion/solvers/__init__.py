@@ -1,5 +1,6 @@
 """Root finders for `F(u) = y`, one equation per sample, in one batch; one file each."""
 
+from kinvert._moved import moved_names
 from kinvert.inversion.problem import Guess, Judge, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson, Damped, Picard
 from kinvert.inversion.solvers.auto import Attempt, Auto, Sequence
@@ -27,3 +28,5 @@ __all__ = [
     "StepSweeps",
     "Sweeps",
 ]
+
+__getattr__ = moved_names("kinvert.inversion.solvers", {"Equation": "kinvert.inversion.problem.Problem"})

@@ -63,10 +63,12 @@ class Anderson(Solver):
         """See `Solver`."""
         start, search = guess.u, Search(problem, guess.u)
         rows, index = _Rows.of(start, self), search.everyone
+        # A sample makes one call in every iteration: after so many its budget is spent.
+        ends = set(search.affords(index).tolist()) if self.check_every > 1 else set[int]()
         for k in range(1, self.max_iterations + 1):
             f = search.evaluate(rows.u.reshape(-1, *start.shape[1:]), index).flatten(1)
             self._iterate(rows, f)
-            if k % self.check_every and k < self.max_iterations:
+            if k % self.check_every and k < self.max_iterations and k not in ends:
                 continue
             u, size = (rows.u, rms(f).nan_to_num(math.inf, math.inf)) if self.last else (rows.best, rows.least)
             search.put(index, u.reshape(-1, *start.shape[1:]), size)

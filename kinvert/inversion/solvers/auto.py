@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from torch import Tensor
+import torch
 
-from kinvert.inversion.problem import Guess, Problem, Root, Search
+from kinvert.inversion.problem import Guess, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.continuation import Continuation
 from kinvert.inversion.solvers.newton import NewtonKrylov
 from kinvert.inversion.solvers.sweeps import StepSweeps
+from kinvert.tensors import per_sample
 
 __all__ = ["Attempt", "Auto", "Sequence"]
 
@@ -34,6 +35,7 @@ class Sequence(Solver):
     def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""
         search, denoised, todo = Search(problem, guess.u), None, None
+        ended = torch.full_like(search.evaluations, int(Reason.STALLED))
         for attempt in self.attempts:
             index = search.everyone if todo is None else search.open(todo)
             if not len(index):
@@ -44,22 +46,19 @@ class Sequence(Solver):
             start = guess if whole and attempt.start == "best" else starts[attempt.start]
             found = attempt.solver.solve(part, start if whole else start.take(index))
             search.evaluations[index] += found.evaluations
-            better = index[search.keep(index, found.u, found.residual)]
-            denoised = self._known(denoised, found, problem, search, better, whole)
+            ended[index] = found.reason
+            better = search.keep(index, found.u, found.residual)
+            if whole:
+                denoised = found.denoised
+            elif denoised is not None:  # from here on, what the solution of a step implies
+                implied = problem.denoised(search.u)
+                if implied is not None:
+                    known = torch.where(per_sample(better, implied), implied[index], denoised[index])
+                    denoised = denoised.index_copy(0, index, known)
             todo = index
-        return search.root(denoised)
-
-    @staticmethod
-    def _known(
-        denoised: Tensor | None, found: Root, problem: Problem, search: Search, better: Tensor, whole: bool
-    ) -> Tensor | None:
-        """Return D at the best iterates: what a solver saw, else what the solution of a step implies."""
-        if whole:
-            return found.denoised
-        implied = None if denoised is None else problem.denoised(search.u)
-        if denoised is not None and implied is not None:
-            denoised[better] = implied[better]
-        return denoised
+        root = search.root(denoised)
+        poor = (root.reason == Reason.STALLED) & (ended == Reason.BUDGET)  # too poor for a step of the last solver
+        return replace(root, reason=torch.where(poor, int(Reason.BUDGET), root.reason))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Continuation(Solver):
             here[active[going]] = ahead[going]
             tangent[active[going]] = curve.tangent(ahead[going], chord[going], active[going])
             active = active[going | ~good]
-        return search.root()
+        return search.root(least=3)  # a point and the next tangent
 
 
 class _Curve:

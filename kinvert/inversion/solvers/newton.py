@@ -71,11 +71,16 @@ class NewtonKrylov(Solver):
             direction, _ = gmres(apply, right, self.krylov, self.forcing, search.affords(active) - 1)
             direction = (direction - moved if anchored else direction).reshape(-1, *shape)
             active = self._able(search, active[line_search(search, residual, active, direction, self.halvings)])
-        return search.root()
+        return search.root(least=self._least)
+
+    @property
+    def _least(self) -> int:
+        """Return the calls of a step at least: a product, the line search, and maybe the anchor."""
+        return 2 + self.least_change
 
     def _able(self, search: Search, index: Tensor) -> Tensor:
-        """Return those of `index` that are open and afford a step: a product, the line search, and maybe the anchor."""
-        able = search.is_open(index, search.residual[index]) & (search.affords(index) >= 2 + self.least_change)
+        """Return those of `index` that are open and afford a step."""
+        able = search.is_open(index, search.residual[index]) & (search.affords(index) >= self._least)
         return index[able.nonzero()[:, 0]]
 
 

@@ -23,7 +23,7 @@ def legend_of(part: Any) -> list[str]:
     return [text.get_text() for text in part.legends[0].get_texts() if text.get_text().strip()]
 
 
-def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
+def test_convergence_figure_has_points_and_slopes() -> None:
     found = [record(sampler=s, steps=n) for s in ("euler", "heun") for n in (10, 20, 40, 80)]
     figure = figures.draw("error-steps", found)
     assert legend_of(figure.subfigs[0]) == ["heun (slope 2.0)", "euler (slope 1.0)"]
@@ -37,7 +37,7 @@ def test_orders_are_in_the_legend_and_points_where_they_belong() -> None:
     assert legend_of(evaluations.subfigs[0]) == legend_of(figure.subfigs[0])
 
 
-def test_the_order_of_the_sampler_is_in_the_distance_from_the_ode() -> None:
+def test_order_figure_has_the_order_in_its_legend() -> None:
     found = [record(sampler="heun", steps=n, question="recovery") for n in (10, 20, 40)]
     for one in found:
         one["metrics"]["distance_to_ode"] = [7.0 * one["cell"]["steps"] ** -3.0] * 4
@@ -46,7 +46,7 @@ def test_the_order_of_the_sampler_is_in_the_distance_from_the_ode() -> None:
     np.testing.assert_allclose(axes_of(figure)[0].lines[0].get_ydata(), [7.0 * n**-3.0 for n in (10, 20, 40)])
 
 
-def test_the_front_is_that_of_all_curves() -> None:
+def test_pareto_front_is_over_all_curves() -> None:
     cheap = [record(sampler="cheap", relative=0.9, steps=2)]
     found = cheap + [record(sampler=f"s{k}", relative=10.0 ** -(k + 1), steps=20 + k) for k in range(12)]
     dominated = [record(sampler=f"d{k}", relative=0.5, steps=100 + k) for k in range(5)]
@@ -58,7 +58,7 @@ def test_the_front_is_that_of_all_curves() -> None:
     assert list(step.get_xdata()) == [4, *(40 + 2 * k for k in range(12))]
 
 
-def test_zeros_infinities_and_nans_are_drawn_at_the_edge_or_left_out() -> None:
+def test_zero_and_infinite_errors_are_drawn_at_the_edge() -> None:
     found = [record(steps=n, relative=e) for n, e in ((10, INF), (20, 1e-3), (40, 0.0))]
     found.append(record(steps=80, relative=NAN))
     line = axes_of(figures.draw("error-steps", found))[0].lines[0]

@@ -61,7 +61,7 @@ def test_the_files_of_a_report(written: Path) -> None:
     assert not list(written.rglob(".*"))  # nothing partial is left
 
 
-def test_the_page_is_whole_and_needs_nothing_else(written: Path) -> None:
+def test_page_is_self_contained(written: Path) -> None:
     text = (written / "report.html").read_text()
     tags = Page(text).tags
     links = [str(value) for _, attributes in tags for key, value in attributes.items() if key in ("src", "href")]
@@ -79,14 +79,14 @@ def test_everything_is_escaped(written: Path) -> None:
     assert sum(tag == "script" for tag, _ in Page(text).tags) == 1
 
 
-def test_failures_and_versions_are_told(written: Path) -> None:
+def test_page_lists_failures_and_versions(written: Path) -> None:
     text = (written / "report.html").read_text()
     assert "2 cells could not be measured; in 1 some samples did not converge." in text
     assert "the latent has 4 NaN or infinite values of 256" in text and "2 of 4 samples did not converge" in text
     assert "kinvert 1, machine m, numpy 3, python 4, torch 2" in text
 
 
-def test_reports_of_little(tmp_path: Path) -> None:
+def test_report_of_one_record_and_of_failures(tmp_path: Path) -> None:
     one = page.render([record()], {})
     assert Page(one) and "Every cell was measured" in one and "There is nothing to draw" in one
     other = record(steps=5)
@@ -209,7 +209,7 @@ def test_records_of_the_tests_are_valid_json(tmp_path: Path) -> None:
     assert json.loads(canonical_json(everything(tmp_path)))
 
 
-def test_a_report_has_nothing_of_the_one_before(tmp_path: Path) -> None:
+def test_report_removes_files_of_the_report_before(tmp_path: Path) -> None:
     report.write([record(sampler=name, steps=n) for name in ("euler", "heun") for n in (10, 20)], tmp_path)
     before = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     report.write([record(error="refused")], tmp_path)

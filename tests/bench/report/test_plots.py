@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '
 from kinvert.bench.report import plots
 
 
-def test_order_leaves_out_round_off_and_what_has_not_begun_to_converge() -> None:
+def test_order_is_fitted_between_round_off_and_one_half() -> None:
     steps = [5, 10, 20, 40, 80, 160]
     errors = [3.0, *(0.1 * (10 / n) ** 3 for n in steps[1:4]), 1e-14, 1e-14]
     assert plots.order(steps, errors, "float64") == pytest.approx(3)
@@ -35,7 +35,7 @@ def test_a_panel_never_mixes_settings() -> None:
     )
 
 
-def test_a_panel_keeps_the_best_curves_and_says_so() -> None:
+def test_panel_keeps_the_best_curves() -> None:
     found = [record(sampler=f"s{k}", relative=10.0**-k) for k in range(12)]
     (panel,) = plots.panels(found)
     assert [sampler for _, sampler in panel.curves] == [f"s{k}" for k in range(11, 1, -1)] and panel.left_out == 2

@@ -20,7 +20,7 @@ def test_rows_pool_the_samples_of_all_seeds() -> None:
     assert found[1].values["evaluations"] == 40 and "converged" not in found[1].values
 
 
-def test_rows_with_nan_come_last_and_options_tell_samplers_apart() -> None:
+def test_rows_with_nan_come_last_and_options_are_in_the_sampler() -> None:
     lost = record(sampler="bdia", options={"gamma": 0.5})
     lost["metrics"]["nmse_db"] = [1.0, NAN, 2.0, 3.0]
     found = tables.rows([lost, record(sampler="bdia", relative=0.5)])
@@ -28,13 +28,13 @@ def test_rows_with_nan_come_last_and_options_tell_samplers_apart() -> None:
     assert math.isnan(found[1].values["nmse_db"])
 
 
-def test_converged_is_a_share_and_a_claim_of_some_methods_only() -> None:
+def test_converged_is_a_share_of_samples() -> None:
     claimed = record(method="invert", count=4)
     claimed["converged"] = [True, False, False, False]
     assert tables.rows([claimed])[0].values["converged"] == 0.25
 
 
-def test_edits_that_took_are_a_share_too() -> None:
+def test_edit_took_is_a_share_of_samples() -> None:
     edited = record(count=4)
     edited["metrics"] |= {"edit_took": [1.0, 0.0, 1.0, 1.0], "edit_ssim": [0.1, 0.2, 0.4, 0.9]}
     (row,) = tables.rows([edited])

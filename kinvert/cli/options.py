@@ -1,0 +1,86 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+import kinvert as ki
+
+__all__ = [
+    "LEVELS",
+    "as_json",
+    "check_matplotlib",
+    "imports",
+    "model_levels",
+    "pairs",
+    "parse_pairs",
+    "threads",
+    "workers",
+]
+
+LEVELS: dict[str, Callable[[], ki.levels.Levels]] = {
+    "sd15": ki.levels.stable_diffusion,
+    "sdxl": ki.levels.stable_diffusion,
+    "svd": lambda: ki.levels.edm(sigma_max=700.0),
+    "edm": ki.levels.edm,
+    "sd3": lambda: ki.levels.flow(shift=3.0),
+    "flux": ki.levels.flux,
+}
+model_levels = click.option(
+    "--model", type=click.Choice(list(LEVELS)), default="sd15", help="Whose noise levels; sd3 and flux have flow times."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+workers = click.option("--workers", type=int, default=1, help="Processes on this machine; or start it with torchrun.")
+threads = click.option(
+    "--threads",
+    type=int,
+    help="torch's threads in each process, for a model of your own. By default torch's, shared among the workers.",
+)
+imports = click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    help="Module that registers your own samplers, methods or models; repeatable.",
+)
+
+
+def pairs(name: str, text: str) -> Callable[[Any], Any]:
+    """Return an option that takes KEY=VALUE, several times, as `<name>s`."""
+    return click.option(f"--{name}", f"{name}s", multiple=True, metavar="KEY=VALUE", help=text)
+
+
+def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Parse the values of an option made by `pairs`: numbers and other JSON as such, the rest as strings.
+
+    Raises:
+        ValueError: a text without "=".
+    """
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} must be KEY=VALUE, e.g. eta=0.5, got {text!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def check_matplotlib() -> None:
+    """Check before the work, not after it, that pictures can be drawn.
+
+    Raises:
+        ValueError: matplotlib is missing, or does not start.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401 - not at the top: its import takes half as long as torch's
+    except ModuleNotFoundError as error:
+        raise ValueError(f"pictures need {error.name}, which is not here: pip install 'kinvert[cli]'") from error
+    except ValueError as error:
+        raise ValueError(f"matplotlib does not start: {error}; is the variable MPLBACKEND right?") from error

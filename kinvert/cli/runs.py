@@ -1,0 +1,123 @@
+"""The commands that compute and write files: the demo, and a folder of images inverted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kinvert import bench, models
+from kinvert import demo as demos
+from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
+from kinvert.console import print_lines, print_notes, print_table
+from kinvert.folder import MANIFEST, invert_folder
+from kinvert.jobs import import_modules
+from kinvert.jsontext import to_json
+
+__all__ = ["demo", "invert"]
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
+@click.command()
+@click.option(
+    "--model",
+    type=click.Choice(models.NAMES),
+    default="mnist",
+    help="Embedded denoiser; its images have 8x8 or 28x28 pixels.",
+)
+@click.option(
+    "--samplers", default=",".join(demos.SAMPLERS), callback=_names, metavar="NAME,...", help="See `kinvert samplers`."
+)
+@click.option("--steps", type=int, default=20, help="Steps in each direction.")
+@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option(
+    "--cfg", type=float, default=1.0, help="Guidance towards the image's label, in both directions; 1 is none."
+)
+@click.option("--count", type=int, default=8, help="Number of images, one of each class in turn.")
+@click.option("--normalize", is_flag=True, help="Give the latents mean 0 and standard deviation 1, as the node does.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Floating point format.")
+@click.option("--device", default="cpu", help="Where to compute, e.g. cuda.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default="demo", help="Folder for the three files."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON instead of a table; the files are written all the same."
+)
+def demo(out: Path, as_json: bool, **options: Any) -> None:
+    """Unsample images, sample them back, and measure.
+
+    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. The
+    numbers are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
+    """
+    check_matplotlib()
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        outcome = demos.run(demos.Settings(**options), progress=True)
+        paths = demos.save(outcome, out)
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(out)!r}: {error.strerror}; choose another --out") from error
+    if as_json:
+        click.echo(to_json(outcome.report()), nl=False)
+        return
+    _print_demo(outcome)
+    print_lines(*(f"wrote {path}" for path in paths.values()))
+
+
+def _print_demo(outcome: demos.Demo) -> None:
+    rows = [
+        [r["sampler"], r["steps"], r["evaluations"], f"{r['mse']:.3g}", f"{r['psnr']:.1f}", f"{r['max_error']:.2g}",
+         f"{r['latent_mean']:+.3f}", f"{r['latent_std']:.3f}"]
+        for r in outcome.table()
+    ]  # fmt: skip
+    columns = ["sampler", "steps", "evaluations", "MSE", "PSNR (dB)", "max error", "latent\nmean", "latent\nstd"]
+    s = outcome.settings
+    print_table(
+        f"round trip of {s.count} held-out images, {s.model}, {s.schedule}, cfg {s.cfg:g}", columns, rows, numbers=True
+    )
+    print_notes(
+        "Errors are of the image sampled back, in [-1, 1]; PSNR is the mean over the images.",
+        "Latents are divided by sigma: pure noise has mean 0 and standard deviation 1.",
+    )
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents.")
+@click.option("--model", default="mnist", metavar="NAME", help="An embedded model, or an entry point module:function.")
+@click.option("--sampler", default="euler", metavar="NAME", help="See `kinvert samplers`.")
+@pairs("option", "Option of the sampler, e.g. eta=0.5; repeatable.")
+@click.option("--method", default="invert", metavar="NAME", help="How to invert: " + ", ".join(bench.METHODS) + ".")
+@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option("--steps", type=int, default=20, help="Number of steps.")
+@click.option("--cfg", type=float, default=1.0, help="Guidance; 1 is none.")
+@pairs("positive", "Conditioning of all files, e.g. label=3; repeatable.")
+@pairs("negative", "Conditioning of the unconditional branch; repeatable.")
+@click.option("--max-evals", type=int, help="Denoiser evaluations that one image may cost, at most.")
+@click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="Floating point format.")
+@click.option("--seed", type=int, default=0, help="Seed of the noises of stochastic samplers.")
+@click.option("--shard-size", type=int, default=64, help="Files inverted as one batch and kept in one file.")
+@workers
+@threads
+@imports
+def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> None:
+    """Invert a folder of images or latents.
+
+    SOURCE holds PNG or JPEG images, or latents as .safetensors, .npy or .pt. Their latents go to OUT, in safetensors
+    shards, with manifest.jsonl. A run that was stopped goes on where it was when the same command is given again.
+    """
+    import_modules(imports)
+    options, positive, negative = (
+        parse_pairs(f"--{name}", given.pop(f"{name}s")) for name in ("option", "positive", "negative")
+    )
+    how = {name: given.pop(name) for name in ("max_evals", "shard_size", "workers", "threads")}
+    cell = bench.Cell(**given, options=tuple(options.items()))
+    rows = invert_folder(source, out, cell, positive=positive, negative=negative, imports=imports, progress=True, **how)
+    claimed = [row["converged"] for row in rows if row["converged"] is not None]
+    print_lines(
+        f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
+        f"their files and rows are listed in {out / MANIFEST}",
+    )

@@ -1,0 +1,113 @@
+"""The abstract `Levels`, and how arguments and tables of levels are read. Public in `kinvert.levels`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinvert.checks import check_number
+from kinvert.devices import widest
+
+__all__ = ["INFINITE_SIGMA", "Levels", "as_array", "log_uniform", "widen"]
+
+# The value that hosts use for the infinite sigma at 0 percent of sampling.
+INFINITE_SIGMA = 999999999.9
+
+
+def widen(name: str, value: Tensor | float) -> tuple[Tensor, torch.dtype]:
+    """Return the argument in the dtype to compute in, and the dtype of the result."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be real, got {value.dtype}; convert it to float64")
+    wide = widest(value.device)
+    narrow = value.is_floating_point() and value.dtype != torch.float64
+    return value.to(wide), torch.float32 if narrow else wide
+
+
+@dataclass(frozen=True, eq=False)
+class Levels(ABC):
+    """The noise levels of one model (abstract; the functions of this module build one).
+
+    `timestep` and `sigma` take a tensor of any shape on any device, or a number. They compute in float64. They return
+    float64 for float64, integers and numbers, and float32 for all others (bfloat16 could not hold the index 999). They
+    never wait for the device; therefore a negative or NaN sigma gives NaN instead of an error.
+
+    Attributes:
+        sigmas: the table, float64 1-D on the CPU, positive, strictly ascending.
+        kind: "discrete", "edm", "v", "table" or "flow".
+        coordinates: what the table holds, "ve" (sigmas) or "flow" (flow times, a `FlowTimes`).
+        sigma_data: standard deviation of the data that the network's preconditioning assumes.
+    """
+
+    sigmas: Tensor = field(repr=False)
+    sigma_data: float = 1.0
+    kind: ClassVar[str]
+    coordinates: ClassVar[Literal["ve", "flow"]] = "ve"
+
+    def __post_init__(self) -> None:
+        s = self.sigmas
+        if s.dtype != torch.float64 or s.device.type != "cpu" or s.ndim != 1 or len(s) < 2:
+            got = f"{s.dtype} {tuple(s.shape)} on {s.device}"
+            raise ValueError(f"sigmas must be 2 or more float64 values on the CPU, 1-D, got {got}")
+        if not bool((s > 0).all() & (s.diff() > 0).all() & s.isfinite().all()):
+            raise ValueError("sigmas must be finite, positive and strictly ascending; sort them")
+
+    @property
+    def sigma_min(self) -> float:
+        """The first entry of the table."""
+        return float(self.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        """The last entry of the table."""
+        return float(self.sigmas[-1])
+
+    @abstractmethod
+    def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
+        """Return the time that the network is given at `sigma`; only discrete levels use `quantize`."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """Return the noise level at network time `t`."""
+
+    @abstractmethod
+    def percent_to_sigma(self, p: float) -> float:
+        """Return the noise level after a fraction p of the training times, from the noisiest down.
+
+        p <= 0 gives the hosts' stand-in for infinity, 999999999.9 (flow: 1), and p >= 1 gives 0.
+        """
+
+
+def as_array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
+    """Return a 1-D float64 array of at least two values.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) < 2:
+        raise ValueError(f"{name} must be 1-D with 2 values or more, got shape {array.shape}")
+    return array
+
+
+def log_uniform(sigma_min: float, sigma_max: float) -> Tensor:
+    """Return a table of 1000 sigmas, uniform in ln sigma.
+
+    Raises:
+        TypeError, ValueError: unless 0 < sigma_min < sigma_max.
+    """
+    low = check_number("sigma_min", sigma_min, above=0)
+    high = check_number("sigma_max", sigma_max, above=low)
+    table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64, device="cpu").exp()
+    table[0], table[-1] = low, high
+    return table

@@ -1,0 +1,110 @@
+"""Over all published inversions: an honest certificate, evaluations that are counted, bad input that is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inverting import MIXTURE
+from publications import guidance, images, labelled, schedule, shifted
+from torch import Tensor
+
+import kinvert as ki
+from kinvert.inversion.baselines import (
+    BASELINES,
+    aidi,
+    ddim_inversion,
+    dpm_solver_inversion,
+    easyinv,
+    fireflow,
+    null_text,
+    renoise,
+    rf_inversion,
+    rf_solver,
+    steer,
+)
+from kinvert.rules import DirectInversion
+from kinvert.tensors import rms
+
+SAMPLERS = {"rf_solver": "rf_solver", "fireflow": "fireflow", "dpm_solver_2": "dpmpp_2m"}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_certificate_is_honest(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = images().to(dtype)
+    found = BASELINES[name](labelled, x, schedule(), **guidance(1.5))
+    assert found.latent.dtype == dtype and found.sigmas == tuple(schedule().tolist())
+    sampler: Any = DirectInversion() if name == "direct_inversion" else SAMPLERS.get(name, "euler")
+    noise = ki.noise.replay(found.noises) if found.noises else None
+    back = ki.sample(labelled, found.latent, schedule(), sampler=sampler, noise=noise, **guidance(1.5))
+    torch.testing.assert_close(
+        found.round_trip_error, rms(back - x), rtol=1e-3, atol=1e-6 if dtype is torch.float32 else 1e-12
+    )
+    assert torch.equal(found.converged, found.round_trip_error <= found.allowed)
+    assert "inversion of 4 samples" in str(found)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_evaluations_are_counted(name: str) -> None:
+    """Rows that the denoiser saw; of an estimate, of starts and of the check too."""
+    rows = 0
+
+    def counting(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal rows
+        rows += len(x)
+        return MIXTURE(x, sigma)
+
+    found = BASELINES[name](counting, torch.cat([images(2), 3 * images(1)]), schedule())
+    assert rows == int(found.evaluations.sum())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_checks_the_latent_is_one_run_and_is_told(name: str) -> None:
+    """`checking` is what the certificate cost: without it are left the evaluations of the way up."""
+    found = BASELINES[name](MIXTURE, images(), schedule())
+    down = ki.compile_plan({"rf_solver": "rf_solver", "fireflow": "fireflow"}.get(name, "euler"), schedule())
+    assert found.checking == down.evaluations
+    assert ((found.evaluations - found.checking) / (len(schedule()) - 1) >= 1).all()
+
+
+X, S = images(), schedule()
+
+
+BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "at": (lambda: ddim_inversion(MIXTURE, X, S, at="cleen"), ValueError, "unknown at 'cleen'; did you mean 'clean'. It must be one of clean, noisy"),  # type: ignore[arg-type]
+    "ends at 0": (lambda: ddim_inversion(MIXTURE, X, ki.schedules.karras(5, 0.1, 10)), ValueError, r"stop at sigma_min > 0, e.g. sigmas\[:-1\]"),
+    "rising": (lambda: aidi(MIXTURE, X, S.flip(0)), ValueError, r"decreasing.*sigmas.flip\(0\)"),
+    "half": (lambda: aidi(MIXTURE, X.half(), S), TypeError, "x must be float32 or float64, got torch.float16"),
+    "integers": (lambda: renoise(MIXTURE, X.int(), S), TypeError, "floating point"),
+    "nan": (lambda: rf_solver(MIXTURE, X * math.nan, S), ValueError, "x has 24 NaN"),
+    "nan, solved": (lambda: aidi(MIXTURE, X * math.nan, S), ValueError, "NaN"),
+    "negative": (lambda: fireflow(labelled, X, S, cfg=2.0), ValueError, "negative= is missing"),
+    "keep": (lambda: easyinv(MIXTURE, X, S, keep=2.0), ValueError, "keep must be a number from 0 to 1, got 2"),
+    "iterations": (lambda: aidi(MIXTURE, X, S, iterations=0), ValueError, "iterations must be an int of at least 1, got 0"),
+    "window": (lambda: aidi(MIXTURE, X, S, window=-1), ValueError, "window must be an int of at least 0"),
+    "average": (lambda: renoise(MIXTURE, X, S, iterations=3, average=4), ValueError, "average must be at most iterations, 3, got 4"),
+    "order": (lambda: dpm_solver_inversion(MIXTURE, X, S, order=3), ValueError, "order must be 1 .* or 2"),  # type: ignore[arg-type]
+    "tau": (lambda: dpm_solver_inversion(MIXTURE, X, S, tau=0), ValueError, "tau must be a positive number, got 0"),
+    "substeps": (lambda: dpm_solver_inversion(MIXTURE, X, S, substeps=1.5), ValueError, "substeps must be an int"),  # type: ignore[arg-type]
+    "gamma": (lambda: rf_inversion(MIXTURE, X, S, gamma=1.5), ValueError, r"gamma must be a number from 0 \(not steered\) to 1, got 1.5"),
+    "eta": (lambda: rf_inversion(MIXTURE, X, S, eta=-1), ValueError, "eta must be a number from 0"),
+    "noise": (lambda: rf_inversion(MIXTURE, X, S, noise=X[:1]), ValueError, r"noise must be a tensor of x's shape \(4, 6\), got \(1, 6\)"),
+    "image": (lambda: steer(MIXTURE, X[:3], 0.1, eta=0.5)(X, S[:1].expand(4)), ValueError, "image has shape .3, 6., which does not fit x's .4, 6."),
+    "label": (lambda: null_text(labelled, X, S, **guidance(2.0)), TypeError, "negative must have a floating point tensor to optimise, got label; pass the embedding"),
+    "no negative": (lambda: null_text(MIXTURE, X, S), TypeError, "to optimise, got nothing"),
+    "lr": (lambda: null_text(shifted, X, S, lr=0.0, positive={"shift": X}, negative={"shift": X}), ValueError, "lr must be a positive number"),
+    "cfg 1": (lambda: null_text(shifted, X, S, cfg=1.0, positive={"shift": X}, negative={"shift": X}), TypeError, "cfg other than 1"),
+    "no gradient": (lambda: null_text(torch.no_grad()(shifted), X, S, positive={"shift": X}, negative={"shift": X}), TypeError, r"no torch.no_grad\(\) inside"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
