@@ -182,6 +182,13 @@ def test_old_names_of_a_module_answer_with_a_warning(module: str, old: str, new:
         assert getattr(importlib.import_module(module), old) is getattr(importlib.import_module(where), name)
 
 
+@pytest.mark.parametrize(
+    "old", sorted({*FACES, *(module if module not in OFFERING else f"{module}.{name}" for module, name, _ in RENAMED)})
+)
+def test_old_names_stand_in_the_changelog(old: str) -> None:
+    assert f"`{old}`" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_an_import_of_the_package_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -131,9 +131,7 @@ def extract_noise(
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas(plan.stage_levels, x)
     state: Memory = {"x": states[0]}
-    noises: list[Tensor] = []
-    residuals: list[Tensor] = []
-    evaluations = 0
+    noises, residuals, evaluations = list[Tensor](), list[Tensor](), 0
     for step in _with_bar(plan, progress):
         target, tape = states[step.index + 1], _Tape(bound)
         stage_levels = levels[evaluations : evaluations + len(step.stages)]
