@@ -142,7 +142,7 @@ def extract_noise(
         miss = state["x"].to(wide_dtype(x.dtype)) - target.to(wide_dtype(x.dtype))
         residuals.append(rms(miss if _solvable(step) is not None else torch.zeros_like(miss)))
         if callback is not None and seen is not None:
-            copies = (part.clone() for part in seen)
+            copies = seen[0].clone(), seen[1].clone()
             callback(Progress(step.index, step.sigma, step.sigma_next, *copies, evaluations=evaluations))
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, mask, x)
     again = back.sample(denoiser, states[0], memory={}, noises=noises, embeddings={}, max_batch=max_batch)
