@@ -34,11 +34,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from kinvert.inversion.choice import METHODS
 from torch import Tensor
 
 import kinvert as ki
 from kinvert.denoisers import guide
+from kinvert.inversion import METHODS
 
 RESULT = Path(__file__).parent / "results" / "environments.json"
 CLOSE = 1e-4  # relative difference up to which values are the same

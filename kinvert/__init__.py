@@ -45,8 +45,10 @@ __all__ = [
     "Guided",
     "Inversion",
     "Plan",
+    "Progress",
     "RoundTrip",
     "Rule",
+    "Stepwise",
     "__version__",
     "analysis",
     "compile_plan",
@@ -67,5 +69,6 @@ __all__ = [
     "sampler",
     "schedule",
     "schedules",
+    "stepwise",
     "unsample",
 ]

@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -180,6 +181,15 @@ def test_the_tables_of_performance_are_what_was_measured() -> None:
             if row["who"] == "kinvert":
                 assert row["passes"] <= 1.5 * row["least_passes"] and row["operations"] <= row["allowed_operations"]
                 assert row["synchronisations"] == row["created"] == 0
+
+
+def test_the_architecture_is_read_off_the_code() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "architecture.md").read_text())
+    assert "<!--" not in text
+    for route in ROUTES:
+        assert f"| `{type(route).__name__}` |" in text
+        for field in dataclasses.fields(route):  # type: ignore[arg-type]
+            assert re.search(rf"^\| `[\w, ]*\b{field.name}\b[\w, ]*` \|", text, re.MULTILINE), field.name
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -84,3 +84,15 @@ def test_import_brings_no_extras() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(ast.literal_eval(result.stdout))
     assert not loaded & {"matplotlib", "click", "rich", "sklearn", "mlxtend", "pandas", "diffusers", "PIL", "scipy"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    """At most 430 lines, and 45 of code below a docstring."""
+    text = path.read_text()
+    assert text.count("\n") <= 430
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            code = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            lines = text.splitlines()[code[0].lineno - 1 : node.end_lineno]
+            assert sum(bool(line.strip()) for line in lines) <= 45, node.name

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterator
@@ -137,7 +138,7 @@ def test_the_public_names_are_these(package: str) -> None:
 
 def test_every_module_says_what_it_offers() -> None:
     """But for those that only remember old names."""
-    assert {*MODULES} - {*OFFERING} <= {*FACES} | {module for module, _, _ in RENAMED}
+    assert {*MODULES} - {*OFFERING} <= {*FACES, "kinvert.graphs"} | {module for module, _, _ in RENAMED}
 
 
 @pytest.mark.parametrize("name", OFFERING)
@@ -175,11 +176,26 @@ def test_old_modules_answer_with_a_warning(old: str) -> None:
             assert getattr(importlib.import_module(old), name) is getattr(new, name)
 
 
+def test_the_old_name_of_graphs_is_the_module_itself() -> None:
+    """It is `ki.graphs` too, which must not warn."""
+    sys.modules.pop("kinvert.graphs", None)
+    with pytest.warns(DeprecationWarning, match=r"kinvert\.graphs is now kinvert\.engine\.graphs"):
+        importlib.import_module("kinvert.graphs")
+    assert ki.graphs is sys.modules["kinvert.engine.graphs"]
+
+
 @pytest.mark.parametrize(("module", "old", "new"), RENAMED, ids=[f"{module}.{old}" for module, old, _ in RENAMED])
 def test_old_names_of_a_module_answer_with_a_warning(module: str, old: str, new: str) -> None:
     where, _, name = new.rpartition(".")
     with pytest.warns(DeprecationWarning, match=rf"{module}.{old} is now {new}"):
         assert getattr(importlib.import_module(module), old) is getattr(importlib.import_module(where), name)
+
+
+@pytest.mark.parametrize(
+    "old", sorted({*FACES, *(module if module not in OFFERING else f"{module}.{name}" for module, name, _ in RENAMED)})
+)
+def test_old_names_stand_in_the_changelog(old: str) -> None:
+    assert f"`{old}`" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_an_import_of_the_package_warns_of_nothing() -> None:

@@ -79,7 +79,7 @@ def problem_for(solver: Solver, y: Tensor, budget: int) -> Problem:
 
 
 @methods
-@pytest.mark.parametrize("budget", [0, 10, UNLIMITED])
+@pytest.mark.parametrize("budget", [0, 10, UNLIMITED], ids=["no budget", "little budget", "unlimited"])
 def test_a_solver_is_pure_and_honest(method: str, budget: int) -> None:
     """It writes to nothing that it is given, spends no more than it may, and says what it reached."""
     solver, y = choose(method, ki.compile_plan("euler", SIGMAS))[1], images()
