@@ -26,7 +26,7 @@ NOISY = (
     "larger tol"
 )
 LONGEST = 0.01  # of e in parts of the size: shorter than that, a smooth F leaves little even where it bends
-ROUGH = 0.2  # a second difference above this part of e is noise; that of a smooth F is of order e
+ROUGH = 0.1  # a second difference above this part of e is noise; that of a smooth F is of order e
 MOST = 10.0  # noise explains a residual that is at most so many second differences
 
 
@@ -56,7 +56,7 @@ def measure_noise(search: Search, index: Tensor, center: Tensor | None = None) -
     """
     u, residual = search.u[index], search.residual[index].nan_to_num(0.0, 0.0, 0.0)
     length = residual.minimum(LONGEST * search.size[index])
-    e = small_steps(u, length)
+    e = small_steps(u, length * (rms(u) / search.size[index]).clamp(min=1.0))  # F contracts by about that
     middle = search.call(u, index) if center is None else center
     second = search.call(u + e, index) + search.call(u - e, index) - 2 * middle
     return torch.where(is_noise(rms(second), length, residual), residual, 0.0)
