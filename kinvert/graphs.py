@@ -1,5 +1,13 @@
-"""The old name of `kinvert.engine.graphs`."""
+"""The old name of `kinvert.engine.graphs`, which is `ki.graphs` too: the module that is imported here is that one."""
 
-from kinvert._moved import moved
+import sys
+import warnings
 
-__getattr__ = moved(__name__, "kinvert.engine.graphs")
+from kinvert.engine import graphs
+
+warnings.warn(
+    "kinvert.graphs is now kinvert.engine.graphs; the old name goes with the next version",
+    DeprecationWarning,
+    stacklevel=2,
+)
+sys.modules[__name__] = graphs

@@ -56,6 +56,7 @@ class RoundTrip:
     data_range: float = 2.0
 
     def __str__(self) -> str:
+        """Return a short report."""
         lines = [
             f"round trip of {len(self.latent)} samples through sigma {self.sigma:g}, {self.evaluations} evaluations"
         ]

@@ -1,33 +1,31 @@
 r"""Classifier-free guidance.
 
-With ``C`` and ``U`` the predictions under the positive and the negative conditioning,
+With `C` and `U` the predictions under the positive and the negative conditioning,
 
     D = U + cfg (C - U)
 
-so ``cfg = 1`` is the positive prediction alone and the negative one is not computed. Both are
-computed as one call on a batch ``[uncond, cond]`` of twice the size whenever their conditionings
-stack, in two calls when they do not.
+so `cfg = 1` is the positive prediction alone, and the negative one is not computed. Both are computed as one call on a
+batch `[uncond, cond]` of twice the size if their conditionings stack, and in two calls if they do not.
 
-What belongs to one item. A tensor (or NumPy array) whose first dimension is x's batch has a row for
-each item; a tensor of size 1 is expanded. So has a list as long as the batch an entry for each item,
-such as a prompt or a tuple of crops, unless it holds such tensors itself. Everything else belongs to
-all: give a sequence that all items share as a tuple. This is settled once, for the batch that is
-sampled or inverted; where a part of it is evaluated, the denoiser gets the entries of that part.
+What belongs to one item: a tensor (or NumPy array) whose first dimension is x's batch has a row for each item; a tensor
+of size 1 is expanded. A list as long as the batch has an entry for each item, such as a prompt or a tuple of crops,
+unless it holds such tensors itself. Everything else belongs to all: give a sequence that all items share as a tuple.
+This is settled once, for the batch that is sampled or inverted. If a part of the batch is evaluated, the denoiser gets
+the entries of that part.
 
-Which conditionings stack. Two values stack when they are
+Which conditionings stack: two values stack if they are
 
 * tensors of equal shape, dtype and device with a row for each item: concatenated;
-* dicts with the same keys, or lists or tuples of the same length, whose members stack: member by
-  member (not a list with an entry for each item);
-* equal strings, numbers, booleans or None, or the same object (no array or tensor with dimensions):
-  passed through.
+* dicts with the same keys, or lists or tuples of the same length, whose members stack: member by member (not a list
+  with an entry for each item);
+* equal strings, numbers, booleans or None, or the same object (no array or tensor with dimensions): passed through.
 
-Anything else, such as different keys or token lengths, or tensors that all items share, takes two
-calls, so the denoiser never sees a batch its conditioning does not match. No tensor's values are
-looked at. It may return the same memory in both of two calls: what the first one gave is copied where
-it has to be.
+Anything else, such as different keys or token lengths, or tensors that all items share, takes two calls, so that the
+denoiser never sees a batch that its conditioning does not match. So does a denoiser that can be cut into rows (it has a
+`take`). No tensor's values are read. A denoiser may return the same memory in both of two calls: the result of the
+first is copied if that is needed.
 
-Source: "Classifier-Free Diffusion Guidance", Ho & Salimans 2022, arXiv 2207.12598.
+Source: Ho and Salimans, Classifier-Free Diffusion Guidance (2022), arXiv 2207.12598.
 """
 
 from __future__ import annotations
@@ -47,14 +45,15 @@ from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, take_rows, working_dtype
 
+__all__ = ["Guidance", "guide"]
+
 _NEGATIVE_MISSING = (
     "{why} needs the unconditional prediction, but negative= is missing; "
     "pass the unconditional conditioning, e.g. the embedding of the empty prompt, or negative={{}} "
     "to call the denoiser with no keywords"
 )
-_APART = (
-    object()
-)  # what two conditionings that do not stack make together; not an error: torch.compile follows no raise
+_APART = object()
+"""Two conditionings that do not stack make this. It is no exception, since torch.compile follows no raise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +72,7 @@ class _Rows:
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """What `guide` returns: ``(x, sigma) -> Tensor``, or `Guided` where ``pair`` is set."""
+    """What `guide` returns: `(x, sigma) -> Tensor`, or `Guided` if `pair` is set."""
 
     denoiser: Denoiser
     cfg: float | Callable[[Tensor], Tensor]
@@ -84,11 +83,11 @@ class Guidance:
 
     @property
     def coordinates(self) -> Coordinates | None:
-        """Those of the denoiser, None where it does not say."""
+        """Return those of the denoiser, None if it does not say."""
         return coordinates_of(self.denoiser)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        """The guided prediction, from x (batch, *event) and sigma (batch,)."""
+        """Return the guided prediction, from x (batch, *event) and sigma (batch,)."""
         bound = self._settled(len(x))
         if bound.negative is None or (_is_one(self.cfg) and not self.pair):
             result = self._called(x, sigma, _open(bound.positive))
@@ -112,7 +111,7 @@ class Guidance:
         """Return the guidance of the rows `index`, shape (n,), of the batch it was made for.
 
         Raises:
-            ValueError: `guide` was not told the batch, so that nobody knows what belongs to one row.
+            ValueError: `guide` was not given the batch, so it is not known what belongs to one row.
         """
         if self.batch is None:
             raise ValueError("guidance can be cut into rows if it knows its batch: guide(..., batch=len(x))")
@@ -134,7 +133,7 @@ class Guidance:
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """(U, C), from one call if the conditionings stack."""
+        """Return (U, C), from one call if the conditionings stack."""
         both: Any = _APART if hasattr(self.denoiser, "take") else _stack(negative, positive)
         if both is _APART:
             first = [self._predict(x, sigma, _open(negative))]
@@ -150,7 +149,7 @@ class Guidance:
         return check_output(result, x, "denoiser", "x, sigma, **c")
 
     def _called(self, x: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Any:
-        """What the denoiser returns, as plain tensors; an error of its own gets a note of what it was called with."""
+        """Call the denoiser, and return plain tensors; add a note of the arguments to an error of its own."""
         try:
             result: Any = call(self.denoiser, x, sigma, **conditioning)
         except Exception as error:
@@ -183,34 +182,30 @@ def guide(
     pair: bool = False,
     batch: int | None = None,
 ) -> Guidance:
-    """Bind the conditioning to a denoiser and guide it: ``D = U + cfg (C - U)``.
+    """Bind the conditioning to a denoiser and guide it: `D = U + cfg (C - U)`.
 
-    A denoiser that returns `Guided` itself is passed through; call it with ``cfg=1`` and
-    ``negative=None``.
+    A denoiser that returns `Guided` itself is passed through; call it with `cfg=1` and `negative=None`.
 
     Args:
-        denoiser: ``denoiser(x, sigma, **conditioning) -> denoised``.
-        cfg: guidance scale. At 1 (relative tolerance 1e-9) the negative branch is never called. Or a
-            function of sigma, shape (batch,), that returns a scale for each sample (`step_cfg` makes one from a
-            scale for each step); then both branches are always called.
+        denoiser: `denoiser(x, sigma, **conditioning) -> denoised`.
+        cfg: guidance scale. At 1 (relative tolerance 1e-9) the negative branch is never called. Or a function of sigma,
+            shape (batch,), that returns a scale for each sample (`step_cfg` makes one from a scale for each step); then
+            both branches are always called.
         positive: keyword arguments of the conditional prediction C; None for none.
-        negative: keyword arguments of the unconditional prediction U; ``{}`` calls the denoiser
-            with none.
-        pair: return ``Guided(D, U)``, which CFG++ samplers need; both branches are then always
-            computed.
-        batch: number of rows of the states to come, e.g. ``len(x)``. What belongs to one row is then settled once, and
+        negative: keyword arguments of the unconditional prediction U; `{}` calls the denoiser with none.
+        pair: return `Guided(D, U)`, which CFG++ samplers need; both branches are then always computed.
+        batch: number of rows of the states to come, e.g. `len(x)`. What belongs to one row is then settled once, and
             the result can be cut into rows by its `take`. None settles it in every call.
 
     Returns:
-        A callable ``(x, sigma) -> denoised``, x of shape (batch, *event) and sigma of shape
-        (batch,).
+        A callable `(x, sigma) -> denoised`, x of shape (batch, *event) and sigma of shape (batch,).
 
     Raises:
         TypeError: `denoiser` is not callable, `cfg` is not a Python number, `positive` or
             `negative` is not a mapping; in a call, the denoiser returns something other than a
             tensor.
         ValueError: `cfg` is not finite; `negative` is missing where it is needed (found in the
-            first call for ``pair=True, cfg=1``, where the denoiser may return `Guided`); in a call,
+            first call for `pair=True, cfg=1`, where the denoiser may return `Guided`); in a call,
             the output has not x's shape.
     """
     if not callable(denoiser):
@@ -251,7 +246,7 @@ def _keywords(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same dict, list or tuple with another value for every member."""
+    """Return the same dict, list or tuple with another value for every member."""
     if type(value) is dict:  # which torch.compile can follow
         return {key: function(member) for key, member in value.items()}
     if isinstance(value, dict):
@@ -284,20 +279,20 @@ def _has_rows(value: Any) -> bool:
 
 
 def _each(function: Callable[[_Rows], Any], value: Any) -> Any:
-    """Another value for everything that belongs to one item."""
+    """Replace every value that belongs to one item."""
     if isinstance(value, _Rows):
         return function(value)
     return _map(lambda member: _each(function, member), value) if isinstance(value, (dict, list, tuple)) else value
 
 
 def _open(conditioning: dict[str, Any]) -> dict[str, Any]:
-    """The conditioning as the denoiser gets it."""
+    """Return the conditioning as the denoiser gets it."""
     opened: dict[str, Any] = _each(lambda rows: rows.value, conditioning)
     return opened
 
 
 def _stack(uncond: Any, cond: Any) -> Any:
-    """The conditioning of the batch [uncond, cond], as the denoiser gets it; _APART if there is none."""
+    """Return the conditioning of the batch [uncond, cond] as the denoiser gets it; _APART if there is none."""
     if isinstance(uncond, _Rows) and isinstance(cond, _Rows):
         u, c = uncond.value, cond.value
         if not (isinstance(u, Tensor) and isinstance(c, Tensor)):
@@ -314,7 +309,7 @@ def _stack(uncond: Any, cond: Any) -> Any:
 
 
 def _stacked(pairs: list[tuple[Any, Any]], like: Any) -> Any:
-    """A dict, list or tuple like another of what the pairs make together; _APART if one of them does not stack."""
+    """Return what the pairs make together, in a container like `like`; _APART if one of them does not stack."""
     members = []
     for uncond, cond in pairs:
         members.append(_stack(uncond, cond))

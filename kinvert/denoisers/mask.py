@@ -1,14 +1,13 @@
 r"""Denoising a part of the sample, with the rest pinned to a known one.
 
-A mask ``m`` is 1 where the sampler works and 0 where the clean latent ``z`` is kept. With the kept
-region at the noise level of the step, ``b = a z + sigma eps`` (``b = a z`` where no noise is given),
-where ``a = 1``, or ``a = 1 - sigma`` in flow time,
+A mask `m` is 1 where the sampler works and 0 where the clean latent `z` is kept. With the kept region at the noise
+level of the step, `b = a z + sigma eps` (`b = a z` if no noise is given), where `a = 1`, in flow time `a = 1 - sigma`,
 
     x' = m x + (1 - m) b          what the denoiser sees
     D' = m D(x', sigma) + (1 - m) z
 
-so only what goes in and out of the denoiser is masked; the sampler's own x is not overwritten, and
-follows because the slope ``(x - D') / sigma`` leads it to z in the kept region.
+so only the input and the output of the denoiser are masked. The sampler's own x is not overwritten: the slope
+`(x - D') / sigma` leads it to z in the kept region.
 """
 
 from __future__ import annotations
@@ -33,9 +32,11 @@ from kinvert.denoisers.protocol import (
     working_dtype,
 )
 
+__all__ = ["Masked", "resize_mask"]
+
 
 def resize_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """A user's mask as a tensor that broadcasts against x, in x's dtype and on its device.
+    """Return a user's mask as a tensor that broadcasts against x, in x's dtype and on its device.
 
     One rule for all events. Let *space* be the dimensions of x after batch and channels, all but the batch
     where an event has one dimension or none. A mask has the dimensions
@@ -48,7 +49,7 @@ def resize_mask(mask: Tensor, x: Tensor) -> Tensor:
 
     So (L,), (batch, L) and (batch, channels, L) are masks of audio, (H, W), (batch, H, W) and (batch, channels, H, W)
     of images. A dimension of *space* may be 1. The mask of an image has its last two dimensions, and is resized to
-    (H, W) bilinearly (align_corners=False) where it is of another size.
+    (H, W) bilinearly (align_corners=False) if it has another size.
 
     Reads the mask's values once, to check them: call it before a loop, not in it.
 
@@ -90,7 +91,7 @@ def _check_values(mask: Tensor) -> None:
 
 
 def _placed(mask: Tensor, x: Tensor) -> Tensor:
-    """The mask with dimensions that broadcast against x, by the rule of `resize_mask`."""
+    """Give the mask dimensions that broadcast against x, by the rule of `resize_mask`."""
     batch, *event = x.shape
     channels = event[:1] if len(event) > 1 else []
     space = event[len(channels) :]
@@ -125,13 +126,13 @@ def _placed(mask: Tensor, x: Tensor) -> Tensor:
 class Masked:
     """A denoiser that processes the mask and keeps the rest, by the module's two equations.
 
-    The pair of a denoiser that returns `Guided` is blended in ``denoised`` only, as ComfyUI does.
+    The pair of a denoiser that returns `Guided` is blended in `denoised` only, as ComfyUI does.
 
     Attributes:
-        denoiser: the denoiser after guidance, ``Masked(guide(...), ...)``.
+        denoiser: the denoiser after guidance, `Masked(guide(...), ...)`.
         mask: anything `resize_mask` accepts for the background; kept as `resize_mask` returns it.
         background: the clean latent z, of x's shape.
-        noise: the background's fixed ``eps``, unit variance, of x's shape; None keeps the background
+        noise: the background's fixed `eps`, unit variance, of x's shape; None keeps the background
             clean at every sigma.
         coordinates: of x and sigma, "ve" or "flow"; None takes the denoiser's, or "ve".
 
@@ -161,7 +162,7 @@ class Masked:
         return Masked(take_rows(self.denoiser, index), mask, self.background[index], noise, self.coordinates)
 
     def __call__(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor | Guided:
-        """The masked prediction, from x of the background's shape and sigma (batch,)."""
+        """Return the masked prediction, from x of the background's shape and sigma (batch,)."""
         _check_like("x", x, self.background)
         mask, clean = self.mask.to(x.dtype), self.background.to(x.dtype)
         level, kept = expand(sigma, x), clean

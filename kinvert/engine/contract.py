@@ -222,15 +222,21 @@ def _copies_of_x(plan: Plan, index: int) -> set[str]:
     return names
 
 
+_STATE = {"sampler", "sigmas", "step", "stage", "values", "noises", "denoised", "uncond", "x", "noise"}
+
+
 def check_resumed(plan: Plan, state: Any) -> None:
     """Raise TypeError or ValueError if `state` is not where a run of the Plan can go on."""
-    if not isinstance(state, dict) or not {"sampler", "sigmas", "step", "stage", "values"} <= state.keys():
+    if not isinstance(state, dict) or not state.keys() >= _STATE:
         raise TypeError(f"state must be the state of a run, run.state, got {type(state).__name__}")
     if (state["sampler"], tuple(state["sigmas"])) != (repr(plan.rule), plan.sigmas):
         raise ValueError(
             f"the state belongs to {state['sampler']} on {len(state['sigmas'])} noise levels, the Plan is of "
             f"{plan.rule!r} on {len(plan.sigmas)}; compile the Plan for the same sampler and the same sigmas"
         )
-    needed = {"x"} if state["step"] == len(plan.steps) else plan.steps[state["step"]].reads | {"x"}
+    step, stage, count = state["step"], state["stage"], len(plan.steps)
+    if not 0 <= step <= count or not 0 <= stage < (len(plan.steps[step].stages) if step < count else 1):
+        raise ValueError(f"the state stands at stage {stage} of step {step}, which the Plan of {count} steps lacks")
+    needed = {"x"} if step == count else plan.steps[step].reads | {"x"}
     if not needed <= state["values"].keys():
         raise ValueError(f"the state lacks {', '.join(sorted(needed - state['values'].keys()))}; save all of run.state")

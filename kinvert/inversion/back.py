@@ -189,7 +189,8 @@ def steer(denoiser: Denoiser, image: Tensor, sigma_end: float, *, eta: float, un
         TypeError, ValueError: eta out of [0, 1], an image that is no batch of states; in a call, one that does not
             fit x.
 
-    Source: Rout et al. (2024), arXiv 2410.10792, where sigma_end = 0.
+    Source: Rout et al., Semantic Image Inversion and Editing using Rectified Stochastic Differential Equations (2024),
+    arXiv 2410.10792, with sigma_end = 0.
     """
     check_unit("eta", eta)
     image = check_state(image)

@@ -1,8 +1,8 @@
 """What the denoiser is called with while samples finish one by one: few batch sizes, and tensors of its own.
 
-A compiled network is compiled again for what it has not seen: another batch size, or a part of a larger tensor where it
-has seen a whole one; a captured graph or an engine of fixed size takes one batch size alone. So an inversion rounds the
-number of samples that it asks about up to the whole batch, or to half, a quarter, ... of it, by repeating one of them.
+A compiled network is compiled again for inputs that it has not seen: another batch size, or a view of a larger tensor.
+A captured graph or an engine of fixed size takes one batch size alone. So an inversion fills its batches up to the
+whole batch, or to a half, a quarter, ... of it, by repeating one of the samples.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine.contract import checked_output
 from kinvert.torch_hooks import is_view
+
+__all__ = ["FewBatches"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class FewBatches:
     _known: dict[int, BoundDenoiser] = field(default_factory=dict, init=False, repr=False)
 
     def size(self, count: int) -> int:
-        """The batch size for `count` samples."""
+        """Return the batch size for `count` samples."""
         size = self.largest
         while not self.fixed and count <= (half := (size + 1) // 2) < size:
             size = half
@@ -44,7 +46,7 @@ class FewBatches:
         return FewBatches(self.denoiser.take(index), self.largest, self.fixed)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        """What it says of all of them. Repeated samples are asked about and forgotten."""
+        """Evaluate all of them. What the denoiser returns for repeated samples is dropped."""
         count = len(x)
         more = self.size(count) - count
         given, where = _filled(x, more), "in an evaluation of the inversion"
@@ -54,7 +56,7 @@ class FewBatches:
         return checked_output(out, given, where)[:count]
 
     def _with(self, more: int, count: int, device: torch.device) -> BoundDenoiser:
-        """The denoiser of these samples and `more` copies of the first."""
+        """Return the denoiser of these samples and `more` copies of the first."""
         if more not in self._known:
             index = _filled(torch.arange(count, device=device), more)
             self._known[more] = self.denoiser.take(index) if more else self.denoiser
@@ -62,7 +64,7 @@ class FewBatches:
 
 
 def _filled(rows: Tensor, more: int) -> Tensor:
-    """The rows and `more` copies of the first, in a tensor of its own: a view of another is copied."""
+    """Return the rows and `more` copies of the first, in a tensor of its own: a view of another is copied."""
     if more:
         return torch.cat([rows, rows[:1].expand(more, *rows.shape[1:])])
     return rows.clone() if is_view(rows) or rows.storage_offset() else rows

@@ -50,18 +50,18 @@ class Couplings:
 
     @property
     def weights(self) -> np.ndarray:
-        """What each evaluation weighs in x_N, in parts of their sum."""
+        """Return the weight of each evaluation in x_N, in parts of their sum."""
         weights: np.ndarray = self.B.reshape(len(self.a), -1).sum(1)
         return weights / weights.sum()
 
     @property
     def coupling(self) -> float:
-        """The largest sum of a row of |C|: by how much `Y <- a x_N + C D(Y)` stretches at most, if D does not."""
+        """Return the largest sum of a row of |C|: the most that `Y <- a x_N + C D(Y)` stretches, if D does not."""
         return float(np.abs(self.C).sum(1).max())
 
 
 def couplings(plan: Plan) -> Couplings:
-    """The equations of a deterministic Plan that starts from x alone and does not forget it."""
+    """Return the couplings of a deterministic Plan that starts from x alone and does not forget it."""
     outputs = 2 if plan.is_guided else 1
     unit = np.eye(1 + plan.evaluations * outputs)
     values: dict[Symbol, np.ndarray] = {State("x"): unit[0]}

@@ -163,7 +163,7 @@ def _check_hard(mask: Tensor) -> None:
 
 
 def check_image(x: Any) -> Tensor:
-    """The image `x` as a plain tensor; TypeError or ValueError where it has no event, or no values, to solve for."""
+    """Return the image as a plain tensor; raise TypeError or ValueError if there is nothing in it to solve for."""
     x = check_state(x)
     check_values("x", x, "an inversion is made of them")
     if x.ndim < 2 or not x.numel():
@@ -172,14 +172,14 @@ def check_image(x: Any) -> Tensor:
 
 
 def falling(sigmas: Any) -> tuple[float, ...]:
-    """The schedule as floats; ValueError where it rises."""
+    """Return the schedule as floats; raise ValueError if it rises."""
     schedule = as_schedule(sigmas)
     check_decreasing("sigmas", schedule)
     return schedule
 
 
 def check_invertible(plan: Plan, last_step: str | None = None) -> None:
-    """Raise ValueError where the run of a Plan cannot be inverted."""
+    """Raise ValueError if the run of a Plan cannot be inverted."""
     name = plan.rule.name
     fix = (
         f"ki.sampler({name!r}, eta=0)" if "eta" in plan.rule.noise_options else "a deterministic sampler such as 'heun'"
@@ -207,7 +207,7 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
 
 
 def _limit(max_evals: int | None, plan: Plan) -> int:
-    """What a sample may cost, but for the evaluations of `check_rows`."""
+    """Return what a sample may cost, without the evaluations of `check_rows`."""
     if max_evals is None:
         return UNLIMITED
     least = 2 * plan.evaluations + 1 + ROWS

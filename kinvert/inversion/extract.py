@@ -49,6 +49,8 @@ from kinvert.plan import Plan, Step, compile_plan
 from kinvert.rules import Rule
 from kinvert.tensors import rms, wide_dtype
 
+__all__ = ["TOLERANCES", "Path", "extract_noise"]
+
 Path = Literal["independent", "chain"]
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}  # half precision: as in `verdict`
 
@@ -124,7 +126,7 @@ def extract_noise(
     if mask is not None:
         bound = Masked(bound, mask, x, coordinates=coordinates)
         cut = Masked(guided, mask, x, coordinates=coordinates)
-    asked = check_rows(FewBatches(cut, min(len(x), max_batch or len(x)), fixed=True), x, plan.sigmas)
+    asked = check_rows(FewBatches(cut, max(2, min(len(x), max_batch or len(x))), fixed=True), x, plan.sigmas)
     normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas(plan.stage_levels, x)
@@ -170,7 +172,7 @@ class _Tape:
     def advance(
         self, step: Step, state: Memory, noises: list[Tensor], levels: Tensor
     ) -> tuple[Memory, tuple[Tensor, Tensor] | None]:
-        """`engine.advance` from the beginning of the tape."""
+        """Call `engine.advance` from the beginning of the tape."""
         calls = iter(range(len(step.stages)))
 
         def play(x: Tensor, sigma: Tensor) -> Tensor | Guided:
@@ -185,7 +187,7 @@ class _Tape:
 def _step_noises(
     rule: Rule, step: Step, tape: _Tape, state: Memory, target: Tensor, levels: Tensor, normal: Callable[[], Tensor]
 ) -> list[Tensor]:
-    """The noises of a step, in x's dtype, such that it ends at `target` where one of them can be solved for."""
+    """Return the noises of a step, in x's dtype; it ends at `target` if one of them can be solved for."""
     solved = _solvable(step)
     known = {Noise(r): normal() for r in range(len(step.noises))}
     # With one noise there is nothing to condition; nor if the first evaluation depends on the noises to be drawn.
@@ -203,14 +205,14 @@ def _step_noises(
 
 
 def _solvable(step: Step) -> int | None:
-    """The noise that moves x' most among those that enter no evaluation of the step; None if there is none."""
+    """Return the noise that moves x' most among those that enter no evaluation of the step, or None."""
     inputs = [stage.input for stage in step.stages]
     found = [r for r in range(len(step.noises)) if step.x[Noise(r)] and not any(form[Noise(r)] for form in inputs)]
     return max(found, key=lambda r: abs(step.x[Noise(r)]), default=None)
 
 
 def _first_order(step: Step) -> Step:
-    """The step without its noise, and with the first evaluation in place of the later ones."""
+    """Return the step without its noise, and with the first evaluation in place of the later ones."""
     terms: dict[Symbol, float] = {}
     for symbol, c in step.x:
         if symbol.kind == "noise":
@@ -222,7 +224,7 @@ def _first_order(step: Step) -> Step:
 
 
 def _law(rule: Rule, step: Step, conditioned: bool) -> list[Form]:
-    r"""The noises of a step as forms in independent normals `n_r` and "gap", the value of `sum_r c_r noise_r`.
+    r"""Return the noises of a step as forms in independent normals `n_r` and "gap", the value of `sum_r c_r noise_r`.
 
     For noises with covariance K, `w + K c (gap - c w) / (c K c)` with w of that covariance has the law given the gap.
     """
@@ -247,7 +249,7 @@ def _has_noise(form: Form) -> bool:
 
 # -- the states -------------------------------------------------------------------------------------------------------
 def _states(plan: Plan, coordinates: Coordinates, x: Tensor, path: Path, normal: Callable[[], Tensor]) -> list[Tensor]:
-    """States at the levels of the Plan, noisiest first, in x's dtype; the last is x."""
+    """Return the states at the levels of the Plan, noisiest first, in x's dtype; the last is x."""
     levels = [((1.0 - sigma) if coordinates == "flow" else 1.0, sigma) for sigma in plan.sigmas]
     states = [x.to(wide_dtype(x.dtype))]
     for i in reversed(range(len(levels) - 1)):
@@ -265,7 +267,7 @@ def _drawn(noise: White, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _normal(x: Tensor, generator: torch.Generator | None) -> Callable[[], Tensor]:
-    """Standard normal tensors like x, float32 for half precision, drawn where the generator is."""
+    """Return a function that draws standard normal tensors like x, in float32 for half precision."""
     device = x.device if generator is None else generator.device
 
     def draw() -> Tensor:
@@ -315,7 +317,7 @@ def _check_plan(plan: Plan, schedule: tuple[float, ...]) -> None:
 
 
 def _fix(plan: Plan, schedule: tuple[float, ...]) -> str:
-    """What to do about a last step without noise: a shorter schedule if that helps, else the sampler's options."""
+    """Return the fix for a last step without noise: a shorter schedule if that helps, else the sampler's options."""
     drawing = max(step.index for step in plan.steps if step.noises)
     dropped = len(schedule) - drawing - 2
     options = ", ".join(plan.rule.options)
@@ -344,7 +346,7 @@ def _missed(error: Tensor, allowed: Tensor) -> list[str]:
 
 
 def _unusual(plan: Plan, noises: list[Tensor]) -> list[str]:
-    """A warning about maps that are far from the unit variance that the sampler would draw."""
+    """Return a warning about maps that are far from the unit variance that the sampler would draw."""
     steps = [step for step in plan.steps for _ in step.noises]
     sizes = torch.stack([rms(n.to(wide_dtype(n.dtype))[None])[0] for n in noises]).tolist()
     worst = max(range(len(sizes)), key=lambda k: abs(math.log(max(sizes[k], 1e-300))))

@@ -1,7 +1,7 @@
-"""The plain run up, as a candidate: what `unsample` finds, checked, is never worth less than nothing.
+"""The plain run up, as a candidate: what `unsample` finds, sampled again.
 
-It costs one run, and one to check. An inversion that is worse, for want of evaluations or because the image has no
-inverse, is not returned.
+It costs one run, and one to check. No inversion that is worse is returned, for example because there were too few
+evaluations, or because the image has no inverse.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from kinvert.engine import Callback, run, run_state
 from kinvert.inversion.problem import Guess
 from kinvert.plan import Plan, compile_plan
 
+__all__ = ["Recorded", "rising"]
+
 
 def rising(plan: Plan) -> Plan | None:
-    """The run upwards of a Plan that can be inverted; None where the sampler has none."""
+    """Return the run upwards of a Plan that can be inverted; None if the sampler has none."""
     if plan.sigmas[-1] == 0 or not plan.rule.keeps_last:
         return None
     try:
@@ -31,7 +33,7 @@ def rising(plan: Plan) -> Plan | None:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A run down, from the latent of the plain run up: what its evaluations saw and said.
+    """A run down, from the latent of the plain run up: what its evaluations saw and returned.
 
     Attributes:
         latent, restored: where it starts and ends, shape (batch, *event), in x's dtype.
@@ -64,7 +66,7 @@ class Recorded:
         return cls(latent, restored, inputs, outputs, up.evaluations + plan.evaluations)
 
     def trajectory(self, plan: Plan, x: Tensor) -> list[Tensor]:
-        """The states of a one-step Plan, in x's dtype; the last is x, which the run misses."""
+        """Return the states of a one-step Plan, in x's dtype; the last is x, which the run misses."""
         states, first = [], 0
         for step in plan.steps:
             states.append(self.inputs[first].to(x.dtype))

@@ -26,17 +26,17 @@ class Inversion:
     Attributes:
         latent: the state at the noisiest level, shape (batch, *event), that the sampler maps to the given image.
         residuals: root mean square of `step(state) - known next state` per step and sample, shape (steps, batch), the
-            first row at the noisiest step; an estimate of it where the step was solved by sweeps over its evaluations
-            (`StepSweeps`); one row, the round-trip error, for the whole run where it was solved as one.
+            first row at the noisiest step; an estimate of it if the step was solved by sweeps over its evaluations
+            (`StepSweeps`); one row, the round-trip error, for a run that was solved as a whole.
         converged: whether sample i is reproduced to its tolerance, shape (batch,), bool. Judged by sampling the latent
             again, never by the solver's own residual alone.
         evaluations: denoiser evaluations spent on sample i, shape (batch,), int64; a guided pair counts as one.
         checking: those of `evaluations` that went into the certificate, per sample: the run that checks the latent, and
             the contraction.
-        row_checks: those of `evaluations` that told whether the denoiser mixes the samples of its batch, shape
-            (batch,): three of the first sample and one of the second; None where nobody asked.
-        round_trip_error: root mean square of `sample(latent) - image`, shape (batch,); where there was a mask, over
-            the processed region. float32 where the image is in half precision.
+        row_checks: those of `evaluations` that checked whether the denoiser mixes the samples of its batch, shape
+            (batch,): three of the first sample and one of the second; None if that was not checked.
+        round_trip_error: root mean square of `sample(latent) - image`, shape (batch,); with a mask, over the
+            processed region. float32 if the image is in half precision.
         tolerance: what `converged` was judged by, in parts of the size of the image.
         allowed: the same as an error, shape (batch,): `tolerance` times the size, `max(rms(image), sigmas[-1])`.
         sigmas: noise levels of the run, decreasing; the latent is at the first.
@@ -46,11 +46,11 @@ class Inversion:
             for a sample that did not converge the nearest image that was reached.
         contraction: per step and sample an estimate of `|I - F'|` at the solution, F the step, by power iteration: the
             factor by which the published fixed-point iteration would change an error; it fails above 1. Shape
-            (steps, batch); None where the steps were not solved one by one, NaN where `max_evals` left nothing for it.
+            (steps, batch); None if the steps were not solved one by one, NaN if `max_evals` left nothing for it.
         amplification: of rounding errors, as predicted before the run, for algebraically reversible samplers.
         memory: auxiliary state that belongs to the latent (algebraically reversible samplers), by name.
         embeddings: negative conditioning of every step, by keyword, shape (steps, batch, ...) (null-text inversion).
-        reasons: why the search ended, a `Reason` for each sample; `CONVERGED` where `converged` is true.
+        reasons: why the search ended, a `Reason` for each sample; `CONVERGED` if `converged` is true.
         back: the sampling run that was inverted, which `sample` runs.
         warnings: what a reader should know, e.g. the step at which a sample could not be solved.
     """
@@ -116,7 +116,7 @@ class Inversion:
 
     @classmethod
     def join(cls, parts: Sequence[Inversion]) -> Inversion:
-        """One inversion of the batch that the parts, inverted alike, make up."""
+        """Join inversions of the parts of a batch into the one of the whole."""
         if len(parts) == 1:
             return parts[0]
 
@@ -172,7 +172,7 @@ class Inversion:
         return f"sigma {self.sigmas[step]:.4g} -> {self.sigmas[step + 1]:.4g}"
 
     def _gaussianity(self) -> str:
-        """Moments of the latent in units of sigma, medians over the samples; a standard normal has 0, 1, 0, 0."""
+        """Return moments of `latent / sigma`, medians over the samples; a standard normal has 0, 1, 0, 0."""
         z = self.latent.cpu().double() / self.sigmas[0]
         names = {"mean": metrics.mean, "std": metrics.std, "skew": metrics.skew, "kurtosis": metrics.kurtosis}
         parts = [f"{name} {float(value(z).median()):+.3f}" for name, value in names.items()]

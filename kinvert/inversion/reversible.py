@@ -4,7 +4,7 @@ A reversible sampler takes a pair `(x, auxiliary)` from level to level by maps t
 the inverse is a Plan again (`analysis.explicit_inverse`): one run of it finds the latent. No equation is solved, no
 property of the denoiser is used, and the only error is rounding, magnified by `analysis.amplification`.
 
-The latent is a pair too. Where an image comes without an auxiliary state, one is started there as the sampler itself
+The latent is a pair too. If an image comes without an auxiliary state, one is started there as the sampler itself
 would start it (x again, or one evaluation), and the inverse finds the pair at the noisy end. Sampling from that pair
 returns the image. Sampling from its x alone starts another auxiliary state and returns another image, as far off as
 an approximate inversion, or further; `Reversal.gap` says by how much the two starts differ.
@@ -23,6 +23,8 @@ from kinvert.engine import Memory, advance, check_state, run_state, stage_sigmas
 from kinvert.plan import Plan, compile_auxiliary
 from kinvert.tensors import rms
 
+__all__ = ["Reversal", "invert_reversible", "started_state"]
+
 
 @dataclass(frozen=True, eq=False)
 class Reversal:
@@ -32,7 +34,7 @@ class Reversal:
         latent: x at `plan.sigmas[0]`, shape (batch, *event).
         memory: the auxiliary state that belongs to it, by name, each of the same shape.
         gap: root mean square distance of `memory` from what a run from the latent alone would start with, shape
-            (batch,): rounding error where the image came from such a run and with its auxiliary state, and else the
+            (batch,): rounding error if the image came from such a run and with its auxiliary state, and otherwise the
             reason why the latent alone does not return the image.
         evaluations: denoiser evaluations spent, each a batch.
     """
@@ -44,7 +46,7 @@ class Reversal:
 
     @property
     def state(self) -> Memory:
-        """Latent and memory, as `engine.run_state(plan.closed, ...)` takes them."""
+        """Return latent and memory, as `engine.run_state(plan.closed, ...)` takes them."""
         return {"x": self.latent, **self.memory}
 
 
@@ -76,7 +78,7 @@ def invert_reversible(plan: Plan, denoiser: Denoiser, x: Tensor, memory: Memory 
 
 
 def started_state(plan: Plan, denoiser: Denoiser, x: Tensor, sigma: float) -> tuple[Memory, int]:
-    """The auxiliary state that the sampler of a Plan starts at x with noise level `sigma`, and its evaluations."""
+    """Return the auxiliary state that the sampler starts at x with noise level `sigma`, and its evaluations."""
     step = compile_auxiliary(plan.rule, sigma)
     sigmas = stage_sigmas([stage.sigma for stage in step.stages], x)
     state, _ = advance(step, denoiser, {"x": x}, lambda sigma_from, sigma_to: x, sigmas)

@@ -110,7 +110,7 @@ class StepByStep:
         return sizes[-2::-1] or ([] if rising(task.plan) else [once + 1])  # at worst the plain run alone
 
     def _attempt(self, task: Task, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:
-        """Solve each step; for samples whose steps' errors add up to more than will do, again and more exactly.
+        """Solve each step; solve again, and finer, for samples whose steps' errors add up to too much.
 
         Returns the trajectory and what the sampler makes of its latent. It costs at most `most` evaluations of each
         sample, and one run.

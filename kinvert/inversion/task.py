@@ -1,4 +1,4 @@
-"""What `invert` is asked for, of some samples: the image, how exact its latent is to be, and what that may cost."""
+"""The task of `invert` for some samples: the image, how exact its latent must be, and what that may cost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Task:
 
     @cached_property
     def judge(self) -> Judge:
-        """Return how a whole run is judged; in half precision any error will do if the equations are solved."""
+        """Return how a whole run is judged; in half precision any error is accepted if the equations are solved."""
         size = image_size(self.x, self.plan.sigmas, self.region)
         share = torch.ones_like(size)
         if self.region is not None:

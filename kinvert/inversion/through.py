@@ -45,7 +45,7 @@ class ThroughBase(Problem):
     as it is, and the iteration would stand still.
 
     Attributes:
-        task: what is to be inverted.
+        task: the images to invert.
         base: the Plan of E.
         inner: root finder for the steps of E.
         most: what an inverse may cost; None: what is left.

@@ -1,8 +1,8 @@
 r"""What an inversion is judged by: its tolerance, the size of an image, and whether the denoiser can be trusted.
 
-Tolerances are relative. An image i has the size `s_i = max(rms(x_i), sigma_N)`, over the processed region where there
-is a mask, and is reproduced where `rms(sample(latent_i) - x_i) <= tol s_i`. So data, noise levels and denoiser in other
-units give the same latents, in those units, and the same verdicts.
+Tolerances are relative. An image i has the size `s_i = max(rms(x_i), sigma_N)`, over the processed region if there is a
+mask. It is reproduced if `rms(sample(latent_i) - x_i) <= tol s_i`. So data, noise levels and denoiser in other units
+give the same latents, in those units, and the same verdicts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from kinvert.inversion.telling import warn_user
 from kinvert.noise import white
 from kinvert.tensors import rms, wide_dtype
 
+__all__ = ["MIXING", "ROWS", "TOLERANCES", "Widened", "check_rows", "image_size", "rounding_note", "tolerance"]
+
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 MIXING = {torch.float64: 1e-6, torch.float32: 1e-3}  # half precision: 1e-2
 ROWS = 4
@@ -33,7 +35,7 @@ def tolerance(
     defaults: Mapping[torch.dtype, float] = TOLERANCES,
     network: torch.dtype | None = None,
 ) -> float:
-    """What a round trip may miss in parts of the image's size: `tol`, or what the dtypes of x and the network allow.
+    """Return what a round trip may miss, in parts of the image's size: `tol`, or what the dtypes allow.
 
     In half precision that is 8 eps: 0.0078 in float16, 0.0625 in bfloat16.
     """
@@ -50,13 +52,13 @@ def tolerance(
 
 
 def image_size(x: Tensor, sigmas: Sequence[float], region: Tensor | None = None) -> Tensor:
-    """`max(rms(x), sigma_N)` per sample, shape (batch,): the rms of an image, and of zeros the last positive level."""
+    """Return `max(rms(x), sigma_N)` per sample, shape (batch,); for an image of zeros the last positive level."""
     size = rms(x, region).nan_to_num(0.0, 0.0).clamp(min=sigmas[-1])
     return torch.where(size > 0, size, sigmas[-2])
 
 
 def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtype) -> list[str]:
-    """A warning where rounding, of x or of the network, is beyond the tolerance or sets it, with number and fix."""
+    """Warn, with the fix, if rounding of x or of the network exceeds the tolerance or sets it; return the text."""
     eps, rough = torch.finfo(x.dtype).eps, torch.finfo(network).eps
     note = ""
     if rough > eps and tol is None:
@@ -90,7 +92,7 @@ class Widened:
         return Widened(self.denoiser.take(index), self.dtype)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        """Called with x in the dtype that it is for; what it returns in the dtype of x."""
+        """Call the denoiser with x in its dtype, and return the result in the dtype of x."""
         out = self.denoiser(x.to(self.dtype), sigma)
         return Guided(*(part.to(x.dtype) for part in out)) if isinstance(out, Guided) else out.to(x.dtype)
 
@@ -98,9 +100,9 @@ class Widened:
 def check_rows(denoiser: BoundDenoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:
     """Raise ValueError for a denoiser that mixes the rows of its batch, from one row beside two different neighbours.
 
-    All calls are of two rows, so that the precision of a network, which changes with the size of the batch, plays no
-    part; a `FewBatches` fills them up with the neighbour. One that is not a function of its input is said to be none.
-    Where there is no memory for two rows nothing is asked.
+    All calls are of two rows, since the precision of a network may change with the size of the batch; a `FewBatches`
+    fills them up with the neighbour. A denoiser that is not a function of its input gets a RuntimeWarning. If there is
+    no memory for two rows, nothing is checked.
 
     Args:
         denoiser: of the whole batch, as `guide(..., batch=len(x))` returns it.

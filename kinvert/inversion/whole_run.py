@@ -41,7 +41,7 @@ class WholeRun:
         inner: the root finder for the steps of E.
         folded: a run folds if the least singular value of its derivative is below this part of what it would be
             without a denoiser.
-        rounded: errors up to so many roundings of the image are rounding.
+        rounded: errors up to so many roundings of the image are rounding; those of the steps add up.
     """
 
     methods: ClassVar[dict[str, Callable[[], Solver]]] = {"auto": Sweeps, "sweeps": Sweeps}
@@ -51,7 +51,7 @@ class WholeRun:
     outer: Solver = field(default_factory=lambda: Anderson(window=12, max_iterations=40))
     inner: Solver = field(default_factory=lambda: Anderson(max_iterations=25))
     folded: float = 0.1
-    rounded: float = 8.0
+    rounded: float = 30.0
 
     def accepts(self, plan: Plan) -> bool:
         """Tell whether the run starts from x alone."""

@@ -276,6 +276,14 @@ BAD_STARTS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "on 7 noise levels, .* on 6; compile the Plan for the same",
     ),
+    "a shorter Plan": (
+        lambda: ki.stepwise(
+            replace(PLANS["euler"], steps=PLANS["euler"].steps[:1]),
+            state={**ki.stepwise(PLANS["euler"], start()).state, "step": 3},
+        ),
+        ValueError,
+        "stage 0 of step 3, which the Plan of 1 steps lacks",
+    ),
     "no state": (lambda: ki.stepwise(PLANS["euler"], state={"x": start()}), TypeError, r"state of a run, run\.state"),  # type: ignore[typeddict-item]
 }
 

@@ -100,6 +100,9 @@ def test_extraction_in_parts_is_the_same() -> None:
         for most in (None, 2)
     )
     assert max(rows[-2 * 6 * 3 :]) == 2
+    rows.clear()
+    ki.extract_noise(counting, images(3), SIGMAS, max_batch=1)
+    assert rows[:3] == [2, 2, 1] and max(rows[2:]) == 1  # two rows are needed to see whether it mixes them
     assert torch.equal(whole.latent, parts.latent) and torch.equal(whole.latent[1], whole.latent[1])
     for one, other in zip(whole.noises, parts.noises, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -24,7 +24,7 @@ MASK = torch.tensor([[1.0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1
 class Pipeline:
     """A host's denoiser: prepared for the rows of its shifts, and for no others.
 
-    Guidance may hand it a `branch` that all rows share.
+    Guidance hands it a `branch` for each row, which would stack.
     """
 
     shift: Tensor
@@ -34,22 +34,28 @@ class Pipeline:
         """The same for some rows; a row may be there several times."""
         return Pipeline(self.shift[index], self.calls)
 
-    def __call__(self, x: Tensor, sigma: Tensor, branch: str = "positive") -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, branch: Tensor | None = None) -> Tensor:
         if len(x) != len(self.shift):
             raise RuntimeError(f"prepared for {len(self.shift)} rows, got {len(x)}")
         self.calls.append(len(x))
-        shift = self.shift[:, None]
-        return (MIXTURE if branch == "positive" else OTHER)(x - shift, sigma) + shift
+        return branches(x, sigma, self.shift[:, None], branch)
+
+
+def branches(x: Tensor, sigma: Tensor, shift: Tensor, branch: Tensor | None) -> Tensor:
+    """One mixture, or the other where `branch` is 0, moved."""
+    positive = MIXTURE(x - shift, sigma)
+    return shift + (
+        positive if branch is None else torch.where(branch[:, None] == 0, OTHER(x - shift, sigma), positive)
+    )
 
 
 SHIFT = torch.linspace(-0.5, 0.5, 3, dtype=torch.float64)
-GUIDED: dict[str, Any] = {"cfg": 1.1, "positive": {"branch": "positive"}, "negative": {"branch": "negative"}}
+GUIDED: dict[str, Any] = {"cfg": 1.1, "positive": {"branch": torch.ones(3)}, "negative": {"branch": torch.zeros(3)}}
 
 
-def plain(x: Tensor, sigma: Tensor, branch: str = "positive", shift: Any = None) -> Tensor:
+def plain(x: Tensor, sigma: Tensor, shift: Tensor, branch: Tensor | None = None) -> Tensor:
     """The same, with its shifts as ordinary conditioning."""
-    shift = SHIFT[:, None] if shift is None else shift
-    return (MIXTURE if branch == "positive" else OTHER)(x - shift, sigma) + shift
+    return branches(x, sigma, shift, branch)
 
 
 def ordinary(given: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from inverting import MIXTURE, UNBOUNDED, guess_of_run, images, schedule, task_of
+from torch import Tensor
 
 import kinvert as ki
 from kinvert import models
@@ -51,3 +52,13 @@ def test_a_trained_network(name: str) -> None:
     found = ki.invert(denoiser, x.double(), sigmas, sampler=name, tol=1e-8, positive={"label": labels})
     assert found.converged.all()
     assert float(found.evaluations.double().median()) / 20 <= (200 if name == "ipndm" else 35)
+
+
+def test_a_tolerance_below_rounding_is_the_reason_of_a_run() -> None:
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        scaled = x.double() / (1 + sigma[:, None].double() ** 2).sqrt()
+        return torch.tanh(scaled + scaled.roll(1, 1)).to(x.dtype)
+
+    plan, x = ki.compile_plan("lms", schedule(8)), images(2).float()
+    found = WholeRun(bases=()).solve(task_of(plan, x, 1e-12, network), Sweeps())
+    assert found.reasons == {0: Reason.PRECISION, 1: Reason.PRECISION}

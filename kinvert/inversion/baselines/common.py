@@ -26,13 +26,15 @@ from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
 from kinvert.tensors import is_half
 
+__all__ = ["Conditioning", "certified", "checked_plan", "ddim_path", "ddim_up", "in_ve"]
+
 Conditioning = Mapping[str, Any] | None
 GUIDANCE = ("cfg", "positive", "negative")
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def in_ve(method: Method) -> Method:
-    """A method whose formulas are in variance-exploding coordinates: it refuses a denoiser or schedule in flow time."""
+    """Make a method with formulas in variance-exploding coordinates refuse a denoiser or schedule in flow time."""
 
     @functools.wraps(method)
     def checked(denoiser: Denoiser, x: Tensor, sigmas: Any, *args: Any, **options: Any) -> Any:
@@ -53,7 +55,7 @@ def in_ve(method: Method) -> Method:
 
 
 def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
-    """The Plan of the sampler that a method belongs to, checked: it must be one that can be inverted."""
+    """Return the Plan of the sampler that a method belongs to; raise if it cannot be inverted."""
     check_image(x)
     if is_half(x.dtype):
         raise TypeError(f"x must be float32 or float64, got {x.dtype}; use x.float() and a network in float32")
@@ -63,13 +65,13 @@ def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
 
 
 def ddim_up(denoiser: Denoiser, x: Tensor, *levels: float) -> Tensor:
-    """DDIM inversion ("noisy") of x along rising noise levels."""
+    """Run DDIM inversion ("noisy") of x along rising noise levels."""
     return run(compile_plan(DDIMInverse(), levels), denoiser, x)
 
 
 @torch.no_grad()
 def ddim_path(denoiser: Denoiser, x: Tensor, plan: Plan, positive: Conditioning) -> list[Tensor]:
-    """States of DDIM inversion ("noisy") without guidance at the levels of a Plan, noisiest first."""
+    """Return the states of DDIM inversion ("noisy") without guidance at the levels of a Plan, noisiest first."""
     bound, states = guide(denoiser, 1.0, positive), [x]
     for low, high in itertools.pairwise(plan.sigmas[::-1]):
         states.insert(0, ddim_up(bound, states[0], low, high))

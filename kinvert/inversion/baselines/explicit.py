@@ -15,6 +15,8 @@ from kinvert.plan import compile_plan
 from kinvert.rules import DDIMInverse, Euler, FireFlow, RFSolver, Rule
 from kinvert.sampling import sample, unsample
 
+__all__ = ["ddim_inversion", "easyinv", "fireflow", "rf_solver"]
+
 
 @in_ve
 def ddim_inversion(
@@ -115,7 +117,7 @@ def _unsampled(
     positive: Conditioning,
     negative: Conditioning,
 ) -> Inversion:
-    """One run of `up` upwards, checked by one of `down` downwards."""
+    """Make one run of `up` upwards, and check it by one of `down` downwards."""
     plan, bound = checked_plan(x, down, sigmas), guide(denoiser, cfg, positive, negative, batch=len(x))
     latent = unsample(bound, x, plan.sigmas, sampler=up, sigma_offset=0.0)
     back = sample(bound, latent, plan.sigmas, sampler=down)

@@ -33,6 +33,8 @@ from kinvert.rules import DPMpp2M, Euler, Rule
 from kinvert.sampling import sample
 from kinvert.tensors import rms
 
+__all__ = ["Averaged", "aidi", "dpm_solver_inversion", "renoise"]
+
 
 @in_ve
 def aidi(
@@ -105,7 +107,7 @@ class Averaged(Solver):
     average: int
 
     def solve(self, problem: Problem, guess: Guess) -> Root:
-        """See `Solver`; the tolerance is not asked."""
+        """See `Solver`; the tolerance plays no part."""
         search, iterates = Search(problem, guess.u), [guess.u]
         for _ in range(self.iterations):
             iterates.append(iterates[-1] + search.evaluate(iterates[-1], search.everyone))
@@ -132,7 +134,7 @@ def dpm_solver_inversion(
 
     The iterate that the last evaluation leads to is taken, and `residuals` are those of the one before. For order 2 the
     step also needs `D - D_prev`, which is taken from a fine DDIM inversion over this interval and the one above and
-    kept fixed: `dpmpp_2m` is then inverted approximately, whatever the iterations. tau is halved when the residual
+    kept fixed: `dpmpp_2m` is then inverted approximately, for any number of iterations. tau is halved when the residual
     grows; the released code has a fixed schedule that depends on the step, stops at a sum of squares of 1e-3, and
     returns what it has after 500 iterations without a word. Gradient descent, its other solver, is left out.
 
@@ -172,7 +174,7 @@ def _solved(
     x = plain(x)
 
     def enough(step: Step) -> Tensor:
-        """The steps' errors add up to the run's, and no step is solved to less than rounding."""
+        """Return the share of a step in the run's tolerance, since errors add up; never less than rounding."""
         share = tolerance(None, x) / len(plan.steps) * size.clamp(min=step.sigma_next)
         return share.clamp(min=torch.finfo(x.dtype).eps * step.sigma)
 
@@ -195,7 +197,7 @@ def _solved(
 
 
 def _second_order(plan: Plan, step: Step, denoiser: Guidance, x: Tensor, substeps: int) -> tuple[Tensor, Tensor, int]:
-    """The term of 2M in `D - D_prev`, estimated from x at `step.sigma_next`; the state at `step.sigma`; the cost."""
+    """Return the term of 2M in `D - D_prev`, estimated from x at `step.sigma_next`; the state above; the cost."""
     levels = step.sigma_next, step.sigma, plan.sigmas[step.index - 1]
     states, denoised = [x], []
     for low, high in itertools.pairwise(levels):

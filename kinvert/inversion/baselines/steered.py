@@ -14,6 +14,8 @@ from kinvert.inversion.result import Inversion
 from kinvert.rules import Euler
 from kinvert.sampling import sample, unsample
 
+__all__ = ["rf_inversion"]
+
 
 @in_ve
 @torch.no_grad()

@@ -19,6 +19,8 @@ from kinvert.plan import compile_plan
 from kinvert.rules import DirectInversion, Euler
 from kinvert.sampling import sample
 
+__all__ = ["direct_inversion", "null_text", "sample_null_text"]
+
 
 @in_ve
 @torch.no_grad()
@@ -114,12 +116,12 @@ def null_text(
 
 
 def _per_sample(value: Tensor, batch: int) -> Tensor:
-    """A conditioning that all samples share becomes one of each."""
+    """Repeat a conditioning that all samples share for each of them."""
     return value.expand(batch, *value.shape[1:]) if value.ndim and len(value) == 1 else value
 
 
 def _set_gradients(value: dict[str, Tensor], loss: Tensor) -> None:
-    """Of the conditioning alone: the gradients of the network's parameters are none of our business."""
+    """Set the gradients of the conditioning only; those of the network's parameters stay as they are."""
     gradients = torch.autograd.grad(loss, list(value.values()), allow_unused=True) if loss.requires_grad else []
     if all(gradient is None for gradient in gradients):
         raise TypeError(

@@ -39,7 +39,8 @@ class Anderson(Solver):
     Of all iterates the best whose residual is known is returned; with `last` the one that the last evaluation led to,
     as publications do, along with the residual of the one before, since its own would take another evaluation.
 
-    Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni (2011).
+    Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni,
+    Anderson Acceleration for Fixed-Point Iterations (2011).
     """
 
     window: int = 6
@@ -80,7 +81,7 @@ class Anderson(Solver):
         return search.root()
 
     def _iterate(self, rows: _Rows, f: Tensor) -> None:
-        """From the residual at the last iterate to the next one, for all rows alike."""
+        """Go from the residual at the last iterate to the next iterate, for all rows alike."""
         size, u = rms(f).nan_to_num(math.inf, math.inf), rows.u
         better = (size < rows.least)[:, None]
         rows.best = torch.where(better, u, rows.best)
@@ -99,7 +100,7 @@ class Anderson(Solver):
 
     @staticmethod
     def _extrapolate(dU: Tensor, dF: Tensor, f: Tensor, tau: Tensor) -> Tensor:
-        """`(dU + tau dF) gamma` with gamma the regularised least-squares solution; zero rows are unused slots."""
+        """Return `(dU + tau dF) gamma`, gamma the regularised least-squares solution; zero rows are unused slots."""
         dtype = f.dtype
         dU, dF, f, tau = (a.to(wide_dtype(dtype)) for a in (dU, dF, f, tau))
         scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
@@ -144,18 +145,18 @@ class _Rows:
 
 
 def Picard(max_iterations: int = 60, last: bool = False) -> Anderson:  # noqa: N802 - a solver by its published name
-    """The published fixed-point iteration `u <- u + f(u)`, without damping and without a way back.
+    """Return the published fixed-point iteration `u <- u + f(u)`, without damping and without a way back.
 
     It returns its best iterate, and with `last` the one after the last evaluation, as published.
 
     Source: Pan et al., Effective Real Image Editing with Accelerated Iterative Diffusion Inversion (2023), arXiv
-    2309.04907; Garibi et al., ReNoise (2024), arXiv 2403.14602.
+    2309.04907; Garibi et al., ReNoise: Real Image Inversion Through Iterative Noising (2024), arXiv 2403.14602.
     """
     return Anderson(window=0, tau=1.0, max_iterations=max_iterations, growth=math.inf, last=last)
 
 
 def Damped(tau: float = 1.0, max_iterations: int = 200, last: bool = False) -> Anderson:  # noqa: N802
-    """The damped iteration `u <- u + tau f(u)`; tau is halved, and the best iterate returned to, when f grows.
+    """Return the damped iteration `u <- u + tau f(u)`: if f grows, tau is halved and the best iterate is taken again.
 
     Source: Hong et al., On Exact Inversion of DPM-Solvers (2023), arXiv 2311.18387, with a fixed schedule of tau there.
     """

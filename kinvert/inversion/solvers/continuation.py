@@ -12,8 +12,8 @@ solution: with
 the curve `H = 0` through (u0, 0) is smooth for almost every u0, stays bounded, meets t = 0 nowhere else, and therefore
 ends in a solution of `F(u) = y` at t = 1. On its way t goes up and down: in (u, t) a fold is a bend like any other.
 
-Source: Chow, Mallet-Paret, Yorke, Finding Zeroes of Maps: Homotopy Methods That Are Constructive with Probability One
-(1978); Allgower, Georg, Numerical Continuation Methods (1990).
+Source: Chow, Mallet-Paret and Yorke, Finding Zeroes of Maps: Homotopy Methods That Are Constructive with Probability
+One (1978); Allgower and Georg, Numerical Continuation Methods (1990).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Continuation(Solver):
         check_count_field(self, "max_points")
 
     def finer(self) -> Continuation:
-        """The same, closer to the curve."""
+        """Return the same solver, closer to the curve."""
         return replace(self, accuracy=self.accuracy / 10)
 
     def solve(self, problem: Problem, guess: Guess) -> Root:
@@ -102,11 +102,11 @@ class _Curve:
         self.scale = size[:, None] * math.sqrt(self.start.shape[1])
 
     def point(self, z: Tensor, index: Tensor) -> Tensor:
-        """u of shape (n, *event)."""
+        """Return u of shape (n, *event)."""
         return (z[:, :-1] * self.scale[index]).reshape(-1, *self.shape)
 
     def value(self, z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """H and dH/dt in units of the scale, and y - F(u)."""
+        """Return H and dH/dt in units of the scale, and y - F(u)."""
         u, t = self.point(z, index), z[:, -1:]
         residual = self.search.evaluate(u, index)
         self.search.keep(index, u, rms(residual).nan_to_num(math.inf, math.inf))
@@ -114,7 +114,7 @@ class _Curve:
         return ((1 - t) * moved + t * f) / self.scale[index], (f - moved) / self.scale[index], residual
 
     def bordered(self, z: Tensor, slope: Tensor, f: Tensor, border: Tensor, index: Tensor) -> Operator:
-        """`(v, s) -> (H_u v + H_t s, border . (v, s))`, regular on the curve, at folds too; slope is H_t, f y - F."""
+        """Return `(v, s) -> (H_u v + H_t s, border . (v, s))`, regular at folds too; slope is H_t, f is y - F."""
 
         def apply(v: Tensor, todo: Tensor) -> Tensor:
             part, t = index[todo], z[todo, -1:]
@@ -126,7 +126,7 @@ class _Curve:
         return apply
 
     def tangent(self, z: Tensor, border: Tensor, index: Tensor) -> Tensor:
-        """The unit tangent in the direction of `border`, which is near it: `(H_u, H_t; border) tangent ~ (0; 1)`."""
+        """Return the unit tangent, which is near `border`: `(H_u, H_t; border) tangent ~ (0; 1)`."""
         if not len(index):
             return z
         _, slope, f = self.value(z, index)
@@ -138,7 +138,7 @@ class _Curve:
         return tangent / tangent.norm(dim=1, keepdim=True)
 
     def correct(self, z: Tensor, border: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Newton's method onto the curve, normal to `border`; and how many iterations it took, -1 where it failed."""
+        """Go onto the curve by Newton's method, normal to `border`; return z and the iterations, -1 if it failed."""
         z = z.clone()
         count = torch.full_like(index, -1)
         before = torch.full_like(z[:, 0], math.inf)
@@ -163,7 +163,7 @@ class _Curve:
         return z, count
 
     def finish(self, before: Tensor, after: Tensor, index: Tensor) -> None:
-        """Newton's method on F itself, from where the chord between two points of the curve meets t = 1."""
+        """Solve F itself by Newton's method, from where the chord between two points of the curve meets t = 1."""
         able = self.search.affords(index) >= 1
         before, after, index = before[able], after[able], index[able]
         if not len(index):

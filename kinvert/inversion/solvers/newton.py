@@ -91,7 +91,7 @@ Operator = Callable[[Tensor, Tensor], Tensor]
 def gmres(
     apply: Operator, b: Tensor, krylov: int, forcing: float, affords: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`x` with `A x = b` per row to the relative accuracy `forcing`, from 0, with at most `krylov` products a row.
+    """Solve `A x = b` per row to the relative accuracy `forcing`, from 0, with at most `krylov` products a row.
 
     affords: as many products may be made for each row, shape (rows,); x is 0 where there are none.
 

@@ -54,15 +54,15 @@ class Secants:
 
     @property
     def latent(self) -> Tensor:
-        """x_0 of every sample, shape (n, *event)."""
+        """Return x_0 of every sample, shape (n, *event)."""
         return ((self.x - self.sum(self.B)) / self.alpha).reshape(-1, *self.shape).to(self.dtype)
 
     def residual(self) -> Tensor:
-        """`a x + C D - Y`, shape (n, k, m)."""
+        """Return `a x + C D - Y`, shape (n, k, m)."""
         return self.a[:, None] * self.x[:, None] + linalg.combine(self.C[None], self.D) - self.Y
 
     def sum(self, weights: Tensor) -> Tensor:
-        """`sum_l weights_l D_l` of every sample, shape (n, m)."""
+        """Return `sum_l weights_l D_l` of every sample, shape (n, m)."""
         return linalg.combine(weights[None, None], self.D)[:, 0]
 
     def sizes(self, residual: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Secants:
         self.denoiser = self.whole.take(self.index)
 
     def rows(self, k: int) -> slice:
-        """The rows of D that belong to evaluation k."""
+        """Return the rows of D that belong to evaluation k."""
         return slice(k * self.outputs, (k + 1) * self.outputs)
 
     def evaluate(self, k: int, rows: Tensor, u: Tensor) -> None:
@@ -125,7 +125,7 @@ class Secants:
             self.evaluate(k, self.index, self.a[k] * end + self.sum(self.C[k]))
 
     def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
-        """From the cleanest level to the noisiest, one evaluation where `todo[row][k]` says so."""
+        """Evaluate from the cleanest level to the noisiest, for each row those levels k with `todo[row][k]`."""
         known = min(self.sweeps, self.window)
         dY, dD = self.dY[:, :, :known], self.dD[:, :, :known]
         Y, D = self.Y.clone(), self.D.clone()
@@ -156,7 +156,7 @@ class Secants:
         self.sweeps += 1
 
     def _change(self, dY: Tensor, dD: Tensor, residual: Tensor) -> Tensor:
-        """What the linear equations expect D to change by: `dY_k = residual_k + sum_l C_kl D'_l dY_l` for all k."""
+        """Return the expected change of D, from `dY_k = residual_k + sum_l C_kl D'_l dY_l` for all k."""
         n, k, known, _ = dY.shape
         dD, C = dD.unflatten(1, (k, self.outputs)), self.C.unflatten(1, (k, self.outputs))
         own, left = dY.flatten(0, 1), dY.flatten(1, 2)
@@ -171,5 +171,5 @@ class Secants:
         return torch.stack(changes, 1).reshape(n, k * self.outputs, -1)
 
     def weights(self, system: Tensor, right: Tensor) -> Tensor:
-        """Least-squares weights of differences of unit length, which may nearly depend on each other; no host read."""
+        """Solve for least-squares weights of unit differences, which may nearly depend on each other; no host read."""
         return linalg.solve(linalg.ridged(system, self.noise), right)

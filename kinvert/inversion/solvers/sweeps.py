@@ -167,7 +167,7 @@ class _VerifiedCourse(_Course):
         waiting: whether the trial has not been verified yet.
         errors: rms error of the best verified latent.
         asked: residual at which the trial is verified.
-        pause, gap: evaluations at which a search from a recorded run verifies whatever it has, and until the next time.
+        pause, gap: evaluations at which a search from a recorded run verifies its trial, and until it does so again.
     """
 
     def __init__(self, settings: Sweeps, problem: Problem, guess: Guess) -> None:
@@ -218,7 +218,7 @@ class _VerifiedCourse(_Course):
         return todo
 
     def _is_done(self, i: int) -> bool:
-        """Tell whether a verified latent of sample i will do."""
+        """Tell whether the verified latent of sample i is good enough."""
         return self.errors[i] <= self.enough[i] and (math.isfinite(self.enough[i]) or self.residuals[i] <= self.goal[i])
 
     def _improve(self, samples: list[int], worst: list[float]) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from inverting import problem_of
 from problems import noise_like
 from torch import Tensor
 
-from kinvert.inversion import (
-    Auto,
-    Guess,
-)
+from kinvert.inversion import Anderson, Attempt, Auto, Continuation, Guess, NewtonKrylov, Reason, Sequence
 
 
 def folded(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -26,3 +24,27 @@ def test_a_folded_sample_leaves_its_neighbours_alone() -> None:
     for i in range(4):
         alone = Auto().solve(problem_of(folded(6.0), y[i : i + 1]), Guess(y[i : i + 1]))
         torch.testing.assert_close(alone.u[0], together.u[i], rtol=1e-8, atol=1e-8)
+
+
+def test_a_sequence_goes_on_where_the_last_solver_ended() -> None:
+    """Solved samples cost nothing more, and the budget that one solver leaves is the next one's."""
+    y, rows = noise_like((3, 5), seed=3), [0]
+
+    def function(u: Tensor, index: Tensor) -> Tensor:
+        rows[0] += len(index)
+        return u + 0.1 * torch.sin(u)
+
+    weak, strong = Attempt(Anderson(max_iterations=2)), Attempt(NewtonKrylov())
+    problem = problem_of(function, y)
+    root = Sequence((weak, strong, strong)).solve(problem, Guess(y))
+    assert (root.residual <= 1e-12).all() and rows[0] == int(root.evaluations.sum())
+    from_guess = Sequence((weak, Attempt(NewtonKrylov(), "value"))).solve(problem, Guess(y))
+    assert (from_guess.evaluations >= root.evaluations).all()
+
+
+def test_a_budget_too_small_for_a_step_is_the_reason() -> None:
+    """One call is left, which is not enough for Newton's method: that is no stall."""
+    problem = replace(problem_of(folded(6.0), 3 * noise_like((2, 5), seed=3)), budget=torch.full((2,), 2))
+    for solver in (NewtonKrylov(), Sequence((Attempt(NewtonKrylov()),)), Continuation()):
+        root = solver.solve(problem, Guess(problem.value))
+        assert (root.reason == Reason.BUDGET).all() and (root.evaluations <= 2).all()
