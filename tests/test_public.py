@@ -93,14 +93,15 @@ PUBLIC = {
 }  # fmt: skip
 
 
-def modules() -> Iterator[str]:
-    yield "kinvert"
+def modules() -> Iterator[tuple[str, bool]]:
+    """All modules by name, and whether each is a package."""
+    yield "kinvert", True
     for module in pkgutil.walk_packages(ki.__path__, "kinvert."):
         if not module.name.endswith(".__main__"):
-            yield module.name
+            yield module.name, module.ispkg
 
 
-MODULES = list(modules())
+MODULES = [name for name, _ in modules()]
 
 
 def source(module: str) -> str:
@@ -160,7 +161,7 @@ def test_every_public_function_and_class_has_a_docstring(name: str) -> None:
             assert inspect.getdoc(value), offered
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if hasattr(importlib.import_module(name), "__path__")])
+@pytest.mark.parametrize("name", [name for name, is_package in modules() if is_package])
 def test_no_module_has_the_name_of_a_function_of_its_package(name: str) -> None:
     package = importlib.import_module(name)
     for module in pkgutil.iter_modules(package.__path__):
