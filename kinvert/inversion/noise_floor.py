@@ -27,7 +27,7 @@ NOISY = (
 )
 LONGEST = 0.01  # of e in parts of the size: shorter than that, a smooth F leaves little even where it bends
 ROUGH = 0.1  # a second difference above this part of e is noise; that of a smooth F is of order e
-MOST = 10.0  # noise explains a residual that is at most so many second differences
+MOST = 20.0  # noise explains a residual that is at most so many second differences
 
 
 def small_steps(u: Tensor, length: Tensor) -> Tensor:

@@ -71,8 +71,9 @@ class StepByStep:
         first, *others = [*self._sizes(task, solver), None]  # None: the plain run
         found, restored = _plain(task, up) if first is None else self._attempt(task, solver, first)
         for size in others:
-            wanted = task.is_lost(task.error(restored)) & ~_is_settled(found)
-            index = (wanted | (size is None and task.is_half)).nonzero()[:, 0]
+            wanted = task.is_lost(task.error(restored))
+            wanted = wanted | task.is_half if size is None else wanted & ~_is_settled(found)
+            index = wanted.nonzero()[:, 0]
             if len(index) and (size is not None or up is not None):
                 some = task.take(index)
                 trial, images = _plain(some, up) if size is None else self._attempt(some, solver, size)
@@ -85,7 +86,8 @@ class StepByStep:
         if len(able):
             states = [state[able] for state in found.states]
             rows = task.solving if len(able) == len(x) else task.solving.take(able)
-            factors[:, able] = contraction(plan, rows, states, task.eps)
+            noise = torch.zeros_like(task.judge.size) if found.noise is None else found.noise
+            factors[:, able] = contraction(plan, rows, states, noise.clamp(min=task.eps)[able])
             found.evaluations[able] += cost
         reasons, notes = self._explain(task, found, restored)
         return Found(
@@ -175,16 +177,16 @@ class StepByStep:
             levels, spent = levels_of(task.plan, y)[step.index], found.evaluations[i : i + 1]
             rows, zero = task.solving.take(index), torch.zeros_like(spent)
             problem = step_problem(task.plan, step, rows, y, levels, y.new_zeros(1), zero, task.eps)
-            ended = Reason.STALLED if found.reasons is None else Reason(int(found.reasons[step.index, i]))
-            value = None if ended == Reason.PRECISION else measure_fold(task, problem, u, spent)
-            if ended == Reason.PRECISION:
+            ended = _ended(found.reasons, step.index, i)
+            noisy = ended == Reason.PRECISION
+            value = None if noisy else measure_fold(task, problem, u, spent)
+            if noisy:
                 note += f"; {NOISY}"
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)
             rounded = residual <= self.rounded * task.eps * float(task.unit(step.sigma)[i])
-            ended = _ended(found.reasons, step.index, i)
-            if residual <= float(allowed[step.index, i]) and task.limit < UNLIMITED:
+            if not noisy and residual <= float(allowed[step.index, i]) and task.limit < UNLIMITED:
                 ended = Reason.BUDGET  # for solving the steps finer, since their errors add up
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
             reasons[i] = _reason(ended, rounded, folded)

@@ -185,22 +185,23 @@ def _sum(weights: list[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def contraction(plan: Plan, denoiser: BoundDenoiser, states: list[Tensor], eps: float | None = None) -> Tensor:
+def contraction(plan: Plan, denoiser: BoundDenoiser, states: list[Tensor], eps: Tensor | None = None) -> Tensor:
     """Estimate `|I - F'|` at the states of a trajectory, per step and sample; shape (steps, batch).
 
     It is the factor by which a step of the published fixed-point iteration `u <- u + y - F(u)` changes an error: below
     1 it converges. Power iteration: three steps at the cleanest state, one at every other, from the direction found
     at the state before, one evaluation of F each. `F(u + d) - y` stands for `F' d`, as the states solve the steps.
-    `eps` is the relative precision of the denoiser.
+    `eps`, shape (batch,), is the relative precision of the denoiser.
     """
     everyone, levels = torch.arange(len(states[0]), device=states[0].device), levels_of(plan, states[0])
     direction = white(0).bind(states[0][:1])(1.0, 0.0).expand_as(states[0])  # the same for every sample
     unlimited, factors = torch.full_like(everyone, 2**62), list[Tensor]()
+    relative = (torch.finfo(states[0].dtype).eps if eps is None else eps) ** (1 / 3)
     for step in reversed(plan.steps):
         u, y = states[step.index], states[step.index + 1]
         problem = step_problem(plan, step, denoiser, y, levels[step.index], rms(y), unlimited)
         for _ in range(1 if factors else 3):
-            size = rms(u).clamp(min=step.sigma) * (eps or torch.finfo(u.dtype).eps) ** (1 / 3) / rms(direction)
+            size = rms(u).clamp(min=step.sigma) * relative / rms(direction)
             probe = direction * per_sample(size, u)
             direction = probe - (problem.function(u + probe, everyone) - y)
             factor = rms(direction) / rms(probe)

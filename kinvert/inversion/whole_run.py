@@ -85,7 +85,7 @@ class WholeRun:
             latent[where], restored[where], error[where] = (
                 part[better] for part in (best.latent, best.restored, best.error)
             )
-        index = (task.is_lost(error) & (ended != Reason.PRECISION) | task.is_half).nonzero()[:, 0]
+        index = (task.is_lost(error) | task.is_half).nonzero()[:, 0]
         if up and not limited and len(index):
             one = task.take(index)
             plain = Recorded.of(up, plan, one.denoiser, one.x)
