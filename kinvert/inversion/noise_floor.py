@@ -19,7 +19,7 @@ from kinvert.inversion.problem import Search
 from kinvert.noise import white
 from kinvert.tensors import per_sample, rms
 
-__all__ = ["LONGEST", "NOISY", "is_noise", "measure_noise", "small_steps"]
+__all__ = ["LONGEST", "NOISY", "is_confirmed", "is_noise", "measure_noise", "small_steps"]
 
 NOISY = (
     "what is left is the denoiser's own noise, rounding or randomness; run the network in a wider dtype, or give a "
@@ -37,7 +37,7 @@ def small_steps(u: Tensor, length: Tensor) -> Tensor:
 
 
 def is_noise(second: Tensor, length: Tensor, residual: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-    """Tell whether a second difference is noise that explains a residual.
+    """Tell whether a second difference may be noise that explains a residual.
 
     Args:
         second: rms of the second difference.
@@ -48,15 +48,32 @@ def is_noise(second: Tensor, length: Tensor, residual: Tensor, gain: Tensor | fl
     return (second > ROUGH * length) & (residual <= MOST * gain * second)
 
 
+def is_confirmed(second: Tensor, longer: Tensor) -> Tensor:
+    """Tell whether a second difference over four times e confirms noise: that of a smooth F is 16 times as large."""
+    return longer < 6 * second
+
+
 def measure_noise(search: Search, index: Tensor, center: Tensor | None = None) -> Tensor:
     """Return the noise that the best iterates of the samples `index` are lost in, as an rms residual; 0 if F is smooth.
 
-    It takes two evaluations of F, and one more if `center`, F at the best iterates, is not known. The best residual of
-    a search on a noisy F is about its noise, so that is what is returned.
+    It takes two evaluations of F, one more if `center`, F at the best iterates, is not known, and two to confirm what
+    looks like noise. The best residual of a search on a noisy F is about its noise, so that is what is returned.
     """
     u, residual = search.u[index], search.residual[index].nan_to_num(0.0, 0.0, 0.0)
     length = residual.minimum(LONGEST * search.size[index])
     e = small_steps(u, length * (rms(u) / search.size[index]).clamp(min=1.0))  # F contracts by about that
     middle = search.call(u, index) if center is None else center
-    second = search.call(u + e, index) + search.call(u - e, index) - 2 * middle
-    return torch.where(is_noise(rms(second), length, residual), residual, 0.0)
+
+    def second(rows: Tensor, part: float) -> Tensor:
+        some, step = index[rows], part * e[rows]
+        total = search.call(u[rows] + step, some) + search.call(u[rows] - step, some)
+        return rms(total - 2 * middle[rows])
+
+    everyone = torch.arange(len(index), device=index.device)
+    found = second(everyone, 1.0)
+    suspects = is_noise(found, length, residual).nonzero()[:, 0]
+    noise = torch.zeros_like(residual)
+    if len(suspects):
+        confirmed = is_confirmed(found[suspects], second(suspects, 4.0))
+        noise[suspects] = torch.where(confirmed, residual[suspects], 0.0)
+    return noise

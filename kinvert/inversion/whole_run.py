@@ -135,10 +135,10 @@ def _tell_noise(
 ) -> Tensor:
     """Mark samples in `ended` whose errors are the denoiser's noise; return what is spent then.
 
-    It takes two runs of each sample that is left, before anything dearer is tried on it.
+    It takes two runs of each sample that is left, or four, before anything dearer is tried on it.
     """
     unknown = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION) & error.isfinite()
-    able = budget - spent >= 3 * task.plan.evaluations
+    able = budget - spent >= 5 * task.plan.evaluations
     index = (task.is_lost(error) & unknown & able).nonzero()[:, 0]
     if not len(index) or task.is_half:
         return spent

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import models
-from kinvert.inversion.noise_floor import is_noise, measure_noise, small_steps
+from kinvert.inversion.noise_floor import is_confirmed, is_noise, measure_noise, small_steps
 from kinvert.inversion.problem import Problem, Reason, Search
 from kinvert.tensors import rms
 
@@ -113,12 +113,14 @@ def test_noise_is_told_from_shape() -> None:
     for function in rough.values():
         search = search_at(function, u)
         assert torch.equal(measure_noise(search, search.everyone), search.residual)
+        assert search.evaluations.tolist() == [5, 5]
 
 
 def test_noise_must_explain_the_residual() -> None:
     one = torch.ones(())
     assert is_noise(one, one, 10 * one) and not is_noise(one, one, 50 * one) and is_noise(one, one, 50 * one, gain=10.0)
     assert not is_noise(0.01 * one, one, 0.01 * one)
+    assert is_confirmed(one, 2 * one) and not is_confirmed(one, 16 * one)
 
 
 def test_steps_have_their_length_and_are_alike() -> None:

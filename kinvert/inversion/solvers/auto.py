@@ -71,7 +71,7 @@ class Sequence(Solver):
         index = _far(search, search.open(todo))
         if not first or not len(index):
             return index
-        able = index[(search.affords(index) >= 4).nonzero()[:, 0]]
+        able = index[(search.affords(index) >= 6).nonzero()[:, 0]]
         floor = torch.zeros_like(search.residual) if search.floor is None else search.floor.clone()
         if len(able):
             floor[able] = floor[able].maximum(measure_noise(search, able))

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kinvert import linalg
 from kinvert.checks import check_count_field
-from kinvert.inversion.noise_floor import LONGEST, is_noise
+from kinvert.inversion.noise_floor import LONGEST, is_confirmed, is_noise
 from kinvert.inversion.problem import Guess, Judge, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.secants import Secants
@@ -229,7 +230,7 @@ class _VerifiedCourse(_Course):
 
     def _stalls(self, i: int, sweep: int) -> bool:
         """Tell whether sample i no longer comes closer, so that its noise should be measured."""
-        affordable = self.spent[i] + 2 + 2 * self.problem.cost <= self.budget[i]
+        affordable = self.spent[i] + 4 + 2 * self.problem.cost <= self.budget[i]
         waited = sweep - self.since[i]
         return not self._is_done(i) and waited > 0 and waited % STALLED == 0 and affordable
 
@@ -245,11 +246,20 @@ class _VerifiedCourse(_Course):
             residual = torch.tensor([sizes[place][k] for place in places], device=unit.device, dtype=unit.dtype) * unit
             gain = max(1.0, float(self.run.C[k].square().sum().sqrt()))
             length = (residual / gain).minimum(LONGEST * unit)
-            noisy = is_noise(self.run.probe(k, rows, length), length, residual, gain).tolist()
-            for place, found in zip(places, noisy, strict=True):
-                self.noisy[samples[place]] = found
-                self.spent[samples[place]] += 2
-            self.search.evaluations[self.run.index[rows]] += 2
+            second = self._probed(k, rows, length)
+            suspects = is_noise(second, length, residual, gain).nonzero()[:, 0]
+            if len(suspects):
+                longer = self._probed(k, rows[suspects], 4 * length[suspects])
+                confirmed = is_confirmed(second[suspects], longer).tolist()
+                for place, found in zip(rows[suspects].tolist(), confirmed, strict=True):
+                    self.noisy[samples[place]] = found
+
+    def _probed(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
+        """Return the second differences of some rows at evaluation k, and book the two evaluations of each."""
+        for place in rows.tolist():
+            self.spent[self.run.samples[place]] += 2
+        self.search.evaluations[self.run.index[rows]] += 2
+        return self.run.probe(k, rows, length)
 
     def _is_done(self, i: int) -> bool:
         """Tell whether the verified latent of sample i is good enough."""
