@@ -21,6 +21,7 @@ from kinvert.analysis import explicit_inverse
 from kinvert.denoisers import Denoiser, Guided, guide
 from kinvert.engine import Memory, Progress, run_state
 from kinvert.forms import State
+from kinvert.inversion.back import WayBack
 from kinvert.inversion.baselines import BASELINES
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.noise import derived_seed
@@ -250,21 +251,10 @@ def restore(setup: Setup, found: MethodResult) -> tuple[Tensor, list[int]]:
     """
     before, count = setup.denoiser.items, len(found.latent)
     setup = replace(setup, sampler=found.sampler or setup.sampler)
-    if found.memory:
-        closed = compile_plan(setup.sampler, setup.sigmas).closed
-        start = {"x": found.latent, **found.memory}
-        image = run_state(closed, setup.bound(), start, callback=setup.see)["x"]
-    else:
-        noise = ki.noise.replay(found.noises) if found.noises else None
-        image = ki.sample(
-            setup.denoiser,
-            found.latent,
-            setup.sigmas,
-            sampler=setup.sampler,
-            noise=noise,
-            callback=setup.see,
-            **setup.guidance,
-        )
+    way = WayBack(setup.sampler, setup.sigmas, **setup.guidance)
+    image = way.sample(
+        setup.denoiser, found.latent, memory=found.memory, noises=found.noises, embeddings={}, callback=setup.see
+    )
     return image, [_evaluations_since(setup, before, count)] * count
 
 

@@ -265,8 +265,9 @@ class Search:
         poor = self.affords(self.everyone) < least
         reason = torch.where(poor, int(Reason.BUDGET), int(Reason.STALLED))
         reason = torch.where(self.residual.isfinite(), reason, int(Reason.NOT_FINITE))
-        near = self.is_near_floor(self.everyone, self.residual)
-        reason = reason if near is None else torch.where(near & (self.floor > 0), int(Reason.PRECISION), reason)
+        if self.floor is not None:
+            near = (self.residual <= NEAR * self.floor) & (self.floor > 0)
+            reason = torch.where(near, int(Reason.PRECISION), reason)
         enough = self.problem.tolerance if self.problem.judge is None else self.problem.judge.enough
         reason = torch.where(self.residual <= enough, int(Reason.CONVERGED), reason)
         return Root(self.u, self.residual, self.evaluations, denoised, reason, reached, self.floor)
