@@ -54,10 +54,11 @@ def rf_inversion(
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"noise must be a tensor of x's shape {tuple(x.shape)}, got {got}")
-    bound: Any = guide(denoiser, cfg, positive, negative, batch=len(x))
+    bound = guide(denoiser, cfg, positive, negative, batch=len(x))
 
     def towards_noise(state: Tensor, sigma: Tensor) -> Tensor:
-        return torch.lerp(bound(state, sigma), state - expand(sigma, state) * y, gamma)
+        denoised: Any = bound(state, sigma)
+        return torch.lerp(denoised, state - expand(sigma, state) * y, gamma)
 
     latent = unsample(towards_noise, x, plan.sigmas, sampler=Euler(), sigma_offset=0.0)
     steered = steer(bound, x, plan.sigmas[-1], eta=eta, until=until)
