@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that a file may take")
     parser.add_argument("tests", nargs="*", type=Path, help="files; all by default, and only then the counts are kept")
     given = parser.parse_args()
-    files = [path.resolve() for path in given.tests] or sorted((ROOT / "tests").glob("test_*.py"))
+    files = [path.resolve() for path in given.tests] or sorted((ROOT / "tests").rglob("test_*.py"))
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     failed = False
     for version in given.python or (PYTHONS[:1] if given.kind == "oldest" else PYTHONS):
