@@ -128,7 +128,8 @@ class Guidance:
         if self.batch is not None:
             return self
         negative = None if self.negative is None else _bind(self.negative, batch)
-        return replace(self, positive=_bind(self.positive, batch), negative=negative, batch=batch)
+        # Not dataclasses.replace, which torch.compile of torch 2.4 does not follow.
+        return Guidance(self.denoiser, self.cfg, _bind(self.positive, batch), negative, self.pair, batch)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]

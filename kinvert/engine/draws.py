@@ -60,7 +60,7 @@ def _restarts(noise: Noise | None) -> bool:
 
 def recipe_of(source: Noise | None) -> Recipe | None:
     """Return a source as plain data, or None if it is none of those that a few numbers describe."""
-    if not isinstance(source, White | Brownian):
+    if not isinstance(source, (White, Brownian)):
         return None
     seed = list(source.seed) if isinstance(source.seed, tuple) else source.seed
     if isinstance(source, White):
