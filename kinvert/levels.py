@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kinvert._moved import moved_names
 from kinvert.checks import check_number
 from kinvert.flowtimes import FlowTimes
 from kinvert.levelbase import INFINITE_SIGMA, Levels, as_array, log_uniform, widen
@@ -320,3 +321,6 @@ def ve_to_flow(sigma: Tensor | float) -> Tensor:
         raise ValueError("sigma must be finite and >= 0, got values that are not; remove them")
     t = (wide / (1 + wide)).to(dtype)
     return FlowTimes(t) if t.ndim == 1 else t
+
+
+__getattr__ = moved_names(__name__, {"real": "kinvert.checks.check_number"})

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
+from kinvert._moved import moved_names
 from kinvert.forms import Form
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.rules.base import Rule, StepBuilder, option
@@ -160,3 +161,11 @@ def _noise_level(t: float) -> float:
 def _flow_time(sigma: float) -> float:
     """Return the flow time `t = sigma / (1 + sigma)` of a noise level."""
     return sigma / (1.0 + sigma)
+
+
+def _inner(rule: Rule) -> Rule:
+    """Return the rule that `Flow` wraps, or the rule itself."""
+    return rule.rule if isinstance(rule, Flow) else rule
+
+
+__getattr__ = moved_names(__name__, {"unwrapped": "kinvert.rules.flow._inner"})
