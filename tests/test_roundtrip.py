@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 import torch
 from inverting import MIXTURE, images, schedule
-from problems import mixture
+from problems import mixture, noise_like
 from publications import guidance, labelled
+from torch import Tensor
 
 import kinvert as ki
 from kinvert.inversion.baselines import BASELINES
 from kinvert.roundtrip import METHODS
 
 SIGMAS = schedule(8)
+KARRAS = ki.schedules.karras(10, 0.05, 10.0)
+GAUSSIAN = ki.denoisers.Gaussian(0.3, 0.5)
 OWN = {"rf_solver": "rf_solver", "fireflow": "fireflow", "dpm_solver_2": "dpmpp_2m", "extract_noise": "euler_ancestral"}
 MASK = torch.tensor([1.0, 1, 1, 0, 1, 1])
+
+
+def data(*shape: int) -> Tensor:
+    return 0.3 + 0.5 * noise_like(shape or (2, 1, 8, 8), seed=7)
 
 
 def way(method: str) -> dict[str, Any]:
@@ -130,3 +137,25 @@ def test_warnings_point_at_the_line_of_the_user() -> None:
     with pytest.warns(RuntimeWarning, match="edict magnifies rounding") as caught:
         ki.round_trip(mixture(), images().float(), schedule(40), sampler=ki.sampler("edict", p=0.8), method="invert")
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_round_trip_reports_what_it_measures() -> None:
+    x = data()
+    trip = ki.round_trip(GAUSSIAN, x, KARRAS, sampler="heun", end_at_step=2)
+    assert torch.equal(trip.latent, ki.unsample(GAUSSIAN, x, KARRAS, sampler="heun", end_at_step=2))
+    assert torch.equal(trip.reconstruction, ki.sample(GAUSSIAN, trip.latent, KARRAS[2:], sampler="heun"))
+    torch.testing.assert_close(trip.mse, (trip.reconstruction - x).square().mean((1, 2, 3)))
+    torch.testing.assert_close(trip.psnr, 10 * torch.log10(4 / trip.mse))
+    torch.testing.assert_close(trip.latent_std, (trip.latent / KARRAS[2]).flatten(1).std(1))
+    assert trip.sigma == float(KARRAS[2])
+    assert trip.evaluations == 16 + 15
+    text = str(trip)
+    assert "31 evaluations" in text and "psnr" in text and "latent_std" in text
+
+
+@pytest.mark.parametrize("normalize", [True, "sample", "sigma"])
+def test_round_trip_of_a_normalized_latent(normalize: Any) -> None:
+    """A normalized latent is brought back to its noise level before it is sampled."""
+    trip = ki.round_trip(GAUSSIAN, data(4, 3, 8, 8), KARRAS, sampler="heun", normalize=normalize)
+    assert float(trip.psnr.min()) > 15
+    assert float(trip.latent_std.mean()) == pytest.approx(1.0, abs=0.1)
