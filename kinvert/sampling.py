@@ -237,9 +237,12 @@ _NEEDS: dict[int, tuple[weakref.ref[Tensor], tuple[str, ...]]] = {}
 """By id: latents of inversions, and what else each takes to give its image back. A tensor itself stays as it is."""
 
 
-def tell_needs(latent: Tensor, memory: Mapping[str, Tensor], noises: Sequence[Tensor]) -> None:
+def tell_needs(
+    latent: Tensor, memory: Mapping[str, Tensor], noises: Sequence[Tensor], embeddings: Mapping[str, Tensor]
+) -> None:
     """Remember what belongs to a latent, for as long as its tensor lives, so that `sample` can warn if it is left."""
-    needs = tuple(name for name, given in (("auxiliary state", memory), ("noises", noises)) if len(given))
+    belongings = {"auxiliary state": memory, "noises": noises, "embeddings": embeddings}
+    needs = tuple(name for name, given in belongings.items() if len(given))
     if needs:
         key = id(latent)
         _NEEDS[key] = weakref.ref(latent, lambda _: _NEEDS.pop(key, None)), needs
@@ -258,6 +261,8 @@ def _warn_of_needs(needs: tuple[str, ...], job: Ready, noise: Noise | None) -> N
         left.append("auxiliary state")
     if "noises" in needs and noise is None and job.plan is not None and job.plan.is_stochastic:
         left.append("noises")
+    if "embeddings" in needs:  # one for each step, which this verb does not take
+        left.append("embeddings")
     if left:
         warnings.warn(
             f"x is the latent of an inversion, and without its {' and '.join(left)} {job.rule.name} makes another "

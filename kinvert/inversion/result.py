@@ -76,7 +76,7 @@ class Inversion:
     back: WayBack | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        tell_needs(self.latent, self.memory, self.noises)
+        tell_needs(self.latent, self.memory, self.noises, self.embeddings)
 
     def sample(
         self,

@@ -138,6 +138,9 @@ def test_null_text_comes_back_with_its_embeddings() -> None:
     again = found.sample(counting, callback=seen.append, max_batch=2)
     torch.testing.assert_close(again, found.sample(shifted), rtol=0, atol=1e-12)
     assert [progress.index for progress in seen] == list(range(6)) and max(rows) <= 4
+    options = {**given, "sampler": "euler"}
+    with pytest.warns(RuntimeWarning, match="without its embeddings euler makes another image"):
+        ki.sample(shifted, found.latent, SIGMAS, **options)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])

@@ -102,6 +102,7 @@ def test_noise_is_told_from_shape() -> None:
         "fold": lambda u, index: u - 0.5 * u**2,
         "sine": lambda u, index: torch.sin(3 * u),
     }
+    bent = {"bends": lambda u, index: u + 0.002 * torch.sin(400 * u)}  # suspected, and cleared by a longer step
     rough = {
         "half": lambda u, index: (0.5 * u).half().double(),
         "random": lambda u, index: u + 1e-3 * torch.randn(u.shape, generator=generator, dtype=u.dtype),
@@ -110,6 +111,10 @@ def test_noise_is_told_from_shape() -> None:
         search = search_at(function, u)
         assert torch.equal(measure_noise(search, search.everyone), torch.zeros(2, dtype=u.dtype))
         assert search.evaluations.tolist() == [3, 3]
+    for function in bent.values():
+        search = search_at(function, u)
+        assert torch.equal(measure_noise(search, search.everyone), torch.zeros(2, dtype=u.dtype))
+        assert search.evaluations.tolist() == [5, 5]
     for function in rough.values():
         search = search_at(function, u)
         assert torch.equal(measure_noise(search, search.everyone), search.residual)
