@@ -22,6 +22,8 @@ from kinvert.engine import graphs as graphs
 from kinvert.engine import run as run
 from kinvert.engine.stepwise import stepwise as stepwise
 from kinvert.inversion import Inversion as Inversion
+from kinvert.inversion import Solving as Solving
+from kinvert.inversion import Stop as Stop
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert
 from kinvert.plan import Plan as Plan
@@ -48,7 +50,9 @@ __all__ = [
     "Progress",
     "RoundTrip",
     "Rule",
+    "Solving",
     "Stepwise",
+    "Stop",
     "__version__",
     "analysis",
     "compile_plan",

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
 PUBLIC = {
     "kinvert": """
-        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Stepwise __version__ analysis
-        compile_plan denoisers extract_noise flow_sampler graphs inversion invert levels metrics models noise
+        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Solving Stepwise Stop
+        __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs inversion invert levels metrics models noise
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.analysis": """
@@ -50,7 +50,8 @@ PUBLIC = {
     """,
     "kinvert.inversion": """
         METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion NewtonKrylov Picard Problem Reason
-        Root Search Sequence Solver StepSweeps Sweeps baselines extract_noise invert register_method
+        Root Search Sequence Solver Solving StepSweeps Stop Sweeps Watcher baselines extract_noise invert
+        register_method
     """,
     "kinvert.inversion.baselines": """
         BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow null_text

@@ -20,6 +20,7 @@ from kinvert.inversion.solvers import (
     StepSweeps,
     Sweeps,
 )
+from kinvert.inversion.watching import Solving, Stop, Watcher
 
 __all__ = [
     "METHODS",
@@ -39,8 +40,11 @@ __all__ = [
     "Search",
     "Sequence",
     "Solver",
+    "Solving",
     "StepSweeps",
+    "Stop",
     "Sweeps",
+    "Watcher",
     "baselines",
     "extract_noise",
     "invert",

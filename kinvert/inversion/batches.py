@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine.contract import checked_output
+from kinvert.inversion.watching import Watch
 from kinvert.torch_hooks import is_view
 
 __all__ = ["FewBatches"]
@@ -27,11 +28,13 @@ class FewBatches:
         denoiser: of these samples.
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
+        watch: counts the calls.
     """
 
     denoiser: BoundDenoiser
     largest: int
     fixed: bool = False
+    watch: Watch | None = field(default=None, repr=False)
     _known: dict[int, BoundDenoiser] = field(default_factory=dict, init=False, repr=False)
 
     def size(self, count: int) -> int:
@@ -43,11 +46,11 @@ class FewBatches:
 
     def take(self, index: Tensor) -> FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
-        return FewBatches(self.denoiser.take(index), self.largest, self.fixed)
+        return FewBatches(self.denoiser.take(index), self.largest, self.fixed, self.watch)
 
     def steady(self) -> FewBatches:
         """Return the same, called with the largest batch size only, so that a network answers as it does there."""
-        return FewBatches(self.denoiser, self.largest, fixed=True)
+        return FewBatches(self.denoiser, self.largest, True, self.watch)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Evaluate all of them. What the denoiser returns for repeated samples is dropped."""
@@ -55,6 +58,8 @@ class FewBatches:
         more = self.size(count) - count
         given, where = _filled(x, more), "in an evaluation of the inversion"
         out = self._with(more, count, x.device)(given, _filled(sigma, more))
+        if self.watch is not None:
+            self.watch.count()
         if isinstance(out, Guided):
             return Guided(*(checked_output(part, given, where)[:count] for part in out))
         return checked_output(out, given, where)[:count]

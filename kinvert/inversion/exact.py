@@ -26,10 +26,10 @@ from kinvert.inversion.solvers import Solver
 from kinvert.inversion.task import UNLIMITED, Task
 from kinvert.inversion.telling import warn_user
 from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
+from kinvert.inversion.watching import Watcher, looking_on
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
-from kinvert.ready import with_bar
 from kinvert.rules import Rule
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
@@ -53,6 +53,7 @@ def invert(
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     callback: Callback | None = None,
+    watch: Watcher | None = None,
     progress: bool = False,
     max_batch: int | None = None,
     fixed_batch: bool = False,
@@ -81,7 +82,13 @@ def invert(
             for, and the best is returned.
         mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.
         callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
-        progress: show a progress bar of that run.
+            It stops nothing: an exception passes through, as in `sample`.
+        watch: called with a `Solving` after each evaluation, plain numbers for which no device is asked. It stops the
+            inversion with `raise ki.Stop`: the best so far is returned, and samples that are not inverted have the
+            reason STOPPED. Steps not solved yet then take the evaluations of a first guess, the check a run, and the
+            plain run up and down two more for samples that were not inverted. The first Ctrl-C does the same, with a
+            RuntimeWarning, the second raises KeyboardInterrupt.
+        progress: show bars of the solving and of the run that checks.
         max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
             check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
             run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
@@ -109,6 +116,7 @@ def invert(
     """
     x = check_image(x)
     check_callback(callback)
+    check_callback(watch, "watch(solving) after each evaluation")
     check_choice("last_step", last_step, LAST_STEPS)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
@@ -126,21 +134,21 @@ def invert(
         _check_hard(masked.mask)
         region = masked.mask.expand_as(x)
     before = rounding_note(tol, goal, x, network)
-    if progress:
-        callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     indices = batch_parts(x, max_batch)
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
     asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
     parts = []
-    for index in indices:
-        part = FewBatches(bound.take(index), largest, fixed_batch)
-        inside = None if region is None else region[index]
-        task = Task(plan, part, x[index], goal, limit, callback, index, inside, network=network)
-        found = route.solve(task, solver)
-        if found.failures:
-            warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
-        parts.append(certify(plan, task.x, goal, found, back, inside))
+    with looking_on(plan, route.scope, limit, callback, watch, progress) as (eye, checking):
+        for number, index in enumerate(indices):
+            eye.begin(number, len(indices), len(index))
+            part = FewBatches(bound.take(index), largest, fixed_batch, eye)
+            inside = None if region is None else region[index]
+            task = Task(plan, part, x[index], goal, limit, checking, index, inside, network=network, watch=eye)
+            found = route.solve(task, solver)
+            if found.failures:
+                warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
+            parts.append(certify(plan, task.x, goal, found, back, inside))
     joined = Inversion.join(parts)
     evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)
     return replace(joined, evaluations=evaluations, row_checks=asked, warnings=notes)

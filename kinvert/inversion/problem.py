@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser
 from kinvert.inversion.couplings import Couplings, couplings
+from kinvert.inversion.watching import Watch
 from kinvert.plan import Plan
 from kinvert.tensors import per_sample, rms
 
@@ -37,6 +38,7 @@ class Reason(IntEnum):
         NOT_FINITE: the denoiser, or the state, is NaN or infinite.
         STALLED: the solvers gave up for another reason.
         APPROXIMATE: the method is not exact, and ended as published.
+        STOPPED: the user asked to stop, by Ctrl-C or in `watch`.
     """
 
     CONVERGED = 0
@@ -46,6 +48,7 @@ class Reason(IntEnum):
     NOT_FINITE = 4
     STALLED = 5
     APPROXIMATE = 6
+    STOPPED = 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +93,7 @@ class Problem:
         judge: how the roots of a whole run are judged; None judges all values by `tolerance`.
         floor: rms residual that the noise of F alone leaves, shape (batch,); None if no noise is known. A sample is
             solved as well as F allows if its residual is below the floor, or near it and no longer falls.
+        watch: who is told how the search goes, and whether it is to stop.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -102,6 +106,7 @@ class Problem:
     denoiser: BoundDenoiser | None = field(default=None, repr=False)
     judge: Judge | None = field(default=None, repr=False)
     floor: Tensor | None = field(default=None, repr=False)
+    watch: Watch = field(default_factory=Watch, repr=False)
 
     def call(self, u: Tensor, index: Tensor) -> tuple[Tensor, int | Tensor]:
         """Return F(u) of the samples `index`, and the evaluations that it took of each."""
@@ -226,8 +231,10 @@ class Search:
         return (f - self.evaluate(u + size * v, index)) / size
 
     def affords(self, index: Tensor) -> Tensor:
-        """Return how often F may still be called for the samples `index`."""
+        """Return how often F may still be called for the samples `index`; not at all if the search is to stop."""
         left = self.problem.budget[index] - self.evaluations[index]
+        if self.problem.watch.stopped:
+            return torch.zeros_like(left)
         return left.div(self.problem.cost, rounding_mode="floor")
 
     def is_open(self, index: Tensor, residual: Tensor) -> Tensor:
@@ -243,7 +250,7 @@ class Search:
 
     def open_rows(self, index: Tensor, residual: Tensor) -> Tensor:
         """Return the positions in `index` that are unsolved and within budget. It reads the device."""
-        return self.is_open(index, residual).nonzero()[:, 0]
+        return self.problem.watch.rows(self.is_open(index, residual), residual)
 
     def open(self, index: Tensor) -> Tensor:
         """Return those of `index` whose best iterates do not solve them, and that are within budget."""
@@ -263,7 +270,8 @@ class Search:
     def root(self, denoised: Tensor | None = None, reached: Tensor | None = None, least: int = 1) -> Root:
         """Return the best iterates, with the reason why each search ended; a next step would take `least` calls."""
         poor = self.affords(self.everyone) < least
-        reason = torch.where(poor, int(Reason.BUDGET), int(Reason.STALLED))
+        short = Reason.STOPPED if self.problem.watch.stopped else Reason.BUDGET
+        reason = torch.where(poor, int(short), int(Reason.STALLED))
         reason = torch.where(self.residual.isfinite(), reason, int(Reason.NOT_FINITE))
         if self.floor is not None:
             near = (self.residual <= NEAR * self.floor) & (self.floor > 0)

@@ -74,7 +74,7 @@ class StepByStep:
             wanted = task.is_lost(task.error(restored))
             wanted = wanted | task.is_half if size is None else wanted & ~_is_settled(found)
             index = wanted.nonzero()[:, 0]
-            if len(index) and (size is not None or up is not None):
+            if len(index) and (up is not None if size is None else not task.watch.stopped):
                 some = task.take(index)
                 trial, images = _plain(some, up) if size is None else self._attempt(some, solver, size)
                 self._take_better(task, found, restored, index, trial, images)
@@ -82,6 +82,8 @@ class StepByStep:
         able = torch.arange(len(x), device=x.device)
         if task.limit < UNLIMITED:
             able = able[task.limit - found.evaluations >= cost]
+        if task.watch.stopped:
+            able = able[:0]
         factors = x.new_full((len(plan.steps), len(x)), torch.nan)
         if len(able):
             states = [state[able] for state in found.states]
@@ -122,7 +124,9 @@ class StepByStep:
         plan, x, enough = task.plan, task.wide, task.judge.enough
         allowed = _allowed(task, min(self.most, self.share * len(plan.steps) ** -0.5))
         budget = torch.full((len(x),), most, dtype=torch.int64, device=x.device)
-        found = invert_steps(plan, task.solving, x, lambda step: allowed[step.index], solver, budget, eps=task.eps)
+        found = invert_steps(
+            plan, task.solving, x, lambda step: allowed[step.index], solver, budget, None, task.eps, task.watch
+        )
         restored = task.sample(found.states[0]).to(x.dtype)
         found.evaluations += plan.evaluations
         residuals = found.residuals.clone()  # of the last attempt
@@ -133,7 +137,7 @@ class StepByStep:
             affordable = budget - found.evaluations > self.reserve * plan.evaluations
             again = solved & (error > enough) & (finer < allowed).any(0) & affordable
             index = again.nonzero()[:, 0]
-            if not len(index):
+            if not len(index) or task.watch.stopped:
                 break
             allowed[:, index] = finer[:, index]
             trial, images = _solve_again(
@@ -182,6 +186,8 @@ class StepByStep:
             value = None if noisy else measure_fold(task, problem, u, spent)
             if noisy:
                 note += f"; {NOISY}"
+            elif task.watch.stopped:
+                note += "; the search was stopped"
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)
@@ -189,7 +195,7 @@ class StepByStep:
             if not noisy and residual <= float(allowed[step.index, i]) and task.limit < UNLIMITED:
                 ended = Reason.BUDGET  # for solving the steps finer, since their errors add up
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
-            reasons[i] = _reason(ended, rounded, folded)
+            reasons[i] = _reason(Reason.STOPPED if task.watch.stopped and not noisy else ended, rounded, folded)
         return reasons, notes
 
 
@@ -210,7 +216,7 @@ def _reason(ended: Reason, rounded: bool, folded: bool) -> Reason:
         return ended
     if rounded:
         return Reason.PRECISION
-    if ended == Reason.BUDGET:
+    if ended in (Reason.BUDGET, Reason.STOPPED):
         return ended
     return Reason.FOLD if folded else Reason.STALLED
 
@@ -248,7 +254,9 @@ def _solve_again(
         task = replace(task, states=torch.float64)
     x = task.wide
     allowed, starts = allowed.to(x), [state[index].to(x) for state in found.states]
-    path = invert_steps(plan, task.solving, x, lambda step: allowed[step.index], solver, left, starts, eps=task.eps)
+    path = invert_steps(
+        plan, task.solving, x, lambda step: allowed[step.index], solver, left, starts, task.eps, task.watch
+    )
     states, residuals = [state.to(narrow) for state in path.states], path.residuals.to(narrow)
     everyone = torch.arange(len(index), device=x.device)
     images = task.sample_some(states[0], everyone)

@@ -20,6 +20,7 @@ from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import advance, stage_sigmas
 from kinvert.inversion.problem import Guess, Problem
 from kinvert.inversion.solvers import NewtonKrylov, Solver
+from kinvert.inversion.watching import Watch
 from kinvert.noise import white
 from kinvert.plan import Plan, Step
 from kinvert.tensors import per_sample, rms
@@ -68,6 +69,7 @@ def invert_steps(
     budget: Tensor,
     starts: list[Tensor] | None = None,
     eps: float | None = None,
+    watch: Watch | None = None,
 ) -> Trajectory:
     """Solve every step of a one-step Plan for the state before it, from the last step to the first.
 
@@ -80,7 +82,9 @@ def invert_steps(
         budget: evaluations that each sample may spend on the run, shape (batch,).
         starts: states to start from at every level but the last (those of an earlier, similar trajectory).
         eps: relative precision of the denoiser; None takes x's dtype's.
+        watch: who is told how it goes, and whether it is to stop: a step then takes the evaluations of its guess only.
     """
+    watch = watch or Watch()
     states: list[Tensor] = [x]
     known: list[tuple[float, Tensor]] = []  # ln(sigma / sigma_0) of the states solved last, and D there
     levels = levels_of(plan, x)
@@ -100,7 +104,8 @@ def invert_steps(
         else:
             guess, spent = raised(problem, denoiser), 1
         r = step.sigma_next / step.sigma
-        problem = replace(problem, budget=left - spent, floor=(1.0 - r) * noise * unit)
+        problem = replace(problem, budget=left - spent, floor=(1.0 - r) * noise * unit, watch=watch)
+        watch.note(solved=len(states) - 1, rounds=0, open=len(x))
         root = (solver if step.sigma_next else LEAST_CHANGE).solve(problem, guess)
         denoised = problem.denoised(root.u) if root.denoised is None else root.denoised
         if denoised is not None:
@@ -112,6 +117,7 @@ def invert_steps(
         residuals.insert(0, root.residual)
         reasons.insert(0, root.reason)
         evaluations += root.evaluations + spent
+    watch.note(solved=len(plan.steps), open=0)
     return Trajectory(states, torch.stack(residuals), evaluations, torch.stack(reasons), noise)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,12 +15,11 @@ from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.problem import Judge, Problem
 from kinvert.inversion.solvers.newton import smallest_singular_value
 from kinvert.inversion.verdict import Widened, image_size
+from kinvert.inversion.watching import UNLIMITED, Watch
 from kinvert.plan import Plan
 from kinvert.tensors import is_half, rms
 
 __all__ = ["UNLIMITED", "Task", "measure_fold"]
-
-UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +39,7 @@ class Task:
         region: 1 where a value counts, of x's shape; None counts all.
         states: least dtype of the states.
         network: dtype that the network is known to compute in.
+        watch: who is told how it goes, and whether to stop.
     """
 
     plan: Plan
@@ -52,6 +52,7 @@ class Task:
     region: Tensor | None = None
     states: torch.dtype = torch.float32
     network: torch.dtype = torch.float64
+    watch: Watch = field(default_factory=Watch)
 
     @cached_property
     def wide(self) -> Tensor:
@@ -142,8 +143,9 @@ class Task:
         budget = torch.full((len(self.x),), self.limit, dtype=torch.int64, device=self.x.device)
         plan = self.plan
         return Problem(
-            self.sample_some, self.wide, tolerance, budget, plan.evaluations, self.eps, plan, self.solving, self.judge
-        )
+            self.sample_some, self.wide, tolerance, budget, plan.evaluations, self.eps, plan, self.solving, self.judge,
+            watch=self.watch,
+        )  # fmt: skip
 
 
 def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, products: int = 60) -> float | None:
@@ -153,7 +155,7 @@ def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, product
     fewer it would say nothing.
     """
     products = min(products, (task.limit - int(spent)) // problem.cost - 1)
-    if products <= 5:
+    if products <= 5 or task.watch.stopped:
         return None
     value, evaluations = smallest_singular_value(problem, u, products)
     spent += evaluations

@@ -82,7 +82,7 @@ def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtyp
 
 @dataclass(frozen=True, eq=False)
 class Widened:
-    """A denoiser of states in half precision, for states in float32: they are rounded for each call alone."""
+    """A denoiser of states in one dtype, for states in a wider one: they are rounded for each call alone."""
 
     denoiser: BoundDenoiser
     dtype: torch.dtype
@@ -93,7 +93,7 @@ class Widened:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Call the denoiser with x in its dtype, and return the result in the dtype of x."""
-        out = self.denoiser(x.to(self.dtype), sigma)
+        out = self.denoiser(x.to(self.dtype), sigma.to(wide_dtype(self.dtype)))
         return Guided(*(part.to(x.dtype) for part in out)) if isinstance(out, Guided) else out.to(x.dtype)
 
 

@@ -75,7 +75,7 @@ class WholeRun:
             unsolved = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION)
             wanted = task.is_lost(error) & unsolved & error.isfinite()  # infinite only if the denoiser fails
             index = (wanted & (budget - spent >= least)).nonzero()[:, 0]
-            if not len(index):
+            if not len(index) or task.watch.stopped:
                 continue
             through = ThroughBase.of(task.take(index), base, self.inner, budget - spent[index])
             spent[index] += self.outer.solve(through, Guess(x[index])).evaluations
@@ -121,10 +121,12 @@ class WholeRun:
                     f"; the smallest singular value of its derivative is {value:.2g}, without a denoiser it would be "
                     f"{free:.2g}"
                 )
-            notes.append(note)
+            notes.append(note + "; the search was stopped" * task.watch.stopped)
             reasons[i] = Reason.BUDGET if poor else Reason.STALLED
             if error[i] <= self.rounded * task.eps * task.judge.size[i]:
                 reasons[i] = Reason.PRECISION
+            elif task.watch.stopped:
+                reasons[i] = Reason.STOPPED
             elif not poor and value is not None and value < self.folded * free:
                 reasons[i] = Reason.FOLD
         return reasons, notes
@@ -140,7 +142,7 @@ def _tell_noise(
     unknown = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION) & error.isfinite()
     able = budget - spent >= 5 * task.plan.evaluations
     index = (task.is_lost(error) & unknown & able).nonzero()[:, 0]
-    if not len(index) or task.is_half:
+    if not len(index) or task.is_half or task.watch.stopped:
         return spent
     search = Search(task.problem, latent)
     search.residual = error.clone()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class _Curve:
         apply = self.bordered(z, slope, f, border, index)
         left = -apply(border, torch.arange(len(index), device=index.device))
         left[:, -1] += 1
-        affords = self.search.affords(index)
+        affords = partial(self.search.affords, index)
         tangent = border + gmres(apply, left, self.settings.krylov, 2 * self.settings.forcing, affords)[0]
         return tangent / tangent.norm(dim=1, keepdim=True)
 
@@ -158,7 +159,7 @@ class _Curve:
                 break
             apply = self.bordered(z[todo], slope, f, border[todo], index[todo])
             left = torch.cat([-h, torch.zeros_like(h[:, :1])], 1)
-            affords = self.search.affords(index[todo])
+            affords = partial(self.search.affords, index[todo])
             z[todo] += gmres(apply, left, self.settings.krylov, self.settings.forcing, affords)[0]
         return z, count
 

@@ -159,8 +159,18 @@ class _StepCourse(_Course):
             going &= ~(near & (sweep > self.since[index]))
         enough = self.problem.tolerance[index]
         enough = enough if search.floor is None else enough.maximum(search.floor[index])
-        wanted = sizes > enough[:, None].maximum(settings.focus * worst[:, None])
-        todo: list[list[bool]] = (wanted & going[:, None]).tolist()
+        wanted = (sizes > enough[:, None].maximum(settings.focus * worst[:, None])) & going[:, None]
+        return self._told(wanted, worst)
+
+    def _told(self, wanted: Tensor, worst: Tensor) -> list[list[bool]]:
+        """Return what is wanted, shape (n, k), on the host; the residuals come along if somebody is told them."""
+        if not self.problem.watch.is_watched:
+            plain: list[list[bool]] = wanted.tolist()
+            return plain
+        rows = torch.cat([wanted.to(worst.dtype), worst[:, None]], 1).tolist()
+        todo = [[bool(level) for level in levels] for *levels, _ in rows]
+        sizes = [row[-1] for row, levels in zip(rows, todo, strict=True) if any(levels)]
+        self.problem.watch.note_round(len(sizes), sizes)
         return todo
 
     def root(self) -> Root:
@@ -204,6 +214,8 @@ class _VerifiedCourse(_Course):
     def look(self, sweep: int) -> list[list[bool]]:
         """See `_Course`."""
         samples = self.run.samples
+        if self.problem.watch.stopped:
+            self.budget = [0.0] * len(self.budget)
         sizes = self.run.sizes(self.run.residual()).tolist()
         worst = [max(levels) for levels in sizes]
         self._improve(samples, worst)
@@ -226,6 +238,8 @@ class _VerifiedCourse(_Course):
             going &= self.spent[i] + 2 * self.problem.cost <= self.budget[i]
             enough = max(self.asked[i], self.settings.focus * worst[place])
             todo.append([going and size > enough for size in sizes[place]])
+        left = [worst[place] for place, levels in enumerate(todo) if any(levels)]
+        self.problem.watch.note_round(len(left), left)
         return todo
 
     def _stalls(self, i: int, sweep: int) -> bool:
