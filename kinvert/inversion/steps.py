@@ -29,6 +29,7 @@ __all__ = [
     "LEAST_CHANGE",
     "Trajectory",
     "contraction",
+    "fair_share",
     "forecast",
     "invert_steps",
     "levels_of",
@@ -93,7 +94,7 @@ def invert_steps(
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     noise, unit = torch.zeros_like(rms(x)), rms(x)
     for step in reversed(plan.steps):
-        left = budget - evaluations - step.index * len(step.stages)  # the steps to come need one residual each
+        left = fair_share(budget - evaluations, step)
         problem = step_problem(plan, step, denoiser, states[0], levels[step.index], tolerance(step), left, eps)
         if step.sigma_next == 0:
             guess, spent = Guess(states[0]), 0
@@ -119,6 +120,16 @@ def invert_steps(
         evaluations += root.evaluations + spent
     watch.note(solved=len(plan.steps), open=0)
     return Trajectory(states, torch.stack(residuals), evaluations, torch.stack(reasons), noise)
+
+
+def fair_share(left: Tensor, step: Step) -> Tensor:
+    """Return what a step may spend of `left`, the evaluations that it and all noisier steps have together.
+
+    It is twice the mean, since the noisier steps often take less, and leaves one evaluation of each of them. What a
+    step does not spend, others may.
+    """
+    cost = len(step.stages)
+    return (2 * left.div(step.index + 1, rounding_mode="floor")).minimum(left - step.index * cost)
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:
