@@ -244,7 +244,7 @@ class _VerifiedCourse(_Course):
 
     def _stalls(self, i: int, sweep: int) -> bool:
         """Tell whether sample i no longer comes closer, so that its noise should be measured."""
-        affordable = self.spent[i] + 4 + 2 * self.problem.cost <= self.budget[i]
+        affordable = self.spent[i] + 6 + 2 * self.problem.cost <= self.budget[i]
         waited = sweep - self.since[i]
         return not self._is_done(i) and waited > 0 and waited % STALLED == 0 and affordable
 
@@ -269,10 +269,10 @@ class _VerifiedCourse(_Course):
                     self.noisy[samples[place]] = found
 
     def _probed(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
-        """Return the second differences of some rows at evaluation k, and book the two evaluations of each."""
+        """Return the second differences of some rows at evaluation k, and book the three evaluations of each."""
         for place in rows.tolist():
-            self.spent[self.run.samples[place]] += 2
-        self.search.evaluations[self.run.index[rows]] += 2
+            self.spent[self.run.samples[place]] += 3
+        self.search.evaluations[self.run.index[rows]] += 3
         return self.run.probe(k, rows, length)
 
     def _is_done(self, i: int) -> bool:
