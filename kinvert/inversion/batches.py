@@ -27,31 +27,41 @@ class FewBatches:
         denoiser: of these samples.
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
+        most: the most rows of one call, where more than `largest` are asked for (a Jacobian); at least `largest`.
     """
 
     denoiser: BoundDenoiser
     largest: int
     fixed: bool = False
+    most: int = 0
     _known: dict[int, BoundDenoiser] = field(default_factory=dict, init=False, repr=False)
 
     def size(self, count: int) -> int:
         """Return the batch size for `count` samples."""
         size = self.largest
+        while size < count:
+            size = min(2 * size, max(self.most, count))
         while not self.fixed and count <= (half := (size + 1) // 2) < size:
             size = half
         return size
 
     def take(self, index: Tensor) -> FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
-        return FewBatches(self.denoiser.take(index), self.largest, self.fixed)
+        return FewBatches(self.denoiser.take(index), self.largest, self.fixed, self.most)
 
     def steady(self) -> FewBatches:
         """Return the same, called with the largest batch size only, so that a network answers as it does there."""
-        return FewBatches(self.denoiser, self.largest, fixed=True)
+        return FewBatches(self.denoiser, self.largest, fixed=True, most=self.most)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Evaluate all of them. What the denoiser returns for repeated samples is dropped."""
-        count = len(x)
+        count, most = len(x), max(self.most, self.largest)
+        if count > most:
+            places = torch.arange(count, device=x.device).split(most)
+            parts = [self.take(index)(x[index], sigma[index]) for index in places]
+            if isinstance(parts[0], Guided):
+                return Guided(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+            return torch.cat(parts)  # type: ignore[arg-type]
         more = self.size(count) - count
         given, where = _filled(x, more), "in an evaluation of the inversion"
         out = self._with(more, count, x.device)(given, _filled(sigma, more))

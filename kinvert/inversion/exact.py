@@ -129,12 +129,13 @@ def invert(
     if progress:
         callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     indices = batch_parts(x, max_batch)
+    rows = max_batch or max(1, min(64, 2**16 // x[0].numel()))  # of a Jacobian, whose columns are one sample's
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
     asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
     parts = []
     for index in indices:
-        part = FewBatches(bound.take(index), largest, fixed_batch)
+        part = FewBatches(bound.take(index), largest, fixed_batch, 0 if fixed_batch else rows)
         inside = None if region is None else region[index]
         task = Task(plan, part, x[index], goal, limit, callback, index, inside, network=network)
         found = route.solve(task, solver)
