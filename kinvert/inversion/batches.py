@@ -27,7 +27,7 @@ class FewBatches:
         denoiser: of these samples.
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
-        most: the most rows of one call, where more than `largest` are asked for (a Jacobian); at least `largest`.
+        most: the most rows of one call if more than `largest` are asked for, as a Jacobian does; they are not filled up.
     """
 
     denoiser: BoundDenoiser
@@ -38,9 +38,7 @@ class FewBatches:
 
     def size(self, count: int) -> int:
         """Return the batch size for `count` samples."""
-        size = self.largest
-        while size < count:
-            size = min(2 * size, max(self.most, count))
+        size = max(self.largest, count)
         while not self.fixed and count <= (half := (size + 1) // 2) < size:
             size = half
         return size
