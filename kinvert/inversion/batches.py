@@ -27,7 +27,7 @@ class FewBatches:
         denoiser: of these samples.
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
-        most: the most rows of one call if more than `largest` are asked for, as a Jacobian does; they are not filled up.
+        most: the most rows of one call if more than `largest` are asked for, as a Jacobian does; not filled up.
     """
 
     denoiser: BoundDenoiser

@@ -118,6 +118,6 @@ def _refusal(method: str | Solver, plan: Plan) -> str:
             f"method must be 'auto' for {name}, got {got!r}: its steps are undone in closed form, and no root is sought"
         )
     return (
-        f"method must be 'auto', 'sweeps', 'levenberg' or a Solver of runs for {name}, got {got!r}: its steps remember earlier ones, so "
-        "that the run is solved as a whole; a solver of single steps needs a sampler such as 'euler' or 'heun'"
+        f"method must be 'auto', 'sweeps', 'levenberg' or a Solver of runs for {name}, got {got!r}: its steps remember "
+        "earlier ones, so that the run is solved as a whole; one of single steps needs a sampler such as 'euler' or 'heun'"
     )

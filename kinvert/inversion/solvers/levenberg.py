@@ -31,7 +31,7 @@ __all__ = ["LevenbergMarquardt", "RunLevenbergMarquardt", "jacobian", "secant"]
 
 @dataclass(frozen=True)
 class LevenbergMarquardt(Solver):
-    r"""Levenberg's and Marquardt's method with the full Jacobian, from the guess and then from `starts` states around it.
+    r"""Levenberg's and Marquardt's method with the full Jacobian, from the guess, then from `starts` states around it.
 
     A Jacobian is m finite differences, m the number of values of an event, evaluated in batches; between two of them it
     is kept, and each step corrects it along its own direction (Broyden). It is measured again if a step that it
@@ -42,7 +42,8 @@ class LevenbergMarquardt(Solver):
     Memory: three matrices of m x m in float64, 400 MB for 4,096 values.
 
     Source: Marquardt, An Algorithm for Least-Squares Estimation of Nonlinear Parameters (1963); Broyden, A Class of
-    Methods for Solving Nonlinear Simultaneous Equations (1965); Nielsen, Damping Parameter in Marquardt's Method (1999).
+    Methods for Solving Nonlinear Simultaneous Equations (1965); Nielsen, Damping Parameter in Marquardt's Method
+    (1999).
     """
 
     starts: int = 8
