@@ -49,17 +49,17 @@ PUBLIC = {
         RECORDERS CapturedDenoiser CapturedRun Recorder Recording Steps capture captured_denoiser record_cuda_graphs
     """,
     "kinvert.inversion": """
-        METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion NewtonKrylov Picard Problem Reason
-        Root Search Sequence Solver Solving StepSweeps Stop Sweeps Watcher baselines extract_noise invert
-        register_method
+        METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion LevenbergMarquardt NewtonKrylov
+        Picard Preimages Problem Reason Root RunLevenbergMarquardt Search Sequence Solver Solving StepSweeps
+        Stop Sweeps Watcher baselines extract_noise invert preimages register_method
     """,
     "kinvert.inversion.baselines": """
         BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow null_text
         register_baseline renoise rf_inversion rf_solver sample_null_text steer
     """,
     "kinvert.inversion.solvers": """
-        Anderson Attempt Auto Continuation Damped Guess Judge NewtonKrylov Picard Problem Reason Root Search Sequence
-        Solver StepSweeps Sweeps
+        Anderson Attempt Auto Continuation Damped Guess Judge LevenbergMarquardt NewtonKrylov Picard Problem Reason Root
+        RunLevenbergMarquardt Search Sequence Solver StepSweeps Sweeps
     """,
     "kinvert.levels": """
         DiscreteLevels EDMLevels FlowLevels FlowTimes Levels TableLevels VDiffusionLevels edm flow flow_to_ve flux

@@ -7,7 +7,7 @@ whole batch, or to a half, a quarter, ... of it, by repeating one of the samples
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,32 +29,40 @@ class FewBatches:
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
         watch: counts the calls.
+        most: the most rows of one call if more than `largest` are asked for, as a Jacobian does; not filled up.
     """
 
     denoiser: BoundDenoiser
     largest: int
     fixed: bool = False
     watch: Watch | None = field(default=None, repr=False)
+    most: int = 0
     _known: dict[int, BoundDenoiser] = field(default_factory=dict, init=False, repr=False)
 
     def size(self, count: int) -> int:
         """Return the batch size for `count` samples."""
-        size = self.largest
+        size = max(self.largest, count)
         while not self.fixed and count <= (half := (size + 1) // 2) < size:
             size = half
         return size
 
     def take(self, index: Tensor) -> FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
-        return FewBatches(self.denoiser.take(index), self.largest, self.fixed, self.watch)
+        return replace(self, denoiser=self.denoiser.take(index))
 
     def steady(self) -> FewBatches:
         """Return the same, called with the largest batch size only, so that a network answers as it does there."""
-        return FewBatches(self.denoiser, self.largest, True, self.watch)
+        return replace(self, fixed=True)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Evaluate all of them. What the denoiser returns for repeated samples is dropped."""
-        count = len(x)
+        count, most = len(x), max(self.most, self.largest)
+        if count > most:
+            places = torch.arange(count, device=x.device).split(most)
+            parts = [self.take(index)(x[index], sigma[index]) for index in places]
+            if isinstance(parts[0], Guided):
+                return Guided(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+            return torch.cat(parts)  # type: ignore[arg-type]
         more = self.size(count) - count
         given, where = _filled(x, more), "in an evaluation of the inversion"
         out = self._with(more, count, x.device)(given, _filled(sigma, more))

@@ -135,6 +135,7 @@ def invert(
         region = masked.mask.expand_as(x)
     before = rounding_note(tol, goal, x, network)
     indices = batch_parts(x, max_batch)
+    rows = max_batch or max(1, min(64, 2**16 // x[0].numel()))  # of a Jacobian, whose columns are one sample's
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
     asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
@@ -142,7 +143,7 @@ def invert(
     with looking_on(plan, route.scope, limit, callback, watch, progress) as (eye, checking):
         for number, index in enumerate(indices):
             eye.begin(number, len(indices), len(index))
-            part = FewBatches(bound.take(index), largest, fixed_batch, eye)
+            part = FewBatches(bound.take(index), largest, fixed_batch, eye, 0 if fixed_batch else rows)
             inside = None if region is None else region[index]
             task = Task(plan, part, x[index], goal, limit, checking, index, inside, network=network, watch=eye)
             found = route.solve(task, solver)

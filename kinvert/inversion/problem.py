@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser
+from kinvert.engine import run
 from kinvert.inversion.couplings import Couplings, couplings
 from kinvert.inversion.watching import Watch
 from kinvert.plan import Plan
@@ -218,6 +219,17 @@ class Search:
         value, spent = self.problem.call(u, index)
         self.evaluations[index] += spent
         return value
+
+    def call_rows(self, u: Tensor, row: Tensor) -> Tensor:
+        """Return F of many states u, shape (n, *event), of one sample `row`, shape (1,), and count what they cost.
+
+        A denoiser that the problem knows gets them in batches.
+        """
+        plan, denoiser = self.problem.plan, self.problem.denoiser
+        if plan is None or denoiser is None:
+            return torch.cat([self.call(state, row) for state in u.split(1)])
+        self.evaluations[row] += len(u) * self.problem.cost
+        return run(plan, denoiser.take(row.expand(len(u))), u)
 
     def evaluate(self, u: Tensor, index: Tensor) -> Tensor:
         """Return the residual `f(u) = y - F(u)` of the samples `index`, and count what it costs."""

@@ -14,7 +14,16 @@ from kinvert.inversion.certificate import Found
 from kinvert.inversion.noise_floor import NOISY
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Reason
-from kinvert.inversion.solvers import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Solver
+from kinvert.inversion.solvers import (
+    Anderson,
+    Auto,
+    Continuation,
+    Damped,
+    LevenbergMarquardt,
+    NewtonKrylov,
+    Picard,
+    Solver,
+)
 from kinvert.inversion.steps import Trajectory, contraction, invert_steps, levels_of, step_problem
 from kinvert.inversion.task import UNLIMITED, Task, measure_fold
 from kinvert.inversion.verdict import ROWS
@@ -43,6 +52,7 @@ class StepByStep:
         "anderson": Anderson,
         "damped": Damped,
         "continuation": Continuation,
+        "levenberg": LevenbergMarquardt,
         "newton": NewtonKrylov,
         "picard": Picard,
     }

@@ -16,7 +16,7 @@ from kinvert.inversion.certificate import Found
 from kinvert.inversion.noise_floor import NOISY, measure_noise
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Guess, Problem, Reason, Search
-from kinvert.inversion.solvers import Anderson, Solver, Sweeps
+from kinvert.inversion.solvers import Anderson, RunLevenbergMarquardt, Solver, Sweeps
 from kinvert.inversion.task import UNLIMITED, Task, measure_fold
 from kinvert.inversion.through import ThroughBase
 from kinvert.plan import Plan, compile_plan
@@ -30,6 +30,8 @@ __all__ = ["WholeRun"]
 class WholeRun:
     r"""Sweep over all evaluations; for what that leaves, go through one invertible base sampler after the other.
 
+    What is then still lost goes to `RunLevenbergMarquardt`, if the event has few values and the limit allows for it.
+
     Let S be the sampler's run, and E the run of a base on the same schedule, which is inverted step by step. Then
     `S(E^{-1}(z)) = image` is solved by Anderson's acceleration of `z <- z + image - S(E^{-1}(z))`. S is nearly
     singular, since it contracts whole regions of noise to one image, but so is E, and `S E^{-1}` is close to the
@@ -40,17 +42,23 @@ class WholeRun:
             order 2.
         outer: the root finder for z.
         inner: the root finder for the steps of E.
+        last: the last resort, for events of few values; None leaves it out.
         folded: a run folds if the least singular value of its derivative is below this part of what it would be
             without a denoiser.
         rounded: errors up to so many roundings of the image are rounding; those of the steps add up.
     """
 
-    methods: ClassVar[dict[str, Callable[[], Solver]]] = {"auto": Sweeps, "sweeps": Sweeps}
+    methods: ClassVar[dict[str, Callable[[], Solver]]] = {
+        "auto": Sweeps,
+        "sweeps": Sweeps,
+        "levenberg": RunLevenbergMarquardt,
+    }
     scope: ClassVar[str] = "run"
 
     bases: tuple[Rule, ...] = (Euler(), Heun(), DPMpp2SAncestral(eta=0.0))
     outer: Solver = field(default_factory=lambda: Anderson(window=12, max_iterations=40))
     inner: Solver = field(default_factory=lambda: Anderson(max_iterations=25))
+    last: RunLevenbergMarquardt | None = field(default_factory=lambda: RunLevenbergMarquardt(starts=3, max_values=1024))
     folded: float = 0.1
     rounded: float = 30.0
 
@@ -85,6 +93,7 @@ class WholeRun:
             latent[where], restored[where], error[where] = (
                 part[better] for part in (best.latent, best.restored, best.error)
             )
+        spent = self._try_last(task, latent, restored, error, spent, ended, budget)
         index = (task.is_lost(error) | task.is_half).nonzero()[:, 0]
         if up and not limited and len(index):
             one = task.take(index)
@@ -98,6 +107,26 @@ class WholeRun:
         reasons, notes = self._explain(task, latent, error, spent, ended, budget)
         checking = once * (2 if task.callback else 1)
         return Found(latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes)
+
+    def _try_last(
+        self, task: Task, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int
+    ) -> Tensor:
+        """Try the last resort on small events that are still lost; return what is spent then."""
+        if self.last is None or task.x[0].numel() > self.last.max_values or task.is_half:
+            return spent
+        wanted = task.is_lost(error) & error.isfinite() & (ended != Reason.PRECISION)
+        needs = (task.x[0].numel() + 4) * task.plan.evaluations
+        index = (wanted & (budget - spent >= needs)).nonzero()[:, 0]
+        if not len(index):
+            return spent
+        some = task.take(index)
+        root = self.last.solve(replace(some.problem, budget=budget - spent[index]), Guess(latent[index]))
+        if root.reached is not None:
+            better = some.error(root.reached) < error[index]
+            where = index[better]
+            latent[where], restored[where] = root.u[better], root.reached[better]
+            error[where] = some.error(root.reached)[better]
+        return spent.index_add(0, index, root.evaluations)
 
     def _explain(
         self, task: Task, latent: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int

@@ -82,7 +82,7 @@ def test_evaluations_leave_out_the_certificate() -> None:
 
 
 def test_unused_method_is_an_error_of_the_cell() -> None:
-    for sampler, used in (("dpmpp_2m", "'auto', 'sweeps' or a Sweeps"), ("o_belm", "'auto'")):
+    for sampler, used in (("dpmpp_2m", "'auto', 'sweeps', 'levenberg' or a Solver of runs"), ("o_belm", "'auto'")):
         record, _ = bench.measure(Cell("gaussian", method="picard", sampler=sampler, steps=4, count=1))
         assert record["error"].startswith(f"method must be {used} for {sampler}, got 'picard'")
         assert record["converged"] is None and record["metrics"] == {}

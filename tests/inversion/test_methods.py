@@ -103,7 +103,9 @@ def test_a_registered_root_finder_is_a_method_of_its_route(monkeypatch: pytest.M
     del METHODS["gentle"]
     make = register_method("gentle")(lambda: ki.inversion.Damped(tau=0.5))
     assert ki.invert(GAUSSIAN, images(), SIGMAS, method="gentle").converged.all()
-    with pytest.raises(ValueError, match="method must be 'auto', 'sweeps' or a Sweeps for dpmpp_2m, got 'gentle'"):
+    with pytest.raises(
+        ValueError, match="method must be 'auto', 'sweeps', 'levenberg' or a Solver of runs for dpmpp_2m, got 'gentle'"
+    ):
         ki.invert(GAUSSIAN, images(), SIGMAS, sampler="dpmpp_2m", method="gentle")
     with pytest.raises(ValueError, match="the method name 'gentle' is taken"):
         register_method("gentle")(make)

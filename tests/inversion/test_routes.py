@@ -51,7 +51,7 @@ def test_a_method_is_used_or_refused(name: str) -> None:
 
 
 def test_the_method_that_is_refused_is_named() -> None:
-    refused = [("dpmpp_2m", "picard", "'auto', 'sweeps' or a Sweeps for dpmpp_2m, got 'picard'")]
+    refused = [("dpmpp_2m", "picard", "'auto', 'sweeps', 'levenberg' or a Solver of runs for dpmpp_2m, got 'picard'")]
     refused += [("o_belm", "sweeps", "'auto' for o_belm, got 'sweeps': its steps are undone in closed form")]
     for sampler, method, message in refused:
         with pytest.raises(ValueError, match=message):
