@@ -22,24 +22,38 @@ from torch import Tensor
 
 from kinvert.engine import Progress, run
 from kinvert.inversion.forecasts import Forecasts
-from kinvert.inversion.problem import Problem, Reason
+from kinvert.inversion.plain import Recorded
+from kinvert.inversion.problem import Problem
 from kinvert.inversion.solvers.anderson import extrapolated
 from kinvert.inversion.steps import Trajectory, fair_share, levels_of, step_problem
 from kinvert.inversion.task import Task
+from kinvert.plan import Plan
 from kinvert.tensors import per_sample, rms
 
-__all__ = ["CLIMBS", "climb", "climb_once", "cost_of"]
+__all__ = ["CLIMBS", "affordable", "climb", "climb_once"]
 
-CLIMBS = (1, 1, 2, 3, 5, 8)
-"""Evaluations of a step in each climb."""
+PLAIN = 0
+CLIMBS = (1, 1, 2, 3, PLAIN, 5, 8)
+"""Evaluations of a step in each climb; PLAIN is the plain run up, another candidate.
+
+A sampler of higher order runs up well by itself: if its steps have several evaluations, the plain run comes first.
+"""
 
 PAIRS = 3  # that are kept of each step
 GROWTH = 4.0  # a pair whose residual is so many times the best one's says little about the neighbourhood
 
 
-def cost_of(climbs: int) -> int:
-    """Return how many runs the first climbs cost, with the runs down that check them."""
-    return sum(CLIMBS[:climbs]) + climbs
+def affordable(plan: Plan, runs: int) -> tuple[tuple[int, ...], int]:
+    """Return the climbs that so many runs are enough for, the first ones of `CLIMBS`, and what they cost in runs."""
+    order = CLIMBS
+    if len(plan.steps[0].stages) > 1:
+        order = (PLAIN, *(most for most in CLIMBS if most != PLAIN))
+    climbs, cost = list[int](), 0
+    for most in order:
+        if cost + max(most, 1) + 1 > runs:
+            break
+        climbs, cost = [*climbs, most], cost + max(most, 1) + 1
+    return tuple(climbs), cost
 
 
 @dataclass(eq=False)
@@ -129,7 +143,7 @@ class _Climber:
         task, plan, y = self.task, self.task.plan, self.task.wide
         spent = torch.zeros(len(y), dtype=torch.int64, device=y.device)
         budget = torch.full_like(spent, most * plan.evaluations)
-        levels, forecasts = levels_of(plan, y), Forecasts(task.judge.size)
+        levels, forecasts = levels_of(plan, y), Forecasts(task.judge.size, plan.sigmas[0])
         for step in reversed(plan.steps):
             allowed = task.eps * task.unit(step.sigma_next)
             left = fair_share(budget - spent, step)
@@ -153,12 +167,15 @@ class _Climber:
                 watched(progress)
 
         restored = run(task.plan, task.denoiser, latent.to(task.x.dtype), callback=record).to(task.wide.dtype)
-        path = [*states, restored]
-        if task.x.dtype == task.wide.dtype:  # or else rounding parts a state from what the step made of it
-            everyone = torch.arange(len(latent), device=latent.device)
-            for step, pairs in zip(task.plan.steps, self.pairs, strict=True):
-                pairs.add(everyone, path[step.index], path[step.index + 1], path[step.index + 1])
-        return path[:-1], restored
+        self.learn(states, restored)
+        return states, restored
+
+    def learn(self, states: list[Tensor], restored: Tensor) -> None:
+        """Take the states that a run down passed, and where it ended: what each step makes of its state is the next."""
+        if self.task.x.dtype == self.task.wide.dtype:  # or else rounding parts a state from what the step made of it
+            everyone = torch.arange(len(restored), device=restored.device)
+            for pairs, u, image in zip(self.pairs, states, [*states[1:], restored], strict=True):
+                pairs.add(everyone, u, image, image)
 
 
 def _iterate(
@@ -185,33 +202,41 @@ def climb_once(task: Task, most: int) -> tuple[Tensor, Tensor]:
     return _Climber(task).up(most)
 
 
-def climb(task: Task, climbs: int) -> tuple[Trajectory, Tensor]:
-    """Climb up to so many times; return the trajectories of the best latents, and where they end.
+def climb(task: Task, up: Plan, climbs: tuple[int, ...]) -> tuple[Trajectory, Tensor]:
+    """Climb so many times; return the trajectories of the best latents, and where they end.
 
     A sample stops climbing when its round trip is within the tolerance. The states are those of the run down from the
     latent, so that all that it misses is the last step's.
+
+    Args:
+        task: the samples.
+        up: the plain run upwards.
+        climbs: the first ones of `CLIMBS`.
     """
     climber, x = _Climber(task), task.wide
     spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     states, restored, error = list[Tensor](), x.clone(), torch.full_like(task.judge.size, math.inf)
-    for most in CLIMBS[:climbs]:
-        latent, used = climber.up(most)
-        path, image = climber.down(latent)
-        index = climber.index
+    for most in climbs:
+        one, index = climber.task, climber.index
+        if most == PLAIN:
+            plain = Recorded.of(up, task.plan, one.denoiser, one.x)
+            path, image, used = plain.trajectory(task.plan, one.wide)[:-1], plain.restored.to(x.dtype), up.evaluations
+            climber.learn(path, image)
+        else:
+            latent, used = climber.up(most)
+            path, image = climber.down(latent)
         spent[index] += used + task.plan.evaluations
-        new = climber.task.error(image)
+        new = one.error(image)
         better = new < error[index]
         states = states or [state.clone() for state in path]
         for kept, state in zip([*states, restored], [*path, image], strict=True):
             kept[index] = torch.where(per_sample(better, state), state, kept[index])
         error[index] = torch.where(better, new, error[index])
-        rows = climber.task.is_lost(error[index]).nonzero()[:, 0]
+        rows = one.is_lost(error[index]).nonzero()[:, 0]
         if not len(rows) or task.watch.stopped:
             break
         if len(rows) < len(index):
             climber.keep(rows)
     residuals = x.new_zeros(len(task.plan.steps), len(x))
     residuals[-1] = error
-    reasons = torch.full(residuals.shape, int(Reason.CONVERGED), device=x.device)
-    reasons[-1] = torch.where(task.is_lost(error), int(Reason.BUDGET), int(Reason.CONVERGED))
-    return Trajectory([*states, x], residuals, spent, reasons), restored
+    return Trajectory([*states, x], residuals, spent), restored

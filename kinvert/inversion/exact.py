@@ -23,7 +23,7 @@ from kinvert.inversion.certificate import certify
 from kinvert.inversion.result import Inversion
 from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
-from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.task import Task, default_runs
 from kinvert.inversion.telling import warn_user
 from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
 from kinvert.inversion.watching import Watcher, looking_on
@@ -125,7 +125,7 @@ def invert(
     route, solver = choose(method, plan)
     network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
     goal = tolerance(tol, x, network=network)
-    limit = _limit(max_evals, plan)
+    limit = _limit(max_evals, plan, x[0].numel())
     scales = step_cfg(cfg, schedule)
     bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
     region = None
@@ -216,14 +216,14 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
             )
 
 
-def _limit(max_evals: int | None, plan: Plan) -> int:
-    """Return what a sample may cost, without the evaluations of `check_rows`."""
+def _limit(max_evals: int | None, plan: Plan, values: int) -> int:
+    """Return what a sample of so many values may cost, without the evaluations of `check_rows`."""
     if max_evals is None:
-        return UNLIMITED
-    least = 2 * plan.evaluations + 1 + ROWS
+        return plan.evaluations * default_runs(values)
+    least = 2 * plan.evaluations + ROWS
     if not is_integer(max_evals) or max_evals < least:
         raise ValueError(
-            f"max_evals must be an int of at least {least}, a run up, one down to check it and {1 + ROWS} more, "
+            f"max_evals must be an int of at least {least}, a run up, one down to check it and {ROWS} more, "
             f"got {max_evals!r}"
         )
     return int(max_evals) - ROWS

@@ -25,13 +25,14 @@ class Forecasts:
 
     Attributes:
         size: rms of each image, shape (batch,).
-        known: ln sigma of the last steps that were solved, and the mean of D in them, newest first.
+        unit: what levels are measured in.
+        known: ln(sigma / unit) of the last steps that were solved, and the mean of D in them, newest first.
         changes: the same of what D differs by from its record of an earlier climb, as far as there is one.
         misses: rms by which each forecast missed one step before, shape (batch,), by name.
     """
 
-    def __init__(self, size: Tensor) -> None:
-        self.size = size
+    def __init__(self, size: Tensor, unit: float) -> None:
+        self.size, self.unit = size, unit
         self.known: list[tuple[float, Tensor]] = []
         self.changes: list[tuple[float, Tensor]] = []
         self.misses: dict[str, Tensor] = {}
@@ -46,15 +47,15 @@ class Forecasts:
             recorded: the mean of D in this step in an earlier run.
         """
         system, y = problem.couplings, problem.value
-        r, (high, low) = system.r, system.ends
+        r, (high, low), place = system.r, system.ends, math.log(system.noisiest / self.unit)
         raised = y * per_sample(((self.size**2 + high**2) / (self.size**2 + low**2)).sqrt(), y)
         made = {"raised": (y - r * raised) / (1 - r)}
-        made |= {f"order {k}": _extrapolate(self.known[:k], high) for k in ORDERS[: len(self.known)]}
+        made |= {f"order {k}": _extrapolate(self.known[:k], place) for k in ORDERS[: len(self.known)]}
         if proposed is not None:
             made["proposed"] = (y - r * proposed) / (1 - r)
         if recorded is not None:
             changes = ORDERS[: len(self.changes)]
-            made |= {f"change {k}": recorded + _extrapolate(self.changes[:k], high) for k in changes}
+            made |= {f"change {k}": recorded + _extrapolate(self.changes[:k], place) for k in changes}
         self._made = made
         names = [name for name in made if name in self.misses]
         if not names:
@@ -69,16 +70,16 @@ class Forecasts:
         if denoised is None:
             return
         self.misses = {name: rms(denoised - made).nan_to_num(math.inf) for name, made in self._made.items()}
-        place = math.log(problem.couplings.noisiest)
+        place = math.log(problem.couplings.noisiest / self.unit)
         self.known = [(place, denoised), *self.known][: max(ORDERS)]
         if recorded is not None:
             self.changes = [(place, denoised - recorded), *self.changes][: max(ORDERS)]
 
 
-def _extrapolate(known: list[tuple[float, Tensor]], sigma: float) -> Tensor:
-    """Return the polynomial in ln sigma through the known values, at a level."""
+def _extrapolate(known: list[tuple[float, Tensor]], place: float) -> Tensor:
+    """Return the polynomial through the known values, at a place."""
     places, values = zip(*known, strict=True)
     total = torch.zeros_like(values[0])
     for j, value in enumerate(values):
-        total.add_(value, alpha=lagrange(places, j, math.log(sigma)))
+        total.add_(value, alpha=lagrange(places, j, place))
     return total

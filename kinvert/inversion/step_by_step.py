@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinvert.devices import has_float64
 from kinvert.inversion.certificate import Found
+from kinvert.inversion.climbs import affordable, climb
 from kinvert.inversion.noise_floor import NOISY
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Reason
@@ -25,11 +26,25 @@ from kinvert.inversion.solvers import (
     Solver,
 )
 from kinvert.inversion.steps import Trajectory, contraction, invert_steps, levels_of, step_problem
-from kinvert.inversion.task import UNLIMITED, Task, measure_fold
-from kinvert.inversion.verdict import ROWS
+from kinvert.inversion.task import RUNS, UNLIMITED, Task, measure_fold
 from kinvert.plan import Plan
 
 __all__ = ["StepByStep"]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One thing to try.
+
+    Attributes:
+        make: returns trajectories of a task, and where they end.
+        cost: the most evaluations that it takes of a sample.
+        is_search: whether it solves for a latent; a user who stops the search still gets the plain run.
+    """
+
+    make: Callable[[Task], tuple[Trajectory, Tensor]]
+    cost: int
+    is_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,9 @@ class StepByStep:
         folded: a step folds if the least singular value of its derivative is below this part of what it would be
             without a denoiser.
         rounded: residuals up to so many roundings of the state are rounding.
+        smallest: size of the smallest attempt to solve the steps one after the other, in runs; others are three, nine,
+            ... times as large. Less is for `climb`.
+        loose: tolerance from which on a climb comes first.
     """
 
     methods: ClassVar[dict[str, Callable[[], Solver]]] = {
@@ -65,6 +83,8 @@ class StepByStep:
     reserve: int = 3
     folded: float = 0.1
     rounded: float = 8.0
+    smallest: int = 24
+    loose: float = 1e-3
 
     def accepts(self, plan: Plan) -> bool:
         """Tell whether every step of the Plan is a map of x alone."""
@@ -77,21 +97,19 @@ class StepByStep:
         there are: what a smaller limit returns is among what a larger one has the choice of.
         """
         plan, x = task.plan, task.wide
-        up = None if solver.is_published else rising(plan)
-        first, *others = [*self._sizes(task, solver), None]  # None: the plain run
-        found, restored = _plain(task, up) if first is None else self._attempt(task, solver, first)
-        for size in others:
-            wanted = task.is_lost(task.error(restored))
-            wanted = wanted | task.is_half if size is None else wanted & ~_is_settled(found)
+        first, *others = self._attempts(task, solver)
+        found, restored = first.make(task)
+        for attempt in others:
+            wanted = task.is_lost(task.error(restored)) & ~_is_settled(found)
+            wanted = wanted if attempt.is_search else wanted | task.is_half
+            wanted = wanted & (task.limit - found.evaluations >= attempt.cost)
             index = wanted.nonzero()[:, 0]
-            if len(index) and (up is not None if size is None else not task.watch.stopped):
-                some = task.take(index)
-                trial, images = _plain(some, up) if size is None else self._attempt(some, solver, size)
+            if len(index) and not (task.watch.stopped and attempt.is_search):
+                trial, images = attempt.make(task.take(index))
                 self._take_better(task, found, restored, index, trial, images)
         cost = plan.evaluations + 2 * len(plan.steps[-1].stages)  # of the contraction
         able = torch.arange(len(x), device=x.device)
-        if task.limit < UNLIMITED:
-            able = able[task.limit - found.evaluations >= cost]
+        able = able[task.limit - found.evaluations >= cost]
         if task.watch.stopped:
             able = able[:0]
         factors = x.new_full((len(plan.steps), len(x)), torch.nan)
@@ -113,17 +131,32 @@ class StepByStep:
             contraction=factors if len(able) else None,
         )
 
-    def _sizes(self, task: Task, solver: Solver) -> list[int]:
-        """Return how many evaluations each attempt may spend on its equations, the largest first."""
-        once = task.plan.evaluations
-        if task.limit == UNLIMITED:
-            return [UNLIMITED]
+    def _attempts(self, task: Task, solver: Solver) -> list[_Attempt]:
+        """Return what is tried, one after the other, on the samples that are still lost.
+
+        The sizes do not depend on the limit, only how many of them there are: what a smaller limit returns is among
+        what a larger one has the choice of.
+        """
+        once, runs = task.plan.evaluations, task.limit // task.plan.evaluations
+
+        def solved(size: int) -> _Attempt:
+            return _Attempt(lambda some: self._attempt(some, solver, size), size + once)
+
         if solver.is_published:  # one attempt, and the contraction
-            return [max(task.limit - 2 * once - 2 * len(task.plan.steps[-1].stages), once + 1)]
-        sizes, left = [max(2 * once - ROWS, once + 1)], task.limit - 2 * once  # one run up and one down
-        while sum(sizes) + len(sizes) * once <= left:
-            sizes.append(2 * sizes[-1] + once)
-        return sizes[-2::-1] or ([] if rising(task.plan) else [once + 1])  # at worst the plain run alone
+            return [solved(max(task.limit - 2 * once - 2 * len(task.plan.steps[-1].stages), once + 1))]
+        up = rising(task.plan)
+        plain = [] if up is None else [_Attempt(lambda some: _plain(some, up), 2 * once, is_search=False)]
+        if solver != Auto() or up is None:
+            rest = 3 * once if runs >= 4 and plain else once
+            return [solved(task.limit - rest), *plain]
+        climbs, cost = affordable(task.plan, runs)
+        sizes, left, size = list[int](), runs - affordable(task.plan, UNLIMITED)[1], self.smallest
+        while size + 1 <= left:
+            sizes, left, size = [size, *sizes], left - size - 1, 3 * size
+        full = [solved(size * once) for size in sizes]
+        if full and task.tol >= self.loose and not task.is_half:
+            full.insert(0, _Attempt(lambda some: climb(some, up, climbs[:3]), 0))
+        return [*full, _Attempt(lambda some: climb(some, up, climbs), cost * once), *(plain if task.is_half else [])]
 
     def _attempt(self, task: Task, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:
         """Solve each step; solve again, and finer, for samples whose steps' errors add up to too much.
@@ -202,9 +235,12 @@ class StepByStep:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)
             rounded = residual <= self.rounded * task.eps * float(task.unit(step.sigma)[i])
-            if not noisy and residual <= float(allowed[step.index, i]) and task.limit < UNLIMITED:
+            poor = task.limit - int(found.evaluations[i]) < self.reserve * task.plan.evaluations
+            if not noisy and residual <= float(allowed[step.index, i]) and poor:
                 ended = Reason.BUDGET  # for solving the steps finer, since their errors add up
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
+            if ended == Reason.BUDGET and folded and task.limit >= RUNS * task.plan.evaluations:
+                ended = Reason.FOLD
             reasons[i] = _reason(Reason.STOPPED if task.watch.stopped and not noisy else ended, rounded, folded)
         return reasons, notes
 

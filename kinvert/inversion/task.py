@@ -19,7 +19,11 @@ from kinvert.inversion.watching import UNLIMITED, Watch
 from kinvert.plan import Plan
 from kinvert.tensors import is_half, rms
 
-__all__ = ["UNLIMITED", "Task", "measure_fold"]
+__all__ = ["RUNS", "UNLIMITED", "Task", "default_runs", "measure_fold"]
+
+RUNS = 128
+"""The default limit on evaluations, in runs of the sampler."""
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +150,11 @@ class Task:
             self.sample_some, self.wide, tolerance, budget, plan.evaluations, self.eps, plan, self.solving, self.judge,
             watch=self.watch,
         )  # fmt: skip
+
+
+def default_runs(values: int) -> int:
+    """Return the default limit on evaluations, in runs; small events have more, for a method that takes Jacobians."""
+    return RUNS + (4 * values if values <= 1024 else 0)
 
 
 def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, products: int = 60) -> float | None:
