@@ -1,12 +1,11 @@
 r"""Climbs: the cheap way up, for few evaluations. Each climb solves every step a little, and a run down checks it.
 
-A step from sigma to r sigma takes `u` to `F(u) = r u + (1 - r) D` and is to reach y. Of every evaluation the pair
-`(u, F(u))` is kept: whatever y becomes in a later climb, `y - F(u)` is its residual. The pairs of a step give Anderson's
-extrapolation to the next iterate, and so does the run down that checks a climb: it is one more pair for each step, for
-nothing. What a climb leaves is corrected by the next one, which starts where all pairs together point to.
+A step from sigma to r sigma takes `u` to `F(u) = r u + (1 - r) D`, and F(u) is to be y. The last pairs `(u, F(u))` of
+each step are kept: for any other y of a later climb, `y - F(u)` is the residual of u. Anderson's extrapolation of the
+pairs is the next iterate. The run down that checks a climb gives one more pair of each step at no cost. So each climb
+corrects what the climb before it left.
 
-The first climb has no pairs. Its guesses are chosen among three forecasts of D, by which of them came closest one step
-before: no change of the noise (as in DDIM inversion), D as one step before, and its linear extrapolation.
+A climb starts each step at the forecast that came closest one step before; see `Forecasts`.
 
 Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Walker and Ni, Anderson Acceleration for
 Fixed-Point Iterations (2011), for the extrapolation.
@@ -45,7 +44,7 @@ GROWTH = 4.0  # a pair whose residual is so many times the best one's says littl
 
 def affordable(plan: Plan, runs: int) -> tuple[tuple[int, ...], int]:
     """Return the climbs that so many runs are enough for, the first ones of `CLIMBS`, and what they cost in runs."""
-    order = CLIMBS
+    order: tuple[int, ...] = CLIMBS
     if len(plan.steps[0].stages) > 1:
         order = (PLAIN, *(most for most in CLIMBS if most != PLAIN))
     climbs, cost = list[int](), 0
@@ -178,9 +177,7 @@ class _Climber:
                 pairs.add(everyone, u, image, image)
 
 
-def _iterate(
-    problem: Problem, pairs: _Pairs, forecasts: Forecasts, recorded: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _iterate(problem: Problem, pairs: _Pairs, forecasts: Forecasts, recorded: Tensor | None) -> tuple[Tensor, Tensor]:
     """Improve the state before a step until the budget is spent; return it and the evaluations of each sample."""
     y, cost = problem.value, problem.cost
     spent = torch.zeros_like(problem.budget)
@@ -215,7 +212,8 @@ def climb(task: Task, up: Plan, climbs: tuple[int, ...]) -> tuple[Trajectory, Te
     """
     climber, x = _Climber(task), task.wide
     spent = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    states, restored, error = list[Tensor](), x.clone(), torch.full_like(task.judge.size, math.inf)
+    states, restored, error = list[Tensor](), torch.full_like(x, math.nan), torch.full_like(task.judge.size, math.inf)
+    used: Tensor | int
     for most in climbs:
         one, index = climber.task, climber.index
         if most == PLAIN:

@@ -48,6 +48,7 @@ def invert(
     last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
+    check: bool = True,
     cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
@@ -77,9 +78,12 @@ def invert(
             over the processed region; by default 1e-9 in float64, 1e-5 in float32 and 8 eps in half precision (0.0078
             in float16, 0.0625 in bfloat16). Where an adapter (`from_eps`, ...) calls its network in a coarser dtype,
             that dtype's default is taken, with a RuntimeWarning.
-        max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit. With more of
-            them no sample comes out worse: attempts of 2, 5, 11, ... runs are made, as many as there are evaluations
-            for, and the best is returned.
+        max_evals: denoiser evaluations that one sample may cost, the check included; at least two runs, or one without
+            the check, and 4. With "auto" no sample comes out worse for more of them: attempts are made in an order that
+            does not depend on the limit, as many as there are evaluations for, and the best is returned. None allows
+            128 runs, and 4 runs more for each value of an event of at most 1,024 values, for the last resort.
+        check: sample the latent again. Without it `round_trip_error` is NaN, nothing is called converged, and every
+            reason is UNCHECKED.
         mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.
         callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
             It stops nothing: an exception passes through, as in `sample`.
@@ -125,7 +129,8 @@ def invert(
     route, solver = choose(method, plan)
     network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
     goal = tolerance(tol, x, network=network)
-    limit = _limit(max_evals, plan, x[0].numel())
+    runs = 1 if not check else 3 if callback is not None and route.scope == "run" else 2
+    limit = _limit(max_evals, plan, x[0].numel(), runs)
     scales = step_cfg(cfg, schedule)
     bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
     region = None
@@ -145,7 +150,10 @@ def invert(
             eye.begin(number, len(indices), len(index))
             part = FewBatches(bound.take(index), largest, fixed_batch, eye, 0 if fixed_batch else rows)
             inside = None if region is None else region[index]
-            task = Task(plan, part, x[index], goal, limit, checking, index, inside, network=network, watch=eye)
+            task = Task(
+                plan, part, x[index], goal, limit, checking, index, inside, network=network, watch=eye,
+                limited=max_evals is not None, check=check,
+            )  # fmt: skip
             found = route.solve(task, solver)
             if found.failures:
                 warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
@@ -216,14 +224,15 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
             )
 
 
-def _limit(max_evals: int | None, plan: Plan, values: int) -> int:
-    """Return what a sample of so many values may cost, without the evaluations of `check_rows`."""
+def _limit(max_evals: int | None, plan: Plan, values: int, runs: int) -> int:
+    """Return what a sample of so many values may cost, without the evaluations of `check_rows`; at least `runs`."""
     if max_evals is None:
         return plan.evaluations * default_runs(values)
-    least = 2 * plan.evaluations + ROWS
+    least = runs * plan.evaluations + ROWS
     if not is_integer(max_evals) or max_evals < least:
+        parts = ("a run up", "a run up, one down to check it", "a run up, two down")[runs - 1]
+        fix = "" if runs == 1 else "; check=False leaves out the run down"
         raise ValueError(
-            f"max_evals must be an int of at least {least}, a run up, one down to check it and {ROWS} more, "
-            f"got {max_evals!r}"
+            f"max_evals must be an int of at least {least}, {parts} and {ROWS} more, got {max_evals!r}{fix}"
         )
     return int(max_evals) - ROWS

@@ -1,7 +1,12 @@
 """Forecasts of what the evaluations of the next step will return, from the steps solved before it.
 
-D varies slowly along a run. Which forecast is best depends on the image, the guidance and the schedule, so each sample
-takes the one that came closest one step before: no evaluation is needed to know that.
+D varies slowly along a run. Which forecast is best depends on the image, the guidance and the schedule. So each sample
+takes the one that came closest one step before, which takes no evaluation to know. The forecasts are:
+
+* "raised": the state grows as an image and independent noise do, as DDIM inversion assumes;
+* "order k": D is the polynomial in ln sigma through the last k steps;
+* "proposed": where earlier evaluations of the same step point to;
+* "change k": D differs from its record in an earlier run by the polynomial through the last k differences.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class Reason(IntEnum):
         STALLED: the solvers gave up for another reason.
         APPROXIMATE: the method is not exact, and ended as published.
         STOPPED: the user asked to stop, by Ctrl-C or in `watch`.
+        UNCHECKED: the latent was not sampled again, as asked for with `check=False`.
     """
 
     CONVERGED = 0
@@ -50,6 +51,7 @@ class Reason(IntEnum):
     STALLED = 5
     APPROXIMATE = 6
     STOPPED = 7
+    UNCHECKED = 8
 
 
 @dataclass(frozen=True, eq=False)

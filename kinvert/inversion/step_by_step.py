@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kinvert.devices import has_float64
 from kinvert.inversion.certificate import Found
-from kinvert.inversion.climbs import affordable, climb
+from kinvert.inversion.climbs import affordable, climb, climb_once
 from kinvert.inversion.noise_floor import NOISY
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Reason
@@ -96,6 +96,8 @@ class StepByStep:
         Without a limit there is one attempt. With a limit the sizes of the attempts do not depend on it, only how many
         there are: what a smaller limit returns is among what a larger one has the choice of.
         """
+        if not task.check:
+            return self._unchecked(task, solver)
         plan, x = task.plan, task.wide
         first, *others = self._attempts(task, solver)
         found, restored = first.make(task)
@@ -129,7 +131,21 @@ class StepByStep:
             reasons=reasons,
             failures=notes,
             contraction=factors if len(able) else None,
+            floor=None if found.noise is None else found.noise * task.judge.size,
         )
+
+    def _unchecked(self, task: Task, solver: Solver) -> Found:
+        """Find latents that nobody checks, in one attempt."""
+        plan, once = task.plan, task.plan.evaluations
+        if solver == Auto() and task.limit < self.smallest * once and plan.sigmas[-1] > 0:
+            latent, spent = climb_once(task, task.limit // once)
+            return Found(latent, None, spent, 0)
+        allowed = _allowed(task, min(self.most, self.share * len(plan.steps) ** -0.5))
+        budget = torch.full_like(task.problem.budget, task.limit)
+        found = invert_steps(
+            plan, task.solving, task.wide, lambda step: allowed[step.index], solver, budget, None, task.eps, task.watch
+        )
+        return Found(found.states[0], None, found.evaluations, 0, residuals=found.residuals)
 
     def _attempts(self, task: Task, solver: Solver) -> list[_Attempt]:
         """Return what is tried, one after the other, on the samples that are still lost.

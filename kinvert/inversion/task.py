@@ -25,7 +25,6 @@ RUNS = 128
 """The default limit on evaluations, in runs of the sampler."""
 
 
-
 @dataclass(frozen=True, eq=False)
 class Task:
     """An image to invert, and how exactly.
@@ -38,12 +37,14 @@ class Task:
         x: the image, shape (batch, *event).
         tol: tolerance in parts of the image's size.
         limit: evaluations that a sample may cost.
+        limited: whether that was asked for; if not, nothing is tried just to have something at a smaller limit.
         callback: of the run that checks the result.
         samples: numbers of these samples in the batch that was given, for messages.
         region: 1 where a value counts, of x's shape; None counts all.
         states: least dtype of the states.
         network: dtype that the network is known to compute in.
         watch: who is told how it goes, and whether to stop.
+        check: whether latents are to be sampled again, to know how good they are.
     """
 
     plan: Plan
@@ -57,6 +58,8 @@ class Task:
     states: torch.dtype = torch.float32
     network: torch.dtype = torch.float64
     watch: Watch = field(default_factory=Watch)
+    limited: bool = False
+    check: bool = True
 
     @cached_property
     def wide(self) -> Tensor:

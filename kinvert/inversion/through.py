@@ -10,7 +10,7 @@ from torch import Tensor
 from kinvert.inversion.problem import Problem
 from kinvert.inversion.solvers import Solver
 from kinvert.inversion.steps import invert_steps
-from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.task import Task
 from kinvert.plan import Plan, Step
 
 __all__ = ["Best", "ThroughBase"]
@@ -109,5 +109,5 @@ def _most(task: Task, base: Plan) -> int | None:
 
     None: what is left.
     """
-    limited = task.limit < UNLIMITED and task.plan.sigmas[-1] > 0
+    limited = task.limited and task.plan.sigmas[-1] > 0
     return 8 * base.evaluations if limited else None

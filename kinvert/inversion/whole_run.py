@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser
-from kinvert.engine import run
+from kinvert.engine import run, run_state
 from kinvert.inversion.certificate import Found
 from kinvert.inversion.noise_floor import NOISY, measure_noise
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Guess, Problem, Reason, Search
 from kinvert.inversion.solvers import Anderson, RunLevenbergMarquardt, Solver, Sweeps
-from kinvert.inversion.task import UNLIMITED, Task, measure_fold
+from kinvert.inversion.task import Task, measure_fold
 from kinvert.inversion.through import ThroughBase
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DPMpp2SAncestral, Euler, Heun, Rule
@@ -68,8 +68,10 @@ class WholeRun:
 
     def solve(self, task: Task, solver: Solver) -> Found:
         """Solve for the latent. With a limit the plain run comes first, as a guess; without one it comes last."""
+        if not task.check:
+            return self._unchecked(task, solver)
         plan, x, up, once = task.plan, task.wide, rising(task.plan), task.plan.evaluations
-        limited = task.limit < UNLIMITED
+        limited = task.limited
         budget = task.limit - once * (task.callback is not None)
         latent, restored = x.clone(), torch.full_like(x, torch.nan)
         error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), torch.zeros_like(task.problem.budget)
@@ -106,7 +108,18 @@ class WholeRun:
             spent += once
         reasons, notes = self._explain(task, latent, error, spent, ended, budget)
         checking = once * (2 if task.callback else 1)
-        return Found(latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes)
+        floor = torch.where(ended == Reason.PRECISION, error, 0.0)
+        return Found(
+            latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes, floor=floor
+        )
+
+    def _unchecked(self, task: Task, solver: Solver) -> Found:
+        """Find latents that nobody checks; with less than three runs that is the plain run up."""
+        up, once = rising(task.plan), task.plan.evaluations
+        if task.limit >= 3 * once or up is None:
+            return replace(self.solve(replace(task, check=True), solver), restored=None, residuals=None)
+        latent = run_state(up, task.denoiser, {"x": task.x})["x"]
+        return Found(latent, None, torch.full_like(task.problem.budget, up.evaluations), 0)
 
     def _try_last(
         self, task: Task, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int

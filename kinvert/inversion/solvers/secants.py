@@ -49,7 +49,9 @@ class Secants:
     def __init__(self, system: Couplings, denoiser: BoundDenoiser, x: Tensor, window: int, wide: torch.dtype) -> None:
         self.shape, self.dtype, self.whole, self.window = x.shape[1:], x.dtype, denoiser, window
         widest = linalg.widest(x.device)
-        self.a, self.C, self.B = (torch.from_numpy(part).to(x.device, widest) for part in (system.a, system.C, system.B))
+        self.a, self.C, self.B = (
+            torch.from_numpy(part).to(x.device, widest) for part in (system.a, system.C, system.B)
+        )
         self.alpha, self.outputs = system.alpha, 1 + system.guided
         self.noise = 100 * torch.finfo(x.dtype).eps
         self.sigmas = stage_sigmas(list(system.levels), x)
