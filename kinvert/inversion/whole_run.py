@@ -67,8 +67,9 @@ class WholeRun:
         error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), torch.zeros_like(task.problem.budget)
         ended = torch.full_like(spent, int(Reason.STALLED))
         if plan.sigmas[-1] > 0:  # a step to 0 forgets x
-            plain = Recorded.of(up, plan, task.denoiser, task.x) if up and limited else None
+            plain = Recorded.of(up, plan, task.denoiser, task.x, keep="outputs") if up and limited else None
             latent, restored, error, spent, ended = _sweep(task, solver, plain, budget)
+            del plain  # as large as the run
             spent = _tell_noise(task, latent, restored, error, spent, ended, budget)
         for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
             least = ThroughBase.least(task, base)
