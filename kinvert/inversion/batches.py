@@ -48,6 +48,11 @@ class FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
         return FewBatches(self.denoiser.take(index), self.largest, self.fixed, self.watch)
 
+    @property
+    def varies(self) -> bool:
+        """Tell whether the denoiser sees other batch sizes than the largest."""
+        return self.size(1) < self.largest
+
     def steady(self) -> FewBatches:
         """Return the same, called with the largest batch size only, so that a network answers as it does there."""
         return FewBatches(self.denoiser, self.largest, True, self.watch)

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kinvert.denoisers import BoundDenoiser
-from kinvert.engine import Callback, Memory, run, run_state
+from kinvert.denoisers import BoundDenoiser, Guided
+from kinvert.engine import Callback, Memory, run, run_state, stage_sigmas
 from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.problem import Judge, Problem
 from kinvert.inversion.solvers.newton import smallest_singular_value
@@ -121,6 +121,20 @@ class Task:
         """
         return replace(self, denoiser=self.denoiser.steady())
 
+    def depends_on_batch(self, i: int) -> bool:
+        """Tell whether the network answers differently, by a tenth of the tolerance, with another batch size.
+
+        It takes two evaluations of the sample `i`, at the noise level that is evaluated last.
+        """
+        if not self.denoiser.varies:
+            return False
+        one = torch.tensor([i], device=self.x.device)
+        x, rows = self.x[one], self.denoiser.take(one)
+        sigma = stage_sigmas([self.plan.stage_levels[-1]], x)[0].clone()
+        outs = [few(x, sigma) for few in (rows, rows.steady())]
+        few, many = (out.denoised if isinstance(out, Guided) else out for out in outs)
+        return bool((rms(few - many) > 0.1 * self.tol * self.judge.size[one]).all())
+
     def sample(self, latent: Tensor, memory: Memory | None = None) -> Tensor:
         """Return what the sampler makes of a latent of the whole batch, in x's dtype."""
         plan = self.plan.closed if memory else self.plan
@@ -128,8 +142,11 @@ class Task:
         return run_state(plan, self.denoiser, state, callback=self.callback)["x"]
 
     def sample_some(self, latent: Tensor, index: Tensor) -> Tensor:
-        """Return what the sampler makes of the latents of the samples `index`, like `wide`."""
-        denoiser = self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)
+        """Return what the sampler makes of the latents of the samples `index`, like `wide`.
+
+        The network is called with the largest batch size, as the run that the user will make calls it.
+        """
+        denoiser = (self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)).steady()
         return run(self.plan, denoiser, latent.to(self.x.dtype)).to(latent.dtype)
 
     def error(self, restored: Tensor) -> Tensor:
