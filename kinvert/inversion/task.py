@@ -121,14 +121,21 @@ class Task:
         """
         return replace(self, denoiser=self.denoiser.steady())
 
-    def depends_on_batch(self, i: int) -> bool:
-        """Tell whether the network answers differently, by a tenth of the tolerance, with another batch size.
+    def steadied(self) -> tuple[Task, Tensor]:
+        """Return the task, steady if the network depends on the batch size, and what it took to find out, (batch,).
 
-        It takes two evaluations of the sample `i`, at the noise level that is evaluated last.
+        That is two evaluations of the first sample, at the noise level that is evaluated last, if so many are to spare.
         """
-        if not self.denoiser.varies:
-            return False
-        one = torch.tensor([i], device=self.x.device)
+        asked = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        if not self.denoiser.varies or self.is_half or self.limit < 4 * self.plan.evaluations + 2:
+            return self, asked
+        asked[0] = 2
+        task = replace(self, limit=self.limit - 2) if self.limit < UNLIMITED else self
+        return task.steady() if self._depends_on_batch() else task, asked
+
+    def _depends_on_batch(self) -> bool:
+        """Tell whether the network answers differently, by a tenth of the tolerance, with another batch size."""
+        one = torch.zeros(1, dtype=torch.int64, device=self.x.device)
         x, rows = self.x[one], self.denoiser.take(one)
         sigma = stage_sigmas([self.plan.stage_levels[-1]], x)[0].clone()
         outs = [few(x, sigma) for few in (rows, rows.steady())]

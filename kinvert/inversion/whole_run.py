@@ -60,6 +60,7 @@ class WholeRun:
 
     def solve(self, task: Task, solver: Solver) -> Found:
         """Solve for the latent. With a limit the plain run comes first, as a guess; without one it comes last."""
+        task, asked = task.steadied()
         plan, x, up, once = task.plan, task.wide, rising(task.plan), task.plan.evaluations
         limited = task.limit < UNLIMITED
         budget = task.limit - once * (task.callback is not None)
@@ -70,7 +71,6 @@ class WholeRun:
             plain = Recorded.of(up, plan, task.denoiser, task.x, keep="outputs") if up and limited else None
             latent, restored, error, spent, ended = _sweep(task, solver, plain, budget)
             del plain  # as large as the run
-            _sweep_again(task, solver, latent, restored, error, spent, ended, budget)
             spent = _tell_noise(task, latent, restored, error, spent, ended, budget)
         for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
             least = ThroughBase.least(task, base)
@@ -99,7 +99,7 @@ class WholeRun:
             spent += once
         reasons, notes = self._explain(task, latent, error, spent, ended, budget)
         checking = once * (2 if task.callback else 1)
-        return Found(latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes)
+        return Found(latent, restored, spent + asked, checking, residuals=error[None], reasons=reasons, failures=notes)
 
     def _explain(
         self, task: Task, latent: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int
@@ -151,34 +151,6 @@ def _tell_noise(
     noise = measure_noise(search, index, restored[index])
     ended[index] = torch.where(noise > 0, int(Reason.PRECISION), ended[index])
     return spent + search.evaluations
-
-
-def _sweep_again(
-    task: Task, solver: Solver, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor, ended: Tensor,
-    budget: int,
-) -> None:  # fmt: skip
-    """Sweep again over the samples that are left, if the network depends on the batch size: with the largest alone.
-
-    It starts from their latents, and writes what is better into what the first search found.
-    """
-    once = task.plan.evaluations
-    able = (budget - spent >= 3 * once + 2) & error.isfinite() & task.is_lost(error)
-    index = able.nonzero()[:, 0]
-    if not len(index) or task.is_half or task.watch.stopped:
-        return
-    spent[index[:1]] += 2 * task.denoiser.varies
-    if not task.depends_on_batch(int(index[0])):
-        return
-    again = task.take(index).steady()
-    problem = replace(again.problem, budget=budget - spent[index])
-    root = solver.solve(problem, Guess(latent[index]))
-    images = again.sample_some(root.u, torch.arange(len(index), device=index.device))
-    spent[index] += root.evaluations + once
-    new = again.error(images)
-    better = new < error[index]
-    places = index[better]
-    latent[places], restored[places], error[places] = root.u[better], images[better], new[better]
-    ended[places] = root.reason[better]
 
 
 def _run_rows(plan: Plan, denoiser: BoundDenoiser, u: Tensor, index: Tensor) -> Tensor:
