@@ -23,8 +23,8 @@ __all__ = ["PIECE", "Sketch", "combine", "combine_wide", "gram", "ridged", "sing
 
 PIECE = 2**16
 """Columns that a product takes at once, so that its intermediate results stay small beside the rows."""
-FEW = 2
-"""Rows that the intermediate results of `combine_wide` take."""
+FEW, LEAST = 4, 256
+"""Rows that the intermediate results of `combine_wide` take, and the columns that it takes at least at once."""
 SKETCH = 509
 """Numbers in a sketch; a prime."""
 
@@ -56,7 +56,7 @@ def combine(weights: Tensor, rows: Tensor) -> Tensor:
 def combine_wide(weights: Tensor, rows: Tensor) -> Tensor:
     """Add up rows like `combine`, in the device's widest dtype, with intermediate results of a few rows in size."""
     n, r, m = rows.shape
-    wide, piece = widest(rows.device), max(2**10, FEW * m // max(1, r))
+    wide, piece = widest(rows.device), max(LEAST, FEW * m // max(1, r))
     total = rows.new_empty(n, weights.shape[1], m, dtype=wide)
     for first in range(0, m, piece):
         part = slice(first, first + piece)

@@ -50,6 +50,11 @@ class FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
         return replace(self, denoiser=self.denoiser.take(index))
 
+    @property
+    def varies(self) -> bool:
+        """Tell whether the denoiser sees other batch sizes than the largest."""
+        return self.size(1) < self.largest
+
     def steady(self) -> FewBatches:
         """Return the same, called with the largest batch size only, so that a network answers as it does there."""
         return replace(self, fixed=True)

@@ -94,9 +94,9 @@ def invert(
             RuntimeWarning, the second raises KeyboardInterrupt.
         progress: show bars of the solving and of the run that checks.
         max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
-            check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
-            run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
-            evaluation that sweeps solve for, of a step or of the run.
+            check for `callback`). It bounds the memory, which is per sample: at most 8 tensors of x's size for every
+            evaluation of the run, of 20 or more and for events of 16,000 values or more, while sweeps suffice. See
+            "Inversion" on the page on performance for the other methods, and `Sweeps` for its two numbers.
         fixed_batch: call the denoiser with one batch size only, `max_batch` or else that of x, as CUDA graphs, TensorRT
             engines and pipelines of a fixed size need. By default the batch becomes a half, a quarter, ... of itself
             while samples finish. In both cases it is filled up with copies of one of its samples, which no sample's

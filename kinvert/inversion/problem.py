@@ -163,8 +163,8 @@ class Guess:
         u: the first iterate, shape (batch, *event).
         denoised: what the evaluations of the Plan are expected to return, shape (batch, evaluations, *event), or twice
             as many rows, D and U in turn, for guided pairs; None if nothing is known.
-        inputs: if `denoised` was recorded in a run, what its evaluations saw, shape (batch, evaluations, *event).
-        reached: if that run was recorded, where it ended: F(u).
+        inputs: what these evaluations saw, if it is known, shape (batch, evaluations, *event). No solver needs it.
+        reached: if `denoised` was recorded in a run from u, where that ended: F(u).
     """
 
     u: Tensor

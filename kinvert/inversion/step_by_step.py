@@ -296,7 +296,7 @@ def _plain(task: Task, up: Plan | None) -> tuple[Trajectory, Tensor]:
     if up is None:
         raise ValueError(f"{task.plan.rule.name} cannot run upwards, so that there is no plain run")
     plan, x = task.plan, task.wide
-    plain = Recorded.of(up, plan, task.denoiser, task.x, task.callback)
+    plain = Recorded.of(up, plan, task.denoiser, task.x, task.callback, keep="inputs")
     residuals = x.new_zeros(len(plan.steps), len(x))
     residuals[-1] = task.error(plain.restored)  # every other step goes where the next one starts
     spent = torch.full((len(x),), plain.evaluations, dtype=torch.int64, device=x.device)

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kinvert.denoisers import BoundDenoiser
-from kinvert.engine import Callback, Memory, run, run_state
+from kinvert.denoisers import BoundDenoiser, Guided
+from kinvert.engine import Callback, Memory, run, run_state, stage_sigmas
 from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.problem import Judge, Problem
 from kinvert.inversion.solvers.newton import smallest_singular_value
@@ -128,6 +128,27 @@ class Task:
         """
         return replace(self, denoiser=self.denoiser.steady())
 
+    def steadied(self) -> tuple[Task, Tensor]:
+        """Return the task, steady if the network depends on the batch size, and what it took to find out, (batch,).
+
+        That is two evaluations of the first sample, at the noise level that is evaluated last, if so many are to spare.
+        """
+        asked = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        if not self.denoiser.varies or self.is_half or self.limit < 4 * self.plan.evaluations + 2:
+            return self, asked
+        asked[0] = 2
+        task = replace(self, limit=self.limit - 2) if self.limit < UNLIMITED else self
+        return task.steady() if self._depends_on_batch() else task, asked
+
+    def _depends_on_batch(self) -> bool:
+        """Tell whether the network answers differently, by a tenth of the tolerance, with another batch size."""
+        one = torch.zeros(1, dtype=torch.int64, device=self.x.device)
+        x, rows = self.x[one], self.denoiser.take(one)
+        sigma = stage_sigmas([self.plan.stage_levels[-1]], x)[0].clone()
+        outs = [few(x, sigma) for few in (rows, rows.steady())]
+        few, many = (out.denoised if isinstance(out, Guided) else out for out in outs)
+        return bool((rms(few - many) > 0.1 * self.tol * self.judge.size[one]).all())
+
     def sample(self, latent: Tensor, memory: Memory | None = None) -> Tensor:
         """Return what the sampler makes of a latent of the whole batch, in x's dtype."""
         plan = self.plan.closed if memory else self.plan
@@ -135,8 +156,11 @@ class Task:
         return run_state(plan, self.denoiser, state, callback=self.callback)["x"]
 
     def sample_some(self, latent: Tensor, index: Tensor) -> Tensor:
-        """Return what the sampler makes of the latents of the samples `index`, like `wide`."""
-        denoiser = self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)
+        """Return what the sampler makes of the latents of the samples `index`, like `wide`.
+
+        The network is called with the largest batch size, as the run that the user will make calls it.
+        """
+        denoiser = (self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)).steady()
         return run(self.plan, denoiser, latent.to(self.x.dtype)).to(latent.dtype)
 
     def error(self, restored: Tensor) -> Tensor:

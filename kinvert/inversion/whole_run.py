@@ -70,6 +70,7 @@ class WholeRun:
         """Solve for the latent. With a limit the plain run comes first, as a guess; without one it comes last."""
         if not task.check:
             return self._unchecked(task, solver)
+        task, asked = task.steadied()
         plan, x, up, once = task.plan, task.wide, rising(task.plan), task.plan.evaluations
         limited = task.limited
         budget = task.limit - once * (task.callback is not None)
@@ -77,8 +78,9 @@ class WholeRun:
         error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), torch.zeros_like(task.problem.budget)
         ended = torch.full_like(spent, int(Reason.STALLED))
         if plan.sigmas[-1] > 0:  # a step to 0 forgets x
-            plain = Recorded.of(up, plan, task.denoiser, task.x) if up and limited else None
+            plain = Recorded.of(up, plan, task.denoiser, task.x, keep="outputs") if up and limited else None
             latent, restored, error, spent, ended = _sweep(task, solver, plain, budget)
+            del plain  # as large as the run
             spent = _tell_noise(task, latent, restored, error, spent, ended, budget)
         for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
             least = ThroughBase.least(task, base)
@@ -110,7 +112,7 @@ class WholeRun:
         checking = once * (2 if task.callback else 1)
         floor = torch.where(ended == Reason.PRECISION, error, 0.0)
         return Found(
-            latent, restored, spent, checking, residuals=error[None], reasons=reasons, failures=notes, floor=floor
+            latent, restored, spent + asked, checking, residuals=error[None], reasons=reasons, failures=notes, floor=floor
         )
 
     def _unchecked(self, task: Task, solver: Solver) -> Found:

@@ -5,8 +5,8 @@ pair (dY, dD) at its level; D' is modelled on their span and taken as 0 outside 
 say what the noisier evaluations will return, and with those where to evaluate next. It is Anderson's acceleration with
 the structure of the run kept; the linear algebra of a sweep is small next to a denoiser.
 
-What must be kept of an evaluation are the values D and the last dD, in the dtype of the states. All else enters inner
-products alone, for which `Sketch` keeps a few numbers of each tensor.
+What must be kept of an evaluation are the values D and the last dD, which are rounded to half the digits: they are a
+model. All else enters inner products alone, for which `Sketch` keeps a few numbers of each tensor.
 
 Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Fang and Saad, Two Classes of
 Multisecant Methods for Nonlinear Acceleration (2009); here one secant model for every evaluation.
@@ -32,6 +32,7 @@ from kinvert.tensors import rms
 __all__ = ["Secants"]
 
 ROOM = 10  # differences for which memory is taken at once
+NARROW = {torch.float64: torch.float32, torch.float32: torch.float16}  # what differences are rounded to
 
 
 class Secants:
@@ -39,8 +40,9 @@ class Secants:
 
     Attributes:
         D: outputs of the evaluations, shape (n, rows, m); two rows for a guided one.
-        dD: the last differences of each, over the size of dY, shape (n, rows, room, m); room grows up to the window.
-        sY, sD, sdY, sdD: sketches of the inputs, of the outputs, and of their differences over the size of dY.
+        dD: the last differences of each, with rms 1, shape (n, rows, room, m); room grows up to the window.
+        size: by how much these must be multiplied to belong to a dY of norm 1, shape (n, rows, room).
+        sY, sD, sdY, sdD: sketches of the inputs, of the outputs, and of their differences for a dY of norm 1.
         counts: evaluations of each row at each level that have left a difference, shape (n, k), on the host.
         samples, index: the samples that the n rows belong to, as numbers and as a tensor of shape (n,).
         unit: what the residual of an evaluation is measured in, shape (batch, k).
@@ -60,10 +62,12 @@ class Secants:
         self.sketch = Sketch(x[:1])
         n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
         room, size = min(window, ROOM), self.sketch.size
-        self.D, self.dD = self.x.new_zeros(n, rows, m), self.x.new_zeros(n, rows, room, m)
+        self.D = self.x.new_zeros(n, rows, m)
+        self.dD = self.x.new_zeros(n, rows, room, m, dtype=NARROW.get(x.dtype, x.dtype))
         self.sx = self.sketch(self.x)
         self.sY, self.sD = self.sx.new_zeros(n, k, size), self.sx.new_zeros(n, rows, size)
-        self.sdY, self.sdD = self.sx.new_zeros(n, k, room, size), self.sx.new_zeros(n, rows, room, size)
+        self.sdY, self.sdD = (self.x.new_zeros(n, count, room, size) for count in (k, rows))
+        self.size = self.sx.new_zeros(n, rows, room)
         self.counts = [[0] * k for _ in range(n)]
         self.samples, self.index, self.denoiser = list(range(n)), torch.arange(n, device=x.device), denoiser
 
@@ -87,7 +91,7 @@ class Secants:
 
     def keep(self, places: list[int]) -> None:
         """Go on with some rows only, in the same memory."""
-        for name in ("x", "sx", "D", "dD", "sY", "sD", "sdY", "sdD"):
+        for name in ("x", "sx", "D", "dD", "size", "sY", "sD", "sdY", "sdD"):
             values = getattr(self, name)
             for row, place in enumerate(places):
                 if row != place:
@@ -106,20 +110,23 @@ class Secants:
         """Call the denoiser at `Y_k = u` for some rows; `slots`, shape (len(rows),), take the differences."""
         every = len(rows) == len(self.index)
         denoiser = self.denoiser if every else self.whole.take(self.index[rows])
-        u = u.to(self.dtype)
         moved, own = self.sketch(u) - self.sY[rows, k], self.rows(k)
         self.sY[rows, k] += moved
-        out = denoiser(u.reshape(-1, *self.shape), self.sigmas[k, : len(u)])
-        size = moved.norm(dim=1, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
+        out = denoiser(u.to(self.dtype).reshape(-1, *self.shape), self.sigmas[k, : len(u)])
+        tiny = torch.finfo(self.dtype).tiny
+        size = moved.norm(dim=1, keepdim=True).clamp(min=tiny)
         if slots is not None:
-            self.sdY[rows, k, slots] = moved / size
+            self.sdY[rows, k, slots] = (moved / size).to(self.dtype)
         for row, value in zip(range(own.start, own.stop), self._outputs(out), strict=True):
-            value = value.flatten(1).to(self.dtype)
-            sketch = self.sketch(value)
+            new = value.flatten(1).to(self.dtype)
+            sketch = self.sketch(new)
             if slots is not None:
-                self.dD[rows, row, slots] = (value - self.D[rows, row]) / size.to(self.dtype)
-                self.sdD[rows, row, slots] = (sketch - self.sD[rows, row]) / size
-            self.D[rows, row], self.sD[rows, row] = value, sketch
+                change = new - self.D[rows, row]
+                unit = rms(change).clamp(min=tiny)
+                self.dD[rows, row, slots] = (change / unit[:, None]).to(self.dD.dtype)
+                self.size[rows, row, slots] = unit / size[:, 0]
+                self.sdD[rows, row, slots] = ((sketch - self.sD[rows, row]) / size).to(self.dtype)
+            self.D[rows, row], self.sD[rows, row] = new, sketch
 
     def probe(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
         """Return the rms of the second difference of D at evaluation k, over steps of rms `length`; 3 evaluations."""
@@ -203,6 +210,7 @@ class Secants:
         if max(slots, default=0) >= self.dD.shape[2]:
             room = (0, 0, 0, min(ROOM, self.window - self.dD.shape[2]))
             self.dD, self.sdY, self.sdD = pad(self.dD, room), pad(self.sdY, room), pad(self.sdD, room)
+            self.size = pad(self.size, room[2:])
         uploaded = torch.tensor([rows, slots], dtype=torch.int64, device=self.x.device)
         parts = uploaded.split(levels, 1)
         return [(k, *part.unbind(0)) for k, part in zip(reversed(range(len(self.a))), parts, strict=True)]
@@ -214,11 +222,11 @@ class Secants:
         """
         n, known, own, room = len(change), change.shape[2], self.rows(k), self.dD.shape[2]
         left, couple = self.sdY[:, k, :known], self.C[k, own]
-        image = (self.sdD[:, own, :known] * couple[:, None, None]).sum(1)
+        image = (self.sdD[:, own, :known] * couple[:, None, None].to(self.dtype)).sum(1)
         weights = self.weights(linalg.gram(left, left - image), linalg.gram(left, f[:, None]))[:, None, :, 0]
         every = torch.cat([change[:, :k], weights], 1).repeat_interleave(self.outputs, 1)
-        every = pad(every * self.C[k, : own.stop, None], (0, room - known)).reshape(n, 1, -1)
-        return linalg.combine_wide(every, self.dD[:, : own.stop].flatten(1, 2))[:, 0]
+        every = pad(every * self.C[k, : own.stop, None], (0, room - known)) * self.size[:, : own.stop]
+        return linalg.combine_wide(every.reshape(n, 1, -1), self.dD[:, : own.stop].flatten(1, 2))[:, 0]
 
     def _times(self, change: Tensor, rows: Tensor) -> Tensor:
         """Return the changes of D in a basis of their differences, (n, k, s) and (n, rows, s, size)."""
@@ -227,18 +235,19 @@ class Secants:
         return linalg.combine(weights, rows.flatten(0, 1)).reshape(n, count, size)
 
     def _change(self, known: int, residual: Tensor) -> Tensor:
-        """Return the weights w of the expected changes, shape (n, k, known): `dY_k = residual_k + sum_l C_kl D'_l dY_l`.
+        """Return weights w of the expected changes, from `dY_k = residual_k + sum_l C_kl D'_l dY_l`; (n, k, known).
 
         Evaluation k is expected to change by `sum_s w_ks dY_ks`, and what it returns by the same sum of dD.
         """
         sdY, sdD = self.sdY[:, :, :known], self.sdD[:, :, :known]
         n, k, _, _ = sdY.shape
         sdD, C = sdD.unflatten(1, (k, self.outputs)), self.C.unflatten(1, (k, self.outputs))
-        own, left = sdY.flatten(0, 1), sdY.flatten(1, 2)
-        system = torch.zeros(n, k, known, k, known, dtype=own.dtype, device=own.device)
+        own, left = sdY.flatten(0, 1), sdY.flatten(1, 2).to(residual.dtype)
+        system = torch.zeros(n, k, known, k, known, dtype=residual.dtype, device=own.device)
         for part in range(self.outputs):
-            products = linalg.gram(left, sdD[:, :, part].flatten(1, 2)).reshape(system.shape)
-            system.addcmul_(products, C[:, None, :, part, None], value=-1)
+            for level in range(k):  # one by one, since products are made of wide copies
+                products = linalg.gram(left, sdD[:, level, part]).reshape(n, k, known, known)
+                system[:, :, :, level].addcmul_(products, C[:, None, level, part, None], value=-1)
         system.diagonal(dim1=1, dim2=3).add_(linalg.gram(own, own).reshape(n, k, known, known).permute(0, 2, 3, 1))
         right = linalg.gram(own, residual.flatten(0, 1)[:, None]).reshape(n, k * known, 1)
         return self.weights(system.reshape(n, k * known, k * known), right).reshape(n, k, known)

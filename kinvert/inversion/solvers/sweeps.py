@@ -34,7 +34,7 @@ class _Course:
         if problem.denoiser is None:
             raise ValueError(f"{type(settings).__name__} needs a problem that tells its Plan and its denoiser")
         self.settings, self.problem, self.search = settings, problem, Search(problem, guess.u)
-        self.run = Secants(problem.couplings, problem.denoiser, problem.value, settings.window, wide)
+        self.run = Secants(problem.couplings, problem.denoiser, problem.value, settings.room(problem), wide)
         self.started = self.run.start(guess)
         self.search.evaluations += self.started
 
@@ -61,6 +61,10 @@ class _Sweeping(Solver):
     def __post_init__(self) -> None:
         check_count_field(self, "window")
         check_count_field(self, "max_sweeps")
+
+    def room(self, problem: Problem) -> int:
+        """Return how many differences are kept of each evaluation."""
+        return self.window
 
     @abstractmethod
     def course(self, problem: Problem, guess: Guess) -> _Course:
@@ -93,8 +97,10 @@ class Sweeps(_Sweeping):
     on where a smaller one ended. The residual of a `Root` is the rms error of the verified run.
 
     Attributes:
-        window: differences kept. Up to `2 window + 4` float64 tensors of x's size per evaluation of the run are the
-            memory that a sample takes: as many as there were sweeps, in tens.
+        window: differences kept of each evaluation, or as many as there were sweeps, in tens; each takes half a tensor
+            of x's size.
+        bounded: as many are kept if those of a sample could take more than `memory` otherwise.
+        memory: bytes.
         max_sweeps: of one evaluation a level each, or fewer.
         focus: a sweep evaluates where the residual is above this share of the sample's largest. At high noise it mostly
             is not, for many sweeps.
@@ -107,6 +113,19 @@ class Sweeps(_Sweeping):
     max_sweeps: int = 100
     focus: float = 0.01
     patience: int = 12
+    bounded: int = 6
+    memory: int = 2**26
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count_field(self, "bounded")
+        check_count_field(self, "memory", 0)
+
+    def room(self, problem: Problem) -> int:
+        """Return how many differences are kept of each evaluation."""
+        value = problem.value[0]
+        most = self.window * len(problem.couplings.B) * value.numel() * value.element_size() // 2
+        return self.window if most <= self.memory else min(self.window, self.bounded)
 
     def course(self, problem: Problem, guess: Guess) -> _Course:
         """See `_Sweeping`."""
@@ -315,8 +334,11 @@ class _VerifiedCourse(_Course):
 
     def root(self) -> Root:
         """See `_Course`."""
-        everyone = range(len(self.errors))
-        self._verify([i for i in everyone if not (self.recorded and math.isfinite(self.errors[i]))])
+        everyone, stopped = range(len(self.errors)), self.problem.watch.stopped
+        known = [self.recorded and math.isfinite(error) for error in self.errors]
+        # A search from a recorded run that its budget ended says no more than at its last verification.
+        ended = [spent + 2 * self.problem.cost <= most for spent, most in zip(self.spent, self.budget, strict=True)]
+        self._verify([i for i in everyone if stopped or ended[i] or not known[i]])
         root = self.search.root(reached=self.reached)
         done = torch.tensor([self._is_done(i) for i in everyone], device=root.reason.device)
         reason = torch.where((root.reason == Reason.CONVERGED) & ~done, int(Reason.STALLED), root.reason)
