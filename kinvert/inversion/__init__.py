@@ -22,6 +22,7 @@ from kinvert.inversion.solvers import (
     StepSweeps,
     Sweeps,
 )
+from kinvert.inversion.uniqueness import Preimages, preimages
 
 __all__ = [
     "METHODS",
@@ -36,6 +37,7 @@ __all__ = [
     "LevenbergMarquardt",
     "NewtonKrylov",
     "Picard",
+    "Preimages",
     "Problem",
     "Reason",
     "Root",
@@ -48,6 +50,7 @@ __all__ = [
     "baselines",
     "extract_noise",
     "invert",
+    "preimages",
     "register_method",
 ]
 
