@@ -88,8 +88,8 @@ class Preimages:
     def __str__(self) -> str:
         """Return a line for each latent."""
         lines = [f"{len(self.inversions)} latents of one image, {self.evaluations} evaluations"]
-        rows = zip(self.inversions, self.distances[0].tolist(), self.norms.tolist(), self.log_densities.tolist(), strict=True)
-        for found, distance, norm, density in rows:
+        columns = torch.stack([self.distances[0], self.norms, self.log_densities], 1).tolist()
+        for found, (distance, norm, density) in zip(self.inversions, columns, strict=True):
             state = "exact" if bool(found.converged.all()) else "not converged"
             lines.append(
                 f"  {distance:7.2%} from the first, norm {norm:.3f} (noise: 1), log density {density:.1f}, round-trip "
@@ -244,16 +244,17 @@ class _Tree:
 
     def others(self, k: int, way: list[Tensor], along: bool) -> list[Tensor]:
         """Return other states that step k takes to where the way goes on."""
-        rows = self.curves if along else self.starts
+        rows = 2 * self.curves if along else self.starts  # a curve goes on both ways
         if not rows:
             return []
         problem = self.problem(k, way[k + 1], rows, max(0, (self.most - self.spent) // rows))
         root, sigma = way[k].expand_as(problem.value).clone(), self.task.plan.sigmas[k]
-        noise = torch.cat([white(i).bind(way[k])(1.0, 0.0) for i in range(rows)])
-        scale = sigma * (2 + 2 * (torch.arange(rows, device=noise.device) % 2)).to(noise)
+        numbers = [i // 2 if along else i for i in range(rows)]
+        noise = torch.cat([white(i).bind(way[k])(1.0, 0.0) for i in numbers])
+        scale = sigma * torch.tensor([2.0 + 2.0 * (i % 2) for i in numbers]).to(noise)
         start = problem.value + scale.reshape(-1, *(1,) * (noise.ndim - 1)) * noise
         if along:
-            upwards = torch.ones(rows, dtype=torch.bool, device=noise.device)
+            upwards = torch.arange(rows, device=noise.device) % 2 == 0
             ends = follow_on(problem, root, start, upwards, Continuation(max_points=80, accuracy=1e-3))
         else:
             ends = _SEARCH.solve(problem, Guess(start))

@@ -1,7 +1,7 @@
 r"""Further roots of `F(u) = y`: follow the curve of solutions on from a known one.
 
-The curve `(1 - t) (u - u0) + t (F(u) - y) = 0` of `continuation` passes through every root at t = 1, whatever u0 is. From
-a known root it goes on both ways, and where it crosses t = 1 again there is another root.
+The curve `(1 - t) (u - u0) + t (F(u) - y) = 0` of `continuation` passes through every root at t = 1, whatever u0 is.
+From a known root it goes on both ways, and where it crosses t = 1 again there is another root.
 """
 
 from __future__ import annotations
