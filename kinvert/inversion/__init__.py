@@ -22,6 +22,7 @@ from kinvert.inversion.solvers import (
     StepSweeps,
     Sweeps,
 )
+from kinvert.inversion.uniqueness import Preimages, preimages
 from kinvert.inversion.watching import Solving, Stop, Watcher
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "LevenbergMarquardt",
     "NewtonKrylov",
     "Picard",
+    "Preimages",
     "Problem",
     "Reason",
     "Root",
@@ -52,6 +54,7 @@ __all__ = [
     "baselines",
     "extract_noise",
     "invert",
+    "preimages",
     "register_method",
 ]
 

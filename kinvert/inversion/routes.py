@@ -119,5 +119,5 @@ def _refusal(method: str | Solver, plan: Plan) -> str:
         )
     return (
         f"method must be 'auto', 'sweeps', 'levenberg' or a Solver of runs for {name}, got {got!r}: its steps remember "
-        "earlier ones, so that the run is solved as a whole; one of single steps needs a sampler such as 'euler' or 'heun'"
+        "earlier ones, so that the run is solved as a whole; one of single steps needs a sampler such as 'heun'"
     )

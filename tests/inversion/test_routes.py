@@ -10,6 +10,7 @@ from kinvert.inversion import (
     METHODS,
     Anderson,
     Auto,
+    RunLevenbergMarquardt,
     Sweeps,
 )
 from kinvert.inversion.closed_form import ClosedForm
@@ -37,8 +38,8 @@ def test_a_method_is_used_or_refused(name: str) -> None:
     if plan.auxiliary:
         solvers["auto"], used = Auto(), {"auto"}
     elif plan.is_multistep:
-        solvers["auto"] = Sweeps()
-        used = {"auto", "sweeps", "my sweeps"}
+        solvers |= {"auto": Sweeps(), "levenberg": RunLevenbergMarquardt()}
+        used = {"auto", "sweeps", "my sweeps", "levenberg"}
     else:
         used = set(solvers)
     for key, solver in solvers.items():
