@@ -73,7 +73,7 @@ class WholeRun:
         task, asked = task.steadied()
         plan, x, up, once = task.plan, task.wide, rising(task.plan), task.plan.evaluations
         limited = task.limited
-        budget = task.limit - once * (task.callback is not None)
+        budget = task.limit - once * (task.callback is not None) - 2 * once * (not limited)  # for the plain run
         latent, restored = x.clone(), torch.full_like(x, torch.nan)
         error, spent = x.new_full((len(x),), torch.finfo(x.dtype).max), torch.zeros_like(task.problem.budget)
         ended = torch.full_like(spent, int(Reason.STALLED))
@@ -98,22 +98,16 @@ class WholeRun:
                 part[better] for part in (best.latent, best.restored, best.error)
             )
         spent = self._try_last(task, latent, restored, error, spent, ended, budget)
-        index = (task.is_lost(error) | task.is_half).nonzero()[:, 0]
-        if up and not limited and len(index):
-            one = task.take(index)
-            plain = Recorded.of(up, plan, one.denoiser, one.x)
-            better, images = one.error(plain.restored) < error[index], plain.restored.to(x.dtype)
-            latent[index[better]], restored[index[better]] = plain.latent.to(x.dtype)[better], images[better]
-            error, spent[index] = task.error(restored), spent[index] + plain.evaluations
+        if up and not limited:
+            error, spent = _try_plain(task, up, latent, restored, error, spent)
         if task.callback is not None:
             restored = task.sample(latent)
             spent += once
         reasons, notes = self._explain(task, latent, error, spent, ended, budget)
         checking = once * (2 if task.callback else 1)
         floor = torch.where(ended == Reason.PRECISION, error, 0.0)
-        return Found(
-            latent, restored, spent + asked, checking, residuals=error[None], reasons=reasons, failures=notes, floor=floor
-        )
+        spent += asked
+        return Found(latent, restored, spent, checking, error[None], reasons, failures=notes, floor=floor)
 
     def _unchecked(self, task: Task, solver: Solver) -> Found:
         """Find latents that nobody checks; with less than three runs that is the plain run up."""
@@ -174,6 +168,20 @@ class WholeRun:
             elif not poor and value is not None and value < self.folded * free:
                 reasons[i] = Reason.FOLD
         return reasons, notes
+
+
+def _try_plain(
+    task: Task, up: Plan, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put in what the plain run finds where that is better; return the errors, and what is spent then."""
+    index = (task.is_lost(error) | task.is_half).nonzero()[:, 0]
+    if not len(index):
+        return error, spent
+    some, narrow = task.take(index), restored.dtype
+    plain = Recorded.of(up, task.plan, some.denoiser, some.x)
+    better, images = some.error(plain.restored) < error[index], plain.restored.to(narrow)
+    latent[index[better]], restored[index[better]] = plain.latent.to(narrow)[better], images[better]
+    return task.error(restored), spent.index_add(0, index, torch.full_like(index, plain.evaluations))
 
 
 def _tell_noise(
