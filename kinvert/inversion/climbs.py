@@ -217,7 +217,7 @@ def climb(task: Task, up: Plan, climbs: tuple[int, ...]) -> tuple[Trajectory, Te
     for most in climbs:
         one, index = climber.task, climber.index
         if most == PLAIN:
-            plain = Recorded.of(up, task.plan, one.denoiser, one.x)
+            plain = Recorded.of(up, task.plan, one.denoiser, one.x, keep="inputs")
             path, image, used = plain.trajectory(task.plan, one.wide)[:-1], plain.restored.to(x.dtype), up.evaluations
             climber.learn(path, image)
         else:

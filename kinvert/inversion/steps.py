@@ -129,7 +129,8 @@ def fair_share(left: Tensor, step: Step) -> Tensor:
     step does not spend, others may.
     """
     cost = len(step.stages)
-    return (2 * left.div(step.index + 1, rounding_mode="floor")).minimum(left - step.index * cost)
+    mean = left.div(step.index + 1, rounding_mode="floor").clamp(max=2**60)
+    return (2 * mean).minimum(left - step.index * cost)
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:

@@ -118,7 +118,7 @@ assert count("euler", "anderson", peek=True)[1] >= reads + calls, "the count mus
 seldom_calls, seldom = count("euler", Anderson(check_every=3))
 assert seldom < reads and seldom_calls >= calls, ("every third iteration", reads, seldom)
 calls, reads = count("dpmpp_2m", "auto", dtype=torch.float64)  # in float32 the last sweeps are of a few levels
-few = 12  # a run: of rows that mix (2), the tolerance and the check (2), what is left for bases (3) and verdicts (3)
+few = 14  # a run: rows that mix, the batch size (3), tolerance and check (2), what is left for bases (3), verdicts (3)
 assert reads <= calls / 8 + few, ("one read a sweep", calls, reads)
 calls, reads = count("heun", "newton")
 assert reads <= calls, ("one read a product or trial step", calls, reads)
