@@ -81,7 +81,7 @@ def invert(
         max_evals: denoiser evaluations that one sample may cost, the check included; at least two runs, or one without
             the check, and 4. With "auto" no sample comes out worse for more of them: attempts are made in an order that
             does not depend on the limit, as many as there are evaluations for, and the best is returned. None allows
-            128 runs, and 4 runs more for each value of an event of at most 1,024 values, for the last resort.
+            128 runs; for an event of at most 1,024 values 256 runs and 4 for each value, for the last resort.
         check: sample the latent again. Without it `round_trip_error` is NaN, nothing is called converged, and every
             reason is UNCHECKED.
         mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.

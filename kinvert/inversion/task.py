@@ -181,7 +181,7 @@ class Task:
 
 def default_runs(values: int) -> int:
     """Return the default limit on evaluations, in runs; small events have more, for a method that takes Jacobians."""
-    return RUNS + (4 * values if values <= 1024 else 0)
+    return RUNS if values > 1024 else 2 * RUNS + 4 * values
 
 
 def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, products: int = 60) -> float | None:
