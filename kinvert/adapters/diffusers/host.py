@@ -19,6 +19,7 @@ Of the user's scheduler:
 | `alphas_cumprod`, `final_alpha_cumprod`, `initial_alpha_cumprod` | the levels of all others |
 | `init_noise_sigma` | what the pipeline multiplies unit noise by |
 | `config` | the options: prediction type, spacing, order, clipping |
+| `tau_func(t)` | the noise of SA-Solver |
 | `add_noise(x, noise, timesteps)` | noise for timesteps that are not of the run |
 | `from_config(config)` | builds it again from what was saved |
 | those of `SHARED` | read by some pipelines, handed on as they are |
@@ -29,7 +30,7 @@ All of them are public, and pipelines depend on them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +58,7 @@ __all__ = [
     "diffusers",
     "final_alphas",
     "first_noise",
+    "noise_scales",
     "numbers",
     "option",
     "options_of",
@@ -106,6 +108,11 @@ def final_alphas(scheduler: Any) -> float:
         if hasattr(scheduler, name):
             return float(getattr(scheduler, name))
     return 1.0
+
+
+def noise_scales(scheduler: Any, timesteps: Iterable[float]) -> list[float]:
+    """Return SA-Solver's noise scale tau at timesteps."""
+    return [float(scheduler.tau_func(t)) for t in timesteps]
 
 
 def first_noise(scheduler: Any) -> float:
