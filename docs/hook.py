@@ -1,7 +1,8 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
 `<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`. The page
-of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code.
+of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code, the page on diffusers
+`<!-- agreement -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -31,7 +32,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
     pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
-    for render in (*pages, versions, environments, layers, routes):
+    for render in (*pages, versions, environments, layers, routes, agreement):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -316,6 +317,20 @@ def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> l
     found = [f"{value:.3f}".replace("-0.000", "0.000") if abs(value) < 100 else f"{value:.0e}" for value in (mean, std)]
     spread = f"{mixture:.3f}" if mixture < 100 else f"{mixture:.0e}"
     return [found[0], found[1] + ends_above, spread, "-" if order is None else f"{order:.1f}"]
+
+
+def agreement() -> str:
+    """A line for each scheduler of diffusers and its options: the sampler that equals it, and how nearly."""
+    report = json.loads((RESULTS / "diffusers.json").read_text())
+    rows, reasons = [], list(dict.fromkeys(row["reason"] for row in report["rows"] if row["reason"]))
+    for row in report["rows"]:
+        note = f" ({reasons.index(row['reason']) + 1})" if row["reason"] else ""
+        cells = [f"`{row['scheduler']}`", row["options"], f"{row['pipeline']}, {row['steps']}", f"`{row['sampler']}`"]
+        rows.append([*cells, f"{row['difference']:.0e}{note}"])
+    head = ["diffusers", "options", "pipeline, steps", "kinvert", "difference"]
+    notes = "\n".join(f"{i}. {reason}." for i, reason in enumerate(reasons, 1))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{table(head, rows)}\n\n{notes}\n\n`{report['command']}`; {versions}, on a CPU."
 
 
 COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they
