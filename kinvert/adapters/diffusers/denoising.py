@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from kinvert.adapters.diffusers import host
 from kinvert.adapters.diffusers.evaluation import PipelineNetwork, Rows
+from kinvert.adapters.diffusers.own import uses_pair
 from kinvert.adapters.diffusers.predictions import Prediction, read_prediction
+from kinvert.adapters.diffusers.scheduler import KinvertScheduler
 from kinvert.adapters.diffusers.timetable import Timetable, read_timetable
 from kinvert.checks import suggestion
 from kinvert.coordinates import Coordinates
-from kinvert.denoisers.protocol import working_dtype
+from kinvert.denoisers.protocol import Guided, working_dtype
 
 __all__ = ["PipelineDenoiser", "Settings", "denoiser", "settings_of"]
 
@@ -34,12 +37,14 @@ class PipelineDenoiser:
         timetable: the levels of a run of the pipeline, and the network's time at each.
         prediction: what the network predicts.
         event: the shape of one latent of such a run; None if the pipeline does not say it.
+        pair: whether it returns `Guided(clipped, unclipped)`, for a scheduler whose steps keep the unclipped noise.
     """
 
     network: PipelineNetwork
     timetable: Timetable
     prediction: Prediction
     event: tuple[int, ...] | None
+    pair: bool = False
 
     @property
     def coordinates(self) -> Coordinates:
@@ -60,7 +65,7 @@ class PipelineDenoiser:
         """Return the denoiser of the rows `index`, shape (n,): of their prompts."""
         return replace(self, network=self.network.take(index))
 
-    def __call__(self, x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, **more: Any) -> Tensor | Guided:
         """Return the denoised x, shape (batch, *event), by one call of the pipeline.
 
         Args:
@@ -72,25 +77,26 @@ class PipelineDenoiser:
         Raises:
             ValueError: x of another shape than the pipeline's latents, another number of prompts than rows.
         """
-        self._check_event(x)
+        self.check_event(x)
         network, levels = self.network.with_arguments(more), sigma.tolist()
         if len(set(levels)) == 1:
             return self._at(x, levels[0], network)
-        out = torch.empty_like(x)
-        for level in set(levels):  # a call of a pipeline has one timestep
-            index = torch.tensor([i for i, own in enumerate(levels) if own == level], device=x.device)
-            out[index] = self._at(x[index], level, network.take(index))
-        return out
+        # A call of a pipeline has one timestep.
+        rows = [torch.tensor([i], device=x.device) for i in range(len(x))]
+        parts = [self._at(x[i], level, network.take(i)) for i, level in zip(rows, levels, strict=True)]
+        if self.pair:
+            return Guided(*(torch.cat([part[k] for part in parts]) for k in range(2)))
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
-    def _at(self, x: Tensor, level: float, network: PipelineNetwork) -> Tensor:
+    def _at(self, x: Tensor, level: float, network: PipelineNetwork) -> Tensor | Guided:
         """Return the denoised x at one level for all rows."""
         wide, given = working_dtype(x), x.to(working_dtype(x))
         scaled = given if self.coordinates == "flow" else given * self.prediction.c_in(level)
         output = network(scaled.to(self.network_dtype), self._timestep(level, x.device), level)
         denoised = self.prediction.denoised(output.to(x.device, wide), given, level)
-        if self.prediction.clip is not None:
-            denoised = self.prediction.clip(denoised)
-        return denoised.to(x.dtype)
+        clip = self.prediction.clip
+        clipped = denoised if clip is None else clip(denoised)
+        return Guided(clipped.to(x.dtype), denoised.to(x.dtype)) if self.pair else clipped.to(x.dtype)
 
     def _timestep(self, level: float, device: torch.device) -> Tensor:
         """Return the network's time, shape (1,): an integer where the scheduler has integers."""
@@ -98,7 +104,7 @@ class PipelineDenoiser:
         dtype = torch.int64 if self.timetable.integral and t.is_integer() else torch.float32
         return torch.tensor([t], dtype=dtype, device=device)
 
-    def _check_event(self, x: Tensor) -> None:
+    def check_event(self, x: Tensor) -> None:
         """Raise ValueError if x is no batch of the pipeline's latents."""
         if self.event is not None and tuple(x.shape[1:]) != self.event:
             name = type(self.network.pipe).__name__
@@ -133,19 +139,30 @@ def denoiser(pipe: Any, *, num_inference_steps: int = 50, **call: Any) -> Pipeli
     rows = checked_call(pipe, call)
     network = PipelineNetwork(pipe, rows, num_inference_steps)
     settings = settings_of(network, pipe.scheduler)
-    timetable, prediction = read_timetable(settings.scheduler), read_prediction(settings.scheduler)
-    return PipelineDenoiser(network, timetable, prediction, settings.event)
+    return denoiser_of(network, settings)
 
 
-def checked_call(pipe: Any, call: Mapping[str, Any]) -> Rows:
-    """Return the arguments of a pipeline's call; raise TypeError for those that it does not take."""
+def denoiser_of(network: PipelineNetwork, settings: Settings) -> PipelineDenoiser:
+    """Return the denoiser of a pipeline whose settings were seen."""
+    base = settings.scheduler
+    if isinstance(base, KinvertScheduler):
+        base = base._base
+    pair = uses_pair(base)
+    return PipelineDenoiser(network, read_timetable(base), read_prediction(base), settings.event, pair)
+
+
+def checked_call(pipe: Any, call: Mapping[str, Any], others: Sequence[str] = ()) -> Rows:
+    """Return the arguments of a pipeline's call; raise TypeError for those that it does not take.
+
+    `others` are names that the caller takes itself, which the message offers too.
+    """
     parameters = host.parameters_of(pipe)
     known = [name for name in parameters if name not in ("self", "kwargs", *FIXED)]
     for name in call:
         if name in FIXED:
             raise TypeError(f"{name} is not for an evaluation of the pipeline, which sets it itself; leave it out")
         if name not in known:
-            raise TypeError(f"{type(pipe).__name__} has no argument {name!r}; {suggestion(name, known)}")
+            raise TypeError(f"{type(pipe).__name__} has no argument {name!r}; {suggestion(name, [*known, *others])}")
     return Rows.of(call)
 
 
@@ -199,10 +216,8 @@ def settings_of(network: PipelineNetwork, scheduler: Any) -> Settings:
         wanted.add("prepare_latents")
         watch["prepare_latents"] = watched
     call = network.rows.call(network.rows.batch or 1)
-    try:
+    with contextlib.suppress(_Seen):
         network.run(scheduler, call, watch=watch, **options)
-    except _Seen:
-        pass
     del scheduler.set_timesteps  # the watched one
     latents = seen.get("prepare_latents")
     latents = latents[0] if isinstance(latents, tuple) else latents

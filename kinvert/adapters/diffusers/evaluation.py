@@ -1,7 +1,7 @@
 r"""A pipeline as a network: one evaluation is one call of the pipeline, with a scheduler of one timestep.
 
-So the prompt, the guidance, the embeddings of sizes and the packing are the pipeline's own, and what is inverted is what
-the pipeline does. The call is made on a shallow copy of the pipeline, which has its own scheduler: the user's pipeline
+So the prompt, the guidance, the embeddings of sizes and the packing are the pipeline's own, and what is inverted is
+what the pipeline does. The call is made on a shallow copy of the pipeline, which has its own scheduler: the user's pipeline
 stays as it is, in another thread and after an exception too.
 """
 
@@ -70,7 +70,7 @@ class OneTimestep:
     ) -> Any:
         """Keep the prediction, and return the latents as they are."""
         self.seen.append((model_output, sample))
-        return host.SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+        return host.BaseOutput(prev_sample=sample) if return_dict else (sample,)
 
 
 class Memo:
@@ -100,7 +100,8 @@ def _key(value: Any) -> Any:
         return tuple((name, _key(value[name])) for name in sorted(value))
     if isinstance(value, (list, tuple)):
         return (type(value), *map(_key, value))
-    return (type(value), value) if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+    plain = isinstance(value, (str, int, float, bool, type(None), torch.device, torch.dtype))
+    return (type(value), value) if plain else id(value)
 
 
 class Rows(NamedTuple):

@@ -1,11 +1,28 @@
 """Everything of diffusers that the adapter uses, in one place.
 
-Of diffusers itself:
+Of the library:
 
 | name | what for |
 | --- | --- |
-| `SchedulerMixin`, `ConfigMixin` | the base classes of `KinvertScheduler` |
-| `SchedulerOutput` | what `step` returns |
+| `SchedulerMixin`, `ConfigMixin` | the base classes of `KinvertScheduler`: `save_pretrained`, `from_pretrained`, `config` |
+| `register_to_config` | keeps the arguments of a constructor in `config` |
+| `BaseOutput` | what `step` returns |
+| `randn_tensor` | noise from one generator, or from a list of them, on any device |
+| `getattr(diffusers, name)` | the class of a saved scheduler |
+
+Of the user's scheduler:
+
+| attribute | what for |
+| --- | --- |
+| `set_timesteps(...)` | makes its levels and timesteps; called with the arguments that the pipeline gave |
+| `timesteps` | the time that the network is given in each evaluation |
+| `sigmas` | the noise levels of the run, one more than steps (schedulers that have them) |
+| `alphas_cumprod`, `final_alpha_cumprod`, `initial_alpha_cumprod` | the levels of all others |
+| `init_noise_sigma` | what the pipeline multiplies unit noise by |
+| `config` | the options: prediction type, spacing, order, clipping |
+| `add_noise(x, noise, timesteps)` | noise for timesteps that are not of the run |
+| `from_config(config)` | builds it again from what was saved |
+| those of `SHARED` | read by some pipelines, handed on as they are |
 
 Of a pipeline:
 
@@ -17,13 +34,25 @@ Of a pipeline:
 | `pipe.prepare_latents` | the shape of its latents, where the pipeline has it |
 | `pipe.maybe_free_model_hooks` | does nothing in a copy, so that models are not moved after each evaluation |
 | `pipe.set_progress_bar_config` | no bar in a copy |
-| `pipe.unet`, `pipe.transformer`, `pipe.dtype` | the dtype of the network; the network itself if the pipeline has no `latents` |
+| `pipe.unet`, `pipe.transformer`, `pipe.dtype` | the network's dtype; the network, if no `latents` can be given |
 | `pipe.vae` and its `encode`, `decode`, `config` | `kd.encode`, `kd.decode` |
 | `pipe._execution_device`, `pipe._pack_latents` | where it runs; whether it packs its latents as Flux does |
 | `pipe.vae_scale_factor`, `pipe.vae_scale_factor_temporal` | pixels a cell, frames a latent |
+
+Of a scheduler, all of them are public, and pipelines depend on them.
 """
 
 from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kinvert.denoisers.dtypes import dtype_of
 
 try:
     import diffusers
@@ -32,41 +61,48 @@ except ImportError as error:
         "kinvert.adapters.diffusers needs diffusers, which is not installed: pip install 'kinvert[diffusers]'"
     ) from error
 
-import copy
-import inspect
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from torch import Tensor, nn
-
-from kinvert.denoisers.dtypes import dtype_of
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 __all__ = [
     "ENCODERS",
     "REPEATS",
+    "SHARED",
+    "BaseOutput",
     "ConfigMixin",
     "SchedulerMixin",
-    "SchedulerOutput",
+    "alphas_of",
     "belongs_to_rows",
+    "built",
     "cell_of",
+    "class_name",
     "copied",
     "device_of",
     "diffusers",
     "encoded",
+    "final_alphas",
+    "first_noise",
     "frames_per_latent",
     "is_video",
     "network_dtype",
+    "numbers",
+    "option",
+    "options_of",
     "overflows",
     "packs",
     "parameters_of",
+    "randn_tensor",
+    "register_to_config",
     "scaling_of",
     "takes_latents",
     "unconditional",
     "vae_of",
 ]
+
+SHARED = frozenset({"alphas", "alphas_cumprod", "betas", "set_shift", "shift", "sigma_max", "sigma_min"})
+"""What pipelines read of a scheduler beside its interface."""
 
 REPEATS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 """Arguments of a pipeline's call that say how many images one prompt gets."""
@@ -74,6 +110,52 @@ ENCODERS = ("encode_prompt", "encode_image")
 """Methods that depend on nothing but their arguments and the arguments of the call."""
 NETWORKS = ("unet", "transformer", "transformer_2", "prior")
 PACKED = ["latents", "batch_size", "num_channels_latents", "height", "width"]
+
+
+def class_name(scheduler: object) -> str:
+    """Return the name of a scheduler's class in diffusers, or a name with its module for a class from elsewhere."""
+    kind = type(scheduler)
+    return kind.__name__ if kind.__module__.startswith("diffusers.") else f"{kind.__module__}.{kind.__name__}"
+
+
+def built(name: str, config: Mapping[str, Any]) -> Any:
+    """Build a scheduler again from the name of its class and its config."""
+    return getattr(diffusers, name).from_config(dict(config))
+
+
+def options_of(scheduler: Any) -> dict[str, Any]:
+    """Return the options that a scheduler's class has; `config` may hold those of earlier classes as well."""
+    names = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in scheduler.config.items() if name in names}
+
+
+def option(scheduler: Any, name: str, default: Any = None) -> Any:
+    """Return one option of a scheduler, or the default if its class does not have it."""
+    return options_of(scheduler).get(name, default)
+
+
+def numbers(values: Any) -> list[float]:
+    """Return the values of a tensor, an array or a list as floats on the host."""
+    return [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
+
+
+def alphas_of(scheduler: Any) -> Tensor:
+    """Return the cumulative products abar of the training levels, float64, on the CPU."""
+    alphas: Tensor = scheduler.alphas_cumprod
+    return alphas.detach().cpu().double()
+
+
+def final_alphas(scheduler: Any) -> float:
+    """Return abar of the level that a run ends at, or starts from if it rises, beyond its timesteps."""
+    for name in ("final_alpha_cumprod", "initial_alpha_cumprod", "one"):
+        if hasattr(scheduler, name):
+            return float(getattr(scheduler, name))
+    return 1.0
+
+
+def first_noise(scheduler: Any) -> float:
+    """Return what the pipeline multiplies unit noise by; 1 for the schedulers of flow models, which have none."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
 # -- the call of a pipeline -------------------------------------------------------------------------------------------
