@@ -4,8 +4,7 @@ Of the library:
 
 | name | what for |
 | --- | --- |
-| `SchedulerMixin`, `ConfigMixin` | the base classes of `KinvertScheduler`: `save_pretrained`, `from_pretrained`, `config` |
-| `register_to_config` | keeps the arguments of a constructor in `config` |
+| `SchedulerMixin`, `ConfigMixin` | the base classes of `KinvertScheduler`: `config`, saving and loading |
 | `BaseOutput` | what `step` returns |
 | `randn_tensor` | noise from one generator, or from a list of them, on any device |
 | `getattr(diffusers, name)` | the class of a saved scheduler |
@@ -61,7 +60,7 @@ except ImportError as error:
         "kinvert.adapters.diffusers needs diffusers, which is not installed: pip install 'kinvert[diffusers]'"
     ) from error
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -94,7 +93,6 @@ __all__ = [
     "packs",
     "parameters_of",
     "randn_tensor",
-    "register_to_config",
     "scaling_of",
     "takes_latents",
     "unconditional",
