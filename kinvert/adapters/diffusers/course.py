@@ -23,9 +23,20 @@ from kinvert.levels import FlowTimes
 from kinvert.moments import check_flow_spread
 from kinvert.plan import Plan, compile_auxiliary, compile_plan
 from kinvert.ready import Ready, uses_evaluations
-from kinvert.rules import DEIS, DDIMInverse, DPMAdaptive, DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, Flow, Rule
+from kinvert.rules import (
+    DEIS,
+    SAMPLERS,
+    DDIMInverse,
+    DPMAdaptive,
+    DPMpp2M,
+    DPMpp2MSDE,
+    DPMpp3MSDE,
+    Flow,
+    Rule,
+    sampler,
+)
 
-__all__ = ["Course", "check_sampler", "course_for"]
+__all__ = ["Course", "check_sampler", "course_for", "saved_options"]
 
 # The first level of a run upwards, in place of 0: as `unsample` has it, or a tenth of the next level.
 OFFSET = 1e-4
@@ -173,6 +184,16 @@ def check_sampler(rule: Rule, pair: bool) -> None:
         )
 
 
+def saved_options(rule: Rule) -> dict[str, Any] | None:
+    """Return the plain options that make a rule by its name, or None if they do not."""
+    if rule.name not in SAMPLERS:
+        return None
+    defaults = SAMPLERS[rule.name].options
+    options = {name: value for name, value in rule.options.items() if value != defaults[name]}
+    is_plain = all(isinstance(value, (bool, int, float, str)) for value in options.values())
+    return options if is_plain and sampler(rule.name, **options) == rule else None
+
+
 def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, started: bool) -> Course:
     """Compile a sampler for the levels of a scheduler.
 
@@ -204,7 +225,7 @@ def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, star
     elif not uses_evaluations(plan):
         Ready(plan.rule, plan.sigmas, plan).refuse_idle(plan)
     if table.space == "flow" and undone is None:
-        check_flow_spread(plan, "flow")
+        check_flow_spread(down if started else plan, "flow")
     course = Course(table, plan, undone, _marked(levels, table))
     _check_first(course, started)
     return course

@@ -19,6 +19,7 @@ Of the user's scheduler:
 | `alphas_cumprod`, `final_alpha_cumprod`, `initial_alpha_cumprod` | the levels of all others |
 | `init_noise_sigma` | what the pipeline multiplies unit noise by |
 | `config` | the options: prediction type, spacing, order, clipping |
+| `tau_func(t)` | the noise of SA-Solver |
 | `add_noise(x, noise, timesteps)` | noise for timesteps that are not of the run |
 | `from_config(config)` | builds it again from what was saved |
 | those of `SHARED` | read by some pipelines, handed on as they are |
@@ -45,7 +46,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ __all__ = [
     "frames_per_latent",
     "is_video",
     "network_dtype",
+    "noise_scales",
     "numbers",
     "option",
     "options_of",
@@ -149,6 +151,11 @@ def final_alphas(scheduler: Any) -> float:
         if hasattr(scheduler, name):
             return float(getattr(scheduler, name))
     return 1.0
+
+
+def noise_scales(scheduler: Any, timesteps: Iterable[float]) -> list[float]:
+    """Return SA-Solver's noise scale tau at timesteps."""
+    return [float(scheduler.tau_func(t)) for t in timesteps]
 
 
 def first_noise(scheduler: Any) -> float:
