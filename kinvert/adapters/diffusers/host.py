@@ -94,6 +94,7 @@ __all__ = [
     "overflows",
     "packs",
     "parameters_of",
+    "parameters_of_network",
     "randn_tensor",
     "scaling_of",
     "takes_latents",
@@ -169,6 +170,11 @@ def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(pipe).__call__).parameters
 
 
+def parameters_of_network(pipe: Any) -> list[str]:
+    """Return what the network of a pipeline without latents takes beside the image and the timestep."""
+    return list(inspect.signature(unconditional(pipe).forward).parameters)[2:]
+
+
 def takes_latents(pipe: Any) -> bool:
     """Tell whether a call of the pipeline can start from given latents."""
     return "latents" in parameters_of(pipe)
@@ -221,9 +227,12 @@ def network_dtype(pipe: Any) -> torch.dtype:
 
 
 def device_of(pipe: Any) -> torch.device:
-    """Return the device that a pipeline runs on, with offloading too."""
-    found: torch.device = getattr(pipe, "_execution_device", None) or pipe.device
-    return found
+    """Return the device that a pipeline runs on, with offloading too; that of its parameters if it does not say."""
+    for name in ("_execution_device", "device"):
+        if isinstance(found := getattr(pipe, name, None), torch.device):
+            return found
+    parameters = (parameter for part in _modules(pipe).values() for parameter in part.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 # -- the autoencoder --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import kinvert as ki
 import kinvert.adapters.diffusers as kd
 from kinvert.adapters.diffusers.jobs import MADE
 
-STEPS = 6
+STEPS = 4
 DDIM = DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 V = EulerDiscreteScheduler(**SD, prediction_type="v_prediction")
 ZERO_SNR = EulerDiscreteScheduler(
@@ -83,18 +83,32 @@ def test_an_unconditional_model_is_inverted_too() -> None:
     assert off(found.latents, noise_for("ddpm")) < 1e-3
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", ki.sampler("deis", max_order=2)])
-def test_every_deterministic_sampler_can_be_inverted(sampler: Any) -> None:
-    """In a batch with prompts of its own."""
-    pipe = build("sdxl")
-    call = CALLS["sdxl"] | {"prompt": ["a cat", "the dog"], "negative_prompt": ["", "a"]}
-    pipe.scheduler = kd.KinvertScheduler.from_scheduler(pipe.scheduler, sampler)
-    pipe.scheduler.set_timesteps(STEPS)
-    image = latents_of(pipe, "sdxl", STEPS, latents=noise_for("sdxl", 2), **call)
+@pytest.mark.parametrize(
+    ("family", "sampler"), [("sdxl", "heun"), ("flux", "dpmpp_2m"), ("pixart", ki.sampler("deis", max_order=2))]
+)
+def test_samplers_of_every_kind_are_inverted_in_a_batch_of_prompts(family: str, sampler: Any) -> None:
+    pipe, call = build(family), CALLS[family] | {"prompt": ["a cat", "the dog"]}
+    if "negative_prompt" in call:
+        call["negative_prompt"] = ["", "a"]
+    own = pipe.scheduler
+    pipe.scheduler = kd.KinvertScheduler.from_scheduler(own, sampler)
+    image = latents_of(pipe, family, STEPS, latents=noise_for(family, 2), **call)
+    pipe.scheduler = own
     found = kd.invert(pipe, image, sampler=sampler, num_inference_steps=STEPS, tol=1e-3, **call)
     assert found.inversion.converged.all()
     pipe.scheduler = found.scheduler
-    assert off(latents_of(pipe, "sdxl", STEPS, latents=found.latents, **call), image) < 3e-3
+    assert off(latents_of(pipe, family, STEPS, latents=found.latents, **call), image) < 3e-3
+
+
+@pytest.mark.parametrize(("family", "sampler"), [("sdxl", "bdia"), ("sd3", "edict"), ("wan", "leapfrog")])
+def test_reversible_samplers_bring_their_state_along(family: str, sampler: str) -> None:
+    pipe = build(family)
+    image = latents_of(pipe, family, STEPS)
+    found = kd.invert(pipe, image, sampler=sampler, num_inference_steps=STEPS, tol=1e-4, **CALLS[family])
+    assert found.inversion.memory and found.inversion.converged.all()
+    pipe.scheduler = found.scheduler
+    for _ in range(2):  # the state stays
+        assert off(latents_of(pipe, family, STEPS, latents=found.latents), image) < 1e-5
 
 
 def test_the_scheduler_of_an_inversion_can_be_inverted_again() -> None:
