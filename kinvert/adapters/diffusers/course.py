@@ -75,12 +75,12 @@ class Course:
     @cached_property
     def starts(self) -> dict[int, int]:
         """The number of each evaluation that begins a step, and the number of the step."""
-        starts, count = {}, 0
+        starts: dict[int, int] = {}
+        count = 0
         for i, step in enumerate(self.plan.steps):
-            if step.stages:
-                starts[count] = i
+            starts.setdefault(count, i)  # a step without evaluations goes before the next
             count += len(step.stages)
-        return starts
+        return {k: i for k, i in starts.items() if k < count}
 
     @cached_property
     def order(self) -> int:
@@ -194,7 +194,7 @@ def saved_options(rule: Rule) -> dict[str, Any] | None:
     return options if is_plain and sampler(rule.name, **options) == rule else None
 
 
-def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, started: bool) -> Course:
+def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, started: bool, own: bool) -> Course:
     """Compile a sampler for the levels of a scheduler.
 
     Args:
@@ -203,6 +203,7 @@ def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, star
         up: run from the image to the noise.
         above_zero: leave out a last step to 0, as a reversible sampler always does upwards.
         started: the auxiliary state is given; the run takes it up.
+        own: the sampler is the scheduler's own method, which the user has chosen already.
 
     Raises:
         ValueError: a sampler that cannot make this run.
@@ -224,8 +225,8 @@ def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, star
         plan = _upwards(rule, levels, down, table)
     elif not uses_evaluations(plan):
         Ready(plan.rule, plan.sigmas, plan).refuse_idle(plan)
-    if table.space == "flow" and undone is None:
-        check_flow_spread(down if started else plan, "flow")
+    if table.space == "flow" and undone is None and not started and not own:
+        check_flow_spread(plan, "flow")
     course = Course(table, plan, undone, _marked(levels, table))
     _check_first(course, started)
     return course

@@ -190,11 +190,15 @@ class PipelineRun:
         run = self.run
         if run.stage:
             return
-        scale = run.plan.steps[run.step].stages[0].input.terms.get(State("x"), 0.0)
+        step = run.plan.steps[run.step]
+        x = run.values["x"]
+        scale = step.stages[0].input.terms.get(State("x"), 0.0)
         try:
             if scale == 0:
-                raise ValueError(f"step {run.step} of {run.plan.rule.name} does not show x to the network")
-            run.replace(run.values["x"] + moved / scale)
+                raise ValueError(f"step {step.index} of {run.plan.rule.name} does not show x to the network")
+            moved = moved / scale
+            bases = {} if State("x") in step.x.terms else _bases(run.plan, step.index)
+            run.replace(x + moved, **{name: run.values[name] + moved / c for name, c in bases.items()})
         except ValueError as error:
             if bool(moved.any()):
                 raise ValueError(
@@ -237,6 +241,19 @@ def _seed(generator: torch.Generator | None) -> int:
     """Draw a seed."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def _bases(plan: Plan, index: int) -> dict[str, float]:
+    """Return what a sampler with a corrector goes on from, in place of x, before a step: x is a factor times it and
+    denoised images.
+    """
+    before = plan.steps[index - 1]
+    rows = {name: row for name, row in before.memory if name == "base"} if index else {}
+    found = {}
+    for name, row in rows.items():
+        symbol = next(symbol for symbol, _ in row if symbol.kind == "state")
+        found[name] = before.x.terms[symbol] / row.terms[symbol]
+    return found
 
 
 def _idle_before(plan: Plan, index: int) -> int:

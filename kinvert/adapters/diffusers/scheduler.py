@@ -372,7 +372,12 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
         table = read_timetable(self._base)
         rule = on_levels(self._rule, self._base, table) if self._own else self._rule
         self._course = course_for(
-            rule, table, up=self._inverse, above_zero=self._above_zero, started=self._state is not None
+            rule,
+            table,
+            up=self._inverse,
+            above_zero=self._above_zero,
+            started=self._state is not None,
+            own=self._own,
         )
 
     def _expected(self, timestep: Any) -> int:
