@@ -12,7 +12,7 @@ from pipelines import CALLS, build
 
 __all__ = ["save"]
 
-SIDE = 32
+SIDE = 16
 LAST = ("conv_out", "proj_out")
 """The last layers of the networks."""
 
