@@ -1,6 +1,6 @@
 """Measure inversions in a pipeline of diffusers: DDIMInverse, unsampling and the exact inverse, and their memory.
 
-    python benchmarks/diffusers_inversion.py   # writes results/diffusers.json; needs kinvert[diffusers]
+    python benchmarks/diffusers_inversion.py   # writes results/diffusers_inversion.json; needs kinvert[diffusers]
 
 *Round trips.* The embedded model `mnist` is the network of a `DDIMPipeline` (noise levels of Stable Diffusion, noise
 prediction), and 8 held-out images with their labels are the data. Guidance is in the network: `U + cfg (C - U)`. Each
@@ -35,7 +35,7 @@ from kinvert import models
 from kinvert.files import write_file
 from kinvert.tensors import rms
 
-RESULTS = Path(__file__).parent / "results" / "diffusers.json"
+RESULTS = Path(__file__).parent / "results" / "diffusers_inversion.json"
 COUNT, STEPS = 8, (20, 50)
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 MEMORY = ("euler", "heun", "dpmpp_2m", "uni_pc")

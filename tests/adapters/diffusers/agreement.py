@@ -1,19 +1,23 @@
 """diffusers' schedulers against the samplers of kinvert that equal them, each in the same pipeline.
 
-    python tests/adapters/diffusers/agreement.py    # the table of docs/diffusers.md
+    python tests/adapters/diffusers/agreement.py    # writes benchmarks/results/diffusers.json, which the docs show
 
 Import this module after `pytest.importorskip("diffusers")`.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import pipelines
 import torch
 
+import kinvert as ki
 from kinvert.adapters.diffusers import KinvertScheduler
 
 EXACT = 1e-5
@@ -176,10 +180,44 @@ def difference(case: Case) -> tuple[float, KinvertScheduler]:
     return float((ours - theirs).abs().max() / theirs.abs().max()), pipe.scheduler
 
 
-if __name__ == "__main__":
-    print("| diffusers | options | pipeline | steps | kinvert | difference |\n| --- | --- | --- | --- | --- | --- |")
+def equal_levels() -> list[tuple[str, Any, Any]]:
+    """What makes levels in diffusers, what makes the same in kinvert, and the levels of both."""
+    sd, edm = ki.levels.stable_diffusion(), ki.levels.edm(0.002, 80.0, 0.5)
+    euler, dpm = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+    flow, ramp = "FlowMatchEulerDiscreteScheduler", [1 - i / 10 for i in range(10)]
+    rows = [
+        (euler, {"timestep_spacing": "linspace"}, {}, ("normal", sd)),
+        (euler, {"timestep_spacing": "leading", "steps_offset": 1}, {}, ("ddim_uniform", sd)),
+        (euler, {"timestep_spacing": "trailing"}, {}, ("simple", sd)),
+        (euler, {"use_karras_sigmas": True}, {}, ("karras", sd)),
+        (euler, {"use_exponential_sigmas": True}, {}, ("exponential", sd)),
+        (dpm, {"timestep_spacing": "trailing"}, {}, ("simple", sd)),
+        (dpm, {"use_karras_sigmas": True}, {}, ("karras", sd)),
+        (dpm, {"use_lu_lambdas": True}, {}, ("exponential", sd)),
+        (flow, {"shift": 3.0}, {}, ("normal", ki.levels.flow(3.0))),
+        (flow, {"use_dynamic_shifting": True}, {"sigmas": ramp, "mu": 0.8}, ("simple", ki.levels.flux(0.8))),
+        ("EDMEulerScheduler", {"sigma_schedule": "karras"}, {}, ("karras", edm)),
+        ("EDMEulerScheduler", {"sigma_schedule": "exponential"}, {}, ("exponential", edm)),
+    ]
+    found = []
+    for name, options, given, (schedule, levels) in rows:
+        scheduler = KinvertScheduler.from_scheduler(Case(name, options).build(), "euler")
+        scheduler.set_timesteps(**(given or {"num_inference_steps": 10}))
+        found.append((f"{name} {options}", scheduler.schedule, ki.schedule(schedule, 10, levels)))
+    return found
+
+
+def measure() -> dict[str, Any]:
+    """All cases, as the docs show them."""
+    rows = []
     for case in CASES:
         off, scheduler = difference(case)
-        print(
-            f"| `{case.scheduler}` | {case.title} | {case.family} | {case.steps} | `{scheduler.sampler}` | {off:.0e} |"
-        )
+        row = {"scheduler": case.scheduler, "options": case.title, "pipeline": case.family, "steps": case.steps}
+        rows.append(row | {"sampler": repr(scheduler.sampler), "difference": off, "reason": case.reason})
+    versions = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers", "torch")}
+    return {"command": "python tests/adapters/diffusers/agreement.py", "versions": versions, "rows": rows}
+
+
+if __name__ == "__main__":
+    place = Path(__file__).parents[3] / "benchmarks" / "results" / "diffusers.json"
+    place.write_text(json.dumps(measure(), indent=1) + "\n")

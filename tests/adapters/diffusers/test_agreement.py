@@ -36,6 +36,11 @@ def test_a_method_that_no_sampler_equals_is_refused_with_the_reason(case: agreem
         KinvertScheduler.from_scheduler(scheduler, "dpmpp_2m")
 
 
+@pytest.mark.parametrize(("name", "theirs", "ours"), agreement.equal_levels())
+def test_schedules_have_other_names_here(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6 * float(ours.max()))
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])
 def test_pipelines_without_text_make_the_same(kind: str, clip: bool) -> None:
