@@ -301,6 +301,16 @@ def test_a_saved_scheduler_is_the_same(tmp_path: Path, sampler: Any, options: di
     assert torch.equal(drive(loaded, noise()), drive(scheduler, noise()))
 
 
+def test_the_way_back_of_an_inverse_scheduler_is_saved(tmp_path: Path) -> None:
+    up = KinvertScheduler.from_scheduler(diffusers.DDIMInverseScheduler(**SD, clip_sample=False))
+    latents = drive(up, noise(), 20)
+    down = up.back()
+    down.save_pretrained(tmp_path)
+    found = drive(KinvertScheduler.from_pretrained(tmp_path), latents, 20)
+    assert torch.equal(found, drive(down, latents, 20))
+    close(found, noise(), 0.5)  # DDIM inversion, approximately
+
+
 def test_a_pipeline_is_saved_with_its_scheduler(tmp_path: Path) -> None:
     pipe = pipelines.build("sdxl")
     pipe.scheduler = KinvertScheduler.from_scheduler(pipe.scheduler, "dpmpp_2m", True)
