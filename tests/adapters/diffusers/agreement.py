@@ -106,7 +106,7 @@ DPM = [
     *(sd("DPMSolverMultistepScheduler", n, final_sigmas_type="sigma_min") for n in (6, 20)),
     sd("DPMSolverMultistepScheduler", use_karras_sigmas=True),
     sd("DPMSolverMultistepScheduler", use_lu_lambdas=True),
-    sd("DPMSolverMultistepScheduler", thresholding=True),
+    sd("DPMSolverMultistepScheduler", thresholding=True, sample_max_value=3.0),
     *(sd("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=order) for order in (1, 2)),
     sd("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_type="heun"),
     *(sd("DPMSolverMultistepInverseScheduler", n, solver_order=o) for n, o in ((6, 1), (6, 2), (20, 2), (6, 3))),

@@ -69,7 +69,7 @@ def test_every_sampler_makes_what_the_engine_makes(space: str) -> None:
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "uni_pc", "rk4", "lms"])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "uni_pc", "rk4", "lms", "ddim_inverse"])
 def test_upwards_is_the_plan_on_the_rising_levels(space: str, name: str) -> None:
     scheduler = make(space, name, inverse=True)
     found = drive(scheduler, noise())
@@ -259,7 +259,7 @@ def test_image_to_image_begins_in_the_middle(family: str) -> None:
     schedulers = [pipe.scheduler]
     if not flow:
         schedulers += [
-            diffusers.DPMSolverMultistepScheduler(**SD),
+            diffusers.DPMSolverMultistepScheduler(**SD, final_sigmas_type="sigma_min"),
             diffusers.HeunDiscreteScheduler(**SD),
             diffusers.DDIMScheduler(**SD, clip_sample=False),
         ]
