@@ -52,21 +52,25 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(match["info"], text.count("\n", 0, match.start()) + 2, match["code"], output)
 
 
-def given(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the code of a page starts with: on the page on diffusers a small pipeline of each family, by its name."""
+def given(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the code of a page starts with: on the page on diffusers a small pipeline of each family, by its name.
+
+    The same pipelines are in the folder of the page, saved by their names, with a photo.
+    """
     if page != ROOT / "docs" / "diffusers.md":
         return {}
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(ROOT / "tests" / "adapters" / "diffusers")
     pipelines = importlib.import_module("pipelines")
+    importlib.import_module("saved").save(folder)
     made = {family: pipelines.build(family) for family in pipelines.CALLS}
     return made | {"pipe": pipelines.build("sd15"), "call": pipelines.CALLS["sd15"]}
 
 
 @pages
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = given(page, monkeypatch)
+    start = given(page, tmp_path, monkeypatch)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")

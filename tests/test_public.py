@@ -28,7 +28,8 @@ PUBLIC = {
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.adapters.diffusers": """
-        KinvertScheduler
+        Inverted KinvertScheduler PipelineDenoiser Unsampled decode denoiser encode extract_noise invert round_trip
+        unsample
     """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse

@@ -10,11 +10,45 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kinvert.adapters.diffusers.denoising import PipelineDenoiser as PipelineDenoiser
+    from kinvert.adapters.diffusers.denoising import denoiser as denoiser
+    from kinvert.adapters.diffusers.images import decode as decode
+    from kinvert.adapters.diffusers.images import encode as encode
+    from kinvert.adapters.diffusers.jobs import Inverted as Inverted
+    from kinvert.adapters.diffusers.jobs import Unsampled as Unsampled
+    from kinvert.adapters.diffusers.jobs import extract_noise as extract_noise
+    from kinvert.adapters.diffusers.jobs import invert as invert
+    from kinvert.adapters.diffusers.jobs import round_trip as round_trip
+    from kinvert.adapters.diffusers.jobs import unsample as unsample
     from kinvert.adapters.diffusers.scheduler import KinvertScheduler as KinvertScheduler
 
-__all__ = ["KinvertScheduler"]
+__all__ = [
+    "Inverted",
+    "KinvertScheduler",
+    "PipelineDenoiser",
+    "Unsampled",
+    "decode",
+    "denoiser",
+    "encode",
+    "extract_noise",
+    "invert",
+    "round_trip",
+    "unsample",
+]
 
-_HOMES = {"KinvertScheduler": "scheduler"}
+_HOMES = {
+    "Inverted": "jobs",
+    "KinvertScheduler": "scheduler",
+    "PipelineDenoiser": "denoising",
+    "Unsampled": "jobs",
+    "decode": "images",
+    "denoiser": "denoising",
+    "encode": "images",
+    "extract_noise": "jobs",
+    "invert": "jobs",
+    "round_trip": "jobs",
+    "unsample": "jobs",
+}
 """The module of each public name."""
 
 

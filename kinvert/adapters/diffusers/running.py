@@ -123,8 +123,12 @@ class PipelineRun:
         unit: float,
         every_step: bool,
     ) -> None:
-        if step and state is not None:
-            raise ValueError(f"begin_index: the state belongs to the first level, so a run cannot begin at step {step}")
+        if state is not None:
+            if step > min(course.starts.values()):  # the steps before that evaluate nothing
+                raise ValueError(
+                    f"begin_index: the state belongs to the first level, so a run cannot begin at step {step}"
+                )
+            step = 0
         self.course, self.prediction, self.pair, self.unit = course, prediction, pair, unit
         plan = course.tail(step)
         wide = torch.promote_types(sample.dtype, torch.float32)
