@@ -25,7 +25,7 @@ from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
 from kinvert.inversion.task import UNLIMITED, Task
 from kinvert.inversion.telling import warn_user
-from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
+from kinvert.inversion.verdict import ROWS, check_guidance, check_rows, rounding_note, tolerance
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
@@ -119,7 +119,9 @@ def invert(
     goal = tolerance(tol, x, network=network)
     limit = _limit(max_evals, plan)
     scales = step_cfg(cfg, schedule)
-    bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
+    guided = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x), coordinates=coordinates)
+    check_guidance(guided, x, plan.sigmas, "invert")
+    bound: BoundDenoiser = guided
     region = None
     if mask is not None:
         bound = masked = Masked(bound, mask, x, coordinates=coordinates)
