@@ -132,8 +132,7 @@ def extract_noise(
     normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas(plan.stage_levels, x)
-    state: Memory = {"x": states[0]}
-    noises, residuals, evaluations = list[Tensor](), list[Tensor](), 0
+    state, noises, residuals, evaluations = {"x": states[0]}, list[Tensor](), list[Tensor](), 0
     for step in _with_bar(plan, progress):
         target, tape = states[step.index + 1], _Tape(bound)
         stage_levels = levels[evaluations : evaluations + len(step.stages)]
