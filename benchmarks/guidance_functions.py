@@ -1,4 +1,4 @@
-"""Invert digits under each kind of guidance: how many come back, at which cost, and how much like noise their latents are.
+"""Invert digits under each kind of guidance: how many come back, the cost, and how much like noise their latents are.
 
     python benchmarks/guidance_functions.py            # 8 digits, some minutes on one core
 
