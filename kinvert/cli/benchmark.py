@@ -105,7 +105,10 @@ def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
         raise ValueError("--model needs --images FOLDER, the images to invert")
     from kinvert.adapters.diffusers.problem import entry_point  # here, because importing diffusers takes seconds
 
-    digest = sha256(b"".join(path.read_bytes() for path in image_files(given["images"]))).hexdigest()[:16]
+    files = image_files(given["images"])
+    if given["count"] > len(files):
+        raise ValueError(f"count must be at most {len(files)}, the images in {str(given['images'])!r}")
+    digest = sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
     call = {name: given[name] for name in ("prompt", "negative_prompt", "guidance_scale", "height", "width")}
     where = {"model": Path(model).resolve(), "images": given["images"].resolve(), "digest": digest}
     name = entry_point({**where, "device": given["device"], **call})

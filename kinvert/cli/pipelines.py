@@ -29,6 +29,7 @@ from kinvert.jobs import UnfinishedError
 from kinvert.jsontext import canonical_json
 from kinvert.levels import FlowTimes
 from kinvert.rules import Rule
+from kinvert.rules.names import unknown_schedule
 from kinvert.tensors import wide_dtype
 
 __all__ = ["Wish", "call_options", "invert_files", "is_directory", "sample", "unsample", "wish_of"]
@@ -91,6 +92,8 @@ class Wish:
         check_count("steps", self.steps)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("method", self.method, ("unsample", "invert", *METHODS))
+        if self.schedule is not None and self.schedule not in ki.SCHEDULES:
+            raise ValueError(unknown_schedule(self.schedule))
         _ = self.rule
 
     @property
@@ -112,6 +115,8 @@ class Opened:
 
     def denoiser(self, call: Mapping[str, Any], steps: int) -> Any:
         """Return the pipeline as a denoiser."""
+        if "prompt" in self._host.parameters_of(self.pipe) and "prompt" not in call:
+            raise ValueError("the model takes a prompt; give --prompt, which may be empty: --prompt ''")
         return self.kd.denoiser(self.pipe, num_inference_steps=steps, **call)
 
     def encode(self, path: Path, call: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any], tuple[int, int]]:
