@@ -293,7 +293,9 @@ def wish_of(model: str, given: Mapping[str, Any], options: Sequence[str]) -> Wis
 @click.option("--steps", type=int, default=30, help="Number of steps.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Floating point format of the networks.")
 def unsample(image: Path, model: str, out: Path, options: Sequence[str], **given: Any) -> None:
-    """Run a sampler from an IMAGE up to noise, by a model of diffusers in a directory.
+    """Run a sampler from an IMAGE up to noise.
+
+    The model is a pipeline of diffusers in a directory.
 
     The latent goes to OUT, with everything that `kinvert sample` needs to go back. It is approximate: `kinvert invert`
     is exact.
@@ -315,7 +317,9 @@ def unsample(image: Path, model: str, out: Path, options: Sequence[str], **given
 @click.option("--device", default="cpu", help="Where to compute, e.g. cuda.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Floating point format; by default that of the latent.")
 def sample(latent: Path, out: Path, model: str | None, device: str, dtype: str | None, **given: Any) -> None:
-    """Sample a LATENT of `kinvert unsample` or `kinvert invert` to an image.
+    """Sample a LATENT down to an image.
+
+    It is one that `kinvert unsample` or `kinvert invert` wrote.
 
     With the same prompt it is the image that the latent was made of, with another one an edit of it.
     """
