@@ -1,7 +1,8 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
 `<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`. The page
-of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code.
+of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code, the page on diffusers
+`<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -31,7 +32,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
     pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
-    for render in (*pages, versions, environments, layers, routes):
+    hosts = (agreement, diffusers_trips, diffusers_memory)
+    for render in (*pages, versions, environments, layers, routes, *hosts):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -318,6 +320,20 @@ def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> l
     return [found[0], found[1] + ends_above, spread, "-" if order is None else f"{order:.1f}"]
 
 
+def agreement() -> str:
+    """A line for each scheduler of diffusers and its options: the sampler that equals it, and how nearly."""
+    report = json.loads((RESULTS / "diffusers.json").read_text())
+    rows, reasons = [], list(dict.fromkeys(row["reason"] for row in report["rows"] if row["reason"]))
+    for row in report["rows"]:
+        note = f" ({reasons.index(row['reason']) + 1})" if row["reason"] else ""
+        cells = [f"`{row['scheduler']}`", row["options"], f"{row['pipeline']}, {row['steps']}", f"`{row['sampler']}`"]
+        rows.append([*cells, f"{row['difference']:.0e}{note}"])
+    head = ["diffusers", "options", "pipeline, steps", "kinvert", "difference"]
+    notes = "\n".join(f"{i}. {reason}." for i, reason in enumerate(reasons, 1))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{table(head, rows)}\n\n{notes}\n\n`{report['command']}`; {versions}, on a CPU."
+
+
 COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they
 read and write in units of x (passes), the same relative to one kernel for each input of the denoiser and each update,
 and tensors of x's size that are created; and reads of the device by the host in a run of 50 steps. *By hand* are loops
@@ -389,6 +405,36 @@ def environments() -> str:
     intro = f"{calls['calls']} calls in each dtype, of which {calls['refused']} are refused, with the same words."
     source = f"`python benchmarks/environments.py`; {named}, on a CPU."
     return "\n\n".join([intro, table(head, lines), *(["What differs:", "\n".join(notes)] if notes else []), source])
+
+
+def diffusers_trips() -> str:
+    """A line for each way up in a pipeline of diffusers."""
+    report = json.loads((RESULTS / "diffusers_inversion.json").read_text())
+    rows = []
+    for row in report["round_trips"]:
+        done = "-" if row["converged"] is None else f"{row['converged']} of {row['images']}"
+        rows.append([f"{row['cfg']:g}", str(row["steps"]), f"`{row['method']}`", f"{row['median']:.1e}"])
+        rows[-1] += [f"{row['worst']:.1e}", f"{row['psnr']:.1f}", f"{row['evaluations']:.0f}", done]
+    head = ["cfg", "steps", "way up", "error, median", "worst", "PSNR (dB)", "evaluations", "converged"]
+    return "\n\n".join([table(head, rows), f"Error in parts of the size of the image. {_host_source(report)}"])
+
+
+def diffusers_memory() -> str:
+    """A line for each sampler: the memory of an inversion, in latents."""
+    report = json.loads((RESULTS / "diffusers_inversion.json").read_text())
+    found = {(row["sampler"], row["steps"]): row for row in report["memory"]}
+    steps = sorted({n for _, n in found})
+    head = ["sampler", *(f"{n} steps: latents" for n in steps), *(f"{n} steps: evaluations" for n in steps)]
+    rows = []
+    for name in dict.fromkeys(sampler for sampler, _ in found):
+        cells = [f"{found[name, n]['latents']:.0f}" for n in steps]
+        rows.append([f"`{name}`", *cells, *(str(found[name, n]["evaluations"]) for n in steps)])
+    return "\n\n".join([table(head, rows), _host_source(report)])
+
+
+def _host_source(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"`python benchmarks/diffusers_inversion.py`; {versions}, on a CPU."
 
 
 def layers() -> str:

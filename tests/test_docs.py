@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -51,11 +52,29 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(match["info"], text.count("\n", 0, match.start()) + 2, match["code"], output)
 
 
+def given(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the code of a page starts with: on the page on diffusers a small pipeline of each family, by its name.
+
+    The same pipelines are in the folder of the page, saved by their names, with a photo.
+    """
+    if page != ROOT / "docs" / "diffusers.md":
+        return {}
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "adapters" / "diffusers")
+    pipelines = importlib.import_module("pipelines")
+    importlib.import_module("saved").save(folder)
+    made = {family: pipelines.build(family) for family in pipelines.CALLS}
+    return made | {"pipe": pipelines.build("sd15"), "call": pipelines.CALLS["sd15"]}
+
+
 @pages
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = given(page, tmp_path, monkeypatch)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
+    vars(module).update(start)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     registries: list[dict[str, Any]] = [ki.SAMPLERS, METHODS, BASELINES, *(route.methods for route in ROUTES)]
     registered = [dict(registry) for registry in registries]
@@ -158,6 +177,14 @@ def test_the_table_of_baselines_is_what_was_measured() -> None:
     for row in json.loads((ROOT / "benchmarks" / "results" / "baselines.json").read_text())["rows"]:
         line = next(line for line in text.splitlines()[::-1] if line.startswith(f"| `{row['baseline']}` |"))
         assert f" {row['median_error']:.1e} " in line
+
+
+def test_the_table_of_diffusers_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "diffusers.md").read_text())
+    assert "<!--" not in text
+    for row in json.loads((ROOT / "benchmarks" / "results" / "diffusers.json").read_text())["rows"]:
+        assert f"| `{row['scheduler']}` | {row['options']} | {row['pipeline']}, {row['steps']} |" in text
+        assert (row["difference"] > 1e-5) <= bool(row["reason"])
 
 
 def test_the_table_of_flow_samplers_is_what_was_measured() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -25,6 +26,10 @@ PUBLIC = {
         SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Stepwise __version__ analysis
         compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels metrics models noise
         round_trip rules run sample sampler schedule schedules stepwise unsample
+    """,
+    "kinvert.adapters.diffusers": """
+        Inverted KinvertScheduler PipelineDenoiser Unsampled decode denoiser encode extract_noise invert round_trip
+        unsample
     """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
@@ -96,11 +101,15 @@ PUBLIC = {
 }  # fmt: skip
 
 
+EXTRAS = [f"kinvert.adapters.{name}" for name in ("diffusers",) if importlib.util.find_spec(name) is None]
+"""Adapters of programs that are not installed."""
+
+
 def modules() -> Iterator[tuple[str, bool]]:
     """All modules by name, and whether each is a package."""
     yield "kinvert", True
     for module in pkgutil.walk_packages(ki.__path__, "kinvert."):
-        if not module.name.endswith(".__main__"):
+        if not module.name.endswith(".__main__") and not module.name.startswith(tuple(EXTRAS)):
             yield module.name, module.ispkg
 
 

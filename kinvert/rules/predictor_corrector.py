@@ -38,8 +38,8 @@ class UniPC(Rule):
     The orders of the steps are 1, 2, 3, 3, ..., 3, 2, 1, or with `lower_order_final=False` 1, 2, 3, 3, ..., 3. The last
     step is not corrected. The default of diffusers is `order=2` with "bh2". A schedule of a single step evaluates
     nothing: `x' = x sqrt((1 + sigma_next^2) / (1 + sigma^2))`. A final sigma = 0 is replaced by 0.001, so the result is
-    at 0.001. With `at_zero="denoised"` the step to 0 returns the last denoised image, as diffusers has it. One evaluation
-    a step, remembers the base and `order` denoised images. The low orders at both ends cap the published order 3 at 2.
+    at 0.001. With `at_zero="denoised"` the step to 0 returns the last denoised image, as in diffusers. One evaluation a
+    step, remembers the base and `order` denoised images. The low orders at both ends cap the published order 3 at 2.
 
     Source: Zhao et al., UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (2023),
     arXiv 2302.04867.

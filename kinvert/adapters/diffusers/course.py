@@ -23,9 +23,20 @@ from kinvert.levels import FlowTimes
 from kinvert.moments import check_flow_spread
 from kinvert.plan import Plan, compile_auxiliary, compile_plan
 from kinvert.ready import Ready, uses_evaluations
-from kinvert.rules import DEIS, DDIMInverse, DPMAdaptive, DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, Flow, Rule
+from kinvert.rules import (
+    DEIS,
+    SAMPLERS,
+    DDIMInverse,
+    DPMAdaptive,
+    DPMpp2M,
+    DPMpp2MSDE,
+    DPMpp3MSDE,
+    Flow,
+    Rule,
+    sampler,
+)
 
-__all__ = ["Course", "check_sampler", "course_for"]
+__all__ = ["Course", "check_sampler", "course_for", "saved_options"]
 
 # The first level of a run upwards, in place of 0: as `unsample` has it, or a tenth of the next level.
 OFFSET = 1e-4
@@ -64,12 +75,12 @@ class Course:
     @cached_property
     def starts(self) -> dict[int, int]:
         """The number of each evaluation that begins a step, and the number of the step."""
-        starts, count = {}, 0
+        starts: dict[int, int] = {}
+        count = 0
         for i, step in enumerate(self.plan.steps):
-            if step.stages:
-                starts[count] = i
+            starts.setdefault(count, i)  # a step without evaluations goes before the next
             count += len(step.stages)
-        return starts
+        return {k: i for k, i in starts.items() if k < count}
 
     @cached_property
     def order(self) -> int:
@@ -173,7 +184,17 @@ def check_sampler(rule: Rule, pair: bool) -> None:
         )
 
 
-def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, started: bool) -> Course:
+def saved_options(rule: Rule) -> dict[str, Any] | None:
+    """Return the plain options that make a rule by its name, or None if they do not."""
+    if rule.name not in SAMPLERS:
+        return None
+    defaults = SAMPLERS[rule.name].options
+    options = {name: value for name, value in rule.options.items() if value != defaults[name]}
+    is_plain = all(isinstance(value, (bool, int, float, str)) for value in options.values())
+    return options if is_plain and sampler(rule.name, **options) == rule else None
+
+
+def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, started: bool, own: bool) -> Course:
     """Compile a sampler for the levels of a scheduler.
 
     Args:
@@ -182,6 +203,7 @@ def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, star
         up: run from the image to the noise.
         above_zero: leave out a last step to 0, as a reversible sampler always does upwards.
         started: the auxiliary state is given; the run takes it up.
+        own: the sampler is the scheduler's own method, which the user has chosen already.
 
     Raises:
         ValueError: a sampler that cannot make this run.
@@ -203,7 +225,7 @@ def course_for(rule: Rule, table: Timetable, *, up: bool, above_zero: bool, star
         plan = _upwards(rule, levels, down, table)
     elif not uses_evaluations(plan):
         Ready(plan.rule, plan.sigmas, plan).refuse_idle(plan)
-    if table.space == "flow" and undone is None:
+    if table.space == "flow" and undone is None and not started and not own:
         check_flow_spread(plan, "flow")
     course = Course(table, plan, undone, _marked(levels, table))
     _check_first(course, started)

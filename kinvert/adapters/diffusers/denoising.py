@@ -124,7 +124,8 @@ def denoiser(pipe: Any, *, num_inference_steps: int = 50, **call: Any) -> Pipeli
 
     Args:
         pipe: a pipeline of diffusers from text or nothing to an image, a video or a sound. Its call must take
-            `latents=`; a pipeline of a U-Net alone, such as `DDPMPipeline`, has its network called by itself.
+            `latents=`; a pipeline of a U-Net alone, such as `DDPMPipeline`, has its network called by itself, and
+            `call` holds what that takes, such as `class_labels`.
         num_inference_steps: the number of steps that `sigmas` are for.
         call: what the pipeline's call takes, as you would call it: `prompt`, `negative_prompt`, `guidance_scale`,
             `height`, `width`, ... A list of prompts has one for each row of the batch; a single prompt is that of all.
@@ -156,8 +157,8 @@ def checked_call(pipe: Any, call: Mapping[str, Any], others: Sequence[str] = ())
 
     `others` are names that the caller takes itself, which the message offers too.
     """
-    parameters = host.parameters_of(pipe)
-    known = [name for name in parameters if name not in ("self", "kwargs", *FIXED)]
+    taken = host.parameters_of(pipe) if host.takes_latents(pipe) else host.parameters_of_network(pipe)
+    known = [name for name in taken if name not in ("self", "kwargs", *FIXED)]
     for name in call:
         if name in FIXED:
             raise TypeError(f"{name} is not for an evaluation of the pipeline, which sets it itself; leave it out")

@@ -1,8 +1,8 @@
 r"""A pipeline as a network: one evaluation is one call of the pipeline, with a scheduler of one timestep.
 
 So the prompt, the guidance, the embeddings of sizes and the packing are the pipeline's own, and what is inverted is
-what the pipeline does. The call is made on a shallow copy of the pipeline, which has its own scheduler: the user's pipeline
-stays as it is, in another thread and after an exception too.
+what the pipeline does. The call is made on a shallow copy of the pipeline, which has its own scheduler: the user's
+pipeline stays as it is, in another thread and after an exception too.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ Of the user's scheduler:
 | `alphas_cumprod`, `final_alpha_cumprod`, `initial_alpha_cumprod` | the levels of all others |
 | `init_noise_sigma` | what the pipeline multiplies unit noise by |
 | `config` | the options: prediction type, spacing, order, clipping |
+| `tau_func(t)` | the noise of SA-Solver |
 | `add_noise(x, noise, timesteps)` | noise for timesteps that are not of the run |
 | `from_config(config)` | builds it again from what was saved |
 | those of `SHARED` | read by some pipelines, handed on as they are |
@@ -46,7 +47,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,12 +89,14 @@ __all__ = [
     "is_video",
     "loaded",
     "network_dtype",
+    "noise_scales",
     "numbers",
     "option",
     "options_of",
     "overflows",
     "packs",
     "parameters_of",
+    "parameters_of_network",
     "randn_tensor",
     "scaling_of",
     "takes_latents",
@@ -159,6 +162,11 @@ def final_alphas(scheduler: Any) -> float:
     return 1.0
 
 
+def noise_scales(scheduler: Any, timesteps: Iterable[float]) -> list[float]:
+    """Return SA-Solver's noise scale tau at timesteps."""
+    return [float(scheduler.tau_func(t)) for t in timesteps]
+
+
 def first_noise(scheduler: Any) -> float:
     """Return what the pipeline multiplies unit noise by; 1 for the schedulers of flow models, which have none."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -168,6 +176,11 @@ def first_noise(scheduler: Any) -> float:
 def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's call."""
     return inspect.signature(type(pipe).__call__).parameters
+
+
+def parameters_of_network(pipe: Any) -> list[str]:
+    """Return what the network of a pipeline without latents takes beside the image and the timestep."""
+    return list(inspect.signature(unconditional(pipe).forward).parameters)[2:]
 
 
 def takes_latents(pipe: Any) -> bool:
@@ -222,9 +235,12 @@ def network_dtype(pipe: Any) -> torch.dtype:
 
 
 def device_of(pipe: Any) -> torch.device:
-    """Return the device that a pipeline runs on, with offloading too."""
-    found: torch.device = getattr(pipe, "_execution_device", None) or pipe.device
-    return found
+    """Return the device that a pipeline runs on, with offloading too; that of its parameters if it does not say."""
+    for name in ("_execution_device", "device"):
+        if isinstance(found := getattr(pipe, name, None), torch.device):
+            return found
+    parameters = (parameter for part in _modules(pipe).values() for parameter in part.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 # -- the autoencoder --------------------------------------------------------------------------------------------------

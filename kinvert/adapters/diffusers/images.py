@@ -177,8 +177,8 @@ def _affine(vae: Any, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
     mean, std, shift, factor = host.scaling_of(vae)
     if mean is not None and shift is not None:
         raise ValueError(
-            f"the VAE has latents_mean and a shift_factor, {shift:g}, and only one of them can be subtracted; encode and "
-            "decode with the pipeline's own methods"
+            f"the VAE has latents_mean and a shift_factor, {shift:g}, and only one of them can be subtracted; encode "
+            "and decode with the pipeline's own methods"
         )
     return each(mean if mean is not None else shift or 0.0), factor / each(1.0 if std is None else std)
 

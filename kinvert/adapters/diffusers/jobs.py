@@ -30,6 +30,10 @@ from kinvert.sampling import offset_for
 __all__ = ["Inverted", "Unsampled", "extract_noise", "invert", "round_trip", "unsample"]
 
 
+MADE = ("denoiser", "x", "sigmas", "sampler")
+"""Arguments of a verb that a job makes itself."""
+
+
 class Inverted(NamedTuple):
     """What `invert` and `extract_noise` return.
 
@@ -148,8 +152,8 @@ def unsample(
         The latents, and the scheduler for the way down.
 
     Raises:
-        TypeError, ValueError: as `denoiser` and `ki.unsample`; `end_at_step` and `normalize`, whose latents belong to no
-            run of the pipeline.
+        TypeError, ValueError: as `denoiser` and `ki.unsample`; `end_at_step` and `normalize`, whose latents belong
+            to no run of the pipeline.
     """
     for name in ("end_at_step", "normalize", "sigma_offset"):
         if name in call:
@@ -220,7 +224,9 @@ class _Job:
     ) -> _Job:
         """Sort the arguments into those of the verb and those of the pipeline, and see what the pipeline would do."""
         steps = check_integer("num_inference_steps", steps)
-        own = [name for name in inspect.signature(verb).parameters if name not in ("denoiser", "x", "sigmas", "sampler")]
+        own = [
+            name for name in inspect.signature(verb).parameters if name not in ("denoiser", "x", "sigmas", "sampler")
+        ]
         rows = checked_call(pipe, {name: value for name, value in given.items() if name not in own}, own)
         scheduler = KinvertScheduler.from_scheduler(pipe.scheduler, sampler)
         network = PipelineNetwork(pipe, rows, steps)

@@ -11,11 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import kinvert as ki
-from kinvert.adapters.diffusers.host import class_name, option
+from kinvert.adapters.diffusers.host import class_name, noise_scales, option
 from kinvert.adapters.diffusers.timetable import Timetable, space_of
-from kinvert.rules import Flow, Rule
+from kinvert.rules import Flow, Rule, SASolver
 
-__all__ = ["own_rule", "sa_interval", "uses_pair"]
+__all__ = ["draws_every_step", "on_levels", "own_rule", "uses_pair"]
+
+
+NO_LENGTH = "karras, exponential, beta or flow sigmas, whose last step has no length"
 
 
 def own_rule(scheduler: Any) -> Rule:
@@ -48,19 +51,35 @@ def uses_pair(scheduler: Any) -> bool:
     )
 
 
-def sa_interval(rule: Rule, table: Timetable) -> Rule:
-    """Return SA-Solver with noise in the steps that start at timesteps 800 to 200, as diffusers has it by default."""
+def on_levels(rule: Rule, scheduler: Any, table: Timetable) -> Rule:
+    """Return a scheduler's own rule for the levels of a run: SA-Solver has noise in the steps that its tau_func names.
+
+    Raises:
+        ValueError: a tau_func that is not one number in some steps next to each other and 0 in all others.
+    """
     if isinstance(rule, Flow):
-        return replace(rule, rule=sa_interval(rule.rule, table))
-    if not isinstance(rule, ki.rules.SASolver):
+        return replace(rule, rule=on_levels(rule.rule, scheduler, table))
+    if not isinstance(rule, SASolver):
         return rule
-    ends = [end for (_, t), end in zip(table.known, table.levels[1:], strict=False) if 200 <= t <= 800]
-    if not ends:
+    taus = [float(tau) for tau in noise_scales(scheduler, [t for _, t in table.known])]
+    inside = [i for i, tau in enumerate(taus) if tau]
+    if not inside:
         return replace(rule, eta=0.0)
-    if table.space == "flow":
-        ends = [t / (1.0 - t) for t in ends]
+    first, last = inside[0], inside[-1]
+    if len({*taus[first : last + 1]}) > 1:
+        raise ValueError(
+            "SASolverScheduler: kinvert's SA-Solver has one noise scale in steps next to each other, and tau_func "
+            f"gives {', '.join(f'{tau:g}' for tau in taus)}; name a sampler"
+        )
+    ends = table.levels[first + 1], table.levels[last + 1]
+    start, end = (t / (1.0 - t) for t in ends) if table.space == "flow" else ends
     # The ends are compared with levels that may be rounded.
-    return replace(rule, sde_start=max(ends) * (1 + 1e-9), sde_end=min(ends) * (1 - 1e-9))
+    return replace(rule, eta=taus[first], sde_start=start * (1 + 1e-9), sde_end=end * (1 - 1e-9))
+
+
+def draws_every_step(scheduler: Any) -> bool:
+    """Tell whether a scheduler draws noise in each step, whether it uses it or not."""
+    return class_name(scheduler) == "SASolverScheduler"
 
 
 def _ddim(scheduler: Any) -> Rule:
@@ -70,6 +89,8 @@ def _ddim(scheduler: Any) -> Rule:
 def _ddim_inverse(scheduler: Any) -> Rule | str:
     if option(scheduler, "clip_sample"):
         return " with clip_sample=True, which keeps the noise of the unclipped image"
+    if option(scheduler, "prediction_type") != "epsilon":
+        return " with another prediction than epsilon, which it reads at the level below that of the timestep"
     return ki.sampler("ddim_inverse")
 
 
@@ -97,6 +118,8 @@ def _dpm(scheduler: Any) -> Rule | str:
         rule = ki.sampler("euler_ancestral" if eta else "euler")
     elif order == 2 and not eta and solver == "midpoint":
         rule = ki.sampler("dpmpp_2m", lower_order_final=lower)
+    elif order == 3 and eta:
+        return " with noise and solver_order=3, where the weight of the second difference does not vanish with the step"
     else:
         name = "dpmpp_2m_sde" if order == 2 else "dpmpp_3m_sde"
         rule = ki.sampler(name, eta=eta, solver_type=solver, lower_order_final=lower)
@@ -110,6 +133,10 @@ def _unipc(scheduler: Any) -> Rule | str:
         return " with disable_corrector or solver_p"
     lower, order = bool(option(scheduler, "lower_order_final")), option(scheduler, "solver_order")
     zero = option(scheduler, "final_sigmas_type") == "zero"
+    if not zero and any(option(scheduler, f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta", "flow")):
+        return (
+            " with final_sigmas_type='sigma_min' and these sigmas, whose last step has no length but corrects the state"
+        )
     if zero and not lower:
         return " with lower_order_final=False and a last level of 0"
     variant = option(scheduler, "solver_type")
@@ -119,8 +146,12 @@ def _unipc(scheduler: Any) -> Rule | str:
     return _in_log_snr(scheduler, rule)
 
 
-def _deis(scheduler: Any) -> Rule:
+def _deis(scheduler: Any) -> Rule | str:
     order, lower = option(scheduler, "solver_order"), bool(option(scheduler, "lower_order_final"))
+    if _repeats_last(scheduler):  # the step of order 1 has no length and is left out
+        if order > 2 and lower:
+            return f" of order 3 with {NO_LENGTH}"
+        lower = False
     rule = ki.sampler("deis", max_order=order, variable="log_sigma", lower_order_final=lower)
     return _in_log_snr(scheduler, rule)
 
@@ -128,8 +159,8 @@ def _deis(scheduler: Any) -> Rule:
 def _sa(scheduler: Any) -> Rule | str:
     if option(scheduler, "algorithm_type") != "data_prediction":
         return f" with algorithm_type={option(scheduler, 'algorithm_type')!r}"
-    if option(scheduler, "tau_func") is not None:
-        return " with a tau_func of its own"
+    if _repeats_last(scheduler):
+        return f" with {NO_LENGTH} but corrects the state"
     rule = ki.sampler(
         "sa_solver",
         predictor_order=option(scheduler, "predictor_order"),
@@ -138,6 +169,11 @@ def _sa(scheduler: Any) -> Rule | str:
         simple_order_2=True,
     )
     return _in_log_snr(scheduler, rule)
+
+
+def _repeats_last(scheduler: Any) -> bool:
+    """Tell whether the last level of DEIS or SA-Solver is there twice."""
+    return any(option(scheduler, f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta", "flow"))
 
 
 def _in_log_snr(scheduler: Any, rule: Rule) -> Rule:

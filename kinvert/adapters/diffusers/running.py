@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,28 +19,43 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert.adapters.diffusers.course import Course
-from kinvert.adapters.diffusers.host import randn_tensor
+from kinvert.adapters.diffusers.host import BaseOutput, randn_tensor
 from kinvert.adapters.diffusers.predictions import Prediction
 from kinvert.forms import State
 from kinvert.noise import Noise, NoiseFunction, bind
 from kinvert.plan import Interval, Plan
 
-__all__ = ["GeneratorNoise", "PipelineRun", "noise_source"]
+__all__ = ["GeneratorNoise", "PipelineRun", "SchedulerOutput", "is_entry", "noise_source", "number_of"]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # A difference from the latents that belong to a state, in parts of their size, that is rounding and not another image.
 ROUNDING = 0.02
 
 
+@dataclass
+class SchedulerOutput(BaseOutput):
+    """What `KinvertScheduler.step` returns.
+
+    Attributes:
+        prev_sample: the latents of the next evaluation, or the result.
+        pred_original_sample: the denoised image.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
 class GeneratorNoise:
     """Noise from the `generator` that a pipeline hands to `step`, in the order in which diffusers draws it.
 
     Samplers whose steps draw for overlapping intervals get the increments of a Brownian path, with a seed drawn from
-    the generator.
+    the generator. With `every_step` a noise is drawn and left in each step that needs none.
     """
 
-    def __init__(self, plan: Plan, like: Tensor) -> None:
+    def __init__(self, plan: Plan, like: Tensor, every_step: bool = False) -> None:
         self.plan, self.like = plan, like
+        self._left = {step.noises[0]: _idle_before(plan, step.index) for step in plan.steps if step.noises}
+        self._every_step = every_step
         self.generator: Generators = None
         self._path: NoiseFunction | None = None
         self._is_path = _overlap([interval for step in plan.steps for interval in step.noises])
@@ -47,26 +63,31 @@ class GeneratorNoise:
     def __call__(self, sigma_from: float, sigma_to: float) -> Tensor:
         """Return the noise of an interval."""
         if not self._is_path:
-            generator = list(self.generator) if isinstance(self.generator, Sequence) else self.generator
-            drawn: Tensor = randn_tensor(
-                self.like.shape, generator=generator, device=self.like.device, dtype=self.like.dtype
-            )
-            return drawn
+            for _ in range(self._left.get(Interval(sigma_from, sigma_to), 0) if self._every_step else 0):
+                self._draw()
+            return self._draw()
         if self._path is None:
             given = self.generator
             seeds = [_seed(one) for one in given] if isinstance(given, Sequence) else _seed(given)
             self._path = bind(ki.noise.brownian(seeds), self.like, self.plan.noise_levels)
         return self._path(sigma_from, sigma_to)
 
+    def _draw(self) -> Tensor:
+        """Draw unit noise."""
+        generator = list(self.generator) if isinstance(self.generator, Sequence) else self.generator
+        like = self.like
+        drawn: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return drawn
 
-def noise_source(plan: Plan, like: Tensor, noises: Sequence[Tensor]) -> Noise | None:
+
+def noise_source(plan: Plan, like: Tensor, noises: Sequence[Tensor], every_step: bool) -> Noise | None:
     """Return the noise of a run: given tensors, or those of the pipeline's generator; None if it draws none.
 
     Raises:
         ValueError: another number of tensors than the run draws.
     """
     if not noises:
-        return GeneratorNoise(plan, like) if plan.is_stochastic else None
+        return GeneratorNoise(plan, like, every_step) if plan.is_stochastic else None
     if len(noises) != plan.draws:
         raise ValueError(f"noises: {plan.rule.name} draws {plan.draws} on this schedule, got {len(noises)}")
     return ki.noise.replay(noises)
@@ -84,6 +105,7 @@ class PipelineRun:
         state: the state that the run begins with, by name; None takes `sample`.
         noises: the noises to draw; none for those of the generator.
         generator: the pipeline's.
+        every_step: draw in each step, as the scheduler itself does.
         unit: what the pipeline will multiply the result of a run upwards by.
     """
 
@@ -99,15 +121,20 @@ class PipelineRun:
         noises: Sequence[Tensor],
         generator: Generators,
         unit: float,
+        every_step: bool,
     ) -> None:
-        if step and state is not None:
-            raise ValueError(f"begin_index: the state belongs to the first level, so a run cannot begin at step {step}")
+        if state is not None:
+            if step > min(course.starts.values()):  # the steps before that evaluate nothing
+                raise ValueError(
+                    f"begin_index: the state belongs to the first level, so a run cannot begin at step {step}"
+                )
+            step = 0
         self.course, self.prediction, self.pair, self.unit = course, prediction, pair, unit
         plan = course.tail(step)
         wide = torch.promote_types(sample.dtype, torch.float32)
         x = sample.to(wide) * course.table.to_x(plan.sigmas[0])
         begin = x if state is None else {name: value.to(x) for name, value in state.items()}
-        self.noise = noise_source(plan, x, noises)
+        self.noise = noise_source(plan, x, noises, every_step)
         self._listen(generator)
         self.run = ki.stepwise(plan, begin, self.noise)
         self._handed = sample.clone() if state is None else self._latents(sample)
@@ -163,11 +190,15 @@ class PipelineRun:
         run = self.run
         if run.stage:
             return
-        scale = run.plan.steps[run.step].stages[0].input.terms.get(State("x"), 0.0)
+        step = run.plan.steps[run.step]
+        x = run.values["x"]
+        scale = step.stages[0].input.terms.get(State("x"), 0.0)
         try:
             if scale == 0:
-                raise ValueError(f"step {run.step} of {run.plan.rule.name} does not show x to the network")
-            run.replace(run.values["x"] + moved / scale)
+                raise ValueError(f"step {step.index} of {run.plan.rule.name} does not show x to the network")
+            moved = moved / scale
+            bases = {} if State("x") in step.x.terms else _bases(run.plan, step.index)
+            run.replace(x + moved, **{name: run.values[name] + moved / c for name, c in bases.items()})
         except ValueError as error:
             if bool(moved.any()):
                 raise ValueError(
@@ -196,10 +227,41 @@ class PipelineRun:
         self._handed = sample.clone()
 
 
+def number_of(timestep: Any) -> float:
+    """Return a timestep as a float; of a tensor with one for each sample, the first."""
+    return float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def is_entry(timestep: Any, timesteps: Tensor, k: int) -> bool:
+    """Tell whether a timestep is entry k of the tensor itself; this reads nothing from a device."""
+    return isinstance(timestep, Tensor) and timestep.data_ptr() == timesteps[k].data_ptr()
+
+
 def _seed(generator: torch.Generator | None) -> int:
     """Draw a seed."""
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+def _bases(plan: Plan, index: int) -> dict[str, float]:
+    """Return what a sampler with a corrector goes on from, in place of x, before a step: x is a factor times it and
+    denoised images.
+    """
+    before = plan.steps[index - 1]
+    rows = {name: row for name, row in before.memory if name == "base"} if index else {}
+    found = {}
+    for name, row in rows.items():
+        symbol = next(symbol for symbol, _ in row if symbol.kind == "state")
+        found[name] = before.x.terms[symbol] / row.terms[symbol]
+    return found
+
+
+def _idle_before(plan: Plan, index: int) -> int:
+    """Return how many steps right before a step draw nothing."""
+    idle = 0
+    while index > idle and not plan.steps[index - idle - 1].noises:
+        idle += 1
+    return idle
 
 
 def _overlap(intervals: list[Interval]) -> bool:

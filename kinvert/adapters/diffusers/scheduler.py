@@ -5,46 +5,31 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adapters.diffusers.course import Course, check_sampler, course_for
+from kinvert.adapters.diffusers.course import Course, check_sampler, course_for, saved_options
 from kinvert.adapters.diffusers.host import (
     SHARED,
-    BaseOutput,
     ConfigMixin,
     SchedulerMixin,
     built,
     class_name,
     first_noise,
 )
-from kinvert.adapters.diffusers.own import own_rule, sa_interval, uses_pair
+from kinvert.adapters.diffusers.own import draws_every_step, on_levels, own_rule, uses_pair
 from kinvert.adapters.diffusers.predictions import read_prediction
-from kinvert.adapters.diffusers.running import Generators, PipelineRun
+from kinvert.adapters.diffusers.running import Generators, PipelineRun, SchedulerOutput, is_entry, number_of
 from kinvert.adapters.diffusers.timetable import KNOWN, check_known, read_timetable
-from kinvert.rules import SAMPLERS, Rule
+from kinvert.rules import Rule
 
-__all__ = ["KinvertScheduler", "SchedulerOutput"]
+__all__ = ["KinvertScheduler"]
 
 SAVED = "kinvert"
 """The key of the config that says how this scheduler was made; the others are those of the user's scheduler."""
-
-
-@dataclass
-class SchedulerOutput(BaseOutput):
-    """What `KinvertScheduler.step` returns.
-
-    Attributes:
-        prev_sample: the latents of the next evaluation, or the result.
-        pred_original_sample: the denoised image.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
 
 
 class KinvertScheduler(SchedulerMixin, ConfigMixin):
@@ -202,6 +187,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
         timestep: Any,
         sample: Tensor,
         eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
@@ -212,6 +198,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             timestep: of the evaluation, as in `timesteps`.
             sample: the latents that the pipeline holds.
             eta: must be 0; it is an option of the sampler here.
+            use_clipped_model_output: must not be true; the sampler 'euler' is what it asks for.
             generator: of the noise of stochastic samplers, one or one for each sample.
             return_dict: return a `SchedulerOutput`, not a tuple.
 
@@ -220,7 +207,11 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
                 sampler cannot take that up.
         """
         if eta:
-            raise ValueError(f"eta={eta:g}: give it to the sampler, KinvertScheduler.from_scheduler(..., eta={eta:g})")
+            raise ValueError(
+                f"eta={eta:g}: give it to the sampler, from_scheduler(scheduler, 'euler_ancestral', eta={eta:g})"
+            )
+        if use_clipped_model_output:
+            raise ValueError("use_clipped_model_output: leave it out, and use from_scheduler(scheduler, 'euler')")
         course, k = self._course_now(), self._expected(timestep)
         if self._run is None:
             self._first = k
@@ -233,6 +224,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
                 state=self._state,
                 noises=self._noises,
                 generator=generator,
+                every_step=self._own and draws_every_step(self._base),
                 unit=first_noise(self._base) if self._inverse else 1.0,
             )
         latents, denoised = self._run.receive(model_output, sample, generator)
@@ -306,7 +298,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
         """Return the number of the evaluation that begins a step at a timestep."""
-        return self._course_now().begin_at(_number(timestep))
+        return self._course_now().begin_at(number_of(timestep))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return noisy latents at timesteps, in the space of the user's scheduler.
@@ -378,9 +370,14 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
     def _compile(self) -> None:
         """Compile the sampler for the levels that the user's scheduler has now."""
         table = read_timetable(self._base)
-        rule = sa_interval(self._rule, table) if self._own else self._rule
+        rule = on_levels(self._rule, self._base, table) if self._own else self._rule
         self._course = course_for(
-            rule, table, up=self._inverse, above_zero=self._above_zero, started=self._state is not None
+            rule,
+            table,
+            up=self._inverse,
+            above_zero=self._above_zero,
+            started=self._state is not None,
+            own=self._own,
         )
 
     def _expected(self, timestep: Any) -> int:
@@ -398,9 +395,9 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             k = self._first + self._run.run.evaluations
         if k >= len(course.levels):
             raise ValueError("timestep: the run is over; call set_timesteps before the next one")
-        if timestep is None or _is_entry(timestep, self.timesteps, k):
+        if timestep is None or is_entry(timestep, self.timesteps, k):
             return k
-        given, wanted = _number(timestep), course.timesteps[k]
+        given, wanted = number_of(timestep), course.timesteps[k]
         if not math.isclose(given, wanted, rel_tol=1e-6, abs_tol=1e-6):
             raise ValueError(
                 f"timestep: evaluation {k} of {len(course.levels)} is at {wanted:g}, got {given:g}; a pipeline has to "
@@ -413,7 +410,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
         how = {
             "scheduler": class_name(self._base),
             "sampler": None if self._own else self._rule.name,
-            "options": {} if self._own else _plain(self._rule),
+            "options": {} if self._own else saved_options(self._rule),
             "inverse": self._inverse,
             "above_zero": self._above_zero,
         }
@@ -427,23 +424,3 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
-
-
-def _plain(rule: Rule) -> dict[str, Any] | None:
-    """Return the options that make a rule by its name, or None if they do not."""
-    if rule.name not in SAMPLERS:
-        return None
-    defaults = SAMPLERS[rule.name].options
-    options = {name: value for name, value in rule.options.items() if value != defaults[name]}
-    is_plain = all(isinstance(value, (bool, int, float, str)) for value in options.values())
-    return options if is_plain and ki.sampler(rule.name, **options) == rule else None
-
-
-def _number(timestep: Any) -> float:
-    """Return a timestep as a float; of a tensor with one for each sample, the first."""
-    return float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-
-
-def _is_entry(timestep: Any, timesteps: Tensor, k: int) -> bool:
-    """Tell whether a timestep is entry k of the tensor itself; this reads nothing from a device."""
-    return isinstance(timestep, Tensor) and timestep.data_ptr() == timesteps[k].data_ptr()

@@ -69,7 +69,9 @@ def test_sampling_with_the_denoiser_is_a_run_of_the_pipeline(name: str) -> None:
     assert vars(pipe) == before
     call = {name: [value] * 2 if "prompt" in name else value for name, value in CALLS[family].items()}
     wanted = latents_of(pipe, family, STEPS, latents=noise, **call)
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < (2e-4 if name == "zero snr" else 2e-5)  # sigma starts at 4096
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < (
+        2e-4 if name == "zero snr" else 2e-5
+    )  # sigma starts at 4096
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -138,7 +140,11 @@ def test_a_network_of_another_precision_is_called_in_its_own(dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("family", "x", "message"),
     [
-        ("sd15", torch.zeros(1, 4, 16, 16), r"StableDiffusionPipeline gives .*\(batch, 4, 8, 8\), got \(1, 4, 16, 16\)"),
+        (
+            "sd15",
+            torch.zeros(1, 4, 16, 16),
+            r"StableDiffusionPipeline gives .*\(batch, 4, 8, 8\), got \(1, 4, 16, 16\)",
+        ),
         ("flux", torch.zeros(1, 4, 8, 8), r"FluxPipeline gives .*\(batch, 16, 16\)"),
         ("wan", torch.zeros(1, 4, 1, 4, 4), r"WanPipeline gives .*\(batch, 4, 2, 4, 4\)"),
     ],
