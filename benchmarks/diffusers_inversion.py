@@ -5,7 +5,8 @@
 *Round trips.* The embedded model `mnist` is the network of a `DDIMPipeline` (noise levels of Stable Diffusion, noise
 prediction), and 8 held-out images with their labels are the data. Guidance is in the network: `U + cfg (C - U)`. Each
 image goes up and is sampled down again by the scheduler of the pipeline. A row gives the median and the worst rms error
-in parts of the size of the image, the PSNR (range 2), and the evaluations of both directions.
+in parts of the size of the image, the PSNR (range 2), and the evaluations on the way up, with the certificate of
+`kd.invert`.
 
 *Memory.* The most bytes of tensors as large as a latent that are alive at once during `ki.invert` of one latent, in
 latents, with a denoiser of closed form, whose own tensors are not many.

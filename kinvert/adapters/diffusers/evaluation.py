@@ -20,6 +20,7 @@ from kinvert.adapters.diffusers import host
 __all__ = ["Memo", "OneTimestep", "PipelineNetwork", "Rows"]
 
 KEPT = 32  # results of encoding prompts
+GUIDANCE = "guidance_scale"
 
 
 class OneTimestep:
@@ -208,8 +209,23 @@ class PipelineNetwork:
         return replace(self, rows=self.rows.take(index))
 
     def with_arguments(self, more: Mapping[str, Any]) -> PipelineNetwork:
-        """Return the network with other arguments of the call."""
-        return replace(self, rows=self.rows.joined(more)) if more else self
+        """Return the network with other arguments of the call.
+
+        Raises:
+            ValueError: another prompt where the pipeline guides by a scale that nobody named. Two prompts may be the
+                branches of kinvert's guidance, and both would be guided by the pipeline again.
+        """
+        if not more:
+            return self
+        scale = host.default_guidance(self.pipe)
+        named = GUIDANCE in self.rows.shared or GUIDANCE in more
+        if scale > 1 and not named and any(host.belongs_to_rows(name) for name in more):
+            raise ValueError(
+                f"the denoiser is called with other prompts, and {type(self.pipe).__name__} guides each by its "
+                f"default, {GUIDANCE}={scale:g}; say what you want: kd.denoiser(pipe, {GUIDANCE}=1.0) for guidance by "
+                f"kinvert (cfg, positive, negative), or {GUIDANCE}={scale:g} for that of the pipeline"
+            )
+        return replace(self, rows=self.rows.joined(more))
 
     def run(
         self,

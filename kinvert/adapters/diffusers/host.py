@@ -80,6 +80,7 @@ __all__ = [
     "cell_of",
     "class_name",
     "copied",
+    "default_guidance",
     "device_of",
     "diffusers",
     "encoded",
@@ -181,6 +182,14 @@ def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
 def parameters_of_network(pipe: Any) -> list[str]:
     """Return what the network of a pipeline without latents takes beside the image and the timestep."""
     return list(inspect.signature(unconditional(pipe).forward).parameters)[2:]
+
+
+def default_guidance(pipe: Any) -> float:
+    """Return the scale by which a pipeline guides if the call does not say it; 1 if the scale goes into the network."""
+    parameter = parameters_of(pipe).get("guidance_scale")
+    configs = [getattr(getattr(pipe, name, None), "config", {}) for name in NETWORKS]
+    inside = any("guidance_embeds" in config or config.get("time_cond_proj_dim") for config in configs)
+    return 1.0 if inside or parameter is None or not parameter.default else float(parameter.default)
 
 
 def takes_latents(pipe: Any) -> bool:

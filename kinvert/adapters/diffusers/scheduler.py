@@ -119,7 +119,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             )
         rest = {name: value for name, value in dict(config).items() if name != SAVED and not name.startswith("_")}
         made = cls(built(how["scheduler"], rest | kwargs), how["sampler"], how["inverse"], **how["options"])
-        made._above_zero = how["above_zero"]
+        made._inverse, made._above_zero = how["inverse"], how["above_zero"]
         made._register()
         return (made, {}) if return_unused_kwargs else made
 

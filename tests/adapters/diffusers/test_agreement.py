@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 import agreement
 import diffusers
+import drives
 import pipelines
 import torch
 
@@ -53,6 +54,18 @@ def test_pipelines_without_text_make_the_same(kind: str, clip: bool) -> None:
         generator = torch.Generator().manual_seed(0)
         found.append(torch.as_tensor(pipe(generator=generator, num_inference_steps=6, output_type="np").images))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [6, 20])
+def test_where_diffusers_rounds_its_coefficients_float64_agrees(steps: int) -> None:
+    base = diffusers.DEISMultistepScheduler(**agreement.FLOW)
+    base.set_timesteps(steps)
+    base.sigmas = base.sigmas.double()
+    x = drives.noise(dtype=torch.float64)
+    theirs = drives.drive(base, x, steps, set_timesteps=False)
+    torch.testing.assert_close(
+        drives.drive(KinvertScheduler.from_scheduler(base), x, steps), theirs, rtol=0, atol=1e-11
+    )
 
 
 def test_unipc_bh1_to_zero_is_nan_in_diffusers_and_finite_here() -> None:

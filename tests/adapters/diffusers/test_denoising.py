@@ -122,6 +122,17 @@ def test_the_pipelines_guidance_is_kinverts() -> None:
     assert ki.sample(plain, x, own.sigmas, sampler="euler_cfg_pp", **guidance).isfinite().all()
 
 
+def test_guidance_that_nobody_named_is_not_doubled() -> None:
+    pipe, size = build("sd15"), {"height": 16, "width": 16}
+    x, sigma = noise_for("sd15"), torch.tensor([1.0])
+    with pytest.raises(ValueError, match=r"guides each by its default, guidance_scale=7.5; .*guidance_scale=1.0\)"):
+        denoiser(pipe, prompt="", **size)(x, sigma, prompt="a cat")
+    for given in ({}, {"guidance_scale": 7.5}):  # without other prompts, or named
+        denoiser(pipe, prompt="", **given, **size)(x, sigma, **({"prompt": "a cat"} if given else {}))
+    flux = {name: value for name, value in CALLS["flux"].items() if name != "guidance_scale"}
+    denoiser(build("flux"), **flux)(noise_for("flux"), sigma / 2, prompt="the dog")  # its scale goes into the network
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_network_of_another_precision_is_called_in_its_own(dtype: torch.dtype) -> None:
     pipe = build("sd15", EULER)

@@ -151,7 +151,7 @@ def test_unsampling_is_a_run_of_the_pipeline_upwards(family: str, sampler: str |
     base = pipe.scheduler
     pipe.scheduler = kd.KinvertScheduler.from_scheduler(base, sampler, inverse=True)
     up = latents_of(pipe, family, STEPS, latents=image)
-    assert off(found.latents, up) < 1e-4
+    assert off(found.latents, up) < 1e-3  # the slope at the first level, 1e-4, magnifies rounding
     pipe.scheduler = found.scheduler
     assert off(latents_of(pipe, family, STEPS, latents=found.latents), image) < 1.0
     pipe.scheduler = base

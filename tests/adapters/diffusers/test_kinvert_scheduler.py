@@ -69,7 +69,7 @@ def test_every_sampler_makes_what_the_engine_makes(space: str) -> None:
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "uni_pc", "rk4", "lms"])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "uni_pc", "rk4", "lms", "ddim_inverse"])
 def test_upwards_is_the_plan_on_the_rising_levels(space: str, name: str) -> None:
     scheduler = make(space, name, inverse=True)
     found = drive(scheduler, noise())
@@ -259,7 +259,7 @@ def test_image_to_image_begins_in_the_middle(family: str) -> None:
     schedulers = [pipe.scheduler]
     if not flow:
         schedulers += [
-            diffusers.DPMSolverMultistepScheduler(**SD),
+            diffusers.DPMSolverMultistepScheduler(**SD, final_sigmas_type="sigma_min"),
             diffusers.HeunDiscreteScheduler(**SD),
             diffusers.DDIMScheduler(**SD, clip_sample=False),
         ]
@@ -299,6 +299,16 @@ def test_a_saved_scheduler_is_the_same(tmp_path: Path, sampler: Any, options: di
     public = [{k: v for k, v in one.config.items() if not k.startswith("_")} for one in (loaded, scheduler)]
     assert public[0] == public[1] and loaded.config["kinvert"]["options"].keys() == options.keys()
     assert torch.equal(drive(loaded, noise()), drive(scheduler, noise()))
+
+
+def test_the_way_back_of_an_inverse_scheduler_is_saved(tmp_path: Path) -> None:
+    up = KinvertScheduler.from_scheduler(diffusers.DDIMInverseScheduler(**SD, clip_sample=False))
+    latents = drive(up, noise(), 20)
+    down = up.back()
+    down.save_pretrained(tmp_path)
+    found = drive(KinvertScheduler.from_pretrained(tmp_path), latents, 20)
+    assert torch.equal(found, drive(down, latents, 20))
+    close(found, noise(), 0.5)  # DDIM inversion, approximately
 
 
 def test_a_pipeline_is_saved_with_its_scheduler(tmp_path: Path) -> None:
