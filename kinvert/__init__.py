@@ -6,6 +6,7 @@ Diffusion samplers and schedules as data, in both directions: `sample`, `unsampl
 
 from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
+from kinvert import guidance as guidance
 from kinvert import inversion as inversion
 from kinvert import levels as levels
 from kinvert import metrics as metrics
@@ -60,6 +61,7 @@ __all__ = [
     "extract_noise",
     "flow_sampler",
     "graphs",
+    "guidance",
     "inversion",
     "invert",
     "levels",

@@ -210,6 +210,14 @@ def test_the_tables_of_performance_are_what_was_measured() -> None:
                 assert row["synchronisations"] == row["created"] == 0
 
 
+def test_the_table_of_guidance_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "guidance.md").read_text()
+    for row in json.loads((ROOT / "benchmarks" / "results" / "guidance.json").read_text())["rows"]:
+        inverted = f"{row['converged']} of {row['count']}"
+        shown = f"| `{row['guidance']}` | {inverted} | {row['evaluations']:.1f} | {row['latent_std']:.2f} |"
+        assert shown in text, row
+
+
 def test_the_architecture_is_read_off_the_code() -> None:
     text = hook().on_page_markdown((ROOT / "docs" / "architecture.md").read_text())
     assert "<!--" not in text

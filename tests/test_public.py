@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "kinvert": """
         SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Solving Stepwise Stop
-        __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs inversion invert levels metrics models noise
+        __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels
+        metrics models noise
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.adapters.diffusers": """
@@ -44,7 +45,7 @@ PUBLIC = {
     """,
     "kinvert.denoisers": """
         BoundDenoiser Cfg Dataset Denoiser Gaussian GaussianMixture Guidance Guided Masked Preconditioned StepCfg
-        expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg resize_mask step_cfg
+        expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg refuse_history resize_mask step_cfg
     """,
     "kinvert.engine": """
         Callback FusedRun Memory Progress Stepwise advance check_state combine fused_loop noise_for plain_loop run
@@ -52,6 +53,9 @@ PUBLIC = {
     """,
     "kinvert.engine.graphs": """
         RECORDERS CapturedDenoiser CapturedRun Recorder Recording Steps capture captured_denoiser record_cuda_graphs
+    """,
+    "kinvert.guidance": """
+        APG Branches CFGZeroStar Combination DynamicThreshold Function Interval Modifier Rescale
     """,
     "kinvert.inversion": """
         METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion LevenbergMarquardt NewtonKrylov

@@ -53,6 +53,12 @@ class Counted:
         self.items += len(x)
         return self.denoiser(x, sigma, *args, **conditioning)
 
+    def __getattr__(self, name: str) -> Any:
+        # What kinvert asks a denoiser for: what x and sigma mean, how exact it can be, its levels.
+        if name in ("coordinates", "levels", "network_dtype", "prediction"):
+            return getattr(self.denoiser, name)
+        raise AttributeError(name)
+
 
 @dataclass(frozen=True, eq=False)
 class Setup:

@@ -25,7 +25,7 @@ from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
 from kinvert.inversion.task import Task, default_runs
 from kinvert.inversion.telling import warn_user
-from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
+from kinvert.inversion.verdict import ROWS, check_guidance, check_rows, rounding_note, tolerance
 from kinvert.inversion.watching import Watcher, looking_on
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
@@ -132,7 +132,9 @@ def invert(
     runs = 1 if not check else 3 if callback is not None and route.scope == "run" else 2
     limit = _limit(max_evals, plan, x[0].numel(), runs)
     scales = step_cfg(cfg, schedule)
-    bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
+    guided = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x), coordinates=coordinates)
+    check_guidance(guided, x, plan.sigmas, "invert")
+    bound: BoundDenoiser = guided
     region = None
     if mask is not None:
         bound = masked = Masked(bound, mask, x, coordinates=coordinates)

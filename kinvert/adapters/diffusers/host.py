@@ -8,6 +8,7 @@ Of the library:
 | `BaseOutput` | what `step` returns |
 | `randn_tensor` | noise from one generator, or from a list of them, on any device |
 | `getattr(diffusers, name)` | the class of a saved scheduler |
+| `DiffusionPipeline.from_pretrained(DIR, local_files_only=True)` | the command line |
 
 Of the user's scheduler:
 
@@ -63,7 +64,7 @@ except ImportError as error:
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, deprecation_utils
 from diffusers.utils.torch_utils import randn_tensor
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "first_noise",
     "frames_per_latent",
     "is_video",
+    "loaded",
     "network_dtype",
     "noise_scales",
     "numbers",
@@ -123,6 +125,12 @@ def class_name(scheduler: object) -> str:
 def built(name: str, config: Mapping[str, Any]) -> Any:
     """Build a scheduler again from the name of its class and its config."""
     return getattr(diffusers, name).from_config(dict(config))
+
+
+def loaded(directory: str, dtype: torch.dtype) -> Any:
+    """Load a pipeline from a directory, from its files alone."""
+    name = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"  # since 0.42
+    return diffusers.DiffusionPipeline.from_pretrained(directory, local_files_only=True, **{name: dtype})
 
 
 def options_of(scheduler: Any) -> dict[str, Any]:
