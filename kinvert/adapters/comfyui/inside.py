@@ -22,6 +22,7 @@ from torch import Tensor
 from kinvert.adapters.comfyui import host
 from kinvert.coordinates import Coordinates, settle
 from kinvert.denoisers import Guided
+from kinvert.devices import widest
 from kinvert.engine import Progress
 from kinvert.ready import Ready
 from kinvert.rules import Rule, SASolver
@@ -56,6 +57,7 @@ class HostDenoiser:
         levels: the host's model sampling.
         network_dtype: what the network computes in.
         pair: return `Guided`, for CFG++ samplers.
+        narrow: give the host x in float32, as its own samplers do.
         evaluations: the books.
     """
 
@@ -67,6 +69,7 @@ class HostDenoiser:
     levels: Any = field(repr=False)
     network_dtype: torch.dtype
     pair: bool = False
+    narrow: bool = True
     evaluations: _Evaluations = field(default_factory=_Evaluations, repr=False)
 
     def take(self, index: Tensor) -> HostDenoiser:
@@ -117,9 +120,14 @@ class HostDenoiser:
         return places, now
 
     def _evaluate(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
-        """Call the host for its whole batch."""
+        """Call the host for its whole batch.
+
+        What is lost of x in float32 is added to D, since `x - D` is divided by sigma, which may be 1e-4.
+        """
         host.check_interrupted()
-        denoised = self.model_k(x, sigma.to(torch.float32), **self.arguments).to(x.dtype)
+        seen = x.to(torch.float32) if self.narrow else x
+        lost = x - seen.to(x.dtype)
+        denoised = self.model_k(seen, sigma.to(torch.float32), **self.arguments).to(x.dtype) + lost
         self.evaluations.count += 1
         if self.evaluations.told is not None:
             self.evaluations.told(self.evaluations.count, x, denoised)
@@ -131,7 +139,7 @@ class HostDenoiser:
                 "the host gave no unconditional prediction, which a CFG++ sampler needs; take a sampler without "
                 "'cfg_pp', or remove the patch that replaces the guidance of the model"
             )
-        return Guided(denoised, uncond.to(x.dtype))
+        return Guided(denoised, uncond.to(x.dtype) + lost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +148,7 @@ class Call:
 
     Attributes:
         denoiser: of the whole batch.
-        x: the state at `levels[0]`, shape (batch, *event), in the units of the network.
+        x: the state at `levels[0]`, shape (batch, *event), in the units of the network, float64 if the device has it.
         sigmas: the host's schedule.
         levels: the same as floats, without repeats.
         seed: of the noise.
@@ -178,7 +186,7 @@ class Call:
         )
         levels = tuple(torch.unique_consecutive(sigmas.detach().cpu()).tolist())
         seed, mask = int(arguments.get("seed") or 0), arguments.get("denoise_mask")
-        return cls(denoiser, x, sigmas, levels, seed, mask, guider, callback)
+        return cls(denoiser, x.to(widest(x.device)), sigmas, levels, seed, mask, guider, callback)
 
     @property
     def is_flow(self) -> bool:
@@ -219,6 +227,13 @@ class Call:
             self.show(math.floor((steps - 1) * count / (count + expected)), x, denoised)
 
         self.denoiser.evaluations.told = told
+
+    def kept(self, x: Tensor, level: float) -> Tensor:
+        """Return a state at a level with the image where the mask keeps it."""
+        if self.mask is None:
+            return x
+        image = self.x * (1.0 - level) / (1.0 - self.levels[0]) if self.is_flow else self.x
+        return torch.where(self.mask == 0, image, x)
 
     def latent(self, x: Tensor, level: float) -> Tensor:
         """Return a state at a level as LATENT has it: in its units, in flow divided by `1 - level` if that is not 0."""

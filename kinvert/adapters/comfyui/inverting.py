@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from kinvert.adapters.comfyui.spec import Input, Node, Output, choice
 from kinvert.adapters.comfyui.unsampling import Start, give_noise, give_start
 from kinvert.coordinates import settle
 from kinvert.denoisers import Denoiser
-from kinvert.devices import widest
 from kinvert.inversion import Inversion, extract_noise, invert
 from kinvert.inversion.baselines import rf_inversion, steer
 from kinvert.inversion.extract import Path
@@ -92,15 +92,17 @@ def _invert_node(
         if call.mask is not None and not bool(((call.mask == 0) | (call.mask == 1)).all()):
             raise ValueError("the noise mask must be 0 or 1 at the latent's resolution here; use Threshold Mask")
         call.show_search(8 * plan.evaluations)
-        x = call.x.to(widest(call.x.device))
-        goal = tolerance or default_tolerance(None, x, network=call.denoiser.network_dtype)
+        goal = tolerance or default_tolerance(None, call.x, network=call.denoiser.network_dtype)
+        if call.mask is not None:  # the error is measured over the whole image, and must be made in the mask alone
+            goal *= max(float(call.mask.flatten(1).mean(1).min()), 1e-6) ** 0.5
+        denoiser = replace(call.denoiser_for(settled), narrow=False)
         found = invert(
-            call.denoiser_for(settled),
-            x, call.levels[::-1], sampler=settled,
-            tol=goal, mask=call.mask, max_evals=max_evaluations or RUNS * plan.evaluations,
+            denoiser, call.x, call.levels[::-1], sampler=settled, tol=goal,
+            max_evals=max_evaluations or RUNS * plan.evaluations,
         )  # fmt: skip
+        latent = call.kept(found.latent, call.levels[-1])
         call.show(len(call.sigmas), found.latent, found.restored if found.restored is not None else call.x)
-        return give_start(call, found.latent, call.levels[::-1]), _verdict(found, call)
+        return give_start(call, latent, call.levels[::-1]), _verdict(found, call)
 
     with gathered_warnings():
         start, report = run_inside(model, work, falling.flip(0), latent, cfg=cfg, positive=positive, negative=negative)

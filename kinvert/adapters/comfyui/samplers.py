@@ -68,7 +68,7 @@ class RuleSampler:
     ) -> Tensor:
         """Sample, in the way the host's own samplers do."""
         call = Call.of(model_k, x, sigmas, extra_args, callback)
-        return x if len(call.levels) < 2 else self.run(call)
+        return x if len(call.levels) < 2 else self.run(call).to(x.dtype)
 
     def run(self, call: Call) -> Tensor:
         """Run along the schedule of a call: down as `ki.sample`, up as `ki.unsample`."""

@@ -24,9 +24,6 @@ from kinvert.adapters.comfyui.samplers import (
 )
 from kinvert.adapters.comfyui.spec import Input, Node, Output, choice
 from kinvert.checks import check_choice
-from kinvert.coordinates import settle
-from kinvert.moments import check_kept
-from kinvert.ready import Ready
 from kinvert.rules import Rule
 from kinvert.sampling import dropped_steps, rising_schedule, sample
 
@@ -55,16 +52,9 @@ class Start:
     at_one: bool
 
 
-def give_start(call: Call, x: Tensor, falling: tuple[float, ...], level: float | None = None) -> Start:
-    """Return a state in the host's terms.
-
-    Args:
-        call: the call that it was found in.
-        x: the state.
-        falling: the schedule that it starts.
-        level: where it is, if that is not `falling[0]`.
-    """
-    level = falling[0] if level is None else level
+def give_start(call: Call, x: Tensor, falling: tuple[float, ...]) -> Start:
+    """Return a state, found in a call, as the start of a falling schedule in the host's terms."""
+    level = falling[0]
     zeros = call.guider.inner_model.process_latent_out(torch.zeros_like(x, dtype=torch.float32)).cpu()
     noise, unit = ((x / scale).to(torch.float32).cpu() for scale in (call.noise_factor(falling), level))
     return Start(call.latent(x, level), noise, unit, zeros, call.is_flow and level >= 1.0)
@@ -91,10 +81,7 @@ def _rising(model: Any, falling: Tensor, end_at_step: int) -> Tensor:
 
 def _go_up(call: Call, rule: Rule) -> Tensor:
     """Unsample along the rising schedule of a call."""
-    if call.mask is not None:
-        setting = settle(call.denoiser, call.rule(rule), call.levels)
-        check_kept(Ready.of(setting.rule, setting.schedule).plan, call.denoiser.coordinates)
-    return RuleSampler(rule).run(call)
+    return call.kept(RuleSampler(rule).run(call), call.levels[-1])
 
 
 def _normalized(samples: Tensor, how: str) -> Tensor:
@@ -129,7 +116,7 @@ def _unsampler_node(
     def work(call: Call) -> tuple[Start, int, str]:
         x = _go_up(call, rule)
         evaluations = call.denoiser.evaluations.count
-        return give_start(call, x, kept, call.levels[-1]), evaluations, moments_line(x / call.levels[-1])
+        return give_start(call, x, kept), evaluations, moments_line(x / call.levels[-1])
 
     with gathered_warnings() as notes:
         start, evaluations, moments = run_inside(
