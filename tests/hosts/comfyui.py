@@ -33,9 +33,13 @@ STEPS = 10
 EXACT = ("euler", "dpm_fast", "ipndm", "res_multistep")  # agree with the original node to rounding
 CLOSE = ("heun", "dpm_2", "lms", "dpmpp_2m", "deis", "ipndm_v", "gradient_estimation")
 # Their formulas on flow models differ from the host's on purpose: see `ki.flow_sampler`.
-DIFFERENT_ON_FLOW = (
-    "ddpm res_multistep_ancestral res_multistep_ancestral_cfg_pp euler_ancestral_cfg_pp dpmpp_2s_ancestral_cfg_pp"
-).split()
+DIFFERENT_ON_FLOW = [
+    "ddpm",
+    "res_multistep_ancestral",
+    "res_multistep_ancestral_cfg_pp",
+    "euler_ancestral_cfg_pp",
+    "dpmpp_2s_ancestral_cfg_pp",
+]
 CHECKS: dict[str, Any] = {}
 
 
@@ -92,7 +96,9 @@ def rms(a: Tensor, b: Tensor) -> float:
     return float(((a - b).double().square().mean() / b.double().square().mean()).sqrt())
 
 
-def host_sample(patcher: Any, sampler: Any, sigmas: Tensor, cfg: float, latent: Tensor, noise: Tensor | None = None) -> Tensor:
+def host_sample(
+    patcher: Any, sampler: Any, sigmas: Tensor, cfg: float, latent: Tensor, noise: Tensor | None = None
+) -> Tensor:
     import comfy.sample
     import comfy.samplers
 
@@ -142,7 +148,12 @@ def unsampler_as_the_original() -> Iterator[tuple[str, float, float | None]]:
         patcher = model(kind)
         for sampler in (*EXACT, *CLOSE):
             worst = 0.0
-            for cfg, end, normalize in ((1.0, 0, "disable"), (2.5, 3, "disable"), (1.0, 2, "enable"), (2.5, 0, "enable")):
+            for cfg, end, normalize in (
+                (1.0, 0, "disable"),
+                (2.5, 3, "disable"),
+                (1.0, 2, "enable"),
+                (2.5, 0, "enable"),
+            ):
                 given = up(patcher, cfg=cfg, end_at_step=end, normalize=normalize, sampler_name=sampler)
                 ours = node("KinvertUnsampler", **given)[0]["samples"]
                 worst = max(worst, rms(ours, theirs(**given)[0]["samples"]))
@@ -160,7 +171,11 @@ def unsampler_conditioning() -> Iterator[tuple[str, float, float | None]]:
         "two prompts": (POSITIVE + two, lambda p: p),
         "area": (POSITIVE + conditioning(0.5, area=(4, 4, 2, 2), strength=1.0), lambda p: p),
         "prompt mask": (POSITIVE + conditioning(0.5, mask=half, mask_strength=1.0), lambda p: p),
-        "time range": (conditioning(0.3, start_percent=0.0, end_percent=0.5) + conditioning(0.5, start_percent=0.5, end_percent=1.0), lambda p: p),
+        "time range": (
+            conditioning(0.3, start_percent=0.0, end_percent=0.5)
+            + conditioning(0.5, start_percent=0.5, end_percent=1.0),
+            lambda p: p,
+        ),
         "ControlNet": (conditioning(0.3, control=TinyControl(), control_apply_to_uncond=False), lambda p: p),
         "cfg function": (POSITIVE, cfg_patched),
         "after cfg": (POSITIVE, post_patched),
@@ -254,9 +269,14 @@ def samplers_as_the_host() -> Iterator[tuple[str, float, float | None]]:
                 continue
             sigmas = node_schedule(patcher, name)
             theirs = comfy.samplers.sampler_object(name)
-            if not name.startswith(("dpm_fast", "dpm_adaptive")) and "noise_sampler" in inspect.signature(getattr(k, f"sample_{name}", lambda: 0)).parameters:
+            if (
+                not name.startswith(("dpm_fast", "dpm_adaptive"))
+                and "noise_sampler" in inspect.signature(getattr(k, f"sample_{name}", lambda: 0)).parameters
+            ):
                 theirs.extra_options = {**theirs.extra_options, "noise_sampler": Draws(latent)}  # the default is shared
-            stride = 2 if name == "exp_heun_2_x0_sde" else 1  # the host draws a second noise, which it multiplies with 0
+            stride = (
+                2 if name == "exp_heun_2_x0_sde" else 1
+            )  # the host draws a second noise, which it multiplies with 0
             ours = host.to_sampler(RuleSampler(ki.sampler(name), noise=Draws(latent, torch.float64, stride)))
             cfg = 1.5
             try:
@@ -328,7 +348,11 @@ def invert_and_back_by_the_host() -> Iterator[tuple[str, float, float | None]]:
                 yield f"{told}: says so", float(("converged        2 of 2" in report) != (rms(back, z) < 2e-4)), 0
         by_node = node("KinvertUnsampler", **up(patcher, sampler_name="euler", end_at_step=1))
         sigmas = schedule(patcher)[1:]
-        yield f"{kind}, euler by Unsampler", rms(host_sample(patcher, "euler", sigmas, 1.0, by_node[0]["samples"]), z), None
+        yield (
+            f"{kind}, euler by Unsampler",
+            rms(host_sample(patcher, "euler", sigmas, 1.0, by_node[0]["samples"]), z),
+            None,
+        )
 
 
 @check
@@ -345,7 +369,11 @@ def noise_output() -> Iterator[tuple[str, float, float | None]]:
                 by_latent = host_sample(patcher, "euler", sigmas, 1.0, latent["samples"])
                 yield f"{kind}, end_at_step {end}", relative(by_noise, by_latent), 1e-3
             text = refused(lambda noise=noise, latent=latent: noise.generate_noise(latent))
-            yield f"{kind}, end_at_step {end}: an image beside it is refused", float(not text), float(kind == "flow" and not end)
+            yield (
+                f"{kind}, end_at_step {end}: an image beside it is refused",
+                float(not text),
+                float(kind == "flow" and not end),
+            )
 
 
 @check
@@ -388,7 +416,11 @@ def round_trip_and_controllers() -> Iterator[tuple[str, float, float | None]]:
         back = host_sample(patcher, steered, sigmas, 1.0, latent["samples"])
         told = float(report.split("rms of ")[1].split("\n")[0])
         size = float(node_image(patcher).square().mean().sqrt())
-        yield f"{kind}, RF-Inversion with eta 0 (the error told is right)", abs(rms(back, given["latent_image"]["samples"]) * 1.0 - told / size), 0.02
+        yield (
+            f"{kind}, RF-Inversion with eta 0 (the error told is right)",
+            abs(rms(back, given["latent_image"]["samples"]) * 1.0 - told / size),
+            0.02,
+        )
 
 
 def node_image(patcher: Any) -> Tensor:
@@ -413,7 +445,7 @@ def masks_of_each_item() -> Iterator[tuple[str, float, float | None]]:
         changed = relative(result[~outside], z[~outside])
         yield f"{kind}, Unsampler: the rest moves by (inverse)", 1 / changed, 10.0
         given = exact(patcher, latent_image=latent, sigmas=schedule(patcher)[1:], sampler_name="heun")
-        found, _, sigmas, report = node("KinvertInvert", **given)
+        found, _, sigmas, _ = node("KinvertInvert", **given)
         yield f"{kind}, Invert: what is kept moves by", relative(found["samples"][outside], z[outside]), 1e-5
         import comfy.sample
         import comfy.samplers
@@ -432,7 +464,7 @@ def conditioning_of_each_item() -> Iterator[tuple[str, float, float | None]]:
     prompts = [torch.cat([conditioning(v)[0][0] for v in (0.1, 0.5, 0.9, 1.3)]), {}]
     latent = image(patcher, batch=4)
     given = exact(patcher, latent_image=latent, positive=[prompts], sampler_name="heun", cfg=1.0)
-    found, _, sigmas, report = node("KinvertInvert", **given)
+    found, _, sigmas, _ = node("KinvertInvert", **given)
     import comfy.sample
     import comfy.samplers
 
@@ -442,7 +474,13 @@ def conditioning_of_each_item() -> Iterator[tuple[str, float, float | None]]:
     )  # fmt: skip
     yield "a batch of 4 with 4 prompts", rms(back, latent["samples"]), 2e-4
     alone = [
-        node("KinvertInvert", **(given | {"latent_image": {"samples": latent["samples"][i : i + 1]}, "positive": [[prompts[0][i : i + 1], {}]]}))[0]["samples"]
+        node(
+            "KinvertInvert",
+            **(
+                given
+                | {"latent_image": {"samples": latent["samples"][i : i + 1]}, "positive": [[prompts[0][i : i + 1], {}]]}
+            ),
+        )[0]["samples"]
         for i in range(4)
     ]
     yield "each item as if it were alone", relative(found["samples"], torch.cat(alone)), 1e-3
@@ -504,7 +542,7 @@ def kinds_of_latents() -> Iterator[tuple[str, float, float | None]]:
     half = node("KinvertUnsampler", **up(model("eps", torch.float16)))[0]["samples"]
     yield "float16 network", relative(half, reference), 5e-2
     given = exact(model("eps", torch.float16))
-    found, _, sigmas, report = node("KinvertInvert", **given)
+    found, _, sigmas, _ = node("KinvertInvert", **given)
     back = host_sample(given["model"], "euler", sigmas, 1.0, found["samples"])
     yield "float16 network, Invert and back", rms(back, z), 2e-2
     video = z[:, :, None].repeat(1, 1, 3, 1, 1)
@@ -551,8 +589,16 @@ def long_schedules_and_progress() -> Iterator[tuple[str, float, float | None]]:
         sigmas = schedule(patcher, "ddim_uniform", steps)
         text = node("KinvertUnsampler", **up(patcher, scheduler="ddim_uniform", steps=steps))[2]
         end = float(text.split(" to ")[1].split("\n")[0])
-        yield f"ddim_uniform, {steps} steps asked, {len(sigmas) - 1} made: misses the top by", abs(end - float(sigmas[0])) / end, 1e-3
-    for key, given in (("KinvertUnsampler", up(patcher)), ("KinvertInvert", exact(patcher)), ("KinvertUnsampler", up(patcher, sampler_name="dpm_fast"))):
+        yield (
+            f"ddim_uniform, {steps} steps asked, {len(sigmas) - 1} made: misses the top by",
+            abs(end - float(sigmas[0])) / end,
+            1e-3,
+        )
+    for key, given in (
+        ("KinvertUnsampler", up(patcher)),
+        ("KinvertInvert", exact(patcher)),
+        ("KinvertUnsampler", up(patcher, sampler_name="dpm_fast")),
+    ):
         seen.clear()
         node(key, **given)
         yield f"{key}: the bar ends before its end by", 1 - seen[-1][0] / seen[-1][1], 0
@@ -570,13 +616,28 @@ def small_nodes_as_the_original() -> Iterator[tuple[str, float, float | None]]:
         yield f"Slerp{name}", relative(ours, old.LatentSlerp().slerp_latents(a, 0.3, b, m)[0]["samples"]), 1e-5
         ours = node("KinvertInjectNoise", latents=a, strength=2.0, noise=b, mask=m)[0]["samples"]
         yield f"Inject Noise{name}", relative(ours, old.InjectNoise().inject_noise(a, 2.0, b, m)[0]["samples"]), 1e-6
-    given = {"model": patcher, "sampler_name": "euler", "scheduler": "karras", "steps": 20, "start_at_step": 2, "end_at_step": 12}
+    given = {
+        "model": patcher,
+        "sampler_name": "euler",
+        "scheduler": "karras",
+        "steps": 20,
+        "start_at_step": 2,
+        "end_at_step": 12,
+    }
     yield "Get Sigma", abs(node("KinvertGetSigma", **given)[0] / float(old.GetSigma().calc_sigma(**given)[0]) - 1), 1e-6
     given = {"source": "CPU", "seed": 3, "width": 64, "height": 96, "batch_size": 2}
     ours, theirs = node("KinvertNoisyLatent", **given)[0], old.NoisyLatentImage().create_noisy_latents(**given)[0]
     yield "Noisy Latent Image", relative(ours["samples"], theirs["samples"]), 0
     flow = model("flow")
-    sigma = node("KinvertGetSigma", model=flow, sampler_name="euler", scheduler="normal", steps=10, start_at_step=4, end_at_step=10)[0]
+    sigma = node(
+        "KinvertGetSigma",
+        model=flow,
+        sampler_name="euler",
+        scheduler="normal",
+        steps=10,
+        start_at_step=4,
+        end_at_step=10,
+    )[0]
     t = float(schedule(flow)[4])
     z = image(flow)["samples"]
     n = torch.randn_like(z)
@@ -616,7 +677,10 @@ def main() -> None:
             with torch.inference_mode():
                 for row in run():
                     rows.append(row)
-                    print(f"{'ok ' if row.good else 'BAD'} {row.check:34} {row.value:9.2g} of {row.most}  {row.what}", flush=True)
+                    print(
+                        f"{'ok ' if row.good else 'BAD'} {row.check:34} {row.value:9.2g} of {row.most}  {row.what}",
+                        flush=True,
+                    )
         except Exception as error:
             traceback.print_exc()
             rows.append(Row(name, f"{type(error).__name__}: {error}", float("inf"), 0.0))
@@ -630,7 +694,12 @@ def main() -> None:
     bad = [row for row in rows if not row.good]
     print(f"{len(rows)} rows, {len(bad)} bad")
     if OPTIONS.out:
-        about = {"ComfyUI": VERSION, "torch": torch.__version__, "python": platform.python_version(), "kinvert": ki.__version__}
+        about = {
+            "ComfyUI": VERSION,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "kinvert": ki.__version__,
+        }
         table = [asdict(row) | {"value": float(f"{row.value:.3g}")} for row in rows]
         lines = ",\n".join("  " + json.dumps(row) for row in table)
         OPTIONS.out.write_text(f'{{"about": {json.dumps(about)},\n "rows": [\n{lines}\n]}}\n')

@@ -189,7 +189,11 @@ def run_server(checkout: Path, port: int) -> Iterator[tuple[str, float, float | 
             ours = [key for key in about if key.startswith("Kinvert")]
             yield f"{len(ours)} nodes of kinvert are offered", float(len(ours) != 11), 0
             result = server.run(invert("old"))
-            yield "invert, sample, edit: " + result["status"]["status_str"], float(result["status"]["status_str"] != "success"), 0
+            yield (
+                "invert, sample, edit: " + result["status"]["status_str"],
+                float(result["status"]["status_str"] != "success"),
+                0,
+            )
             image, old, new, advanced = (torch.load(folder / f"{n}.pt") for n in ("image", "old", "new", "advanced"))
             size = image.square().mean().sqrt()
             yield "SamplerCustom restores the image", float((old - image).square().mean().sqrt() / size), 2e-4

@@ -56,7 +56,7 @@ def give_start(call: Call, x: Tensor, falling: tuple[float, ...]) -> Start:
     """Return a state, found in a call, as the start of a falling schedule in the host's terms."""
     level = falling[0]
     zeros = call.guider.inner_model.process_latent_out(torch.zeros_like(x, dtype=torch.float32)).cpu()
-    noise, unit = ((x / scale).to(torch.float32).cpu() for scale in (call.noise_factor(falling), level))
+    noise, unit = ((x / scale).to(torch.float32).cpu() for scale in (call.noise_factor(falling), call.levels[-1]))
     return Start(call.latent(x, level), noise, unit, zeros, call.is_flow and level >= 1.0)
 
 
@@ -79,9 +79,9 @@ def _rising(model: Any, falling: Tensor, end_at_step: int) -> Tensor:
     return torch.tensor(levels, dtype=torch.float32)
 
 
-def _go_up(call: Call, rule: Rule) -> Tensor:
-    """Unsample along the rising schedule of a call."""
-    return call.kept(RuleSampler(rule).run(call), call.levels[-1])
+def _go_up(call: Call, rule: Rule, level: float) -> Tensor:
+    """Unsample along the rising schedule of a call, to the start of a run down from `level`."""
+    return call.kept(RuleSampler(rule).run(call), level)
 
 
 def _normalized(samples: Tensor, how: str) -> Tensor:
@@ -114,7 +114,7 @@ def _unsampler_node(
     rising = _rising(model, falling, end_at_step)
 
     def work(call: Call) -> tuple[Start, int, str]:
-        x = _go_up(call, rule)
+        x = _go_up(call, rule, kept[0])
         evaluations = call.denoiser.evaluations.count
         return give_start(call, x, kept), evaluations, moments_line(x / call.levels[-1])
 
@@ -159,7 +159,7 @@ def _round_trip_node(
     rising = _rising(model, falling, end_at_step)
 
     def work(call: Call) -> tuple[Tensor, Sequence[float], int, str]:
-        latent, level = _go_up(call, rule), call.levels[-1]
+        latent, level = _go_up(call, rule, float(down[0])), call.levels[-1]
         if normalize in {"enable", "sample"}:
             latent = level * _normalized(latent, normalize)
         settled = call.rule(rule)
