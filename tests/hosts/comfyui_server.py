@@ -64,7 +64,33 @@ class TinySave:
         return {{}}
 
 
-NODE_CLASS_MAPPINGS = {{c.__name__: c for c in (TinyModel, TinyPrompt, TinyImage, TinySave)}}
+class Clip:
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens):
+        return m.conditioning(0.1 + 0.01 * (len(tokens) + sum(map(ord, tokens)) % 50))
+
+
+class Vae:
+    # each pixel of a latent is the mean of 8 x 8 pixels
+
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return 10 * torch.cat([small, small.mean(1, keepdim=True)], 1) - 5
+
+    def decode(self, latent):
+        return (0.1 * latent[:, :3] + 0.5).clamp(0, 1).movedim(1, -1).repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+class TinyCheckpoint:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP", "VAE"), "run", "tiny"
+    INPUT_TYPES = classmethod(lambda cls: {{"required": {{"ckpt_name": ("STRING", {{}})}}}})
+    def run(self, ckpt_name):
+        return m.model(), Clip(), Vae()
+
+
+NODE_CLASS_MAPPINGS = {{c.__name__: c for c in (TinyModel, TinyPrompt, TinyImage, TinySave, TinyCheckpoint)}}
 """
 
 
@@ -125,6 +151,27 @@ def invert(prompt: str) -> dict[str, Any]:
     return nodes
 
 
+def examples() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The example workflows as saved, as prompts for the tiny checkpoint."""
+    from comfyui_workflows import FOLDER, to_prompt
+
+    for path in sorted(FOLDER.glob("*.json")):
+        prompt = to_prompt(json.loads(path.read_text()))
+        for one in prompt.values():
+            if one["class_type"] == "CheckpointLoaderSimple":
+                one["class_type"] = "TinyCheckpoint"
+        yield path.stem, prompt
+
+
+def example_image(path: Path) -> None:
+    from PIL import Image
+
+    y, x = torch.meshgrid(torch.linspace(0, 6, 512), torch.linspace(0, 6, 512), indexing="ij")
+    picture = torch.stack([x.sin(), y.cos(), (x + y).sin()], -1) * 100 + 128
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.to(torch.uint8).numpy()).save(path)
+
+
 class Server:
     """ComfyUI in a process of its own, with an empty folder of its own."""
 
@@ -139,6 +186,7 @@ class Server:
         path = os.pathsep.join([str(folder), str(ROOT)])
         command = [sys.executable, "main.py", "--cpu", "--port", str(port), "--base-directory", str(folder),
                    "--disable-auto-launch", "--database-url", "sqlite:///:memory:"]  # fmt: skip
+        example_image(folder / "input" / "example.png")
         self.log = (folder / "server.log").open("w")
         self.process = subprocess.Popen(
             command, cwd=checkout, env={**os.environ, "PYTHONPATH": path}, stdout=self.log, stderr=subprocess.STDOUT
@@ -199,6 +247,14 @@ def run_server(checkout: Path, port: int) -> Iterator[tuple[str, float, float | 
             yield "SamplerCustom restores the image", float((old - image).square().mean().sqrt() / size), 2e-4
             yield "KSamplerAdvanced restores the image", float((advanced - image).square().mean().sqrt() / size), 2e-4
             yield "another prompt changes it by", float((new - image).square().mean().sqrt() / size), None
+            for name, prompt in examples():
+                start = time.perf_counter()
+                result = server.run(prompt)
+                status = result["status"]["status_str"]
+                took = time.perf_counter() - start
+                yield f"example workflow {name}: {status}, {took:.1f} s", float(status != "success"), 0
+                if status != "success":
+                    print(json.dumps(result["status"])[:3000])
             wrong = invert("old")
             wrong["invert"]["inputs"]["sampler_name"] = "euler_ancestral"
             result = server.run(wrong)
