@@ -2,6 +2,7 @@
 
     python tests/hosts/comfyui_workflows.py
 
+The host shows a picture of the same name (JPEG) beside a workflow; the page of the documentation has some as PNG.
 A workflow is written here as nodes in columns: a key, the kind, the values of widgets, and where inputs come from. The
 saved form has widgets by their order and links by numbers. `to_prompt` turns it into what the host's server runs.
 """
@@ -15,6 +16,8 @@ from typing import Any
 from kinvert.adapters.comfyui import NODES
 
 FOLDER = Path(__file__).parents[2] / "comfyui" / "example_workflows"
+PICTURES = Path(__file__).parents[2] / "docs" / "assets" / "comfyui"
+ON_THE_PAGE = ("unsampler", "invert", "invert_as_noise", "extract_noise")
 WIDGETS = ("INT", "FLOAT", "STRING")
 SEEDS = ("seed", "noise_seed")
 
@@ -348,16 +351,20 @@ def draw(workflow: dict[str, Any], path: Path) -> None:
             if len(str(value)) < 25:  # else there is no room
                 axes.text(x + 12, top + 14 + 22 * i, name, fontsize=6, color="#666666", zorder=4)
             axes.text(x + w - 12, top + 14 + 22 * i, str(value)[:40], fontsize=6, ha="right", zorder=4)
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None})
+    options: dict[str, Any] = {"metadata": {"Software": None}} if path.suffix == ".png" else {}
+    figure.savefig(path, dpi=90, bbox_inches="tight", pad_inches=0.05, **options)
     plt.close(figure)
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    for folder in (FOLDER, PICTURES):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, graph in WORKFLOWS.items():
         workflow = saved(graph)
         (FOLDER / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n")
-        draw(workflow, FOLDER / f"{name}.png")
+        draw(workflow, FOLDER / f"{name}.jpg")
+        if name in ON_THE_PAGE:
+            draw(workflow, PICTURES / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -140,5 +140,5 @@ def test_every_node_has_a_workflow_with_a_picture() -> None:
     shown = set()
     for path in (PACK / "example_workflows").glob("*.json"):
         shown |= {node["type"] for node in json.loads(path.read_text())["nodes"]}
-        assert path.with_suffix(".png").exists()
+        assert path.with_suffix(".jpg").exists()
     assert {node.key for node in NODES} <= shown
