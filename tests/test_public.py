@@ -26,6 +26,9 @@ PUBLIC = {
         compile_plan denoisers extract_noise flow_sampler graphs inversion invert levels metrics models noise
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
+    "kinvert.adapters.comfyui": """
+        NODES NODE_CLASS_MAPPINGS NODE_DISPLAY_NAME_MAPPINGS
+    """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
         marginal_variances properties row_sums

@@ -247,12 +247,12 @@ def run_server(checkout: Path, port: int) -> Iterator[tuple[str, float, float | 
             yield "SamplerCustom restores the image", float((old - image).square().mean().sqrt() / size), 2e-4
             yield "KSamplerAdvanced restores the image", float((advanced - image).square().mean().sqrt() / size), 2e-4
             yield "another prompt changes it by", float((new - image).square().mean().sqrt() / size), None
-            for name, prompt in examples():
+            for example, prompt in examples():
                 start = time.perf_counter()
                 result = server.run(prompt)
                 status = result["status"]["status_str"]
                 took = time.perf_counter() - start
-                yield f"example workflow {name}: {status}, {took:.1f} s", float(status != "success"), 0
+                yield f"example workflow {example}: {status}, {took:.1f} s", float(status != "success"), 0
                 if status != "success":
                     print(json.dumps(result["status"])[:3000])
             wrong = invert("old")

@@ -326,7 +326,10 @@ def draw(workflow: dict[str, Any], path: Path) -> None:
         (x0, y0), (x1, y1) = place(nodes[source], output, True), place(nodes[target], slot, False)
         bend = max(40.0, abs(x1 - x0) / 2)
         t = [i / 40 for i in range(41)]
-        xs = [(1 - s) ** 3 * x0 + 3 * (1 - s) ** 2 * s * (x0 + bend) + 3 * (1 - s) * s**2 * (x1 - bend) + s**3 * x1 for s in t]
+        xs = [
+            (1 - s) ** 3 * x0 + 3 * (1 - s) ** 2 * s * (x0 + bend) + 3 * (1 - s) * s**2 * (x1 - bend) + s**3 * x1
+            for s in t
+        ]
         ys = [(1 - s) ** 2 * (1 + 2 * s) * y0 + s**2 * (3 - 2 * s) * y1 for s in t]
         axes.plot(xs, ys, color=COLORS.get(kind, "#999999"), lw=1.6, zorder=1)
     for node in nodes.values():
@@ -335,7 +338,9 @@ def draw(workflow: dict[str, Any], path: Path) -> None:
         style = "round,pad=0,rounding_size=8"
         axes.add_patch(FancyBboxPatch((x, y), w, h, boxstyle=style, fc="#f4f4f4", ec="#555555", lw=0.8, zorder=2))
         axes.add_patch(
-            FancyBboxPatch((x, y), w, 26, boxstyle=style, fc="#f6c36b" if ours else "#cfd8dc", ec="#555555", lw=0.8, zorder=3)
+            FancyBboxPatch(
+                (x, y), w, 26, boxstyle=style, fc="#f6c36b" if ours else "#cfd8dc", ec="#555555", lw=0.8, zorder=3
+            )
         )
         title = TITLES.get(node["type"], node["type"])
         axes.text(x + 10, y + 18, title, fontsize=7.5, weight="bold", zorder=4)
@@ -343,7 +348,9 @@ def draw(workflow: dict[str, Any], path: Path) -> None:
             for i, slot in enumerate(slots):
                 px, py = place(node, i, out)
                 axes.plot([px], [py], "o", ms=4, color=COLORS.get(slot["type"], "#999999"), zorder=5)
-                axes.text(px + (-9 if out else 9), py + 4, slot["name"], fontsize=6, ha="right" if out else "left", zorder=4)
+                axes.text(
+                    px + (-9 if out else 9), py + 4, slot["name"], fontsize=6, ha="right" if out else "left", zorder=4
+                )
         top = y + 40 + 24 * max(len(node["inputs"]), len(node["outputs"]))
         names = [n for w_ in KINDS[node["type"]][1] for n in ([w_, ""] if w_ in SEEDS else [w_])]
         pairs = [(n, v) for n, v in zip(names, node["widgets_values"], strict=True) if n and n != "upload"]

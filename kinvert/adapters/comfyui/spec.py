@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Input", "Node", "Output", "choice", "to_class"]
+__all__ = ["Input", "Node", "Output", "choice", "for_users", "to_class"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def choice(*names: str) -> Callable[[], Sequence[str]]:
     return lambda: names
 
 
+def for_users(message: str) -> str:
+    """Return an error message with nodes in place of the functions that it names."""
+    message = re.sub(r"ki\.sampler\('(\w+)', ([^()]*)\)", r"Sampler (kinvert) with \1 and the options \2", message)
+    return message.replace("use extract_noise", "use Extract Noise (kinvert)")
+
+
 def to_class(node: Node) -> type:
     """Return the class by which the host knows a node."""
 
@@ -80,7 +87,13 @@ def to_class(node: Node) -> type:
         return {"required": required, **({"optional": optional} if optional else {})}
 
     def run(self: object, **inputs: Any) -> tuple[Any, ...]:
-        return node.function(**inputs)
+        try:
+            return node.function(**inputs)
+        except (TypeError, ValueError) as error:
+            text = for_users(str(error))
+            if type(error) not in (TypeError, ValueError) or text == str(error):
+                raise
+            raise type(error)(text) from error
 
     return type(
         node.key,

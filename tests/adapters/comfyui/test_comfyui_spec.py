@@ -13,7 +13,7 @@ import pytest
 
 import kinvert as ki
 from kinvert.adapters.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, NODES
-from kinvert.adapters.comfyui.spec import Node
+from kinvert.adapters.comfyui.spec import Node, for_users, to_class
 
 ROOT = Path(__file__).parents[3]
 PACK = ROOT / "comfyui"
@@ -87,6 +87,29 @@ def test_defaults_of_the_function_are_those_of_the_widget() -> None:
                 assert settings.settings["default"] == parameter.default
 
 
+def test_errors_speak_of_nodes() -> None:
+    text = for_users("x draws noise; use extract_noise, or ki.sampler('dpmpp_2m_sde', eta=0, s_noise=0), or 'heun'")
+    assert text == (
+        "x draws noise; use Extract Noise (kinvert), or Sampler (kinvert) with dpmpp_2m_sde and the options eta=0, "
+        "s_noise=0, or 'heun'"
+    )
+
+    def fail(kind: str) -> tuple[Any, ...]:
+        class OwnError(ValueError):
+            pass
+
+        errors = {"value": ValueError("use extract_noise"), "own": OwnError("use extract_noise"), "key": KeyError(1)}
+        raise errors[kind]
+
+    cls: Any = to_class(Node("A", "A", "a", "a", (), (), fail))
+    with pytest.raises(ValueError, match="^use Extract Noise"):
+        cls().run(kind="value")
+    with pytest.raises(ValueError, match="^use extract_noise"):  # the error of another program stays as it is
+        cls().run(kind="own")
+    with pytest.raises(KeyError):
+        cls().run(kind="key")
+
+
 def test_the_folder_for_custom_nodes_offers_the_nodes() -> None:
     spec = importlib.util.spec_from_file_location("custom_nodes_kinvert", PACK / "__init__.py")
     assert spec is not None and spec.loader is not None
@@ -132,7 +155,7 @@ def test_a_workflow_has_the_inputs_that_its_nodes_have(path: Path) -> None:
                 assert one.settings["min"] <= value <= one.settings["max"]
         assert values == []
         sockets = [i.name for i in spec.inputs if i not in widgets]
-        assert [i["name"] for i in node["inputs"]] == sockets
+        assert [i["name"] for i in node["inputs"] if "widget" not in i] == sockets
         assert [o["type"] for o in node["outputs"]] == [o.kind for o in spec.outputs]
 
 
