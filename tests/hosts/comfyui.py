@@ -177,6 +177,7 @@ def unsampler_conditioning() -> Iterator[tuple[str, float, float | None]]:
             lambda p: p,
         ),
         "ControlNet": (conditioning(0.3, control=TinyControl(), control_apply_to_uncond=False), lambda p: p),
+        "hooks (a LoRA in the prompt)": (conditioning(0.3, hooks=lora_hook()), lambda p: p),
         "cfg function": (POSITIVE, cfg_patched),
         "after cfg": (POSITIVE, post_patched),
         "network wrapper": (POSITIVE, wrapped),
@@ -188,6 +189,18 @@ def unsampler_conditioning() -> Iterator[tuple[str, float, float | None]]:
         plain = node("KinvertUnsampler", **up(model("eps"), cfg=2.0))[0]["samples"]
         yield f"{name}", relative(ours, other), 3e-6
         yield f"{name}: has no effect", float(relative(ours, plain) < 1e-3), 0
+
+
+def lora_hook() -> Any:
+    """A change of the weights that belongs to one prompt."""
+    import comfy.hooks
+
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.0)
+    hook.need_weight_init = False
+    hook.weights = {"diffusion_model.centres": ("diff", (torch.full((3, 16), 0.3),))}
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    return group
 
 
 def cfg_patched(patcher: Any) -> Any:
