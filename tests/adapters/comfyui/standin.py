@@ -166,6 +166,8 @@ def sample_custom(
     shapes = [part.shape for part in latent_image.unbind()] if nested else []
     latent = pack(latent_image.parts) if nested else latent_image
     noise = pack(noise.parts) if nested else noise
+    if latent.dtype != torch.float32:
+        raise RuntimeError(f"old hosts sample in the dtype of the latent, which is {latent.dtype}")
     image = base.process_latent_in(latent)
     mask = None
     if noise_mask is not None:
