@@ -1,8 +1,8 @@
-"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
-`<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
-`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`. The page
-of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code, the page on diffusers
-`<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`.
+"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->`,
+`<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
+`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`, `<!-- environments -->` or
+`<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the
+code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import kinvert as ki
+from kinvert.adapters.comfyui import NODES
 from kinvert.analysis import properties
 from kinvert.inversion import ROUTES
 from kinvert.rules import SamplerEntry
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
     pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
-    hosts = (agreement, diffusers_trips, diffusers_memory)
+    hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes)
     for render in (*pages, versions, environments, layers, routes, *hosts):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
@@ -435,6 +436,34 @@ def diffusers_memory() -> str:
 def _host_source(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return f"`python benchmarks/diffusers_inversion.py`; {versions}, on a CPU."
+
+
+def comfyui() -> str:
+    """What was measured in ComfyUI: for each check the number of cases, and the one nearest to what is allowed."""
+    files = sorted(RESULTS.glob("comfyui-*.json"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    found = [json.loads(path.read_text()) for path in files]
+    rows = []
+    for check in dict.fromkeys(row["check"] for result in found for row in result["rows"]):
+        cells = []
+        for result in found:
+            mine = [row for row in result["rows"] if row["check"] == check and row["most"] is not None]
+            near = max(mine, key=lambda row: row["value"] / row["most"] if row["most"] else row["value"])
+            good = sum(row["value"] <= row["most"] for row in mine)
+            number = f", {near['value']:.1e} of {near['most']:g}" if near["most"] else ""
+            cells.append(f"{good} of {len(mine)}{number}")
+        rows.append([check.replace("_", " "), *cells])
+    return table(["check", *(f"ComfyUI {result['about']['ComfyUI']}" for result in found)], rows)
+
+
+def nodes() -> str:
+    """The nodes of ComfyUI: their inputs, outputs and descriptions."""
+    text = []
+    for node in NODES:
+        lines = [[f"`{i.name}`", "optional" * i.optional, i.tooltip] for i in node.inputs]
+        outputs = [[f"`{o.name}`", o.kind, o.tooltip] for o in node.outputs]
+        text += [f"### {node.title}", node.description]
+        text += [table(["input", "", ""], lines), table(["output", "type", ""], outputs)]
+    return "\n\n".join(text)
 
 
 def layers() -> str:

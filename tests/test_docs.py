@@ -218,6 +218,17 @@ def test_the_table_of_guidance_is_what_was_measured() -> None:
         assert shown in text, row
 
 
+def test_the_table_of_comfyui_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "comfyui.md").read_text())
+    assert "<!--" not in text
+    for path in (ROOT / "benchmarks" / "results").glob("comfyui-*.json"):
+        rows = json.loads(path.read_text())["rows"]
+        assert all(row["value"] <= row["most"] for row in rows if row["most"] is not None)
+        for check in {row["check"] for row in rows}:
+            count = sum(row["check"] == check and row["most"] is not None for row in rows)
+            assert re.search(rf"^\| {check.replace('_', ' ')} \|.*\b{count} of {count}\b", text, re.MULTILINE), check
+
+
 def test_the_architecture_is_read_off_the_code() -> None:
     text = hook().on_page_markdown((ROOT / "docs" / "architecture.md").read_text())
     assert "<!--" not in text

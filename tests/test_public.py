@@ -28,6 +28,9 @@ PUBLIC = {
         metrics models noise
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
+    "kinvert.adapters.comfyui": """
+        NODES NODE_CLASS_MAPPINGS NODE_DISPLAY_NAME_MAPPINGS
+    """,
     "kinvert.adapters.diffusers": """
         Inverted KinvertScheduler PipelineDenoiser Unsampled decode denoiser encode extract_noise invert round_trip
         unsample
