@@ -128,8 +128,8 @@ def fair_share(left: Tensor, step: Step) -> Tensor:
     It is twice the mean, since the noisier steps often take less, and leaves one evaluation of each of them. What a
     step does not spend, others may.
     """
-    cost = len(step.stages)
-    return (2 * left.div(step.index + 1, rounding_mode="floor")).minimum(left - step.index * cost)
+    mean = left.div(step.index + 1, rounding_mode="floor")
+    return mean + mean.minimum(left - mean - step.index * len(step.stages))  # twice a mean may be more than int64 holds
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:
