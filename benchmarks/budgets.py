@@ -237,7 +237,7 @@ def main() -> None:
             if one not in done:
                 save("cost", cost(*one))
         return
-    names = [field for field in Cell.__dataclass_fields__]
+    names = list(Cell.__dataclass_fields__)
     found = {Cell(**{name: row[name] for name in names}) for row in report["rows"]}
     for panel in itertools.product(args.network, args.output, args.steps, args.cfg):
         for cell in cells(*panel):
