@@ -171,35 +171,40 @@ def cost(sampler: str, dtype: str, lowest: float, tol: float | None, cfg: float,
     return key | summary(found.round_trip_error, upwards(found) / steps) | certified(found, steps)
 
 
-def draw(rows: list[dict[str, Any]], output: str) -> None:
-    """Draw the figure: a row of panels for each network, number of steps and sampler, a panel for each cfg."""
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw the figure, for 20 steps in float32: a row of panels for each network and sampler, a panel for each cfg."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["output"] == output]
-    lines = list(dict.fromkeys((row["network"], row["steps"], row["sampler"]) for row in rows))
+    rows = [row for row in rows if row["output"] == "float32" and row["steps"] == 20]
+    lines = list(itertools.product(dict.fromkeys(row["network"] for row in rows), SAMPLERS))
     scales = sorted({row["cfg"] for row in rows})
     figure = Figure(figsize=(1.0 + 3.6 * len(scales), 2.6 * len(lines)), layout="constrained")
-    panels = figure.subplots(len(lines), len(scales), squeeze=False, sharex=True)
+    panels = figure.subplots(len(lines), len(scales), squeeze=False)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for (i, line), (j, cfg) in itertools.product(enumerate(lines), enumerate(scales)):
         axis = panels[i, j]
-        here = [row for row in rows if (row["network"], row["steps"], row["sampler"], row["cfg"]) == (*line, cfg)]
+        here = [row for row in rows if (row["network"], row["sampler"], row["cfg"]) == (*line, cfg)]
+        if not here:
+            axis.remove()
+            continue
+        axis.set(xscale="log", yscale="log", xlim=(0.9, 22))
         for number, method in enumerate(methods):
             points = [row for row in here if row["method"] == method and row["budget"] is not None]
             points.sort(key=lambda row: row["budget"])
             style = {"color": "black" if method == "invert" else f"C{number}", "marker": "o", "markersize": 3}
             style["linewidth"] = 1.8 if method == "invert" else 0.9
             at = [row["budget"] for row in points]
-            axis.plot(at, [row["median_error"] for row in points], **style, label=method if points else None)
+            if not points:
+                continue
+            axis.plot(at, [row["median_error"] for row in points], **style, label=method)
             axis.plot(at, [row["worst_error"] for row in points], **style, linestyle=":")
-        axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=map(str, BUDGETS))
-        axis.set_title(f"{line[0]}, {line[2]}, {line[1]} steps, cfg {cfg:g}", fontsize=9)
+        axis.set(xticks=BUDGETS, xticklabels=map(str, BUDGETS))
+        axis.set_title(f"{line[0]}, {line[1]}, cfg {cfg:g}", fontsize=9)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    handles = {}
-    for axis in panels.flat:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, fontsize=9)
+    found = [axis.get_legend_handles_labels() for axis in figure.axes]
+    known = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(list(known.values()), list(known), loc="outside upper center", ncols=5, fontsize=9)
     figure.supxlabel("evaluations a step on the way up")
     figure.supylabel("rms error of the round trip: median (solid), worst (dotted)")
     figure.savefig(FIGURE, dpi=80)
@@ -221,7 +226,7 @@ def main() -> None:
     warnings.simplefilter("ignore", RuntimeWarning)
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": [], "cost": []}
     if args.figure:
-        draw(report["rows"], "float32")
+        draw(report["rows"])
         return
     versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
     report["versions"] = versions
