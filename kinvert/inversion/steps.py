@@ -128,8 +128,9 @@ def fair_share(left: Tensor, step: Step) -> Tensor:
     It is twice the mean, since the noisier steps often take less, and leaves one evaluation of each of them. What a
     step does not spend, others may.
     """
-    mean = left.div(step.index + 1, rounding_mode="floor")
-    return mean + mean.minimum(left - mean - step.index * len(step.stages))  # twice a mean may be more than int64 holds
+    cost = len(step.stages)
+    mean = left.div(step.index + 1, rounding_mode="floor").clamp(max=2**60)
+    return (2 * mean).minimum(left - step.index * cost)
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:
