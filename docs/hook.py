@@ -1,8 +1,9 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->`,
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
-`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`, `<!-- environments -->` or
-`<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the
-code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`.
+`<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
+`<!-- environments -->` or `<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`,
+which are read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
+`<!-- diffusers_memory -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -32,7 +33,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
+    pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, budgets, costs, performance, dtypes, flow)
     hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes)
     for render in (*pages, versions, environments, layers, routes, *hosts):
         marker = f"<!-- {render.__name__} -->"
@@ -233,6 +234,67 @@ def _error(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
     return f"{row['median_error']:.1e}" + (f" ({row['exact_to_1e-6']})" if row["exact_to_1e-6"] else "")
+
+
+ALLOWED = 8e-6  # about what the default tolerance allows in float32: smaller errors are not compared
+
+
+def budgets() -> str:
+    """A table for each network, output and number of steps: `invert` and the best of the others at each budget."""
+    report = json.loads((RESULTS / "budgets.json").read_text())
+    parts = []
+    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        panels.setdefault((row["network"], row["output"], row["steps"]), []).append(row)
+    for panel in sorted(panels, key=lambda key: (key[0], key[1] != "float32", key[2])):
+        rows = panels[panel]
+        limits = sorted({row["budget"] for row in rows if row["budget"] is not None})
+        lines = []
+        for sampler, cfg in dict.fromkeys((row["sampler"], row["cfg"]) for row in rows):
+            here = [row for row in rows if (row["sampler"], row["cfg"]) == (sampler, cfg)]
+            mine = {row["budget"]: row for row in here if row["method"] == "invert"}
+            if mine:
+                others = [row for row in here if row["method"] != "invert"]
+                lines += against([f"`{sampler}`", f"{cfg:g}"], mine, others, limits)
+        lines.sort(key=lambda line: list(ki.SAMPLERS).index(line[0].strip("`")))
+        network, output, steps = panel
+        rounded = "" if output == "float32" else f", output rounded to {output}"
+        head = ["sampler", "cfg", "", *(str(limit) for limit in limits), "no limit given"]
+        parts += [f"**`{network}`, {steps} steps{rounded}**, {rows[0]['samples']} images", table(head, lines)]
+    named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n\n".join([*parts, f"`python benchmarks/budgets.py`; {named}, on a CPU."])
+
+
+def against(
+    key: list[str], mine: dict[int | None, dict[str, Any]], others: list[dict[str, Any]], limits: list[int]
+) -> list[list[str]]:
+    """Two lines of a table of budgets. What is better than `invert` for the same cost or less is bold."""
+    first, second = [*key, "`invert`"], [*key, "best other"]
+    for limit in limits:
+        row = mine.get(limit)
+        first.append(f"{row['median_error']:.1e}, {row['worst_error']:.1e}" if row else "-")
+        cells = []
+        for which in ("median_error", "worst_error"):
+            best = min(other[which] for other in others if other["budget"] <= limit)
+            behind = row is not None and max(best, ALLOWED) < max(row[which], ALLOWED)
+            cells.append(f"**{best:.1e}**" if behind else f"{best:.1e}")
+        second.append(", ".join(cells))
+    row = mine.get(None)
+    spent = f"{row['evaluations']:.1f} ({row['converged']} of {row['samples']})" if row else "-"
+    first.append(f"{row['median_error']:.1e}, {row['worst_error']:.1e} after {spent}" if row else "-")
+    return [first, [*second, ""]]
+
+
+def costs() -> str:
+    """What the default limit takes, a line for each sampler, dtype and schedule."""
+    lines = []
+    for row in json.loads((RESULTS / "budgets.json").read_text())["cost"]:
+        tol = "default" if row["tolerance"] is None else f"{row['tolerance']:g}"
+        line = [f"`{row['sampler']}`", row["dtype"], f"{row['lowest_sigma']:g}", f"{row['cfg']:g}", str(row["steps"])]
+        line += [tol, f"{row['evaluations']:.1f}", f"{row['most_evaluations']:.1f}"]
+        lines.append([*line, f"{row['converged']} of {row['samples']}", f"{row['worst_error']:.1e}"])
+    head = ["sampler", "states", "to sigma", "cfg", "steps", "tolerance", "median", "most", "converged", "worst error"]
+    return f"{table(head, lines)}\n\n`python benchmarks/budgets.py --cost`."
 
 
 def performance() -> str:

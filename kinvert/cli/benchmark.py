@@ -39,7 +39,9 @@ OF_PIPELINES = (
 
 @bench_group.command("run")
 @click.argument("grid", required=False, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), standard or full.")
+@click.option(
+    "--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), budgets, standard or full."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, one file for each cell."
 )

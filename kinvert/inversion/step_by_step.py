@@ -62,7 +62,6 @@ class StepByStep:
         rounded: residuals up to so many roundings of the state are rounding.
         smallest: size of the smallest attempt to solve the steps one after the other, in runs; others are three, nine,
             ... times as large. Less is for `climb`.
-        loose: tolerance from which on a climb comes first.
     """
 
     methods: ClassVar[dict[str, Callable[[], Solver]]] = {
@@ -84,7 +83,6 @@ class StepByStep:
     folded: float = 0.1
     rounded: float = 8.0
     smallest: int = 24
-    loose: float = 1e-3
 
     def accepts(self, plan: Plan) -> bool:
         """Tell whether every step of the Plan is a map of x alone."""
@@ -170,8 +168,6 @@ class StepByStep:
         while size + 1 <= left:
             sizes, left, size = [size, *sizes], left - size - 1, 3 * size
         full = [solved(size * once) for size in sizes]
-        if full and task.tol >= self.loose and not task.is_half:
-            full.insert(0, _Attempt(lambda some: climb(some, up, climbs[:3]), 0))
         return [*full, _Attempt(lambda some: climb(some, up, climbs), cost * once), *(plain if task.is_half else [])]
 
     def _attempt(self, task: Task, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:

@@ -156,3 +156,10 @@ def test_the_noise_of_the_network_is_stated() -> None:
     assert "noise floor" in str(found)
     exact = ki.invert(MIXTURE, images(3), SIGMAS)
     assert exact.floor is not None and not exact.floor.any()
+
+
+def test_a_share_of_a_budget_without_end_does_not_overflow() -> None:
+    """The published inversions set no limit: the largest int64, of which no multiple exists."""
+    plan = ki.compile_plan("euler", [3.0, 2.0, 1.0])
+    left = torch.tensor([torch.iinfo(torch.int64).max])
+    assert all(int(fair_share(left, step)) >= 2**60 for step in plan.steps)
