@@ -96,6 +96,7 @@ class StepByStep:
         """
         if not task.check:
             return self._unchecked(task, solver)
+        task, asked = task.steadied()
         plan, x = task.plan, task.wide
         first, *others = self._attempts(task, solver)
         found, restored = first.make(task)
@@ -119,6 +120,7 @@ class StepByStep:
             noise = torch.zeros_like(task.judge.size) if found.noise is None else found.noise
             factors[:, able] = contraction(plan, rows, states, noise.clamp(min=task.eps)[able])
             found.evaluations[able] += cost
+        found.evaluations += asked
         reasons, notes = self._explain(task, found, restored)
         return Found(
             latent=found.states[0],
