@@ -290,7 +290,7 @@ def against(rows: list[Row], limits: list[int]) -> list[list[str]]:
         cells = []
         for which in ("median_error", "worst_error"):
             best = min((other[which] for other in others if other["budget"] <= limit), default=math.inf)
-            behind = row is not None and max(best, ALLOWED) < row[which]
+            behind = row is not None and max(best, ALLOWED) < 0.99 * row[which]
             cells.append(f"**{best:.1e}**" if behind else f"{best:.1e}")
         second.append(", ".join(cells))
     row = mine.get(None)
@@ -481,7 +481,7 @@ def layers() -> str:
         node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
     )
     files = {path.stem: path.read_text() for path in (root / "kinvert").glob("*.py")}
-    rows = []
+    rows: list[list[str]] = []
     for names in ast.literal_eval(found.value):
         shown = [f"`{name}`" for name in sorted(names) if not files.get(name, "").startswith('"""The old name of')]
         rows.append([str(len(rows)), ", ".join(shown)])
