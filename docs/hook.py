@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import re
 import statistics
 import sys
@@ -237,46 +238,50 @@ def _error(row: dict[str, Any] | None) -> str:
 
 
 ALLOWED = 8e-6  # about what the default tolerance allows in float32: smaller errors are not compared
+Row = dict[str, Any]
 
 
 def budgets() -> str:
     """A table for each network, output and number of steps: `invert` and the best of the others at each budget."""
     report = json.loads((RESULTS / "budgets.json").read_text())
-    parts = []
-    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    panels: dict[tuple[Any, ...], list[Row]] = {}
     for row in report["rows"]:
-        panels.setdefault((row["network"], row["output"], row["steps"]), []).append(row)
-    for panel in sorted(panels, key=lambda key: (key[0], key[1] != "float32", key[2])):
-        rows = panels[panel]
+        panels.setdefault((row["network"], row["output"] != "float32", row["steps"]), []).append(row)
+    parts = []
+    for (network, rounded, steps), rows in sorted(panels.items()):
+        keys = sorted({(list(ki.SAMPLERS).index(r["sampler"]), r["cfg"]) for r in rows if r["method"] == "invert"})
         limits = sorted({row["budget"] for row in rows if row["budget"] is not None})
-        lines = []
-        for sampler, cfg in dict.fromkeys((row["sampler"], row["cfg"]) for row in rows):
-            here = [row for row in rows if (row["sampler"], row["cfg"]) == (sampler, cfg)]
-            mine = {row["budget"]: row for row in here if row["method"] == "invert"}
-            if mine:
-                others = [row for row in here if row["method"] != "invert"]
-                lines += against([f"`{sampler}`", f"{cfg:g}"], mine, others, limits)
-        lines.sort(key=lambda line: list(ki.SAMPLERS).index(line[0].strip("`")))
-        network, output, steps = panel
-        rounded = "" if output == "float32" else f", output rounded to {output}"
-        head = ["sampler", "cfg", "", *(str(limit) for limit in limits), "no limit given"]
-        parts += [f"**`{network}`, {steps} steps{rounded}**, {rows[0]['samples']} images", table(head, lines)]
+        lines: list[list[str]] = []
+        lost = []
+        for place, cfg in keys:
+            sampler = list(ki.SAMPLERS)[place]
+            found = against([row for row in rows if (row["sampler"], row["cfg"]) == (sampler, cfg)], limits)
+            lines += [[f"`{sampler}`", f"{cfg:g}", *line] for line in found]
+            where = [str(limit) for limit, cell in zip(limits, found[1][1:], strict=False) if "**" in cell]
+            lost += [f"`{sampler}` at cfg {cfg:g} with {', '.join(where)}"] if where else []
+        if keys:
+            head = ["sampler", "cfg", "", *(str(limit) for limit in limits), "no limit given"]
+            title = (
+                f"**`{network}`, {steps} steps{', output rounded to bfloat16' * rounded}**, {rows[0]['samples']} images"
+            )
+            parts += [title, table(head, lines)]
+            parts += [f"Not on the front: {'; '.join(lost) or 'nowhere'}{' evaluations a step' * bool(lost)}."]
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n\n".join([*parts, f"`python benchmarks/budgets.py`; {named}, on a CPU."])
 
 
-def against(
-    key: list[str], mine: dict[int | None, dict[str, Any]], others: list[dict[str, Any]], limits: list[int]
-) -> list[list[str]]:
+def against(rows: list[Row], limits: list[int]) -> list[list[str]]:
     """Two lines of a table of budgets. What is better than `invert` for the same cost or less is bold."""
-    first, second = [*key, "`invert`"], [*key, "best other"]
+    mine = {row["budget"]: row for row in rows if row["method"] == "invert"}
+    others = [row for row in rows if row["method"] != "invert"]
+    first, second = ["`invert`"], ["best other"]
     for limit in limits:
         row = mine.get(limit)
         first.append(f"{row['median_error']:.1e}, {row['worst_error']:.1e}" if row else "-")
         cells = []
         for which in ("median_error", "worst_error"):
-            best = min(other[which] for other in others if other["budget"] <= limit)
-            behind = row is not None and max(best, ALLOWED) < max(row[which], ALLOWED)
+            best = min((other[which] for other in others if other["budget"] <= limit), default=math.inf)
+            behind = row is not None and max(best, ALLOWED) < 0.99 * row[which]
             cells.append(f"**{best:.1e}**" if behind else f"{best:.1e}")
         second.append(", ".join(cells))
     row = mine.get(None)
@@ -288,7 +293,10 @@ def against(
 def costs() -> str:
     """What the default limit takes, a line for each sampler, dtype and schedule."""
     lines = []
-    for row in json.loads((RESULTS / "budgets.json").read_text())["cost"]:
+    rows: list[Row] = json.loads((RESULTS / "budgets.json").read_text())["cost"]
+    order = list(ki.SAMPLERS)
+    rows.sort(key=lambda row: (row["cfg"], order.index(row["sampler"]), row["dtype"], row["lowest_sigma"]))
+    for row in rows:
         tol = "default" if row["tolerance"] is None else f"{row['tolerance']:g}"
         line = [f"`{row['sampler']}`", row["dtype"], f"{row['lowest_sigma']:g}", f"{row['cfg']:g}", str(row["steps"])]
         line += [tol, f"{row['evaluations']:.1f}", f"{row['most_evaluations']:.1f}"]
@@ -536,7 +544,7 @@ def layers() -> str:
         node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
     )
     files = {path.stem: path.read_text() for path in (root / "kinvert").glob("*.py")}
-    rows = []
+    rows: list[list[str]] = []
     for names in ast.literal_eval(found.value):
         shown = [f"`{name}`" for name in sorted(names) if not files.get(name, "").startswith('"""The old name of')]
         rows.append([str(len(rows)), ", ".join(shown)])

@@ -101,8 +101,8 @@ class StepByStep:
         first, *others = self._attempts(task, solver)
         found, restored = first.make(task)
         for attempt in others:
-            wanted = task.is_lost(task.error(restored)) & ~_is_settled(found)
-            wanted = wanted if attempt.is_search else wanted | task.is_half
+            wanted = task.is_lost(task.error(restored))
+            wanted = wanted & ~_is_settled(found) if attempt.is_search else wanted | task.is_half
             wanted = wanted & (task.limit - found.evaluations >= attempt.cost)
             index = wanted.nonzero()[:, 0]
             if len(index) and not (task.watch.stopped and attempt.is_search):
@@ -170,7 +170,8 @@ class StepByStep:
         while size + 1 <= left:
             sizes, left, size = [size, *sizes], left - size - 1, 3 * size
         full = [solved(size * once) for size in sizes]
-        return [*full, _Attempt(lambda some: climb(some, up, climbs), cost * once), *(plain if task.is_half else [])]
+        plain = plain if full or task.is_half else []  # samples that noise keeps from the climbs have it too
+        return [*full, _Attempt(lambda some: climb(some, up, climbs), cost * once), *plain]
 
     def _attempt(self, task: Task, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:
         """Solve each step; solve again, and finer, for samples whose steps' errors add up to too much.
