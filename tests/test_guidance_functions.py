@@ -158,7 +158,7 @@ def test_an_interval_is_open_below_and_closed_above() -> None:
         lambda cond, uncond, sigma: uncond + 5.0 * (cond - uncond),
         lambda sigma: torch.full_like(sigma, 5.0),
     ],
-    ids=str,
+    ids=["rescale", "apg", "apg far", "interval", "threshold", "in v", "function", "of sigma"],
 )
 def test_where_it_changes_nothing_it_is_plain_guidance(cfg: Any) -> None:
     torch.testing.assert_close(guided(cfg), guided(5.0), rtol=1e-10, atol=1e-10)
