@@ -281,7 +281,7 @@ def against(rows: list[Row], limits: list[int]) -> list[list[str]]:
         cells = []
         for which in ("median_error", "worst_error"):
             best = min((other[which] for other in others if other["budget"] <= limit), default=math.inf)
-            behind = row is not None and max(best, ALLOWED) < 0.99 * row[which]
+            behind = row is not None and max(best, ALLOWED) < 0.97 * row[which]
             cells.append(f"**{best:.1e}**" if behind else f"{best:.1e}")
         second.append(", ".join(cells))
     row = mine.get(None)
