@@ -18,7 +18,7 @@ from torch import Tensor
 from kinvert.coefficients import lagrange
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import advance, stage_sigmas
-from kinvert.inversion.problem import Guess, Problem
+from kinvert.inversion.problem import Guess, Problem, Reason
 from kinvert.inversion.solvers import NewtonKrylov, Solver
 from kinvert.inversion.watching import Watch
 from kinvert.noise import white
@@ -36,6 +36,9 @@ __all__ = [
     "raised",
     "step_problem",
 ]
+
+CREDIBLE = 0.02
+"""Noise of D, in parts of its rms, up to which a network may be rounded: what looks like more is a fold."""
 
 LEAST_CHANGE = NewtonKrylov(krylov=60, forcing=1e-9, max_iterations=30, halvings=10, least_change=True)
 """For a step to sigma = 0, `x' = D(x)`, which many states may solve: each iteration finds the whole change anew."""
@@ -113,7 +116,10 @@ def invert_steps(
             known = [(math.log(step.sigma / plan.sigmas[0]), denoised), *known[:2]]
             unit = rms(denoised).clamp(min=torch.finfo(x.dtype).tiny)
         if root.floor is not None:
-            noise = noise.maximum(root.floor / ((1.0 - r) * unit).clamp(min=torch.finfo(x.dtype).tiny))
+            met = root.floor / ((1.0 - r) * unit).clamp(min=torch.finfo(x.dtype).tiny)
+            noise = torch.where(met <= CREDIBLE, noise.maximum(met), noise)
+            stalled = (met > CREDIBLE) & (root.reason == Reason.PRECISION)
+            root = replace(root, reason=torch.where(stalled, int(Reason.STALLED), root.reason))
         states.insert(0, root.u)
         residuals.insert(0, root.residual)
         reasons.insert(0, root.reason)
