@@ -96,7 +96,9 @@ class StepByStep:
         """
         if not task.check:
             return self._unchecked(task, solver)
-        task, asked = task.steadied()
+        asked: Tensor | int = 0
+        if not task.limited or 2 * task.limit >= RUNS * task.plan.evaluations:  # or else no climb is to miss two
+            task, asked = task.steadied()
         plan, x = task.plan, task.wide
         first, *others = self._attempts(task, solver)
         found, restored = first.make(task)
