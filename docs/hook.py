@@ -34,7 +34,19 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, budgets, costs, performance, dtypes, flow)
+    pages = (
+        samplers,
+        schedules,
+        elsewhere,
+        inversion,
+        reversible,
+        baselines,
+        budgets,
+        costs,
+        performance,
+        dtypes,
+        flow,
+    )
     hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes)
     for render in (*pages, versions, environments, layers, routes, *hosts):
         marker = f"<!-- {render.__name__} -->"

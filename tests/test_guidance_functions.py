@@ -317,7 +317,9 @@ def counted(*before: int) -> Callable[[Tensor], Tensor]:
     return cfg
 
 
-@pytest.mark.parametrize("cfg", [Momentum(False), Interval(Momentum(False), 0.0, 20.0), counted()], ids=["object", "within", "function"])
+@pytest.mark.parametrize(
+    "cfg", [Momentum(False), Interval(Momentum(False), 0.0, 20.0), counted()], ids=["object", "within", "function"]
+)
 def test_what_does_not_say_so_is_found_out(cfg: Any) -> None:
     for verb in (ki.invert, ki.extract_noise):
         with pytest.raises(ValueError, match="does not return the same for the same predictions"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert.inversion import Reason
+from kinvert.inversion.task import RUNS
 
 SIGMAS = schedule(8)
 SAMPLERS = ("euler", "heun", "dpmpp_2m")
@@ -62,13 +63,15 @@ def invert_quietly(denoiser: Any, sampler: str, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("k", [1, 13])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_stopped_search_returns_the_best_so_far_within_four_runs(sampler: str, name: str, k: int) -> None:
+def test_a_stopped_search_returns_the_best_so_far_within_few_runs(sampler: str, name: str, k: int) -> None:
     options, denoiser, watch = OPTIONS[name], Counted(), StopAfter(k)
     found = invert_quietly(denoiser, sampler, watch=watch, **options)
     once = 8 * STAGES[sampler]
     parts = watch.told[-1].parts
-    # What is left of the run, the check, the plain run up and down; a sweep that has begun is finished.
-    assert len(watch.told) - k <= parts * (4 * once + 1)
+    # The question whether the batch size matters, what is left of the run, the check, the plain run up and down. Of a
+    # whole run a sweep that has begun is finished, and the best trial is checked, too.
+    most = 5 if sampler == "dpmpp_2m" else 4
+    assert len(watch.told) - k <= parts * (most * once + 2)
     ends = {Reason.STOPPED, Reason.CONVERGED} | ({Reason.PRECISION} if name == "half" else set())
     assert set(found.reasons) <= ends
     assert Reason.STOPPED in found.reasons or name == "half"
@@ -85,7 +88,7 @@ def test_a_stopped_search_returns_the_best_so_far_within_four_runs(sampler: str,
 
 
 def test_a_later_stop_leaves_less_to_solve() -> None:
-    errors = [invert_quietly(Counted(), "euler", watch=StopAfter(k)).round_trip_error.max() for k in (1, 40, 100)]
+    errors = [invert_quietly(Counted(), "euler", watch=StopAfter(k)).round_trip_error.max() for k in (1, 60, 80)]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
@@ -94,7 +97,7 @@ def test_every_root_finder_stops(method: str) -> None:
     denoiser, watch = Counted(), StopAfter(20)
     found = invert_quietly(denoiser, "euler", method=method, watch=watch, tol=1e-12)
     assert set(found.reasons) == {Reason.STOPPED}
-    assert len(watch.told) <= 20 + 4 * 8 + 2  # a step of Newton's method ends with its line search
+    assert len(watch.told) <= 20 + 5 * 8 + 2  # a step of Newton's method ends with its line search
 
 
 def test_a_run_that_is_solved_through_euler_stops() -> None:
@@ -115,12 +118,13 @@ def test_the_warning_and_the_report_say_that_it_was_stopped() -> None:
 def test_what_is_told_are_the_calls_of_the_denoiser(sampler: str) -> None:
     denoiser, told = Counted(), list[ki.Solving]()
     found = ki.invert(denoiser, images(), SIGMAS, sampler=sampler, watch=told.append, max_batch=4)
+    limit = 8 * STAGES[sampler] * (2 * RUNS + 4 * 6)  # by default
     assert len(told) == denoiser.calls - 2  # those that ask whether rows mix
     for part in (0, 1):
         own = [now for now in told if now.part == part]
         assert [now.evaluations for now in own] == list(range(1, len(own) + 1))
         assert own[-1].evaluations >= found.evaluations[4 * part : 4 * part + 4].max() - 4
-        assert {(now.samples, now.parts, now.steps, now.limit) for now in own} == {(4 if part == 0 else 2, 2, 8, None)}
+        assert {(now.samples, now.parts, now.steps, now.limit) for now in own} == {(4 if part == 0 else 2, 2, 8, limit)}
         solved = [now.solved for now in own]
         rises = {later - sooner for sooner, later in itertools.pairwise(solved)}
         assert rises <= {0, 1, -8}  # after the run that checks, some samples may be solved again, and finer
