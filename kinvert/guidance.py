@@ -306,7 +306,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a.reshape(len(a), -1), dim=1)
+    return a.reshape(len(a), -1).norm(dim=1)
 
 
 def _spread(a: Tensor) -> Tensor:

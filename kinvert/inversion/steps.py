@@ -37,6 +37,9 @@ __all__ = [
     "step_problem",
 ]
 
+ENOUGH = 12
+"""Calls of a step that solve it if it is no fold."""
+
 CREDIBLE = 0.02
 """Noise of D, in parts of its rms, up to which a network may be rounded: what looks like more is a fold."""
 
@@ -131,12 +134,12 @@ def invert_steps(
 def fair_share(left: Tensor, step: Step) -> Tensor:
     """Return what a step may spend of `left`, the evaluations that it and all noisier steps have together.
 
-    It is twice the mean, since the noisier steps often take less, and leaves one evaluation of each of them. What a
-    step does not spend, others may.
+    It is twice the mean, since the noisier steps often take less, or more if each of them keeps `ENOUGH` calls. One
+    evaluation of each of them is left in any case. What a step does not spend, others may.
     """
     cost = len(step.stages)
     mean = left.div(step.index + 1, rounding_mode="floor").clamp(max=2**60)
-    return (2 * mean).minimum(left - step.index * cost)
+    return (2 * mean).maximum(left - ENOUGH * cost * step.index).minimum(left - step.index * cost)
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:

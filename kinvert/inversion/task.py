@@ -134,7 +134,8 @@ class Task:
         That is two evaluations of the first sample, at the noise level that is evaluated last, if so many are to spare.
         """
         asked = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
-        if not self.denoiser.varies or self.is_half or self.limit < 4 * self.plan.evaluations + 2:
+        small = self.limit < 4 * self.plan.evaluations + 2
+        if small or self.is_half or self.watch.stopped or not self.denoiser.varies:
             return self, asked
         asked[0] = 2
         task = replace(self, limit=self.limit - 2) if self.limit < UNLIMITED else self

@@ -163,7 +163,7 @@ def test_ctrl_c_returns_the_best_so_far(sampler: str) -> None:
     assert "Ctrl-C: the inversion stops and returns the best that it has found" in str(caught[0].message)
     assert caught[0].filename == __file__
     assert set(found.reasons) == {Reason.STOPPED}
-    assert denoiser.calls <= 10 + 4 * 8 * STAGES[sampler]
+    assert denoiser.calls <= 10 + 5 * 8 * STAGES[sampler]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
