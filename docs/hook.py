@@ -1,7 +1,9 @@
-"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->` or
-`<!-- elsewhere -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
-`<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->` or `<!-- environments -->`. The page
-of the architecture has `<!-- layers -->` and `<!-- routes -->`, which are read off the code.
+"""MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->`,
+`<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
+`<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
+`<!-- environments -->` or `<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`,
+which are read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
+`<!-- diffusers_memory -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -12,6 +14,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import re
 import statistics
 import sys
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import kinvert as ki
+from kinvert.adapters.comfyui import NODES
 from kinvert.analysis import properties
 from kinvert.inversion import ROUTES
 from kinvert.rules import SamplerEntry
@@ -30,8 +34,21 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs with the text of every page."""
-    pages = (samplers, schedules, elsewhere, inversion, reversible, baselines, performance, dtypes, flow)
-    for render in (*pages, versions, environments, layers, routes):
+    pages = (
+        samplers,
+        schedules,
+        elsewhere,
+        inversion,
+        reversible,
+        baselines,
+        budgets,
+        costs,
+        performance,
+        dtypes,
+        flow,
+    )
+    hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes)
+    for render in (*pages, versions, environments, layers, routes, *hosts):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
@@ -232,6 +249,74 @@ def _error(row: dict[str, Any] | None) -> str:
     return f"{row['median_error']:.1e}" + (f" ({row['exact_to_1e-6']})" if row["exact_to_1e-6"] else "")
 
 
+ALLOWED = 8e-6  # about what the default tolerance allows in float32: smaller errors are not compared
+Row = dict[str, Any]
+
+
+def budgets() -> str:
+    """A table for each network, output and number of steps: `invert` and the best of the others at each budget."""
+    report = json.loads((RESULTS / "budgets.json").read_text())
+    panels: dict[tuple[Any, ...], list[Row]] = {}
+    for row in report["rows"]:
+        panels.setdefault((row["network"], row["output"] != "float32", row["steps"]), []).append(row)
+    parts = []
+    for (network, rounded, steps), rows in sorted(panels.items()):
+        keys = sorted({(list(ki.SAMPLERS).index(r["sampler"]), r["cfg"]) for r in rows if r["method"] == "invert"})
+        limits = sorted({row["budget"] for row in rows if row["budget"] is not None})
+        lines: list[list[str]] = []
+        lost = []
+        for place, cfg in keys:
+            sampler = list(ki.SAMPLERS)[place]
+            found = against([row for row in rows if (row["sampler"], row["cfg"]) == (sampler, cfg)], limits)
+            lines += [[f"`{sampler}`", f"{cfg:g}", *line] for line in found]
+            where = [str(limit) for limit, cell in zip(limits, found[1][1:], strict=False) if "**" in cell]
+            lost += [f"`{sampler}` at cfg {cfg:g} with {', '.join(where)}"] if where else []
+        if keys:
+            head = ["sampler", "cfg", "", *(str(limit) for limit in limits), "no limit given"]
+            title = (
+                f"**`{network}`, {steps} steps{', output rounded to bfloat16' * rounded}**, {rows[0]['samples']} images"
+            )
+            parts += [title, table(head, lines)]
+            parts += [f"Not on the front: {'; '.join(lost) or 'nowhere'}{' evaluations a step' * bool(lost)}."]
+    named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n\n".join([*parts, f"`python benchmarks/budgets.py`; {named}, on a CPU."])
+
+
+def against(rows: list[Row], limits: list[int]) -> list[list[str]]:
+    """Two lines of a table of budgets. What is better than `invert` for the same cost or less is bold."""
+    mine = {row["budget"]: row for row in rows if row["method"] == "invert"}
+    others = [row for row in rows if row["method"] != "invert"]
+    first, second = ["`invert`"], ["best other"]
+    for limit in limits:
+        row = mine.get(limit)
+        first.append(f"{row['median_error']:.1e}, {row['worst_error']:.1e}" if row else "-")
+        cells = []
+        for which in ("median_error", "worst_error"):
+            best = min((other[which] for other in others if other["budget"] <= limit), default=math.inf)
+            behind = row is not None and max(best, ALLOWED) < 0.97 * row[which]
+            cells.append(f"**{best:.1e}**" if behind else f"{best:.1e}")
+        second.append(", ".join(cells))
+    row = mine.get(None)
+    spent = f"{row['evaluations']:.1f} ({row['converged']} of {row['samples']})" if row else "-"
+    first.append(f"{row['median_error']:.1e}, {row['worst_error']:.1e} after {spent}" if row else "-")
+    return [first, [*second, ""]]
+
+
+def costs() -> str:
+    """What the default limit takes, a line for each sampler, dtype and schedule."""
+    lines = []
+    rows: list[Row] = json.loads((RESULTS / "budgets.json").read_text())["cost"]
+    order = list(ki.SAMPLERS)
+    rows.sort(key=lambda row: (row["cfg"], order.index(row["sampler"]), row["dtype"], row["lowest_sigma"]))
+    for row in rows:
+        tol = "default" if row["tolerance"] is None else f"{row['tolerance']:g}"
+        line = [f"`{row['sampler']}`", row["dtype"], f"{row['lowest_sigma']:g}", f"{row['cfg']:g}", str(row["steps"])]
+        line += [tol, f"{row['evaluations']:.1f}", f"{row['most_evaluations']:.1f}"]
+        lines.append([*line, f"{row['converged']} of {row['samples']}", f"{row['worst_error']:.1e}"])
+    head = ["sampler", "states", "to sigma", "cfg", "steps", "tolerance", "median", "most", "converged", "worst error"]
+    return f"{table(head, lines)}\n\n`python benchmarks/budgets.py --cost`."
+
+
 def performance() -> str:
     """A table of counts and one of times for each device that was measured."""
     parts = []
@@ -318,6 +403,20 @@ def flow_cells(row: dict[str, Any], direction: str, report: dict[str, Any]) -> l
     return [found[0], found[1] + ends_above, spread, "-" if order is None else f"{order:.1f}"]
 
 
+def agreement() -> str:
+    """A line for each scheduler of diffusers and its options: the sampler that equals it, and how nearly."""
+    report = json.loads((RESULTS / "diffusers.json").read_text())
+    rows, reasons = [], list(dict.fromkeys(row["reason"] for row in report["rows"] if row["reason"]))
+    for row in report["rows"]:
+        note = f" ({reasons.index(row['reason']) + 1})" if row["reason"] else ""
+        cells = [f"`{row['scheduler']}`", row["options"], f"{row['pipeline']}, {row['steps']}", f"`{row['sampler']}`"]
+        rows.append([*cells, f"{row['difference']:.0e}{note}"])
+    head = ["diffusers", "options", "pipeline, steps", "kinvert", "difference"]
+    notes = "\n".join(f"{i}. {reason}." for i, reason in enumerate(reasons, 1))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{table(head, rows)}\n\n{notes}\n\n`{report['command']}`; {versions}, on a CPU."
+
+
 COUNTS = """Per step, without the denoiser and the noise source: operations on tensors as large as x, bytes that they
 read and write in units of x (passes), the same relative to one kernel for each input of the denoiser and each update,
 and tensors of x's size that are created; and reads of the device by the host in a run of 50 steps. *By hand* are loops
@@ -391,6 +490,64 @@ def environments() -> str:
     return "\n\n".join([intro, table(head, lines), *(["What differs:", "\n".join(notes)] if notes else []), source])
 
 
+def diffusers_trips() -> str:
+    """A line for each way up in a pipeline of diffusers."""
+    report = json.loads((RESULTS / "diffusers_inversion.json").read_text())
+    rows = []
+    for row in report["round_trips"]:
+        done = "-" if row["converged"] is None else f"{row['converged']} of {row['images']}"
+        rows.append([f"{row['cfg']:g}", str(row["steps"]), f"`{row['method']}`", f"{row['median']:.1e}"])
+        rows[-1] += [f"{row['worst']:.1e}", f"{row['psnr']:.1f}", f"{row['evaluations']:.0f}", done]
+    head = ["cfg", "steps", "way up", "error, median", "worst", "PSNR (dB)", "evaluations", "converged"]
+    return "\n\n".join([table(head, rows), f"Error in parts of the size of the image. {_host_source(report)}"])
+
+
+def diffusers_memory() -> str:
+    """A line for each sampler: the memory of an inversion, in latents."""
+    report = json.loads((RESULTS / "diffusers_inversion.json").read_text())
+    found = {(row["sampler"], row["steps"]): row for row in report["memory"]}
+    steps = sorted({n for _, n in found})
+    head = ["sampler", *(f"{n} steps: latents" for n in steps), *(f"{n} steps: evaluations" for n in steps)]
+    rows = []
+    for name in dict.fromkeys(sampler for sampler, _ in found):
+        cells = [f"{found[name, n]['latents']:.0f}" for n in steps]
+        rows.append([f"`{name}`", *cells, *(str(found[name, n]["evaluations"]) for n in steps)])
+    return "\n\n".join([table(head, rows), _host_source(report)])
+
+
+def _host_source(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"`python benchmarks/diffusers_inversion.py`; {versions}, on a CPU."
+
+
+def comfyui() -> str:
+    """What was measured in ComfyUI: for each check the number of cases, and the one nearest to what is allowed."""
+    files = sorted(RESULTS.glob("comfyui-*.json"), key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    found = [json.loads(path.read_text()) for path in files]
+    rows = []
+    for check in dict.fromkeys(row["check"] for result in found for row in result["rows"]):
+        cells = []
+        for result in found:
+            mine = [row for row in result["rows"] if row["check"] == check and row["most"] is not None]
+            near = max(mine, key=lambda row: row["value"] / row["most"] if row["most"] else row["value"])
+            good = sum(row["value"] <= row["most"] for row in mine)
+            number = f", {near['value']:.1e} of {near['most']:g}" if near["most"] else ""
+            cells.append(f"{good} of {len(mine)}{number}")
+        rows.append([check.replace("_", " "), *cells])
+    return table(["check", *(f"ComfyUI {result['about']['ComfyUI']}" for result in found)], rows)
+
+
+def nodes() -> str:
+    """The nodes of ComfyUI: their inputs, outputs and descriptions."""
+    text = []
+    for node in NODES:
+        lines = [[f"`{i.name}`", "optional" * i.optional, i.tooltip] for i in node.inputs]
+        outputs = [[f"`{o.name}`", o.kind, o.tooltip] for o in node.outputs]
+        text += [f"### {node.title}", node.description]
+        text += [table(["input", "", ""], lines), table(["output", "type", ""], outputs)]
+    return "\n\n".join(text)
+
+
 def layers() -> str:
     """The layers of imports, as the test has them, without the modules that only remember an old name."""
     root = Path(__file__).parent.parent
@@ -399,7 +556,7 @@ def layers() -> str:
         node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
     )
     files = {path.stem: path.read_text() for path in (root / "kinvert").glob("*.py")}
-    rows = []
+    rows: list[list[str]] = []
     for names in ast.literal_eval(found.value):
         shown = [f"`{name}`" for name in sorted(names) if not files.get(name, "").startswith('"""The old name of')]
         rows.append([str(len(rows)), ", ".join(shown)])

@@ -6,6 +6,7 @@ Diffusion samplers and schedules as data, in both directions: `sample`, `unsampl
 
 from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
+from kinvert import guidance as guidance
 from kinvert import inversion as inversion
 from kinvert import levels as levels
 from kinvert import metrics as metrics
@@ -22,6 +23,8 @@ from kinvert.engine import graphs as graphs
 from kinvert.engine import run as run
 from kinvert.engine.stepwise import stepwise as stepwise
 from kinvert.inversion import Inversion as Inversion
+from kinvert.inversion import Solving as Solving
+from kinvert.inversion import Stop as Stop
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert
 from kinvert.plan import Plan as Plan
@@ -48,7 +51,9 @@ __all__ = [
     "Progress",
     "RoundTrip",
     "Rule",
+    "Solving",
     "Stepwise",
+    "Stop",
     "__version__",
     "analysis",
     "compile_plan",
@@ -56,6 +61,7 @@ __all__ = [
     "extract_noise",
     "flow_sampler",
     "graphs",
+    "guidance",
     "inversion",
     "invert",
     "levels",

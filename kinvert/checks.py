@@ -259,7 +259,8 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
-def check_callback(callback: Any) -> None:
-    """Raise TypeError if a callback cannot be called: before the run, not after its first step."""
+def check_callback(callback: Any, use: str = "callback(progress) once a step") -> None:
+    """Raise TypeError if a callback cannot be called as `use` says: before the run, not after its first step."""
     if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable as callback(progress) once a step, got {type(callback).__name__}")
+        name = use.partition("(")[0]
+        raise TypeError(f"{name} must be callable as {use}, got {type(callback).__name__}")

@@ -46,6 +46,7 @@ __all__ = [
     "Setting",
     "coordinates_of",
     "flow_sampler",
+    "innermost",
     "levels_of",
     "settle",
 ]
@@ -88,7 +89,7 @@ def coordinates_of(value: Any) -> Coordinates | None:
     Raises:
         ValueError: an attribute `coordinates` that is neither "ve" nor "flow".
     """
-    found = getattr(_inner(value), "coordinates", None)
+    found = getattr(innermost(value), "coordinates", None)
     if not isinstance(found, str):  # a network may have another attribute of that name
         return None
     if found not in get_args(Coordinates):
@@ -184,11 +185,11 @@ def flow_sampler(sampler: str | Rule, levels: HasPercents | None = None) -> Rule
 
 def levels_of(denoiser: Any) -> HasPercents | None:
     """Return the levels of a denoiser, or None if it has none."""
-    found = getattr(_inner(denoiser), "levels", None)
+    found = getattr(innermost(denoiser), "levels", None)
     return found if callable(getattr(found, "percent_to_sigma", None)) else None
 
 
-def _inner(value: Any) -> Any:
+def innermost(value: Any) -> Any:
     """Return a denoiser without its wrappers: bound arguments, guidance, masks."""
     while True:
         if isinstance(value, functools.partial):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_finite, check_number, check_values
-from kinvert.denoisers import Denoiser, Guided, guide
+from kinvert.denoisers import Denoiser, Guided, guide, refuse_history
 from kinvert.engine.contract import check_state
 from kinvert.inversion import invert
 from kinvert.plan import as_schedule
@@ -85,6 +85,7 @@ def solve_ode(
     check_number("rtol", rtol, low=SMALLEST_RTOL, fix=f"pass at least {SMALLEST_RTOL:g}, what float64 can meet")
     check_number("atol", atol, above=0, fix="pass an absolute tolerance, e.g. 1e-12")
     check_number("max_evals", max_evals, above=0, fix="pass a number of evaluations")
+    refuse_history(cfg, "solve_ode", "chooses its own steps")
     bound = guide(denoiser, cfg, positive, negative, batch=len(x))
     ends = math.log(sigma_from), math.log(sigma_to)
     out = torch.empty(x.shape, dtype=torch.float64, device=x.device)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kinvert.checks import check_beside, check_decreasing, check_finite, check_integer, check_number, has_values, plain
 from kinvert.coordinates import settle
-from kinvert.denoisers import Cfg, Denoiser, Masked, guide, step_cfg
+from kinvert.denoisers import Cfg, Denoiser, Masked, guide, refuse_history, step_cfg
 from kinvert.engine import Callback
 from kinvert.engine.contract import check_state, rounding, warn_if_drowned
 from kinvert.moments import check_flow_spread, check_kept
@@ -105,7 +105,9 @@ def sample(
             `ki.flow_sampler` has it.
         cfg: scale of classifier-free guidance, `D = U + cfg (C - U)`; 1 evaluates the positive branch alone. Or one
             scale for each step of `sigmas`, the noisiest first: an evaluation has that of the step in whose interval
-            its noise level lies, see `kinvert.denoisers.step_cfg`. Or a function of sigma, shape (batch,).
+            its noise level lies, see `kinvert.denoisers.step_cfg`. Or a function of sigma, shape (batch,). Or another
+            way to guide, in all steps or in some of them: one of `ki.guidance`, or a function `(cond, uncond, sigma) ->
+            denoised` of the predictions C and U, which takes each sample by itself.
         positive: keyword arguments of the denoiser for the conditional branch C.
         negative: keyword arguments for the unconditional branch U; needed where cfg is not 1 and by CFG++ samplers.
         mask: 1 = sample, 0 = keep `latent`; for all items alike, (H, W), for each, (batch, H, W), or for each item and
@@ -139,7 +141,10 @@ def sample(
     job = Ready.of(rule, schedule)
     _warn_of_needs(needs, job, noise)
     check_flow_spread(job.plan, coordinates)
-    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=job.is_guided, batch=len(x))
+    if max_batch is not None or graph:
+        refuse_history(cfg, "sample", "evaluates the parts of a batch in turn, or from a graph (max_batch=, graph=)")
+    scales = step_cfg(cfg, schedule)
+    guided = guide(denoiser, scales, positive, negative, pair=job.is_guided, batch=len(x), coordinates=coordinates)
     denoise = in_parts(guided, x, max_batch, graph)
     if mask is not None:
         if latent is None:
@@ -221,7 +226,9 @@ def unsample(
     job.check_unsampling(noise, Ready.of(rule, kept))
     check_flow_spread(job.plan, coordinates)
     warn_if_drowned(x, job.sigmas[0], "the first slope of the way up", f"or sigma_offset={rounding(x, 0.5):.2g}")
-    guided = guide(denoiser, step_cfg(cfg, schedule, rising), positive, negative, pair=job.is_guided, batch=len(x))
+    refuse_history(cfg, "unsample", "goes through the steps in reverse order")
+    scales = step_cfg(cfg, schedule, rising)
+    guided = guide(denoiser, scales, positive, negative, pair=job.is_guided, batch=len(x), coordinates=coordinates)
     denoise = in_parts(guided, x, max_batch, graph)
     if mask is not None:
         check_kept(job.plan, coordinates)

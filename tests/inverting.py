@@ -12,6 +12,7 @@ from torch import Tensor
 import kinvert as ki
 from kinvert.denoisers import guide
 from kinvert.inversion import Guess, Problem
+from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.steps import levels_of, step_problem
 from kinvert.inversion.task import UNLIMITED, Task
 
@@ -48,7 +49,9 @@ def task_of(
     plan: ki.Plan, x: Tensor, tol: float, denoiser: Any = MIXTURE, limit: int = UNLIMITED, **options: Any
 ) -> Task:
     """Return the task to invert the run of a Plan that ends at x."""
-    return Task(plan, guide(denoiser, batch=len(x)), x, tol, limit, None, torch.arange(len(x)), **options)
+    return Task(
+        plan, FewBatches(guide(denoiser, batch=len(x)), len(x)), x, tol, limit, None, torch.arange(len(x)), **options
+    )
 
 
 def guess_of_run(plan: ki.Plan, x: Tensor) -> Guess:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -51,11 +52,29 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(match["info"], text.count("\n", 0, match.start()) + 2, match["code"], output)
 
 
+def given(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the code of a page starts with: on the page on diffusers a small pipeline of each family, by its name.
+
+    The same pipelines are in the folder of the page, saved by their names, with a photo.
+    """
+    if page != ROOT / "docs" / "diffusers.md":
+        return {}
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "adapters" / "diffusers")
+    pipelines = importlib.import_module("pipelines")
+    importlib.import_module("saved").save(folder)
+    made = {family: pipelines.build(family) for family in pipelines.CALLS}
+    return made | {"pipe": pipelines.build("sd15"), "call": pipelines.CALLS["sd15"]}
+
+
 @pages
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = given(page, tmp_path, monkeypatch)
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
+    vars(module).update(start)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     registries: list[dict[str, Any]] = [ki.SAMPLERS, METHODS, BASELINES, *(route.methods for route in ROUTES)]
     registered = [dict(registry) for registry in registries]
@@ -160,6 +179,14 @@ def test_the_table_of_baselines_is_what_was_measured() -> None:
         assert f" {row['median_error']:.1e} " in line
 
 
+def test_the_table_of_diffusers_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "diffusers.md").read_text())
+    assert "<!--" not in text
+    for row in json.loads((ROOT / "benchmarks" / "results" / "diffusers.json").read_text())["rows"]:
+        assert f"| `{row['scheduler']}` | {row['options']} | {row['pipeline']}, {row['steps']} |" in text
+        assert (row["difference"] > 1e-5) <= bool(row["reason"])
+
+
 def test_the_table_of_flow_samplers_is_what_was_measured() -> None:
     text = hook().on_page_markdown((ROOT / "docs" / "flow-models.md").read_text())
     assert "<!--" not in text
@@ -181,6 +208,25 @@ def test_the_tables_of_performance_are_what_was_measured() -> None:
             if row["who"] == "kinvert":
                 assert row["passes"] <= 1.5 * row["least_passes"] and row["operations"] <= row["allowed_operations"]
                 assert row["synchronisations"] == row["created"] == 0
+
+
+def test_the_table_of_guidance_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "guidance.md").read_text()
+    for row in json.loads((ROOT / "benchmarks" / "results" / "guidance.json").read_text())["rows"]:
+        inverted = f"{row['converged']} of {row['count']}"
+        shown = f"| `{row['guidance']}` | {inverted} | {row['evaluations']:.1f} | {row['latent_std']:.2f} |"
+        assert shown in text, row
+
+
+def test_the_table_of_comfyui_is_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "comfyui.md").read_text())
+    assert "<!--" not in text
+    for path in (ROOT / "benchmarks" / "results").glob("comfyui-*.json"):
+        rows = json.loads(path.read_text())["rows"]
+        assert all(row["value"] <= row["most"] for row in rows if row["most"] is not None)
+        for check in {row["check"] for row in rows}:
+            count = sum(row["check"] == check and row["most"] is not None for row in rows)
+            assert re.search(rf"^\| {check.replace('_', ' ')} \|.*\b{count} of {count}\b", text, re.MULTILINE), check
 
 
 def test_the_architecture_is_read_off_the_code() -> None:

@@ -44,7 +44,7 @@ def half(x: Tensor, sigma: Tensor) -> Tensor:
 INTEGERS: dict[str, Callable[[Any], Any]] = {
     "end_at_step": lambda n: ki.unsample(GAUSSIAN, X, SIGMAS, end_at_step=n),
     "max_batch": lambda n: ki.sample(GAUSSIAN, X, SIGMAS, max_batch=n),
-    "max_evals": lambda n: ki.invert(GAUSSIAN, X, SIGMAS[:-1], max_evals=type(n)(50) if is_integer(n) else n).latent,
+    "max_evals": lambda n: ki.invert(GAUSSIAN, X, SIGMAS[:-1], max_evals=type(n)(250) if is_integer(n) else n).latent,
     "invert max_batch": lambda n: ki.invert(GAUSSIAN, X, SIGMAS[:-1], max_batch=n).latent,
     "seed": lambda n: ki.sample(GAUSSIAN, X, SIGMAS, sampler="euler_ancestral", noise=ki.noise.white(n)),
     "brownian": lambda n: ki.sample(GAUSSIAN, X, SIGMAS, sampler="dpmpp_sde", noise=ki.noise.brownian(n, depth=5 * n)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -22,9 +23,17 @@ ROOT = Path(__file__).parent.parent
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
 PUBLIC = {
     "kinvert": """
-        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Stepwise __version__ analysis
-        compile_plan denoisers extract_noise flow_sampler graphs inversion invert levels metrics models noise
+        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Solving Stepwise Stop
+        __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels
+        metrics models noise
         round_trip rules run sample sampler schedule schedules stepwise unsample
+    """,
+    "kinvert.adapters.comfyui": """
+        NODES NODE_CLASS_MAPPINGS NODE_DISPLAY_NAME_MAPPINGS
+    """,
+    "kinvert.adapters.diffusers": """
+        Inverted KinvertScheduler PipelineDenoiser Unsampled decode denoiser encode extract_noise invert round_trip
+        unsample
     """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
@@ -39,7 +48,7 @@ PUBLIC = {
     """,
     "kinvert.denoisers": """
         BoundDenoiser Cfg Dataset Denoiser Gaussian GaussianMixture Guidance Guided Masked Preconditioned StepCfg
-        expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg resize_mask step_cfg
+        expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg refuse_history resize_mask step_cfg
     """,
     "kinvert.engine": """
         Callback FusedRun Memory Progress Stepwise advance check_state combine fused_loop noise_for plain_loop run
@@ -48,17 +57,21 @@ PUBLIC = {
     "kinvert.engine.graphs": """
         RECORDERS CapturedDenoiser CapturedRun Recorder Recording Steps capture captured_denoiser record_cuda_graphs
     """,
+    "kinvert.guidance": """
+        APG Branches CFGZeroStar Combination DynamicThreshold Function Interval Modifier Rescale
+    """,
     "kinvert.inversion": """
-        METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion NewtonKrylov Picard Problem Reason
-        Root Search Sequence Solver StepSweeps Sweeps baselines extract_noise invert register_method
+        METHODS ROUTES Anderson Attempt Auto Continuation Damped Guess Inversion LevenbergMarquardt NewtonKrylov
+        Picard Preimages Problem Reason Root RunLevenbergMarquardt Search Sequence Solver Solving StepSweeps
+        Stop Sweeps Watcher baselines extract_noise invert preimages register_method
     """,
     "kinvert.inversion.baselines": """
         BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow null_text
         register_baseline renoise rf_inversion rf_solver sample_null_text steer
     """,
     "kinvert.inversion.solvers": """
-        Anderson Attempt Auto Continuation Damped Guess Judge NewtonKrylov Picard Problem Reason Root Search Sequence
-        Solver StepSweeps Sweeps
+        Anderson Attempt Auto Continuation Damped Guess Judge LevenbergMarquardt NewtonKrylov Picard Problem Reason Root
+        RunLevenbergMarquardt Search Sequence Solver StepSweeps Sweeps
     """,
     "kinvert.levels": """
         DiscreteLevels EDMLevels FlowLevels FlowTimes Levels TableLevels VDiffusionLevels edm flow flow_to_ve flux
@@ -93,11 +106,15 @@ PUBLIC = {
 }  # fmt: skip
 
 
+EXTRAS = [f"kinvert.adapters.{name}" for name in ("diffusers",) if importlib.util.find_spec(name) is None]
+"""Adapters of programs that are not installed."""
+
+
 def modules() -> Iterator[tuple[str, bool]]:
     """All modules by name, and whether each is a package."""
     yield "kinvert", True
     for module in pkgutil.walk_packages(ki.__path__, "kinvert."):
-        if not module.name.endswith(".__main__"):
+        if not module.name.endswith(".__main__") and not module.name.startswith(tuple(EXTRAS)):
             yield module.name, module.ispkg
 
 

@@ -29,6 +29,10 @@ __all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "describe", "preset", "read_gr
 QUESTIONS = ("reconstruction", "recovery")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PRESETS = Path(__file__).parent / "presets"
+CFG_FIX = (
+    "1 turns guidance off; a record holds numbers, so bind a function to the denoiser of a problem of your own, "
+    "ki.denoisers.guide(denoiser, cfg, positive, negative)"
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Cell:
                 raise ValueError(elsewhere[name](got) if name in elsewhere else unknown(name, got, known))
         for name, low in (("steps", 1), ("seed", 0), ("count", 1)):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), low))
-        object.__setattr__(self, "cfg", check_number("cfg", self.cfg, fix="1 turns guidance off"))
+        object.__setattr__(self, "cfg", check_number("cfg", self.cfg, fix=CFG_FIX))
         object.__setattr__(self, "options", self._canonical_options())
 
     def _canonical_options(self) -> tuple[tuple[str, Any], ...]:
@@ -177,7 +181,7 @@ def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
 
 
 def preset(name: str) -> list[Cell]:
-    """Return the cells of a preset: "quick" (about a minute on two cores), "standard" or "full".
+    """Return the cells of a preset: "quick" (about a minute on two cores), "budgets", "standard" or "full".
 
     Raises:
         ValueError: an unknown name.

@@ -24,6 +24,7 @@ from kinvert.forms import State
 from kinvert.inversion.back import WayBack
 from kinvert.inversion.baselines import BASELINES
 from kinvert.inversion.reversible import invert_reversible
+from kinvert.inversion.verdict import ROWS
 from kinvert.noise import derived_seed
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
@@ -52,6 +53,12 @@ class Counted:
         """Call the denoiser and count each item of the batch."""
         self.items += len(x)
         return self.denoiser(x, sigma, *args, **conditioning)
+
+    def __getattr__(self, name: str) -> Any:
+        # What kinvert asks a denoiser for: what x and sigma mean, how exact it can be, its levels.
+        if name in ("coordinates", "levels", "network_dtype", "prediction"):
+            return getattr(self.denoiser, name)
+        raise AttributeError(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +152,19 @@ def _invert(method: str) -> Method:
     )
 
 
+def _limited(budget: int) -> Method:
+    """Return `invert` with so many evaluations of each step on the way up, and the run that checks it."""
+
+    def apply(setup: Setup, x: Tensor) -> ki.Inversion:
+        plan = compile_plan(setup.sampler, setup.sigmas)
+        limit = (budget + 1) * plan.evaluations + ROWS
+        return ki.invert(
+            setup.denoiser, x, setup.sigmas, sampler=setup.sampler, max_evals=limit, **setup.guidance
+        )  # fmt: skip
+
+    return apply
+
+
 def _reversible(setup: Setup, x: Tensor) -> ki.Inversion | MethodResult:
     plan = compile_plan(setup.sampler, setup.sigmas)
     explicit_inverse(plan)  # raises if the sampler has none
@@ -195,6 +215,10 @@ METHODS: dict[str, Method] = {
     "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
     "picard": _invert("picard"),  # the published fixed point
     "invert": _invert("auto"),  # exact, or reported as not exact
+    "invert_1": _limited(1),  # the same with a limit: evaluations of each step on the way up, and a run to check
+    "invert_3": _limited(3),
+    "invert_6": _limited(6),
+    "invert_10": _limited(10),
     "reversible": _reversible,  # closed form, with the auxiliary state
     "reversible_alone": _without_memory,  # the latent alone is kept
     "extract_noise": _extract_noise("independent"),

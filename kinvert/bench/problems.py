@@ -14,11 +14,13 @@ the smallest noise level, where every run starts or ends. The networks get clean
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 import torch
 from torch import Tensor
@@ -63,17 +65,21 @@ class ProblemFunction(Protocol):
 def find_problem(name: str) -> ProblemFunction:
     """Return the function behind a name of `PROBLEMS` or an entry point "module:function".
 
+    "module:function?size=64&kind=noisy" hands `size="64", kind="noisy"` to the function, quoted as in an address.
+
     Raises:
         ValueError: the name is unknown; the entry point cannot be imported, with the reason.
     """
     if not isinstance(name, str) or ":" not in name:
         check_choice("model", name, PROBLEMS, ", or an entry point 'module:function'")
         return PROBLEMS[name]
-    module, _, attribute = name.partition(":")
+    entry, question, options = name.partition("?")
+    module, _, attribute = entry.partition(":")
     found = _attribute(name, _imported(name, module), attribute)
     if not callable(found):
         raise ValueError(f"model {name!r} is not a function but {found!r}; see kinvert.bench.Problem")
-    return found
+    given: dict[str, Any] = dict(parse_qsl(options, keep_blank_values=True))
+    return functools.partial(found, **given) if question else found
 
 
 def is_built_in(name: str) -> bool:

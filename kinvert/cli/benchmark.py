@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kinvert import bench
+from kinvert.adapters.diffusers.pictures import image_files
 from kinvert.bench.grid import describe
 from kinvert.cli.groups import WithDefault
 from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
+from kinvert.cli.pipelines import call_options
 from kinvert.console import print_lines, print_table
 from kinvert.jobs import import_modules
 
@@ -27,17 +31,38 @@ def bench_group() -> None:
     """
 
 
+OF_PIPELINES = (
+    *("images", "prompt", "negative_prompt", "guidance_scale", "height", "width", "device"),
+    *("samplers", "methods", "schedule", "steps", "count", "dtype"),
+)
+
+
 @bench_group.command("run")
 @click.argument("grid", required=False, type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), standard or full.")
+@click.option(
+    "--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), budgets, standard or full."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, one file for each cell."
 )
 @workers
 @threads
 @imports
+@click.option("--model", metavar="DIR", help="Measure a pipeline of diffusers in a directory, on --images.")
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images for --model.")
+@call_options
+@click.option("--samplers", default="euler,dpmpp_2m", metavar="NAME,...", help="For --model: see `kinvert samplers`.")
+@click.option(
+    "--methods", default="unsample,invert", metavar="NAME,...", help=f"For --model: {', '.join(bench.METHODS)}."
+)
+@click.option("--schedule", default="karras", metavar="NAME", help="For --model: see `kinvert schedules`.")
+@click.option("--steps", default="20", metavar="N,...", help="For --model: numbers of steps.")
+@click.option("--count", type=int, default=4, help="For --model: number of images.")
+@click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="For --model: floating point format.")
 @pairs("slurm", "Submit --workers jobs to Slurm, with this parameter of submitit, e.g. timeout_min=60; repeatable.")
+@click.pass_context
 def run(
+    ctx: click.Context,
     grid: Path | None,
     preset: str | None,
     out: Path,
@@ -45,15 +70,24 @@ def run(
     threads: int | None,
     imports: tuple[str, ...],
     slurms: Sequence[str],
+    model: str | None,
+    **given: Any,
 ) -> None:
     """Measure the cells of a grid that have no result yet.
 
-    GRID is a TOML file. Without GRID and --preset, the preset quick is measured.
+    GRID is a TOML file. Without GRID and --preset, the preset quick is measured. With --model DIR and --images FOLDER
+    the images are inverted by a pipeline of diffusers, on kinvert's schedules; errors are those of its latents.
     """
-    if grid is not None and preset is not None:
-        raise ValueError("a GRID and a --preset were given; choose one")
+    chosen = [f for f, v in (("a GRID", grid), ("a --preset", preset), ("a --model", model)) if v is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} were given; choose one")
     import_modules(imports)
-    cells, more = (bench.preset(preset or "quick"), ()) if grid is None else bench.read_grid(grid)
+    more: tuple[str, ...] = ()
+    if model is not None:
+        cells = _cells_of(model, given)
+    else:
+        _check_ungiven(ctx)
+        cells, more = (bench.preset(preset or "quick"), ()) if grid is None else bench.read_grid(grid)
     how: dict[str, Any] = {"workers": workers, "threads": threads, "imports": (*imports, *more)}
     if slurms:
         jobs = bench.submit_cells(cells, out, **how, **parse_pairs("--slurm", slurms))
@@ -65,6 +99,38 @@ def run(
         f"{len(records)} of {len(cells)} cells are in {out}, {refused} of them with an error",
         f"next: kinvert bench report {out}",
     )
+
+
+def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
+    """Return the cells of a pipeline in a directory."""
+    if given["images"] is None:
+        raise ValueError("--model needs --images FOLDER, the images to invert")
+    from kinvert.adapters.diffusers.problem import entry_point  # here, because importing diffusers takes seconds
+
+    files = image_files(given["images"])
+    if given["count"] > len(files):
+        raise ValueError(f"count must be at most {len(files)}, the images in {str(given['images'])!r}")
+    digest = sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+    call = {name: given[name] for name in ("prompt", "negative_prompt", "guidance_scale", "height", "width")}
+    where = {"model": Path(model).resolve(), "images": given["images"].resolve(), "digest": digest}
+    name = entry_point({**where, "device": given["device"], **call})
+    listed = {key: [word.strip() for word in given[key].split(",")] for key in ("samplers", "methods", "steps")}
+    grid = bench.Grid(
+        model=name,
+        sampler=listed["samplers"],
+        method=listed["methods"],
+        schedule=given["schedule"],
+        steps=[int(steps) if steps.isdigit() else steps for steps in listed["steps"]],
+        dtype=given["dtype"],
+        count=given["count"],
+    )
+    return list(grid)
+
+
+def _check_ungiven(ctx: click.Context) -> None:
+    for name in OF_PIPELINES:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise ValueError(f"--{name.replace('_', '-')} is for --model DIR; a grid has its own settings")
 
 
 @bench_group.command("compare")

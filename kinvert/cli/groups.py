@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import click
+import torch
 
 import kinvert as ki
 from kinvert.jobs import UnfinishedError
@@ -28,8 +29,13 @@ class Commands(click.Group):
         """Run the chosen command, and turn the library's exceptions into messages."""
         try:
             return super().invoke(ctx)
-        except (TypeError, ValueError, ModuleNotFoundError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             raise click.UsageError(str(error)) from error
+        except torch.cuda.OutOfMemoryError as error:
+            said = str(error).partition(". ")[0]
+            raise click.ClickException(
+                f"{said}. Use --dtype float16, smaller images (--height, --width), or --device cpu"
+            ) from error
         except UnfinishedError as error:
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:  # the reader of the output has enough

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kinvert import bench, models
 from kinvert import demo as demos
 from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
+from kinvert.cli.pipelines import call_options, invert_files, is_directory, wish_of
 from kinvert.console import print_lines, print_notes, print_table
 from kinvert.folder import MANIFEST, invert_folder
 from kinvert.jobs import import_modules
@@ -84,18 +86,34 @@ def _print_demo(outcome: demos.Demo) -> None:
     )
 
 
+OF_PIPELINES = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "device", "tol")
+OF_OTHERS = ("cfg", "positives", "negatives", "seed", "shard_size", "workers", "threads", "imports")
+
+
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents.")
-@click.option("--model", default="mnist", metavar="NAME", help="An embedded model, or an entry point module:function.")
+@click.option(
+    "--model",
+    default="mnist",
+    metavar="NAME|DIR",
+    help="An embedded model, an entry point module:function, or the directory of a pipeline of diffusers.",
+)
 @click.option("--sampler", default="euler", metavar="NAME", help="See `kinvert samplers`.")
 @pairs("option", "Option of the sampler, e.g. eta=0.5; repeatable.")
 @click.option("--method", default="invert", metavar="NAME", help="How to invert: " + ", ".join(bench.METHODS) + ".")
-@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option(
+    "--schedule",
+    default="karras",
+    metavar="NAME",
+    help="See `kinvert schedules`; for a pipeline by default its own levels.",
+)
 @click.option("--steps", type=int, default=20, help="Number of steps.")
 @click.option("--cfg", type=float, default=1.0, help="Guidance; 1 is none.")
 @pairs("positive", "Conditioning of all files, e.g. label=3; repeatable.")
 @pairs("negative", "Conditioning of the unconditional branch; repeatable.")
+@call_options
+@click.option("--tol", type=float, help="For pipelines: the error to reach, in parts of the latent's size.")
 @click.option("--max-evals", type=int, help="Denoiser evaluations that one image may cost, at most.")
 @click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="Floating point format.")
 @click.option("--seed", type=int, default=0, help="Seed of the noises of stochastic samplers.")
@@ -103,21 +121,52 @@ def _print_demo(outcome: demos.Demo) -> None:
 @workers
 @threads
 @imports
-def invert(source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> None:
+@click.pass_context
+def invert(ctx: click.Context, source: Path, out: Path, imports: tuple[str, ...], **given: Any) -> None:
     """Invert a folder of images or latents.
 
     SOURCE holds PNG or JPEG images, or latents as .safetensors, .npy or .pt. Their latents go to OUT, in safetensors
     shards, with manifest.jsonl. A run that was stopped goes on where it was when the same command is given again.
+
+    With the directory of a pipeline of diffusers as --model, SOURCE is an image or a folder of images. Every image has
+    its latent in a file of its own, which `kinvert sample` takes.
     """
+    pipeline = is_directory(given["model"])
+    for name in OF_OTHERS if pipeline else OF_PIPELINES:
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            kinds = ("other models", "a pipeline of diffusers") if pipeline else ("pipelines", f"{given['model']!r}")
+            flag = "--" + name.removesuffix("s" if name in ("positives", "negatives", "imports") else "")
+            raise ValueError(f"{flag.replace('_', '-')} is for {kinds[0]}, and --model is {kinds[1]}; leave it out")
+    if pipeline:
+        if ctx.get_parameter_source("schedule") is not ParameterSource.COMMANDLINE:
+            given["schedule"] = None
+        _invert_by_pipeline(source, out, {key: value for key, value in given.items() if key not in OF_OTHERS})
+        return
     import_modules(imports)
     options, positive, negative = (
         parse_pairs(f"--{name}", given.pop(f"{name}s")) for name in ("option", "positive", "negative")
     )
     how = {name: given.pop(name) for name in ("max_evals", "shard_size", "workers", "threads")}
-    cell = bench.Cell(**given, options=tuple(options.items()))
+    settings = {name: value for name, value in given.items() if name not in OF_PIPELINES}
+    cell = bench.Cell(**settings, options=tuple(options.items()))
     rows = invert_folder(source, out, cell, positive=positive, negative=negative, imports=imports, progress=True, **how)
     claimed = [row["converged"] for row in rows if row["converged"] is not None]
     print_lines(
         f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
         f"their files and rows are listed in {out / MANIFEST}",
     )
+
+
+def _invert_by_pipeline(source: Path, out: Path, given: dict[str, Any]) -> None:
+    model, options = given.pop("model"), given.pop("options")
+    rows = invert_files(wish_of(model, given, options), source, out)
+    columns = ["image", "converged", "error", "evaluations", "reason"]
+    cells = [
+        [row["file"], row["converged"], f"{row['round_trip_error']:.2g}", row["evaluations"], row["reason"]]
+        for row in rows
+        if "converged" in row
+    ]
+    if cells:
+        print_table("inversions", columns, cells)
+    place = out if out.is_file() else out / rows[0]["latent"]
+    print_lines(f"{len(rows)} latents are in {out}", f"next: kinvert sample {place} --out again.png")

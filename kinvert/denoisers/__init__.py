@@ -1,7 +1,7 @@
 """Denoisers: the protocol, adapters, guidance, masks, and exact denoisers to test with."""
 
 from kinvert.denoisers.analytic import Dataset, Gaussian, GaussianMixture
-from kinvert.denoisers.cfg import Cfg, StepCfg, kept_cfg, step_cfg
+from kinvert.denoisers.cfg import Cfg, StepCfg, kept_cfg, refuse_history, step_cfg
 from kinvert.denoisers.guidance import Guidance, guide
 from kinvert.denoisers.mask import Masked, resize_mask
 from kinvert.denoisers.parametrization import (
@@ -34,6 +34,7 @@ __all__ = [
     "from_x0",
     "guide",
     "kept_cfg",
+    "refuse_history",
     "resize_mask",
     "step_cfg",
 ]

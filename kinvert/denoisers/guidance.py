@@ -4,8 +4,9 @@ With `C` and `U` the predictions under the positive and the negative conditionin
 
     D = U + cfg (C - U)
 
-so `cfg = 1` is the positive prediction alone, and the negative one is not computed. Both are computed as one call on a
-batch `[uncond, cond]` of twice the size if their conditionings stack, and in two calls if they do not.
+or another function of the two (`kinvert.guidance`). `cfg = 1` is the positive prediction alone, and the negative one is
+not computed. Both are computed as one call on a batch `[uncond, cond]` of twice the size if their conditionings stack,
+and in two calls if they do not.
 
 What belongs to one item: a tensor (or NumPy array) whose first dimension is x's batch has a row for each item; a tensor
 of size 1 is expanded. A list as long as the batch has an entry for each item, such as a prompt or a tuple of crops,
@@ -33,7 +34,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,9 +42,11 @@ from torch import Tensor
 
 from kinvert.checks import check_number, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of
+from kinvert.denoisers.branches import Branches, Combination, Combine, Model
 from kinvert.denoisers.buffers import keep
+from kinvert.denoisers.cfg import Linear, PerStep, StepCfg, settled_cfg
 from kinvert.denoisers.dtypes import call
-from kinvert.denoisers.protocol import Denoiser, Guided, check_output, expand, take_rows, working_dtype
+from kinvert.denoisers.protocol import Denoiser, Guided, check_output, take_rows, working_dtype
 
 __all__ = ["Guidance", "guide"]
 
@@ -75,11 +78,12 @@ class Guidance:
     """What `guide` returns: `(x, sigma) -> Tensor`, or `Guided` if `pair` is set."""
 
     denoiser: Denoiser
-    cfg: float | Callable[[Tensor], Tensor]
+    cfg: float | Callable[[Tensor], Tensor] | Combination
     positive: dict[str, Any] = field(repr=False)
     negative: dict[str, Any] | None = field(repr=False)
     pair: bool
     batch: int | None = None  # rows that the conditioning is settled for; None: each call settles it
+    model: Model = field(default=Model(), repr=False)
 
     @property
     def coordinates(self) -> Coordinates | None:
@@ -97,15 +101,17 @@ class Guidance:
                 raise ValueError(_NEGATIVE_MISSING.format(why="a CFG++ sampler"))
             return check_output(result, x, "denoiser", "x, sigma, **c")
         uncond, cond = self._branches(x, sigma, bound.positive, bound.negative)
-        denoised = self._combined(uncond, cond, sigma)
+        denoised = self.combine(cond, uncond, x, sigma)
         return Guided(denoised, uncond) if self.pair else denoised
 
-    def _combined(self, uncond: Tensor, cond: Tensor, sigma: Tensor) -> Tensor:
-        if not callable(self.cfg):
+    def combine(self, cond: Tensor, uncond: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return the guided prediction of the two branches, of x's shape; half precision is combined in float32."""
+        if isinstance(self.cfg, float):
             return torch.lerp(uncond, cond, self.cfg)
+        how = self.cfg if isinstance(self.cfg, Combination) else Linear(self.cfg)
         wide = working_dtype(cond)
-        cfg = expand(self.cfg(sigma), cond).to(wide)
-        return torch.lerp(uncond.to(wide), cond.to(wide), cfg).to(cond.dtype)
+        branches = Branches(cond.to(wide), uncond.to(wide), x.to(wide), sigma, self.model)
+        return how.combine(branches).to(cond.dtype)
 
     def take(self, index: Tensor) -> Guidance:
         """Return the guidance of the rows `index`, shape (n,), of the batch it was made for.
@@ -129,7 +135,7 @@ class Guidance:
             return self
         negative = None if self.negative is None else _bind(self.negative, batch)
         # Not dataclasses.replace, which torch.compile of torch 2.4 does not follow.
-        return Guidance(self.denoiser, self.cfg, _bind(self.positive, batch), negative, self.pair, batch)
+        return Guidance(self.denoiser, self.cfg, _bind(self.positive, batch), negative, self.pair, batch, self.model)
 
     def _branches(
         self, x: Tensor, sigma: Tensor, positive: dict[str, Any], negative: dict[str, Any]
@@ -176,12 +182,13 @@ def _note(x: Tensor, conditioning: dict[str, Any]) -> str:
 
 def guide(
     denoiser: Denoiser,
-    cfg: float | Callable[[Tensor], Tensor] = 1.0,
+    cfg: float | Callable[[Tensor], Tensor] | Combination | Combine = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     *,
     pair: bool = False,
     batch: int | None = None,
+    coordinates: Coordinates | None = None,
 ) -> Guidance:
     """Bind the conditioning to a denoiser and guide it: `D = U + cfg (C - U)`.
 
@@ -189,51 +196,65 @@ def guide(
 
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`.
-        cfg: guidance scale. At 1 (relative tolerance 1e-9) the negative branch is never called. Or a function of sigma,
-            shape (batch,), that returns a scale for each sample (`step_cfg` makes one from a scale for each step); then
-            both branches are always called.
+        cfg: guidance scale. At 1 (relative tolerance 1e-9) the negative branch is never called. Or a function, for
+            which both branches are always called: of sigma, shape (batch,), that returns a scale for each sample
+            (`step_cfg` makes one from a scale for each step); one of `kinvert.guidance`; or one of your own, `(cond,
+            uncond, sigma) -> denoised`, of tensors of x's shape in float32 or float64. The number of its arguments
+            says which it is.
         positive: keyword arguments of the conditional prediction C; None for none.
         negative: keyword arguments of the unconditional prediction U; `{}` calls the denoiser with none.
         pair: return `Guided(D, U)`, which CFG++ samplers need; both branches are then always computed.
         batch: number of rows of the states to come, e.g. `len(x)`. What belongs to one row is then settled once, and
             the result can be cut into rows by its `take`. None settles it in every call.
+        coordinates: of x and sigma, "ve" or "flow", if the denoiser does not say; functions of noises or velocities
+            need it.
 
     Returns:
         A callable `(x, sigma) -> denoised`, x of shape (batch, *event) and sigma of shape (batch,).
 
     Raises:
-        TypeError: `denoiser` is not callable, `cfg` is not a Python number, `positive` or
-            `negative` is not a mapping; in a call, the denoiser returns something other than a
+        TypeError: `denoiser` is not callable, `cfg` is neither a Python number nor such a function, `positive` or
+            `negative` is not a mapping; in a call, the denoiser or the function returns something other than a
             tensor.
-        ValueError: `cfg` is not finite; `negative` is missing where it is needed (found in the
-            first call for `pair=True, cfg=1`, where the denoiser may return `Guided`); in a call,
-            the output has not x's shape.
+        ValueError: `cfg` is not finite, or a function that does not go with this model or with CFG++ samplers;
+            `negative` is missing where it is needed (found in the first call for `pair=True, cfg=1`, where the denoiser
+            may return `Guided`); in a call, the output has not x's shape.
     """
     if not callable(denoiser):
         got = type(denoiser).__name__
         raise TypeError(f"denoiser must be callable as denoiser(x, sigma, **conditioning), got {got}")
-    if not callable(cfg) and not is_number(cfg):
+    how = _checked_cfg(cfg)
+    if negative is None and not _is_one(how):
+        per_step = isinstance(how, (StepCfg, PerStep))
+        why = "a cfg for each step" if per_step else f"cfg={how:g}" if isinstance(how, float) else f"cfg={how!r}"
+        raise ValueError(_NEGATIVE_MISSING.format(why=why))
+    model = Model.of(denoiser, coordinates)
+    if isinstance(how, Combination):
+        how.check(model, pair)
+    positive = _keywords("positive", {} if positive is None else positive)
+    negative = None if negative is None else _keywords("negative", negative)
+    guidance = Guidance(denoiser, how, positive, negative, pair, model=model)
+    return guidance if batch is None else guidance._settled(batch)
+
+
+def _checked_cfg(cfg: Any) -> float | Callable[[Tensor], Tensor] | Combination:
+    """Return a finite number, or a function of the noise level, or a `Combination`."""
+    cfg = settled_cfg(cfg)
+    if callable(cfg) or isinstance(cfg, Combination):
+        return cast("Callable[[Tensor], Tensor] | Combination", cfg)
+    if not is_number(cfg):
         several = (isinstance(cfg, Tensor) and cfg.ndim) or isinstance(cfg, (list, tuple, np.ndarray))
         fix = "float(cfg)" if isinstance(cfg, Tensor) else "7.5"
         if several:
             fix = "7.5, or one for each step of a schedule by denoisers.step_cfg(cfg, sigmas)"
         got = type(cfg).__name__
         raise TypeError(f"cfg must be a Python number, got {got}; pass a float, e.g. {fix}")
-    if not callable(cfg):
-        cfg = check_number("cfg", cfg, fix="1 turns guidance off")
-    if negative is None and not _is_one(cfg):
-        why = "a cfg for each step" if callable(cfg) else f"cfg={cfg:g}"
-        raise ValueError(_NEGATIVE_MISSING.format(why=why))
-    positive = _keywords("positive", {} if positive is None else positive)
-    negative = None if negative is None else _keywords("negative", negative)
-    guidance = Guidance(denoiser, cfg, positive, negative, pair)
-    return guidance if batch is None else guidance._settled(batch)
+    return check_number("cfg", cfg, fix="1 turns guidance off")
 
 
-def _is_one(cfg: float | Callable[[Tensor], Tensor]) -> bool:
-    return not callable(cfg) and abs(cfg - 1.0) <= 1e-9 * max(
-        abs(cfg), 1.0
-    )  # torch.compile does not follow math.isclose
+def _is_one(cfg: Any) -> bool:
+    # torch.compile follows neither math.isclose nor the numbers of numbers.Real.
+    return isinstance(cfg, float) and abs(cfg - 1.0) <= 1e-9 * max(abs(cfg), 1.0)
 
 
 def _keywords(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

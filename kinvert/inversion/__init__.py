@@ -13,13 +13,17 @@ from kinvert.inversion.solvers import (
     Auto,
     Continuation,
     Damped,
+    LevenbergMarquardt,
     NewtonKrylov,
     Picard,
+    RunLevenbergMarquardt,
     Sequence,
     Solver,
     StepSweeps,
     Sweeps,
 )
+from kinvert.inversion.uniqueness import Preimages, preimages
+from kinvert.inversion.watching import Solving, Stop, Watcher
 
 __all__ = [
     "METHODS",
@@ -31,19 +35,26 @@ __all__ = [
     "Damped",
     "Guess",
     "Inversion",
+    "LevenbergMarquardt",
     "NewtonKrylov",
     "Picard",
+    "Preimages",
     "Problem",
     "Reason",
     "Root",
+    "RunLevenbergMarquardt",
     "Search",
     "Sequence",
     "Solver",
+    "Solving",
     "StepSweeps",
+    "Stop",
     "Sweeps",
+    "Watcher",
     "baselines",
     "extract_noise",
     "invert",
+    "preimages",
     "register_method",
 ]
 

@@ -85,7 +85,8 @@ class WayBack:
         guidance: dict[str, Any] = {"cfg": self.cfg, "positive": self.positive, "negative": self.negative}
         sigmas = FlowTimes(self.sigmas) if self.coordinates == "flow" else self.sigmas
         if self.steering is not None and self.image is not None:
-            guided, steering = guide(denoiser, batch=len(latent), **guidance), self.steering
+            guided = guide(denoiser, batch=len(latent), coordinates=self.coordinates, **guidance)
+            steering = self.steering
             parts = in_parts(guided, latent, max_batch, graph=False)
             denoiser = steer(parts, self.image, self.sigmas[-1], eta=steering.eta, until=steering.until)
             guidance, max_batch = {}, None
@@ -112,7 +113,9 @@ class WayBack:
         _, rule, schedule = settle(denoiser, self.sampler, sigmas)
         pair = compile_plan(rule, schedule).is_guided
         cfg = step_cfg(self.cfg, schedule)
-        return guide(denoiser, cfg, self.positive, self.negative, pair=pair, batch=len(latent))
+        return guide(
+            denoiser, cfg, self.positive, self.negative, pair=pair, batch=len(latent), coordinates=self.coordinates
+        )
 
     def _sample_pair(
         self, denoiser: Denoiser, latent: Tensor, memory: Mapping[str, Tensor], callback: Callback | None, bar: bool

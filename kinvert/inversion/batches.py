@@ -7,13 +7,14 @@ whole batch, or to a half, a quarter, ... of it, by repeating one of the samples
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine.contract import checked_output
+from kinvert.inversion.watching import Watch
 from kinvert.torch_hooks import is_view
 
 __all__ = ["FewBatches"]
@@ -27,34 +28,51 @@ class FewBatches:
         denoiser: of these samples.
         largest: the largest batch size.
         fixed: whether that is the only one; else a half, a quarter, ... of it are used too.
+        watch: counts the calls.
+        most: the most rows of one call if more than `largest` are asked for, as a Jacobian does; not filled up.
     """
 
     denoiser: BoundDenoiser
     largest: int
     fixed: bool = False
+    watch: Watch | None = field(default=None, repr=False)
+    most: int = 0
     _known: dict[int, BoundDenoiser] = field(default_factory=dict, init=False, repr=False)
 
     def size(self, count: int) -> int:
         """Return the batch size for `count` samples."""
-        size = self.largest
+        size = max(self.largest, count)
         while not self.fixed and count <= (half := (size + 1) // 2) < size:
             size = half
         return size
 
     def take(self, index: Tensor) -> FewBatches:
         """Return the same for the samples `index`, shape (n,)."""
-        return FewBatches(self.denoiser.take(index), self.largest, self.fixed)
+        return replace(self, denoiser=self.denoiser.take(index))
+
+    @property
+    def varies(self) -> bool:
+        """Tell whether the denoiser sees other batch sizes than the largest."""
+        return self.size(1) < self.largest
 
     def steady(self) -> FewBatches:
         """Return the same, called with the largest batch size only, so that a network answers as it does there."""
-        return FewBatches(self.denoiser, self.largest, fixed=True)
+        return replace(self, fixed=True)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Evaluate all of them. What the denoiser returns for repeated samples is dropped."""
-        count = len(x)
+        count, most = len(x), max(self.most, self.largest)
+        if count > most:
+            places = torch.arange(count, device=x.device).split(most)
+            parts = [self.take(index)(x[index], sigma[index]) for index in places]
+            if isinstance(parts[0], Guided):
+                return Guided(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+            return torch.cat(parts)  # type: ignore[arg-type]
         more = self.size(count) - count
         given, where = _filled(x, more), "in an evaluation of the inversion"
         out = self._with(more, count, x.device)(given, _filled(sigma, more))
+        if self.watch is not None:
+            self.watch.count()
         if isinstance(out, Guided):
             return Guided(*(checked_output(part, given, where)[:count] for part in out))
         return checked_output(out, given, where)[:count]

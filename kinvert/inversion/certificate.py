@@ -25,7 +25,7 @@ class Found:
 
     Attributes:
         latent: shape (batch, *event).
-        restored: what sampling made of it.
+        restored: what sampling made of it; None if nobody sampled it.
         evaluations: spent on each sample, the check included; a number, or shape (batch,).
         checking: those of `evaluations` that went into the certificate.
         residuals: shape (steps, batch), or (1, batch) for a run solved as one; None takes the round-trip error.
@@ -34,11 +34,11 @@ class Found:
         otherwise: the reason of every sample that did not converge, if `reasons` is None.
         notes: what else to tell a reader.
         failures: what to tell of the samples that did not converge; `invert` warns of it.
-        row_checks, noises, memory, embeddings, contraction, amplification: see `Inversion`.
+        row_checks, noises, memory, embeddings, contraction, amplification, floor: see `Inversion`.
     """
 
     latent: Tensor
-    restored: Tensor
+    restored: Tensor | None
     evaluations: Tensor | int
     checking: int
     residuals: Tensor | None = None
@@ -52,6 +52,7 @@ class Found:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     contraction: Tensor | None = None
     amplification: float | None = None
+    floor: Tensor | None = None
 
 
 def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, region: Tensor | None = None) -> Inversion:
@@ -65,16 +66,21 @@ def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, regi
         back: how the sampler goes back, for `Inversion.sample`.
         region: 1 where a value counts, of x's shape; None counts all.
     """
-    x, restored = plain(x), plain(found.restored)
-    wide = wide_dtype(x.dtype)
-    error = rms(restored.to(wide) - x.to(wide), region).nan_to_num(math.inf)
+    x, wide = plain(x), wide_dtype(x.dtype)
     allowed = tol * image_size(x, plan.sigmas, region)
+    if found.restored is None:
+        restored, error = None, torch.full_like(allowed, math.nan)
+    else:
+        restored = plain(found.restored)
+        error = rms(restored.to(wide) - x.to(wide), region).nan_to_num(math.inf)
     converged = error <= allowed
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device) + found.evaluations
     reasons = found.reasons
-    if reasons is None:
+    if restored is None:
+        reasons = dict.fromkeys(range(len(x)), Reason.UNCHECKED)
+    elif reasons is None:
         reasons = dict.fromkeys((~converged).nonzero()[:, 0].tolist(), found.otherwise)
-    reasons = {i: reason if error[i].isfinite() else Reason.NOT_FINITE for i, reason in reasons.items()}
+    reasons = {i: Reason.NOT_FINITE if error[i].isinf() else reason for i, reason in reasons.items()}
     return Inversion(
         latent=plain(found.latent).to(x.dtype),
         residuals=error[None] if found.residuals is None else plain(found.residuals),
@@ -89,9 +95,10 @@ def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, regi
         noises=tuple(map(plain, found.noises)),
         memory=dict(found.memory),
         embeddings=dict(found.embeddings),
-        restored=restored.to(x.dtype),
+        restored=None if restored is None else restored.to(x.dtype),
         contraction=found.contraction,
         amplification=found.amplification,
+        floor=torch.zeros_like(allowed) if found.floor is None else found.floor.to(allowed),
         reasons=tuple(reasons.get(i, Reason.CONVERGED) for i in range(len(x))),
         back=back,
         warnings=(*found.notes, *found.failures),

@@ -23,13 +23,13 @@ from kinvert.inversion.certificate import certify
 from kinvert.inversion.result import Inversion
 from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
-from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.task import Task, default_runs
 from kinvert.inversion.telling import warn_user
-from kinvert.inversion.verdict import ROWS, check_rows, rounding_note, tolerance
+from kinvert.inversion.verdict import ROWS, check_guidance, check_rows, rounding_note, tolerance
+from kinvert.inversion.watching import Watcher, looking_on
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
-from kinvert.ready import with_bar
 from kinvert.rules import Rule
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
@@ -48,11 +48,13 @@ def invert(
     last_step: str = "error",
     tol: float | None = None,
     max_evals: int | None = None,
+    check: bool = True,
     cfg: Cfg = 1.0,
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
     callback: Callback | None = None,
+    watch: Watcher | None = None,
     progress: bool = False,
     max_batch: int | None = None,
     fixed_batch: bool = False,
@@ -76,16 +78,25 @@ def invert(
             over the processed region; by default 1e-9 in float64, 1e-5 in float32 and 8 eps in half precision (0.0078
             in float16, 0.0625 in bfloat16). Where an adapter (`from_eps`, ...) calls its network in a coarser dtype,
             that dtype's default is taken, with a RuntimeWarning.
-        max_evals: denoiser evaluations that one sample may cost, the check included; None sets no limit. With more of
-            them no sample comes out worse: attempts of 2, 5, 11, ... runs are made, as many as there are evaluations
-            for, and the best is returned.
+        max_evals: denoiser evaluations that one sample may cost, the check included; at least two runs, or one without
+            the check, and 4. With "auto" no sample comes out worse for more of them: attempts are made in an order that
+            does not depend on the limit, as many as there are evaluations for, and the best is returned. None allows
+            128 runs; for an event of at most 1,024 values 256 runs and 4 for each value, for the last resort.
+        check: sample the latent again. Without it `round_trip_error` is NaN, nothing is called converged, and every
+            reason is UNCHECKED.
         mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.
         callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
-        progress: show a progress bar of that run.
+            It stops nothing: an exception passes through, as in `sample`.
+        watch: called with a `Solving` after each evaluation, plain numbers for which no device is asked. It stops the
+            inversion with `raise ki.Stop`: the best so far is returned, and samples that are not inverted have the
+            reason STOPPED. Steps not solved yet then take the evaluations of a first guess, the check a run, and the
+            plain run up and down two more for samples that were not inverted. The first Ctrl-C does the same, with a
+            RuntimeWarning, the second raises KeyboardInterrupt.
+        progress: show bars of the solving and of the run that checks.
         max_batch: the most samples that are inverted at once, one part of the batch after the other (each with its own
-            check for `callback`). It bounds the memory, which is per sample, in tensors of x's size: the states of the
-            run, and `2 window + 6` for Anderson's method, `2 krylov + 4` for Newton's, `2 window + 4` for every
-            evaluation that sweeps solve for, of a step or of the run.
+            check for `callback`). It bounds the memory, which is per sample: at most 8 tensors of x's size for every
+            evaluation of the run, of 20 or more and for events of 16,000 values or more, while sweeps suffice. See
+            "Inversion" on the page on performance for the other methods, and `Sweeps` for its two numbers.
         fixed_batch: call the denoiser with one batch size only, `max_batch` or else that of x, as CUDA graphs, TensorRT
             engines and pipelines of a fixed size need. By default the batch becomes a half, a quarter, ... of itself
             while samples finish. In both cases it is filled up with copies of one of its samples, which no sample's
@@ -93,12 +104,12 @@ def invert(
 
     Returns:
         An `Inversion`; `found.sample(denoiser)` is the way back. If a sample could not be inverted, its `converged` is
-        false, `reasons` says why, and its latent is the best one found, never worse than that of `unsample` without an
-        offset ("picard" alone is run as published). `restored` is the nearest image that was reached. A RuntimeWarning
-        names the step, with the smallest singular value of its derivative there, or the noise of the network that ends
-        the search. States in half precision are solved for in float32, and rounded once. For an algebraically
-        reversible sampler `memory` belongs to the latent, and a RuntimeWarning comes before the run if rounding is
-        expected to grow beyond the tolerance.
+        false, `reasons` says why, and its latent is the best one found: with a limit of at least 13 runs never worse
+        than that of `unsample` without an offset ("picard" alone is run as published). `restored` is the nearest image
+        that was reached. A RuntimeWarning names the step, with the smallest singular value of its derivative there, or
+        the noise of the network that ends the search. States in half precision are solved for in float32, and rounded
+        once. For an algebraically reversible sampler `memory` belongs to the latent, and a RuntimeWarning comes before
+        the run if rounding is expected to grow beyond the tolerance.
 
     Raises:
         ValueError: a sampler that draws noise, has no Plan or forgets x in some step, with what to use instead; a
@@ -109,6 +120,7 @@ def invert(
     """
     x = check_image(x)
     check_callback(callback)
+    check_callback(watch, "watch(solving) after each evaluation")
     check_choice("last_step", last_step, LAST_STEPS)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
@@ -117,30 +129,37 @@ def invert(
     route, solver = choose(method, plan)
     network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
     goal = tolerance(tol, x, network=network)
-    limit = _limit(max_evals, plan)
+    runs = 1 if not check else 3 if callback is not None and route.scope == "run" else 2
+    limit = _limit(max_evals, plan, x[0].numel(), runs)
     scales = step_cfg(cfg, schedule)
-    bound: BoundDenoiser = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x))
+    guided = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x), coordinates=coordinates)
+    check_guidance(guided, x, plan.sigmas, "invert")
+    bound: BoundDenoiser = guided
     region = None
     if mask is not None:
         bound = masked = Masked(bound, mask, x, coordinates=coordinates)
         _check_hard(masked.mask)
         region = masked.mask.expand_as(x)
     before = rounding_note(tol, goal, x, network)
-    if progress:
-        callback = with_bar(callback, f"check {plan.rule.name}", len(plan.steps), plan.sigmas[-1])
     indices = batch_parts(x, max_batch)
+    rows = max_batch or max(1, min(64, 2**16 // x[0].numel()))  # of a Jacobian, whose columns are one sample's
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
     asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
     parts = []
-    for index in indices:
-        part = FewBatches(bound.take(index), largest, fixed_batch)
-        inside = None if region is None else region[index]
-        task = Task(plan, part, x[index], goal, limit, callback, index, inside, network=network)
-        found = route.solve(task, solver)
-        if found.failures:
-            warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
-        parts.append(certify(plan, task.x, goal, found, back, inside))
+    with looking_on(plan, route.scope, limit, callback, watch, progress) as (eye, checking):
+        for number, index in enumerate(indices):
+            eye.begin(number, len(indices), len(index))
+            part = FewBatches(bound.take(index), largest, fixed_batch, eye, 0 if fixed_batch else rows)
+            inside = None if region is None else region[index]
+            task = Task(
+                plan, part, x[index], goal, limit, checking, index, inside, network=network, watch=eye,
+                limited=max_evals is not None, check=check,
+            )  # fmt: skip
+            found = route.solve(task, solver)
+            if found.failures:
+                warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
+            parts.append(certify(plan, task.x, goal, found, back, inside))
     joined = Inversion.join(parts)
     evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)
     return replace(joined, evaluations=evaluations, row_checks=asked, warnings=notes)
@@ -207,14 +226,15 @@ def check_invertible(plan: Plan, last_step: str | None = None) -> None:
             )
 
 
-def _limit(max_evals: int | None, plan: Plan) -> int:
-    """Return what a sample may cost, without the evaluations of `check_rows`."""
+def _limit(max_evals: int | None, plan: Plan, values: int, runs: int) -> int:
+    """Return what a sample of so many values may cost, without the evaluations of `check_rows`; at least `runs`."""
     if max_evals is None:
-        return UNLIMITED
-    least = 2 * plan.evaluations + 1 + ROWS
+        return plan.evaluations * default_runs(values)
+    least = runs * plan.evaluations + ROWS
     if not is_integer(max_evals) or max_evals < least:
+        parts = ("a run up", "a run up, one down to check it", "a run up, two down")[runs - 1]
+        fix = "" if runs == 1 else "; check=False leaves out the run down"
         raise ValueError(
-            f"max_evals must be an int of at least {least}, a run up, one down to check it and {1 + ROWS} more, "
-            f"got {max_evals!r}"
+            f"max_evals must be an int of at least {least}, {parts} and {ROWS} more, got {max_evals!r}{fix}"
         )
     return int(max_evals) - ROWS

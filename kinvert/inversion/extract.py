@@ -42,7 +42,7 @@ from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.certificate import Found, certify
 from kinvert.inversion.problem import Reason
 from kinvert.inversion.result import Inversion
-from kinvert.inversion.verdict import check_rows, tolerance
+from kinvert.inversion.verdict import check_guidance, check_rows, tolerance
 from kinvert.noise import White, replay
 from kinvert.parts import in_parts
 from kinvert.plan import Plan, Step, compile_plan
@@ -120,7 +120,9 @@ def extract_noise(
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, schedule)
     _check_plan(plan, schedule)
-    guided = guide(denoiser, step_cfg(cfg, schedule), positive, negative, pair=plan.is_guided, batch=len(x))
+    scales = step_cfg(cfg, schedule)
+    guided = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x), coordinates=coordinates)
+    check_guidance(guided, x, plan.sigmas, "extract_noise")
     bound: Denoiser = in_parts(guided, x, max_batch, graph=False)
     cut: BoundDenoiser = guided
     if mask is not None:
@@ -130,8 +132,7 @@ def extract_noise(
     normal = _normal(x, generator) if noise is None else _drawn(noise, x)
     states = _states(plan, coordinates, x, path, normal)
     levels = stage_sigmas(plan.stage_levels, x)
-    state: Memory = {"x": states[0]}
-    noises, residuals, evaluations = list[Tensor](), list[Tensor](), 0
+    state, noises, residuals, evaluations = {"x": states[0]}, list[Tensor](), list[Tensor](), 0
     for step in _with_bar(plan, progress):
         target, tape = states[step.index + 1], _Tape(bound)
         stage_levels = levels[evaluations : evaluations + len(step.stages)]

@@ -7,9 +7,9 @@ evaluations, or because the image has no inverse.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from kinvert.denoisers import Denoiser, Guided
@@ -37,33 +37,38 @@ class Recorded:
 
     Attributes:
         latent, restored: where it starts and ends, shape (batch, *event), in x's dtype.
-        inputs: of the evaluations, each of shape (batch, *event).
-        outputs: one, or D and U of a guided pair, for each evaluation.
         evaluations: of both runs.
+        inputs: of the evaluations, each of shape (batch, *event), if they were to be kept.
+        outputs: one, or D and U of a guided pair, for each evaluation, shape (batch, rows, *event), likewise.
     """
 
     latent: Tensor
     restored: Tensor
-    inputs: list[Tensor]
-    outputs: list[Tensor]
     evaluations: int
+    inputs: list[Tensor]
+    outputs: Tensor | None
 
     @classmethod
-    def of(cls, up: Plan, plan: Plan, denoiser: Denoiser, x: Tensor, callback: Callback | None = None) -> Recorded:
-        """Run up from x, and down again."""
+    def of(
+        cls, up: Plan, plan: Plan, denoiser: Denoiser, x: Tensor, callback: Callback | None = None,
+        keep: Literal["inputs", "outputs"] | None = None,
+    ) -> Recorded:  # fmt: skip
+        """Run up from x, and down again, and keep what is asked for."""
         latent = run_state(up, denoiser, {"x": x})["x"]  # `run` would warn of what is a candidate only
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
+        inputs, rows, each = list[Tensor](), count(), 1 + plan.is_guided
+        outputs = x.new_empty(len(x), each * plan.evaluations, *x.shape[1:]) if keep == "outputs" else None
 
         def recording(state: Tensor, sigma: Tensor) -> Any:
-            inputs.append(state.clone())
             out: Any = denoiser(state, sigma)
-            pair = tuple(out) if isinstance(out, Guided) else (out,)
-            outputs.extend(part.clone() for part in pair[: 1 + plan.is_guided])
+            if keep == "inputs":
+                inputs.append(state.clone())
+            if outputs is not None:
+                for part in (tuple(out) if isinstance(out, Guided) else (out,))[:each]:
+                    outputs[:, next(rows)] = part
             return out
 
         restored = run(plan, recording, latent, callback=callback)
-        return cls(latent, restored, inputs, outputs, up.evaluations + plan.evaluations)
+        return cls(latent, restored, up.evaluations + plan.evaluations, inputs, outputs)
 
     def trajectory(self, plan: Plan, x: Tensor) -> list[Tensor]:
         """Return the states of a one-step Plan, in x's dtype; the last is x, which the run misses."""
@@ -74,6 +79,5 @@ class Recorded:
         return [*states, x]
 
     def guess(self, x: Tensor) -> Guess:
-        """Return the run as the start of a search in x's dtype."""
-        inputs, outputs = (torch.stack(part, 1).to(x.dtype) for part in (self.inputs, self.outputs))
-        return Guess(self.latent.to(x.dtype), outputs, inputs, self.restored.to(x.dtype))
+        """Return the run as the start of a search for states in x's dtype; its outputs must have been kept."""
+        return Guess(self.latent.to(x.dtype), self.outputs, reached=self.restored.to(x.dtype))

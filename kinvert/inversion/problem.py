@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from kinvert.denoisers import BoundDenoiser
+from kinvert.engine import run
 from kinvert.inversion.couplings import Couplings, couplings
+from kinvert.inversion.watching import Watch
 from kinvert.plan import Plan
 from kinvert.tensors import per_sample, rms
 
@@ -37,6 +39,8 @@ class Reason(IntEnum):
         NOT_FINITE: the denoiser, or the state, is NaN or infinite.
         STALLED: the solvers gave up for another reason.
         APPROXIMATE: the method is not exact, and ended as published.
+        STOPPED: the user asked to stop, by Ctrl-C or in `watch`.
+        UNCHECKED: the latent was not sampled again, as asked for with `check=False`.
     """
 
     CONVERGED = 0
@@ -46,6 +50,8 @@ class Reason(IntEnum):
     NOT_FINITE = 4
     STALLED = 5
     APPROXIMATE = 6
+    STOPPED = 7
+    UNCHECKED = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +96,7 @@ class Problem:
         judge: how the roots of a whole run are judged; None judges all values by `tolerance`.
         floor: rms residual that the noise of F alone leaves, shape (batch,); None if no noise is known. A sample is
             solved as well as F allows if its residual is below the floor, or near it and no longer falls.
+        watch: who is told how the search goes, and whether it is to stop.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -102,6 +109,7 @@ class Problem:
     denoiser: BoundDenoiser | None = field(default=None, repr=False)
     judge: Judge | None = field(default=None, repr=False)
     floor: Tensor | None = field(default=None, repr=False)
+    watch: Watch = field(default_factory=Watch, repr=False)
 
     def call(self, u: Tensor, index: Tensor) -> tuple[Tensor, int | Tensor]:
         """Return F(u) of the samples `index`, and the evaluations that it took of each."""
@@ -155,8 +163,8 @@ class Guess:
         u: the first iterate, shape (batch, *event).
         denoised: what the evaluations of the Plan are expected to return, shape (batch, evaluations, *event), or twice
             as many rows, D and U in turn, for guided pairs; None if nothing is known.
-        inputs: if `denoised` was recorded in a run, what its evaluations saw, shape (batch, evaluations, *event).
-        reached: if that run was recorded, where it ended: F(u).
+        inputs: what these evaluations saw, if it is known, shape (batch, evaluations, *event). No solver needs it.
+        reached: if `denoised` was recorded in a run from u, where that ended: F(u).
     """
 
     u: Tensor
@@ -214,6 +222,17 @@ class Search:
         self.evaluations[index] += spent
         return value
 
+    def call_rows(self, u: Tensor, row: Tensor) -> Tensor:
+        """Return F of many states u, shape (n, *event), of one sample `row`, shape (1,), and count what they cost.
+
+        A denoiser that the problem knows gets them in batches.
+        """
+        plan, denoiser = self.problem.plan, self.problem.denoiser
+        if plan is None or denoiser is None:
+            return torch.cat([self.call(state, row) for state in u.split(1)])
+        self.evaluations[row] += len(u) * self.problem.cost
+        return run(plan, denoiser.take(row.expand(len(u))), u)
+
     def evaluate(self, u: Tensor, index: Tensor) -> Tensor:
         """Return the residual `f(u) = y - F(u)` of the samples `index`, and count what it costs."""
         return self.problem.value[index] - self.call(u, index)
@@ -226,8 +245,10 @@ class Search:
         return (f - self.evaluate(u + size * v, index)) / size
 
     def affords(self, index: Tensor) -> Tensor:
-        """Return how often F may still be called for the samples `index`."""
+        """Return how often F may still be called for the samples `index`; not at all if the search is to stop."""
         left = self.problem.budget[index] - self.evaluations[index]
+        if self.problem.watch.stopped:
+            return torch.zeros_like(left)
         return left.div(self.problem.cost, rounding_mode="floor")
 
     def is_open(self, index: Tensor, residual: Tensor) -> Tensor:
@@ -243,7 +264,7 @@ class Search:
 
     def open_rows(self, index: Tensor, residual: Tensor) -> Tensor:
         """Return the positions in `index` that are unsolved and within budget. It reads the device."""
-        return self.is_open(index, residual).nonzero()[:, 0]
+        return self.problem.watch.rows(self.is_open(index, residual), residual)
 
     def open(self, index: Tensor) -> Tensor:
         """Return those of `index` whose best iterates do not solve them, and that are within budget."""
@@ -263,7 +284,8 @@ class Search:
     def root(self, denoised: Tensor | None = None, reached: Tensor | None = None, least: int = 1) -> Root:
         """Return the best iterates, with the reason why each search ended; a next step would take `least` calls."""
         poor = self.affords(self.everyone) < least
-        reason = torch.where(poor, int(Reason.BUDGET), int(Reason.STALLED))
+        short = Reason.STOPPED if self.problem.watch.stopped else Reason.BUDGET
+        reason = torch.where(poor, int(short), int(Reason.STALLED))
         reason = torch.where(self.residual.isfinite(), reason, int(Reason.NOT_FINITE))
         if self.floor is not None:
             near = (self.residual <= NEAR * self.floor) & (self.floor > 0)

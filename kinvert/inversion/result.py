@@ -36,14 +36,14 @@ class Inversion:
         row_checks: those of `evaluations` that checked whether the denoiser mixes the samples of its batch, shape
             (batch,): three of the first sample and one of the second; None if that was not checked.
         round_trip_error: root mean square of `sample(latent) - image`, shape (batch,); with a mask, over the
-            processed region. float32 if the image is in half precision.
+            processed region; NaN if it was not checked. float32 if the image is in half precision.
         tolerance: what `converged` was judged by, in parts of the size of the image.
         allowed: the same as an error, shape (batch,): `tolerance` times the size, `max(rms(image), sigmas[-1])`.
         sigmas: noise levels of the run, decreasing; the latent is at the first.
         noises: for stochastic samplers, the unit-variance noises in the order in which a run draws them; replay them
             with `ki.noise.replay(inversion.noises)`.
         restored: what the sampler makes of the latent, shape (batch, *event): the image up to `round_trip_error`, and
-            for a sample that did not converge the nearest image that was reached.
+            for a sample that did not converge the nearest image that was reached; None if it was not checked.
         contraction: per step and sample an estimate of `|I - F'|` at the solution, F the step, by power iteration: the
             factor by which the published fixed-point iteration would change an error; it fails above 1. Shape
             (steps, batch); None if the steps were not solved one by one, NaN if `max_evals` left nothing for it.
@@ -52,6 +52,8 @@ class Inversion:
         embeddings: negative conditioning of every step, by keyword, shape (steps, batch, ...) (null-text inversion).
         reasons: why the search ended, a `Reason` for each sample; `CONVERGED` if `converged` is true.
         back: the sampling run that was inverted, which `sample` runs.
+        floor: rms error that the noise of the denoiser's answers (rounding, randomness) alone leaves, as far as the
+            search met it, shape (batch,); 0 if it met none. No latent is known to come closer.
         warnings: what a reader should know, e.g. the step at which a sample could not be solved.
     """
 
@@ -74,6 +76,7 @@ class Inversion:
     embeddings: dict[str, Tensor] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
     back: WayBack | None = field(default=None, repr=False)
+    floor: Tensor | None = None
 
     def __post_init__(self) -> None:
         tell_needs(self.latent, self.memory, self.noises, self.embeddings)
@@ -124,7 +127,7 @@ class Inversion:
             values = [getattr(part, name) for part in parts]
             return None if values[0] is None else torch.cat(values, dim)
 
-        names = ("latent", "converged", "evaluations", "round_trip_error", "allowed", "restored")
+        names = ("latent", "converged", "evaluations", "round_trip_error", "allowed", "restored", "floor")
         return replace(
             parts[0],
             **{name: cat(name) for name in names},
@@ -140,15 +143,20 @@ class Inversion:
         """Return a short report."""
         n, steps = len(self.latent), len(self.sigmas) - 1
         per_step, checking = self.evaluations.cpu().double().median() / steps, self.checking / steps
-        worst = int(self.round_trip_error.argmax())
-        lines = [
-            f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}",
-            f"  converged        {int(self.converged.sum())} of {n} (tolerance {self.tolerance:.3g} of its "
-            f"size, an rms error of {_span(self.allowed)}; sampled again)",
-            f"  round-trip error median {float(self.round_trip_error.median()):.3g}, worst "
-            f"{float(self.round_trip_error[worst]):.3g} (sample {worst})",
-            f"  evaluations      {float(per_step):.1f} a step and sample (median), {checking:.1f} for this certificate",
-        ]
+        lines = [f"inversion of {n} samples over {steps} steps, sigma {self.sigmas[-1]:g} to {self.sigmas[0]:g}"]
+        if self.round_trip_error.isnan().any():
+            lines.append("  not checked      the latents were not sampled again (check=False)")
+        else:
+            worst = int(self.round_trip_error.argmax())
+            lines += [
+                f"  converged        {int(self.converged.sum())} of {n} (tolerance {self.tolerance:.3g} of its "
+                f"size, an rms error of {_span(self.allowed)}; sampled again)",
+                f"  round-trip error median {float(self.round_trip_error.median()):.3g}, worst "
+                f"{float(self.round_trip_error[worst]):.3g} (sample {worst})",
+            ]
+        lines.append(
+            f"  evaluations      {float(per_step):.1f} a step and sample (median), {checking:.1f} for this certificate"
+        )
         if len(self.residuals) == steps:
             step = int(self.residuals.amax(1).argmax())
             lines.append(
@@ -160,6 +168,11 @@ class Inversion:
             lines.append(
                 f"  contraction      of a fixed-point iteration at least about {float(known.max()):.3g} (step {step}, "
                 f"{self._step(step)}), median {float(self.contraction.nanmedian()):.3g}"
+            )
+        if self.floor is not None and self.floor.any():
+            lines.append(
+                f"  noise floor      the denoiser's answers are rounded or noisy: an rms error of about "
+                f"{float(self.floor.max()):.2g} is left"
             )
         if self.amplification is not None:
             lines.append(f"  amplification    of rounding about {self.amplification:.3g}, predicted")

@@ -4,7 +4,7 @@
 |-------------------------|--------------|----------------------------------------------------------------------|
 | has auxiliary state     | `ClosedForm` | "auto"                                                               |
 | remembers nothing       | `StepByStep` | those of `StepByStep.methods`, or a `Solver` of steps                |
-| starts from x alone     | `WholeRun`   | "auto", "sweeps", a `Sweeps`                                         |
+| starts from x alone     | `WholeRun`   | "auto", "sweeps", "levenberg", a `Solver` of runs                    |
 
 The first route that accepts the Plan and offers the method is taken. The numbers that a route is tuned by are its
 fields. `register_method` adds a root finder of your own to the route that solves for what its `scope` says.
@@ -118,6 +118,6 @@ def _refusal(method: str | Solver, plan: Plan) -> str:
             f"method must be 'auto' for {name}, got {got!r}: its steps are undone in closed form, and no root is sought"
         )
     return (
-        f"method must be 'auto', 'sweeps' or a Sweeps for {name}, got {got!r}: its steps remember earlier ones, so "
-        "that the run is solved as a whole; a solver of single steps needs a sampler such as 'euler' or 'heun'"
+        f"method must be 'auto', 'sweeps', 'levenberg' or a Solver of runs for {name}, got {got!r}: its steps remember "
+        "earlier ones, so that the run is solved as a whole; one of single steps needs a sampler such as 'heun'"
     )

@@ -11,16 +11,40 @@ from torch import Tensor
 
 from kinvert.devices import has_float64
 from kinvert.inversion.certificate import Found
+from kinvert.inversion.climbs import affordable, climb, climb_once
 from kinvert.inversion.noise_floor import NOISY
 from kinvert.inversion.plain import Recorded, rising
 from kinvert.inversion.problem import Reason
-from kinvert.inversion.solvers import Anderson, Auto, Continuation, Damped, NewtonKrylov, Picard, Solver
+from kinvert.inversion.solvers import (
+    Anderson,
+    Auto,
+    Continuation,
+    Damped,
+    LevenbergMarquardt,
+    NewtonKrylov,
+    Picard,
+    Solver,
+)
 from kinvert.inversion.steps import Trajectory, contraction, invert_steps, levels_of, step_problem
-from kinvert.inversion.task import UNLIMITED, Task, measure_fold
-from kinvert.inversion.verdict import ROWS
+from kinvert.inversion.task import RUNS, UNLIMITED, Task, measure_fold
 from kinvert.plan import Plan
 
 __all__ = ["StepByStep"]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One thing to try.
+
+    Attributes:
+        make: returns trajectories of a task, and where they end.
+        cost: the most evaluations that it takes of a sample.
+        is_search: whether it solves for a latent; a user who stops the search still gets the plain run.
+    """
+
+    make: Callable[[Task], tuple[Trajectory, Tensor]]
+    cost: int
+    is_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,8 @@ class StepByStep:
         folded: a step folds if the least singular value of its derivative is below this part of what it would be
             without a denoiser.
         rounded: residuals up to so many roundings of the state are rounding.
+        smallest: size of the smallest attempt to solve the steps one after the other, in runs; others are three, nine,
+            ... times as large. Less is for `climb`.
     """
 
     methods: ClassVar[dict[str, Callable[[], Solver]]] = {
@@ -43,6 +69,7 @@ class StepByStep:
         "anderson": Anderson,
         "damped": Damped,
         "continuation": Continuation,
+        "levenberg": LevenbergMarquardt,
         "newton": NewtonKrylov,
         "picard": Picard,
     }
@@ -55,6 +82,7 @@ class StepByStep:
     reserve: int = 3
     folded: float = 0.1
     rounded: float = 8.0
+    smallest: int = 24
 
     def accepts(self, plan: Plan) -> bool:
         """Tell whether every step of the Plan is a map of x alone."""
@@ -66,22 +94,27 @@ class StepByStep:
         Without a limit there is one attempt. With a limit the sizes of the attempts do not depend on it, only how many
         there are: what a smaller limit returns is among what a larger one has the choice of.
         """
+        if not task.check:
+            return self._unchecked(task, solver)
+        asked: Tensor | int = 0
+        if not task.limited or 2 * task.limit >= RUNS * task.plan.evaluations:  # or else no climb is to miss two
+            task, asked = task.steadied()
         plan, x = task.plan, task.wide
-        up = None if solver.is_published else rising(plan)
-        first, *others = [*self._sizes(task, solver), None]  # None: the plain run
-        found, restored = _plain(task, up) if first is None else self._attempt(task, solver, first)
-        for size in others:
+        first, *others = self._attempts(task, solver)
+        found, restored = first.make(task)
+        for attempt in others:
             wanted = task.is_lost(task.error(restored))
-            wanted = wanted | task.is_half if size is None else wanted & ~_is_settled(found)
+            wanted = wanted & ~_is_settled(found) if attempt.is_search else wanted | task.is_half
+            wanted = wanted & (task.limit - found.evaluations >= attempt.cost)
             index = wanted.nonzero()[:, 0]
-            if len(index) and (size is not None or up is not None):
-                some = task.take(index)
-                trial, images = _plain(some, up) if size is None else self._attempt(some, solver, size)
+            if len(index) and not (task.watch.stopped and attempt.is_search):
+                trial, images = attempt.make(task.take(index))
                 self._take_better(task, found, restored, index, trial, images)
         cost = plan.evaluations + 2 * len(plan.steps[-1].stages)  # of the contraction
         able = torch.arange(len(x), device=x.device)
-        if task.limit < UNLIMITED:
-            able = able[task.limit - found.evaluations >= cost]
+        able = able[task.limit - found.evaluations >= cost]
+        if task.watch.stopped:
+            able = able[:0]
         factors = x.new_full((len(plan.steps), len(x)), torch.nan)
         if len(able):
             states = [state[able] for state in found.states]
@@ -89,6 +122,7 @@ class StepByStep:
             noise = torch.zeros_like(task.judge.size) if found.noise is None else found.noise
             factors[:, able] = contraction(plan, rows, states, noise.clamp(min=task.eps)[able])
             found.evaluations[able] += cost
+        found.evaluations += asked
         reasons, notes = self._explain(task, found, restored)
         return Found(
             latent=found.states[0],
@@ -99,19 +133,47 @@ class StepByStep:
             reasons=reasons,
             failures=notes,
             contraction=factors if len(able) else None,
+            floor=None if found.noise is None else found.noise * task.judge.size,
         )
 
-    def _sizes(self, task: Task, solver: Solver) -> list[int]:
-        """Return how many evaluations each attempt may spend on its equations, the largest first."""
-        once = task.plan.evaluations
-        if task.limit == UNLIMITED:
-            return [UNLIMITED]
+    def _unchecked(self, task: Task, solver: Solver) -> Found:
+        """Find latents that nobody checks, in one attempt."""
+        plan, once = task.plan, task.plan.evaluations
+        if solver == Auto() and task.limit < self.smallest * once and plan.sigmas[-1] > 0:
+            latent, spent = climb_once(task, task.limit // once)
+            return Found(latent, None, spent, 0)
+        allowed = _allowed(task, min(self.most, self.share * len(plan.steps) ** -0.5))
+        budget = torch.full_like(task.problem.budget, task.limit)
+        found = invert_steps(
+            plan, task.solving, task.wide, lambda step: allowed[step.index], solver, budget, None, task.eps, task.watch
+        )
+        return Found(found.states[0], None, found.evaluations, 0, residuals=found.residuals)
+
+    def _attempts(self, task: Task, solver: Solver) -> list[_Attempt]:
+        """Return what is tried, one after the other, on the samples that are still lost.
+
+        The sizes do not depend on the limit, only how many of them there are: what a smaller limit returns is among
+        what a larger one has the choice of.
+        """
+        once, runs = task.plan.evaluations, task.limit // task.plan.evaluations
+
+        def solved(size: int) -> _Attempt:
+            return _Attempt(lambda some: self._attempt(some, solver, size), size + once)
+
         if solver.is_published:  # one attempt, and the contraction
-            return [max(task.limit - 2 * once - 2 * len(task.plan.steps[-1].stages), once + 1)]
-        sizes, left = [max(2 * once - ROWS, once + 1)], task.limit - 2 * once  # one run up and one down
-        while sum(sizes) + len(sizes) * once <= left:
-            sizes.append(2 * sizes[-1] + once)
-        return sizes[-2::-1] or ([] if rising(task.plan) else [once + 1])  # at worst the plain run alone
+            return [solved(max(task.limit - 2 * once - 2 * len(task.plan.steps[-1].stages), once + 1))]
+        up = rising(task.plan)
+        plain = [] if up is None else [_Attempt(lambda some: _plain(some, up), 2 * once, is_search=False)]
+        if solver != Auto() or up is None:
+            rest = 3 * once if runs >= 4 and plain else once
+            return [solved(task.limit - rest), *plain]
+        climbs, cost = affordable(task.plan, runs)
+        sizes, left, size = list[int](), runs - affordable(task.plan, UNLIMITED)[1], self.smallest
+        while size + 1 <= left:
+            sizes, left, size = [size, *sizes], left - size - 1, 3 * size
+        full = [solved(size * once) for size in sizes]
+        plain = plain if full or task.is_half else []  # samples that noise keeps from the climbs have it too
+        return [*full, _Attempt(lambda some: climb(some, up, climbs), cost * once), *plain]
 
     def _attempt(self, task: Task, solver: Solver, most: int) -> tuple[Trajectory, Tensor]:
         """Solve each step; solve again, and finer, for samples whose steps' errors add up to too much.
@@ -122,7 +184,9 @@ class StepByStep:
         plan, x, enough = task.plan, task.wide, task.judge.enough
         allowed = _allowed(task, min(self.most, self.share * len(plan.steps) ** -0.5))
         budget = torch.full((len(x),), most, dtype=torch.int64, device=x.device)
-        found = invert_steps(plan, task.solving, x, lambda step: allowed[step.index], solver, budget, eps=task.eps)
+        found = invert_steps(
+            plan, task.solving, x, lambda step: allowed[step.index], solver, budget, None, task.eps, task.watch
+        )
         restored = task.sample(found.states[0]).to(x.dtype)
         found.evaluations += plan.evaluations
         residuals = found.residuals.clone()  # of the last attempt
@@ -133,7 +197,7 @@ class StepByStep:
             affordable = budget - found.evaluations > self.reserve * plan.evaluations
             again = solved & (error > enough) & (finer < allowed).any(0) & affordable
             index = again.nonzero()[:, 0]
-            if not len(index):
+            if not len(index) or task.watch.stopped:
                 break
             allowed[:, index] = finer[:, index]
             trial, images = _solve_again(
@@ -182,14 +246,19 @@ class StepByStep:
             value = None if noisy else measure_fold(task, problem, u, spent)
             if noisy:
                 note += f"; {NOISY}"
+            elif task.watch.stopped:
+                note += "; the search was stopped"
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
             notes.append(note)
             rounded = residual <= self.rounded * task.eps * float(task.unit(step.sigma)[i])
-            if not noisy and residual <= float(allowed[step.index, i]) and task.limit < UNLIMITED:
+            poor = task.limit - int(found.evaluations[i]) < self.reserve * task.plan.evaluations
+            if not noisy and residual <= float(allowed[step.index, i]) and poor:
                 ended = Reason.BUDGET  # for solving the steps finer, since their errors add up
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
-            reasons[i] = _reason(ended, rounded, folded)
+            if ended == Reason.BUDGET and folded and task.limit >= RUNS * task.plan.evaluations:
+                ended = Reason.FOLD
+            reasons[i] = _reason(Reason.STOPPED if task.watch.stopped and not noisy else ended, rounded, folded)
         return reasons, notes
 
 
@@ -210,7 +279,7 @@ def _reason(ended: Reason, rounded: bool, folded: bool) -> Reason:
         return ended
     if rounded:
         return Reason.PRECISION
-    if ended == Reason.BUDGET:
+    if ended in (Reason.BUDGET, Reason.STOPPED):
         return ended
     return Reason.FOLD if folded else Reason.STALLED
 
@@ -228,7 +297,7 @@ def _plain(task: Task, up: Plan | None) -> tuple[Trajectory, Tensor]:
     if up is None:
         raise ValueError(f"{task.plan.rule.name} cannot run upwards, so that there is no plain run")
     plan, x = task.plan, task.wide
-    plain = Recorded.of(up, plan, task.denoiser, task.x, task.callback)
+    plain = Recorded.of(up, plan, task.denoiser, task.x, task.callback, keep="inputs")
     residuals = x.new_zeros(len(plan.steps), len(x))
     residuals[-1] = task.error(plain.restored)  # every other step goes where the next one starts
     spent = torch.full((len(x),), plain.evaluations, dtype=torch.int64, device=x.device)
@@ -248,7 +317,9 @@ def _solve_again(
         task = replace(task, states=torch.float64)
     x = task.wide
     allowed, starts = allowed.to(x), [state[index].to(x) for state in found.states]
-    path = invert_steps(plan, task.solving, x, lambda step: allowed[step.index], solver, left, starts, eps=task.eps)
+    path = invert_steps(
+        plan, task.solving, x, lambda step: allowed[step.index], solver, left, starts, task.eps, task.watch
+    )
     states, residuals = [state.to(narrow) for state in path.states], path.residuals.to(narrow)
     everyone = torch.arange(len(index), device=x.device)
     images = task.sample_some(states[0], everyone)

@@ -18,8 +18,9 @@ from torch import Tensor
 from kinvert.coefficients import lagrange
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import advance, stage_sigmas
-from kinvert.inversion.problem import Guess, Problem
+from kinvert.inversion.problem import Guess, Problem, Reason
 from kinvert.inversion.solvers import NewtonKrylov, Solver
+from kinvert.inversion.watching import Watch
 from kinvert.noise import white
 from kinvert.plan import Plan, Step
 from kinvert.tensors import per_sample, rms
@@ -28,12 +29,19 @@ __all__ = [
     "LEAST_CHANGE",
     "Trajectory",
     "contraction",
+    "fair_share",
     "forecast",
     "invert_steps",
     "levels_of",
     "raised",
     "step_problem",
 ]
+
+ENOUGH = 12
+"""Calls of a step that solve it if it is no fold."""
+
+CREDIBLE = 0.02
+"""Noise of D, in parts of its rms, up to which a network may be rounded: what looks like more is a fold."""
 
 LEAST_CHANGE = NewtonKrylov(krylov=60, forcing=1e-9, max_iterations=30, halvings=10, least_change=True)
 """For a step to sigma = 0, `x' = D(x)`, which many states may solve: each iteration finds the whole change anew."""
@@ -68,6 +76,7 @@ def invert_steps(
     budget: Tensor,
     starts: list[Tensor] | None = None,
     eps: float | None = None,
+    watch: Watch | None = None,
 ) -> Trajectory:
     """Solve every step of a one-step Plan for the state before it, from the last step to the first.
 
@@ -80,7 +89,9 @@ def invert_steps(
         budget: evaluations that each sample may spend on the run, shape (batch,).
         starts: states to start from at every level but the last (those of an earlier, similar trajectory).
         eps: relative precision of the denoiser; None takes x's dtype's.
+        watch: who is told how it goes, and whether it is to stop: a step then takes the evaluations of its guess only.
     """
+    watch = watch or Watch()
     states: list[Tensor] = [x]
     known: list[tuple[float, Tensor]] = []  # ln(sigma / sigma_0) of the states solved last, and D there
     levels = levels_of(plan, x)
@@ -89,7 +100,7 @@ def invert_steps(
     evaluations = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     noise, unit = torch.zeros_like(rms(x)), rms(x)
     for step in reversed(plan.steps):
-        left = budget - evaluations - step.index * len(step.stages)  # the steps to come need one residual each
+        left = fair_share(budget - evaluations, step)
         problem = step_problem(plan, step, denoiser, states[0], levels[step.index], tolerance(step), left, eps)
         if step.sigma_next == 0:
             guess, spent = Guess(states[0]), 0
@@ -100,19 +111,35 @@ def invert_steps(
         else:
             guess, spent = raised(problem, denoiser), 1
         r = step.sigma_next / step.sigma
-        problem = replace(problem, budget=left - spent, floor=(1.0 - r) * noise * unit)
+        problem = replace(problem, budget=left - spent, floor=(1.0 - r) * noise * unit, watch=watch)
+        watch.note(solved=len(states) - 1, rounds=0, open=len(x))
         root = (solver if step.sigma_next else LEAST_CHANGE).solve(problem, guess)
         denoised = problem.denoised(root.u) if root.denoised is None else root.denoised
         if denoised is not None:
             known = [(math.log(step.sigma / plan.sigmas[0]), denoised), *known[:2]]
             unit = rms(denoised).clamp(min=torch.finfo(x.dtype).tiny)
         if root.floor is not None:
-            noise = noise.maximum(root.floor / ((1.0 - r) * unit).clamp(min=torch.finfo(x.dtype).tiny))
+            met = root.floor / ((1.0 - r) * unit).clamp(min=torch.finfo(x.dtype).tiny)
+            noise = torch.where(met <= CREDIBLE, noise.maximum(met), noise)
+            stalled = (met > CREDIBLE) & (root.reason == Reason.PRECISION)
+            root = replace(root, reason=torch.where(stalled, int(Reason.STALLED), root.reason))
         states.insert(0, root.u)
         residuals.insert(0, root.residual)
         reasons.insert(0, root.reason)
         evaluations += root.evaluations + spent
+    watch.note(solved=len(plan.steps), open=0)
     return Trajectory(states, torch.stack(residuals), evaluations, torch.stack(reasons), noise)
+
+
+def fair_share(left: Tensor, step: Step) -> Tensor:
+    """Return what a step may spend of `left`, the evaluations that it and all noisier steps have together.
+
+    It is twice the mean, since the noisier steps often take less, or more if each of them keeps `ENOUGH` calls. One
+    evaluation of each of them is left in any case. What a step does not spend, others may.
+    """
+    cost = len(step.stages)
+    mean = left.div(step.index + 1, rounding_mode="floor").clamp(max=2**60)
+    return (2 * mean).maximum(left - ENOUGH * cost * step.index).minimum(left - step.index * cost)
 
 
 def levels_of(plan: Plan, x: Tensor) -> tuple[Tensor, ...]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kinvert.denoisers import BoundDenoiser
-from kinvert.engine import Callback, Memory, run, run_state
+from kinvert.denoisers import BoundDenoiser, Guided
+from kinvert.engine import Callback, Memory, run, run_state, stage_sigmas
 from kinvert.inversion.batches import FewBatches
 from kinvert.inversion.problem import Judge, Problem
 from kinvert.inversion.solvers.newton import smallest_singular_value
 from kinvert.inversion.verdict import Widened, image_size
+from kinvert.inversion.watching import UNLIMITED, Watch
 from kinvert.plan import Plan
 from kinvert.tensors import is_half, rms
 
-__all__ = ["UNLIMITED", "Task", "measure_fold"]
+__all__ = ["RUNS", "UNLIMITED", "Task", "default_runs", "measure_fold"]
 
-UNLIMITED = 2**62
+RUNS = 128
+"""The default limit on evaluations, in runs of the sampler."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +37,14 @@ class Task:
         x: the image, shape (batch, *event).
         tol: tolerance in parts of the image's size.
         limit: evaluations that a sample may cost.
+        limited: whether that was asked for; if not, nothing is tried just to have something at a smaller limit.
         callback: of the run that checks the result.
         samples: numbers of these samples in the batch that was given, for messages.
         region: 1 where a value counts, of x's shape; None counts all.
         states: least dtype of the states.
         network: dtype that the network is known to compute in.
+        watch: who is told how it goes, and whether to stop.
+        check: whether latents are to be sampled again, to know how good they are.
     """
 
     plan: Plan
@@ -52,6 +57,9 @@ class Task:
     region: Tensor | None = None
     states: torch.dtype = torch.float32
     network: torch.dtype = torch.float64
+    watch: Watch = field(default_factory=Watch)
+    limited: bool = False
+    check: bool = True
 
     @cached_property
     def wide(self) -> Tensor:
@@ -120,6 +128,28 @@ class Task:
         """
         return replace(self, denoiser=self.denoiser.steady())
 
+    def steadied(self) -> tuple[Task, Tensor]:
+        """Return the task, steady if the network depends on the batch size, and what it took to find out, (batch,).
+
+        That is two evaluations of the first sample, at the noise level that is evaluated last, if so many are to spare.
+        """
+        asked = torch.zeros(len(self.x), dtype=torch.int64, device=self.x.device)
+        small = self.limit < 4 * self.plan.evaluations + 2
+        if small or self.is_half or self.watch.stopped or not self.denoiser.varies:
+            return self, asked
+        asked[0] = 2
+        task = replace(self, limit=self.limit - 2) if self.limit < UNLIMITED else self
+        return task.steady() if self._depends_on_batch() else task, asked
+
+    def _depends_on_batch(self) -> bool:
+        """Tell whether the network answers differently, by a tenth of the tolerance, with another batch size."""
+        one = torch.zeros(1, dtype=torch.int64, device=self.x.device)
+        x, rows = self.x[one], self.denoiser.take(one)
+        sigma = stage_sigmas([self.plan.stage_levels[-1]], x)[0].clone()
+        outs = [few(x, sigma) for few in (rows, rows.steady())]
+        few, many = (out.denoised if isinstance(out, Guided) else out for out in outs)
+        return bool((rms(few - many) > 0.1 * self.tol * self.judge.size[one]).all())
+
     def sample(self, latent: Tensor, memory: Memory | None = None) -> Tensor:
         """Return what the sampler makes of a latent of the whole batch, in x's dtype."""
         plan = self.plan.closed if memory else self.plan
@@ -127,8 +157,11 @@ class Task:
         return run_state(plan, self.denoiser, state, callback=self.callback)["x"]
 
     def sample_some(self, latent: Tensor, index: Tensor) -> Tensor:
-        """Return what the sampler makes of the latents of the samples `index`, like `wide`."""
-        denoiser = self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)
+        """Return what the sampler makes of the latents of the samples `index`, like `wide`.
+
+        The network is called with the largest batch size, as the run that the user will make calls it.
+        """
+        denoiser = (self.denoiser if len(index) == len(self.x) else self.denoiser.take(index)).steady()
         return run(self.plan, denoiser, latent.to(self.x.dtype)).to(latent.dtype)
 
     def error(self, restored: Tensor) -> Tensor:
@@ -142,8 +175,14 @@ class Task:
         budget = torch.full((len(self.x),), self.limit, dtype=torch.int64, device=self.x.device)
         plan = self.plan
         return Problem(
-            self.sample_some, self.wide, tolerance, budget, plan.evaluations, self.eps, plan, self.solving, self.judge
-        )
+            self.sample_some, self.wide, tolerance, budget, plan.evaluations, self.eps, plan, self.solving, self.judge,
+            watch=self.watch,
+        )  # fmt: skip
+
+
+def default_runs(values: int) -> int:
+    """Return the default limit on evaluations, in runs; small events have more, for a method that takes Jacobians."""
+    return RUNS if values > 1024 else 2 * RUNS + 4 * values
 
 
 def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, products: int = 60) -> float | None:
@@ -153,7 +192,7 @@ def measure_fold(task: Task, problem: Problem, u: Tensor, spent: Tensor, product
     fewer it would say nothing.
     """
     products = min(products, (task.limit - int(spent)) // problem.cost - 1)
-    if products <= 5:
+    if products <= 5 or task.watch.stopped:
         return None
     value, evaluations = smallest_singular_value(problem, u, products)
     spent += evaluations

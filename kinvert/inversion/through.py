@@ -10,7 +10,7 @@ from torch import Tensor
 from kinvert.inversion.problem import Problem
 from kinvert.inversion.solvers import Solver
 from kinvert.inversion.steps import invert_steps
-from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.task import Task
 from kinvert.plan import Plan, Step
 
 __all__ = ["Best", "ThroughBase"]
@@ -72,7 +72,7 @@ class ThroughBase(Problem):
         best = Best(x.clone(), x.clone(), infinite, torch.zeros_like(budget), accuracy)
         return cls(
             task.sample_some, x, enough, budget, cls.least(task, base), None,
-            task=task, base=base, inner=inner, most=_most(task, base), best=best,
+            task=task, base=base, inner=inner, most=_most(task, base), best=best, watch=task.watch,
         )  # fmt: skip
 
     def call(self, u: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class ThroughBase(Problem):
 
         rows = task.solving if len(index) == len(self.value) else task.solving.take(index)
         starts = best.states and [state[index] for state in best.states]
-        path = invert_steps(self.base, rows, u, tolerance, self.inner, left, starts, task.eps)
+        path = invert_steps(self.base, rows, u, tolerance, self.inner, left, starts, task.eps, self.watch)
         if best.states is None:  # the first call is for all samples
             best.states = [state.clone() for state in path.states]
         for kept, state in zip(best.states, path.states, strict=True):
@@ -109,5 +109,5 @@ def _most(task: Task, base: Plan) -> int | None:
 
     None: what is left.
     """
-    limited = task.limit < UNLIMITED and task.plan.sigmas[-1] > 0
+    limited = task.limited and task.plan.sigmas[-1] > 0
     return 8 * base.evaluations if limited else None

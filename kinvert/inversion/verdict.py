@@ -15,13 +15,23 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import is_number
-from kinvert.denoisers import BoundDenoiser, Guided
+from kinvert.denoisers import BoundDenoiser, Guidance, Guided, refuse_history
 from kinvert.engine import stage_sigmas
 from kinvert.inversion.telling import warn_user
 from kinvert.noise import white
 from kinvert.tensors import rms, wide_dtype
 
-__all__ = ["MIXING", "ROWS", "TOLERANCES", "Widened", "check_rows", "image_size", "rounding_note", "tolerance"]
+__all__ = [
+    "MIXING",
+    "ROWS",
+    "TOLERANCES",
+    "Widened",
+    "check_guidance",
+    "check_rows",
+    "image_size",
+    "rounding_note",
+    "tolerance",
+]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 MIXING = {torch.float64: 1e-6, torch.float32: 1e-3}  # half precision: 1e-2
@@ -82,7 +92,7 @@ def rounding_note(tol: float | None, goal: float, x: Tensor, network: torch.dtyp
 
 @dataclass(frozen=True, eq=False)
 class Widened:
-    """A denoiser of states in half precision, for states in float32: they are rounded for each call alone."""
+    """A denoiser of states in one dtype, for states in a wider one: they are rounded for each call alone."""
 
     denoiser: BoundDenoiser
     dtype: torch.dtype
@@ -93,8 +103,39 @@ class Widened:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor | Guided:
         """Call the denoiser with x in its dtype, and return the result in the dtype of x."""
-        out = self.denoiser(x.to(self.dtype), sigma)
+        out = self.denoiser(x.to(self.dtype), sigma.to(wide_dtype(self.dtype)))
         return Guided(*(part.to(x.dtype) for part in out)) if isinstance(out, Guided) else out.to(x.dtype)
+
+
+def check_guidance(guided: Guidance, x: Tensor, sigmas: Sequence[float], verb: str) -> None:
+    """Raise ValueError if the `cfg` of a user is a function that cannot be inverted; the network is not called.
+
+    It must give the same for the same input after another evaluation, and for a sample alone as in its batch.
+    """
+    if isinstance(guided.cfg, float):
+        return
+    refuse_history(guided.cfg, verb, "evaluates a step more than once")
+
+    def at(level: float, rows: int) -> Tensor:
+        state = x[:rows]
+        noisy = stage_sigmas([level], state)[0]
+        return guided.combine(0.9 * state, 0.2 * state.flip(-1) - 0.5 * state, state, noisy)
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(b.nan_to_num().abs().max()), equal_nan=True)
+
+    first, _, again = at(sigmas[0], len(x)), at(sigmas[-2], len(x)), at(sigmas[0], len(x))
+    if not same(first, again):
+        raise ValueError(
+            f"cfg={guided.cfg!r} depends on earlier evaluations: it does not return the same for the same predictions. "
+            f"{verb} evaluates a step more than once, so it needs a function of (cond, uncond, sigma) alone; leave out "
+            "momentum, and put a noise level in the place of the number of a step"
+        )
+    if len(x) > 1 and not same(at(sigmas[0], 1), first[:1]):
+        raise ValueError(
+            f"cfg={guided.cfg!r} mixes the samples of a batch: a sample alone comes out different. Take means, norms "
+            "and the like for each sample, e.g. value.flatten(1).norm(dim=1)"
+        )
 
 
 def check_rows(denoiser: BoundDenoiser, x: Tensor, sigmas: Sequence[float]) -> Tensor:

@@ -38,8 +38,8 @@ class UniPC(Rule):
     The orders of the steps are 1, 2, 3, 3, ..., 3, 2, 1, or with `lower_order_final=False` 1, 2, 3, 3, ..., 3. The last
     step is not corrected. The default of diffusers is `order=2` with "bh2". A schedule of a single step evaluates
     nothing: `x' = x sqrt((1 + sigma_next^2) / (1 + sigma^2))`. A final sigma = 0 is replaced by 0.001, so the result is
-    at 0.001. One evaluation a step, remembers the base and `order` denoised images. The low orders at both ends cap the
-    published order 3 at 2.
+    at 0.001. With `at_zero="denoised"` the step to 0 returns the last denoised image, as in diffusers. One evaluation a
+    step, remembers the base and `order` denoised images. The low orders at both ends cap the published order 3 at 2.
 
     Source: Zhao et al., UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models (2023),
     arXiv 2302.04867.
@@ -48,12 +48,13 @@ class UniPC(Rule):
     variant: Literal["bh1", "bh2"] = "bh1"
     order: int = option(3, low=1, high=6)
     lower_order_final: bool = True
+    at_zero: Literal["0.001", "denoised"] = "0.001"
 
     name: ClassVar[str] = "uni_pc"
     ode_order: ClassVar[int] = 2
 
     def prepare(self, sigmas: tuple[float, ...]) -> tuple[Rule, tuple[float, ...]]:
-        if sigmas[-1] > 0:
+        if sigmas[-1] > 0 or self.at_zero == "denoised":
             return self, sigmas
         if sigmas[-2] <= 0.001:
             raise ValueError(
@@ -63,9 +64,12 @@ class UniPC(Rule):
         return self, (*sigmas[:-1], 0.001)
 
     def step(self, s: StepBuilder) -> Form:
-        if s.steps == 1:
+        to_zero = s.sigma_next == 0
+        if s.steps == 1 and not to_zero:
             return math.sqrt((1.0 + s.sigma_next**2) / (1.0 + s.sigma**2)) * s.x
         denoised = s.history("D", s.denoise(s.x, s.sigma), self.order + 1)
+        if to_zero:
+            return denoised[0]
         x, base = s.x, s.recall("base")
         if base is not None:
             x = weighted_sum(base, *self._corrector(s.sigmas, s.index, denoised))
@@ -110,7 +114,8 @@ class SASolver(Rule):
     the defaults are the noise levels at 20 % and 80 % of the time of Stable Diffusion 1.5. With `use_pece`
     (`sa_solver_pece`) D is evaluated again at the corrected state. `corrector_order=0` is the predictor alone; with
     `eta = 0`, on a schedule that does not end in 0, it is `res_3m`. The orders fall near an end at sigma = 0, where the
-    step returns D. `simple_order_2` takes trapezoidal weights in each step that uses two denoised images.
+    step returns D. With `lower_order_final=True` they fall near every end, as in diffusers: the predictor's to 1.
+    `simple_order_2` takes trapezoidal weights in each step that uses two denoised images.
 
     `keep_last=False` is the behaviour of ComfyUI until 2026: if the schedule does not end in 0, the last step is
     discarded, and the result is the corrected x at `sigmas[-2]`. The result is one step too early: order 1.
@@ -133,6 +138,7 @@ class SASolver(Rule):
     sde_start: float = option(5.0924082, low=0.0)
     sde_end: float = option(0.57118887, low=0.0)
     keep_last: bool = True
+    lower_order_final: bool = False
 
     name: ClassVar[str] = "sa_solver"
 
@@ -180,9 +186,9 @@ class SASolver(Rule):
         """Return the order of the predictor and of the corrector (0: none) with `known` denoised images."""
         corrected = s.index > 0 and (s.sigma_next > 0 or self.use_pece)
         orders = min(self.predictor_order, known), min(self.corrector_order, known) if corrected else 0
-        if s.sigmas[-1] > 0:
-            return orders
         left = s.steps - s.index
+        if s.sigmas[-1] > 0:
+            return (min(orders[0], left), min(orders[1], left + 2)) if self.lower_order_final else orders
         return min(orders[0], left - 1), min(orders[1], left)
 
     def _base(self, s: StepBuilder, x: Form) -> Form:

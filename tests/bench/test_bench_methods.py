@@ -42,6 +42,18 @@ def test_evaluations_are_per_sample_and_a_guided_pair_is_one() -> None:
     assert measured(sampler="euler_cfg_pp", model="mixture")["sampling_evaluations"] == [3, 3]
 
 
+def test_limits_are_evaluations_of_each_step_on_the_way_up() -> None:
+    """For every sampler the run that checks comes on top, and an evaluation of a step of Heun's is two calls."""
+    for sampler, run in (("euler", 6), ("heun", 12), ("dpmpp_2m", 6)):
+        errors = []
+        for limit in (1, 3, 6, 10):
+            record = measured(method=f"invert_{limit}", sampler=sampler, steps=6, model="mixture")
+            assert max(record["inversion_evaluations"]) <= limit * run
+            errors.append(max(record["metrics"]["mse"]))
+        assert errors == sorted(errors, reverse=True)
+        assert sampler != "euler" or errors[-1] < 1e-6 * errors[0]
+
+
 def test_reversible_with_and_without_auxiliary_state() -> None:
     worst = {
         (question, method): max(
@@ -82,7 +94,7 @@ def test_evaluations_leave_out_the_certificate() -> None:
 
 
 def test_unused_method_is_an_error_of_the_cell() -> None:
-    for sampler, used in (("dpmpp_2m", "'auto', 'sweeps' or a Sweeps"), ("o_belm", "'auto'")):
+    for sampler, used in (("dpmpp_2m", "'auto', 'sweeps', 'levenberg' or a Solver of runs"), ("o_belm", "'auto'")):
         record, _ = bench.measure(Cell("gaussian", method="picard", sampler=sampler, steps=4, count=1))
         assert record["error"].startswith(f"method must be {used} for {sampler}, got 'picard'")
         assert record["converged"] is None and record["metrics"] == {}

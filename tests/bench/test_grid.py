@@ -116,7 +116,8 @@ def test_presets(name: str) -> None:
     grid = bench.preset(name)
     assert {cell.question for cell in grid} == {"reconstruction", "recovery"}
     assert {cell.model for cell in grid} == set(PROBLEMS)
-    assert {cell.method for cell in grid} == set(METHODS) or name == "quick"
+    methods = {cell.method for cell in (*grid, *bench.preset("budgets"))}
+    assert methods == set(METHODS) or name == "quick"
 
 
 def test_unknown_presets_are_refused() -> None:
@@ -124,7 +125,7 @@ def test_unknown_presets_are_refused() -> None:
         bench.preset("quik")
 
 
-@pytest.mark.parametrize("preset", ["quick", "standard", "full"])
+@pytest.mark.parametrize("preset", ["quick", "budgets", "standard", "full"])
 def test_presets_ask_for_methods_that_are_used(preset: str) -> None:
     settings = {(cell.method, cell.sampler, cell.options) for cell in bench.preset(preset)}
     for method, sampler, options in settings:

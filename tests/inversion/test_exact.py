@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "last_step": (lambda: ki.invert(MIXTURE, X, schedule(5), last_step="least"), ValueError, "unknown last_step 'least'; did you mean 'least_change'"),
     "method": (lambda: ki.invert(MIXTURE, X, schedule(5), method="andersen"), ValueError, "unknown method 'andersen'; did you mean 'anderson'.* or a Solver"),
     "tol": (lambda: ki.invert(MIXTURE, X, schedule(5), tol=0.0), ValueError, "tol must be a positive number"),
-    "max_evals": (lambda: ki.invert(MIXTURE, X, schedule(5), max_evals=3), ValueError, "max_evals must be an int of at least 15, a run up"),
+    "max_evals": (lambda: ki.invert(MIXTURE, X, schedule(5), max_evals=3), ValueError, "max_evals must be an int of at least 14, a run up"),
     "x": (lambda: ki.invert(MIXTURE, X.int(), schedule(5)), TypeError, "floating point"),
     "event": (lambda: ki.invert(MIXTURE, X[:, 0], schedule(5)), ValueError, r"x must have shape \(batch, \*event\) with values"),
     "callback": (lambda: ki.invert(MIXTURE, X, schedule(5), callback=3), TypeError, "callback must be callable"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from inverting import task_of
 from problems import mixture, noise_like
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from kinvert.denoisers import guide
 from kinvert.inversion import METHODS, Guess, Problem, Reason, Solver, register_method
 from kinvert.inversion.routes import ROUTES, choose
 from kinvert.inversion.steps import levels_of, step_problem
-from kinvert.inversion.task import UNLIMITED, Task
+from kinvert.inversion.task import UNLIMITED
 from kinvert.tensors import rms
 
 GAUSSIAN, MIXTURE = ki.denoisers.Gaussian(0.3, 0.7), mixture()
@@ -73,7 +74,7 @@ def problem_for(solver: Solver, y: Tensor, budget: int) -> Problem:
     """A step, or a run, that ends at y."""
     plan, denoiser = ki.compile_plan("euler", SIGMAS), guide(MIXTURE, batch=len(y))
     if solver.scope == "run":
-        return Task(plan, denoiser, y, 1e-9, budget, None, torch.arange(len(y))).problem
+        return task_of(plan, y, 1e-9, limit=budget).problem
     step, tolerance = plan.steps[4], y.new_full((len(y),), 1e-9)
     return step_problem(plan, step, denoiser, y, levels_of(plan, y)[4], tolerance, torch.full((len(y),), budget))
 
@@ -103,7 +104,9 @@ def test_a_registered_root_finder_is_a_method_of_its_route(monkeypatch: pytest.M
     del METHODS["gentle"]
     make = register_method("gentle")(lambda: ki.inversion.Damped(tau=0.5))
     assert ki.invert(GAUSSIAN, images(), SIGMAS, method="gentle").converged.all()
-    with pytest.raises(ValueError, match="method must be 'auto', 'sweeps' or a Sweeps for dpmpp_2m, got 'gentle'"):
+    with pytest.raises(
+        ValueError, match="method must be 'auto', 'sweeps', 'levenberg' or a Solver of runs for dpmpp_2m, got 'gentle'"
+    ):
         ki.invert(GAUSSIAN, images(), SIGMAS, sampler="dpmpp_2m", method="gentle")
     with pytest.raises(ValueError, match="the method name 'gentle' is taken"):
         register_method("gentle")(make)

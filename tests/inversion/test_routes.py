@@ -10,6 +10,7 @@ from kinvert.inversion import (
     METHODS,
     Anderson,
     Auto,
+    RunLevenbergMarquardt,
     Sweeps,
 )
 from kinvert.inversion.closed_form import ClosedForm
@@ -37,8 +38,8 @@ def test_a_method_is_used_or_refused(name: str) -> None:
     if plan.auxiliary:
         solvers["auto"], used = Auto(), {"auto"}
     elif plan.is_multistep:
-        solvers["auto"] = Sweeps()
-        used = {"auto", "sweeps", "my sweeps"}
+        solvers |= {"auto": Sweeps(), "levenberg": RunLevenbergMarquardt()}
+        used = {"auto", "sweeps", "my sweeps", "levenberg"}
     else:
         used = set(solvers)
     for key, solver in solvers.items():
@@ -51,7 +52,7 @@ def test_a_method_is_used_or_refused(name: str) -> None:
 
 
 def test_the_method_that_is_refused_is_named() -> None:
-    refused = [("dpmpp_2m", "picard", "'auto', 'sweeps' or a Sweeps for dpmpp_2m, got 'picard'")]
+    refused = [("dpmpp_2m", "picard", "'auto', 'sweeps', 'levenberg' or a Solver of runs for dpmpp_2m, got 'picard'")]
     refused += [("o_belm", "sweeps", "'auto' for o_belm, got 'sweeps': its steps are undone in closed form")]
     for sampler, method, message in refused:
         with pytest.raises(ValueError, match=message):

@@ -31,7 +31,7 @@ def test_a_lost_run_is_told_apart_from_a_fold() -> None:
     """What the warning calls the smallest singular value of the run's derivative is that; the space is the whole one."""
     plan, x = ki.compile_plan("ipndm", schedule(10)), images(1)
     task = task_of(plan, x, 1e-9)
-    found = WholeRun(bases=()).solve(task, Sweeps())
+    found = WholeRun(bases=(), last=None).solve(task, Sweeps())
     assert "solved as a whole run" in found.failures[0] and found.reasons == {0: Reason.STALLED}
     value, without = re.findall(r"derivative is (\S+), without a denoiser it would be (\S+)", found.failures[0])[0]
     derivative = torch.func.jacrev(lambda z: ki.run(plan, MIXTURE, z[None])[0])(found.latent[0])

@@ -115,3 +115,30 @@ def test_sa_solver_evaluations(pece: bool, evaluations: int) -> None:
 def test_sa_solver_noise_has_its_interval() -> None:
     plan = ki.compile_plan("sa_solver", [10.0, 4.0, 1.0, 0.3, 0.0])
     assert [noise.sigma_to for step in plan.steps for noise in step.noises] == [4.0, 1.0]
+
+
+def test_unipc_may_end_at_zero_with_the_last_denoised_image() -> None:
+    """The run on the positive levels, and then what the denoiser shows there."""
+    sigmas, x = [10.0, 4.0, 1.5, 0.6, 0.0], 10 * noise_like((2, 6))
+    rule = ki.sampler("uni_pc_bh2", order=2, at_zero="denoised")
+    seen: list[Tensor] = []
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(MIXTURE(x, sigma))
+        return seen[-1]
+
+    plan = ki.compile_plan(rule, sigmas)
+    assert plan.sigmas[-1] == 0 and torch.equal(ki.run(plan, denoiser, x), seen[-1])
+    to_thousandth = ki.run(ki.compile_plan(ki.sampler("uni_pc_bh2", order=2), sigmas), MIXTURE, x)
+    torch.testing.assert_close(seen[-1], to_thousandth, atol=0.02, rtol=0)
+    assert ki.compile_plan(rule, [2.0, 0.0]).evaluations == 1
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_sa_solver_may_lower_its_order_at_every_end(order: int) -> None:
+    """A step of the predictor alone goes from x along as many denoised images as its order."""
+    for lower in (True, False):
+        rule = SASolver(predictor_order=order, corrector_order=0, eta=0.0, lower_order_final=lower)
+        plan = ki.compile_plan(rule, [10.0, 7.0, 5.0, 3.0, 2.0, 1.0, 0.5])
+        used = [len(step.x.terms) - 1 for step in plan.steps]
+        assert used == [min(order, i + 1, 6 - i if lower else 6) for i in range(6)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kinvert.checks import plain
 from kinvert.coordinates import VE_FIX, coordinates_of
-from kinvert.denoisers import Denoiser, guide
+from kinvert.denoisers import Denoiser, guide, refuse_history
 from kinvert.engine import run
 from kinvert.inversion.back import Steering, WayBack
 from kinvert.inversion.certificate import Found, certify
@@ -44,6 +44,7 @@ def in_ve(method: Method) -> Method:
                 f"{method.__name__} runs in variance-exploding coordinates, and the denoiser or sigmas are in flow "
                 f'time; use from_velocity(model, levels, coordinates="ve") and {VE_FIX}'
             )
+        refuse_history(options.get("cfg"), method.__name__, "goes through the steps more than once")
         found = method(denoiser, x, sigmas, *args, **options)
         if not isinstance(found, Inversion) or found.back is None:
             return found

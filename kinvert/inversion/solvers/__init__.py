@@ -6,6 +6,7 @@ from kinvert.inversion.solvers.anderson import Anderson, Damped, Picard
 from kinvert.inversion.solvers.auto import Attempt, Auto, Sequence
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.continuation import Continuation
+from kinvert.inversion.solvers.levenberg import LevenbergMarquardt, RunLevenbergMarquardt
 from kinvert.inversion.solvers.newton import NewtonKrylov
 from kinvert.inversion.solvers.sweeps import StepSweeps, Sweeps
 
@@ -17,11 +18,13 @@ __all__ = [
     "Damped",
     "Guess",
     "Judge",
+    "LevenbergMarquardt",
     "NewtonKrylov",
     "Picard",
     "Problem",
     "Reason",
     "Root",
+    "RunLevenbergMarquardt",
     "Search",
     "Sequence",
     "Solver",

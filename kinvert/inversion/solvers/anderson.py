@@ -22,7 +22,7 @@ from kinvert.inversion.problem import Guess, Problem, Root, Search
 from kinvert.inversion.solvers.base import Solver
 from kinvert.tensors import rms, wide_dtype
 
-__all__ = ["Anderson", "Damped", "Picard"]
+__all__ = ["Anderson", "Damped", "Picard", "extrapolated"]
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,21 @@ class Anderson(Solver):
                 new, old = torch.where(pair, difference, 0.0)[:, None], getattr(rows, name)[:, :-1]
                 setattr(rows, name, torch.where(failed[:, None], 0.0, torch.cat([new, old], 1)))
             rows.last_u, rows.last_f, rows.fresh = u, f, ~failed
-            step = step - self._extrapolate(rows.dU, rows.dF, f, rows.tau)
+            step = step - extrapolated(rows.dU, rows.dF, f, rows.tau)
         rows.u = torch.where(failed, rows.best, u + step)
         rows.tau = torch.where(failed, rows.tau / 2, rows.tau)
 
-    @staticmethod
-    def _extrapolate(dU: Tensor, dF: Tensor, f: Tensor, tau: Tensor) -> Tensor:
-        """Return `(dU + tau dF) gamma`, gamma the regularised least-squares solution; zero rows are unused slots."""
-        dtype = f.dtype
-        dU, dF, f, tau = (a.to(wide_dtype(dtype)) for a in (dU, dF, f, tau))
-        scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
-        unit = dF / scale[:, :, None]
-        gram, ridge = linalg.gram(unit, unit), 10 * torch.finfo(f.dtype).eps
-        gamma = linalg.solve(linalg.ridged(gram, ridge), linalg.gram(unit, f[:, None]))[:, :, 0].to(f.dtype) / scale
-        gamma = torch.where(dF.abs().amax(2) > 0, gamma, 0.0)
-        return linalg.combine(gamma[:, None], dU + tau[:, :, None] * dF)[:, 0].to(dtype)
+
+def extrapolated(dU: Tensor, dF: Tensor, f: Tensor, tau: Tensor) -> Tensor:
+    """Return `(dU + tau dF) gamma`, gamma the regularised least-squares solution; zero rows are unused slots."""
+    dtype = f.dtype
+    dU, dF, f, tau = (a.to(wide_dtype(dtype)) for a in (dU, dF, f, tau))
+    scale = dF.norm(dim=2).clamp(min=torch.finfo(f.dtype).tiny)
+    unit = dF / scale[:, :, None]
+    gram, ridge = linalg.gram(unit, unit), 10 * torch.finfo(f.dtype).eps
+    gamma = linalg.solve(linalg.ridged(gram, ridge), linalg.gram(unit, f[:, None]))[:, :, 0].to(f.dtype) / scale
+    gamma = torch.where(dF.abs().amax(2) > 0, gamma, 0.0)
+    return linalg.combine(gamma[:, None], dU + tau[:, :, None] * dF)[:, 0].to(dtype)
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from kinvert.inversion.problem import Guess, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.anderson import Anderson
 from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.continuation import Continuation
+from kinvert.inversion.solvers.levenberg import LevenbergMarquardt
 from kinvert.inversion.solvers.newton import NewtonKrylov
 from kinvert.inversion.solvers.sweeps import StepSweeps
 from kinvert.tensors import per_sample
@@ -101,6 +102,7 @@ class Auto(Solver):
     anderson: Anderson = field(default_factory=lambda: Anderson(window=10, max_iterations=40))
     newton: NewtonKrylov = field(default_factory=NewtonKrylov)
     continuation: Continuation = field(default_factory=Continuation)
+    last: LevenbergMarquardt = field(default_factory=LevenbergMarquardt)
 
     def sequence(self, problem: Problem) -> Sequence:
         """Return the solvers for a problem."""
@@ -112,6 +114,7 @@ class Auto(Solver):
                 Attempt(self.newton),
                 Attempt(self.continuation, "guess"),
                 Attempt(self.continuation.finer(), "value"),
+                Attempt(self.last),
             )
         )
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from kinvert.inversion.solvers.base import Solver
 from kinvert.inversion.solvers.newton import NewtonKrylov, Operator, gmres
 from kinvert.tensors import rms
 
-__all__ = ["Continuation"]
+__all__ = ["Continuation", "Curve", "chord"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Continuation(Solver):
     def solve(self, problem: Problem, guess: Guess) -> Root:
         """See `Solver`."""
         search = Search(problem, guess.u)
-        curve, everyone = _Curve(self, search, guess.u), search.everyone
+        curve, everyone = Curve(self, search, guess.u), search.everyone
         here = torch.cat([curve.start / curve.scale, torch.zeros_like(curve.scale)], 1)
         curve.value(here, everyone)  # the start is the best iterate so far
         active = everyone[search.affords(everyone) >= 3]  # what a tangent costs at least
@@ -76,23 +77,17 @@ class Continuation(Solver):
             if not len(active):
                 break
             last, border = here[active], tangent[active]
-            ahead, corrections = curve.correct(last + length[active] * border, border, active)
-            chord = ahead - last
-            chord = chord / chord.norm(dim=1, keepdim=True)
-            good = (corrections >= 0) & ((chord * border).sum(1) > 0.7)
-            length[active[~good]] /= 2
-            easy = active[good & (corrections <= 3)]
-            length[easy] = (1.5 * length[easy]).clamp(max=self.longest)
+            ahead, good = curve.advance(last, border, length, active)
             arrived = good & (ahead[:, -1] >= 1)
             curve.finish(last[arrived], ahead[arrived], active[arrived])
             going = good & ~arrived & (search.affords(active) >= 3)
             here[active[going]] = ahead[going]
-            tangent[active[going]] = curve.tangent(ahead[going], chord[going], active[going])
+            tangent[active[going]] = curve.tangent(ahead[going], chord(last, ahead)[going], active[going])
             active = active[going | ~good]
         return search.root(least=3)  # a point and the next tangent
 
 
-class _Curve:
+class Curve:
     """The curve H(z) = 0 of every sample, z = (u / scale, t) of shape (n, m + 1), so that a unit of u has rms 1."""
 
     def __init__(self, settings: Continuation, search: Search, start: Tensor) -> None:
@@ -133,7 +128,7 @@ class _Curve:
         apply = self.bordered(z, slope, f, border, index)
         left = -apply(border, torch.arange(len(index), device=index.device))
         left[:, -1] += 1
-        affords = self.search.affords(index)
+        affords = partial(self.search.affords, index)
         tangent = border + gmres(apply, left, self.settings.krylov, 2 * self.settings.forcing, affords)[0]
         return tangent / tangent.norm(dim=1, keepdim=True)
 
@@ -158,9 +153,18 @@ class _Curve:
                 break
             apply = self.bordered(z[todo], slope, f, border[todo], index[todo])
             left = torch.cat([-h, torch.zeros_like(h[:, :1])], 1)
-            affords = self.search.affords(index[todo])
+            affords = partial(self.search.affords, index[todo])
             z[todo] += gmres(apply, left, self.settings.krylov, self.settings.forcing, affords)[0]
         return z, count
+
+    def advance(self, last: Tensor, border: Tensor, length: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next points and which of them are good; `length`, of all samples, is adapted in place."""
+        ahead, corrections = self.correct(last + length[index] * border, border, index)
+        good = (corrections >= 0) & ((chord(last, ahead) * border).sum(1) > 0.7)
+        length[index[~good]] /= 2
+        easy = index[good & (corrections <= 3)]
+        length[easy] = (1.5 * length[easy]).clamp(max=self.settings.longest)
+        return ahead, good
 
     def finish(self, before: Tensor, after: Tensor, index: Tensor) -> None:
         """Solve F itself by Newton's method, from where the chord between two points of the curve meets t = 1."""
@@ -173,3 +177,9 @@ class _Curve:
         found = self.settings.newton.solve(part, Guess(self.point(crossing, index)))
         self.search.evaluations[index] += found.evaluations
         self.search.keep(index, found.u, found.residual)
+
+
+def chord(last: Tensor, ahead: Tensor) -> Tensor:
+    """Return the direction from one point of each curve to the next."""
+    change = ahead - last
+    return change / change.norm(dim=1, keepdim=True)

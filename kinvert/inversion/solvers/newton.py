@@ -67,8 +67,11 @@ class NewtonKrylov(Solver):
             anchored = self.least_change and bool(moved.any())
             if anchored:
                 right = right + apply(moved, torch.arange(len(active), device=right.device))
-            # One call is left for the line search.
-            direction, _ = gmres(apply, right, self.krylov, self.forcing, search.affords(active) - 1)
+
+            def affords(here: Tensor = here) -> Tensor:
+                return search.affords(here) - 1  # a call is left for the line search
+
+            direction, _ = gmres(apply, right, self.krylov, self.forcing, affords)
             direction = (direction - moved if anchored else direction).reshape(-1, *shape)
             active = self._able(search, active[line_search(search, residual, active, direction, self.halvings)])
         return search.root(least=self._least)
@@ -80,8 +83,9 @@ class NewtonKrylov(Solver):
 
     def _able(self, search: Search, index: Tensor) -> Tensor:
         """Return those of `index` that are open and afford a step."""
-        able = search.is_open(index, search.residual[index]) & (search.affords(index) >= self._least)
-        return index[able.nonzero()[:, 0]]
+        residual = search.residual[index]
+        able = search.is_open(index, residual) & (search.affords(index) >= self._least)
+        return index[search.problem.watch.rows(able, residual)]
 
 
 Operator = Callable[[Tensor, Tensor], Tensor]
@@ -89,11 +93,11 @@ Operator = Callable[[Tensor, Tensor], Tensor]
 
 
 def gmres(
-    apply: Operator, b: Tensor, krylov: int, forcing: float, affords: Tensor | None = None
+    apply: Operator, b: Tensor, krylov: int, forcing: float, affords: Callable[[], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Solve `A x = b` per row to the relative accuracy `forcing`, from 0, with at most `krylov` products a row.
 
-    affords: as many products may be made for each row, shape (rows,); x is 0 where there are none.
+    affords: returns how many products may be made now for each row, shape (rows,); x is 0 where there never were any.
 
     Returns:
         x, shape (rows, m), and the images under A of the orthonormal basis that was built, shape (rows, products, m). A
@@ -108,8 +112,8 @@ def gmres(
     most = min(krylov, m)
     basis, images = b.new_zeros(n, most + 1, m), b.new_zeros(n, most, m)
     basis[:, 0] = b / size[:, None].clamp(min=finfo.tiny)
-    affords = torch.full((n,), most, device=b.device) if affords is None else affords
-    todo = (affords > 0).nonzero()[:, 0]  # a row that is good enough costs no further products
+    left = torch.full((n,), most, device=b.device) if affords is None else affords()
+    todo = (left > 0).nonzero()[:, 0]  # a row that is good enough costs no further products
     image = images[:, :0]
     for j in range(most if len(todo) else 0):
         images[todo, j] = apply(basis[todo, j].to(dtype), todo).to(b.dtype)
@@ -119,8 +123,10 @@ def gmres(
         ridge = finfo.eps * gram.diagonal(dim1=1, dim2=2).amax(1)
         weights = linalg.solve(linalg.ridged(gram, ridge), linalg.gram(image, b[:, None])).mT
         x[todo] = linalg.combine(weights, spanned)[todo, 0]
-        left = (b - linalg.combine(weights, image)[:, 0]).norm(dim=1)
-        going = (left[todo] > forcing * size[todo]) & (affords[todo] > j + 1)
+        missed = (b - linalg.combine(weights, image)[:, 0]).norm(dim=1)
+        going = missed[todo] > forcing * size[todo]
+        if affords is not None:
+            going &= affords()[todo] > 0
         todo = todo[going.nonzero()[:, 0]]  # the one read of a product
         if not len(todo):
             break

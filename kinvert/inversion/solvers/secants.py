@@ -1,9 +1,12 @@
 r"""The evaluations of a run as unknowns, and the model of the denoiser's derivative that sweeps learn from them.
 
-Of `Y = a x_N + C D(Y)` (see `couplings`) only the derivative D' is unknown. Each sweep adds one secant pair (dY, dD)
-per evaluation; D' is modelled on their span and taken as 0 outside it. The linear equations with that model say what
-the noisier evaluations will return, and with those where to evaluate next. It is Anderson's acceleration with the
-structure of the run kept; the linear algebra of a sweep is small next to a denoiser.
+Of `Y = a x_N + C D(Y)` (see `couplings`) only the derivative D' is unknown. Each evaluation of a sweep adds one secant
+pair (dY, dD) at its level; D' is modelled on their span and taken as 0 outside it. The linear equations with that model
+say what the noisier evaluations will return, and with those where to evaluate next. It is Anderson's acceleration with
+the structure of the run kept; the linear algebra of a sweep is small next to a denoiser.
+
+What must be kept of an evaluation are the values D and the last dD, which are rounded to half the digits: they are a
+model. All else enters inner products alone, for which `Sketch` keeps a few numbers of each tensor.
 
 Source: Anderson, Iterative Procedures for Nonlinear Integral Equations (1965); Fang and Saad, Two Classes of
 Multisecant Methods for Nonlinear Acceleration (2009); here one secant model for every evaluation.
@@ -23,36 +26,50 @@ from kinvert.engine import stage_sigmas
 from kinvert.inversion.couplings import Couplings
 from kinvert.inversion.noise_floor import small_steps
 from kinvert.inversion.problem import Guess
+from kinvert.linalg import Sketch
 from kinvert.tensors import rms
 
 __all__ = ["Secants"]
 
 ROOM = 10  # differences for which memory is taken at once
+NARROW = {torch.float64: torch.float32, torch.float32: torch.float16}  # what differences are rounded to
 
 
 class Secants:
     """The evaluations of some samples, their last differences, and the moves of a sweep.
 
     Attributes:
-        Y, D: inputs and outputs of the evaluations, shapes (n, k, m) and (n, rows, m); two rows for a guided one.
-        dY, dD: their differences, shapes (n, k, room, m) and (n, rows, room, m); room grows up to the window.
+        D: outputs of the evaluations, shape (n, rows, m); two rows for a guided one.
+        dD: the last differences of each, with rms 1, shape (n, rows, room, m); room grows up to the window.
+        size: by how much these must be multiplied to belong to a dY of norm 1, shape (n, rows, room).
+        sY, sD, sdY, sdD: sketches of the inputs, of the outputs, and of their differences for a dY of norm 1.
+        counts: evaluations of each row at each level that have left a difference, shape (n, k), on the host.
         samples, index: the samples that the n rows belong to, as numbers and as a tensor of shape (n,).
         unit: what the residual of an evaluation is measured in, shape (batch, k).
     """
 
     def __init__(self, system: Couplings, denoiser: BoundDenoiser, x: Tensor, window: int, wide: torch.dtype) -> None:
         self.shape, self.dtype, self.whole, self.window = x.shape[1:], x.dtype, denoiser, window
-        self.a, self.C, self.B = (torch.from_numpy(part).to(x.device, wide) for part in (system.a, system.C, system.B))
+        widest = linalg.widest(x.device)
+        self.a, self.C, self.B = (
+            torch.from_numpy(part).to(x.device, widest) for part in (system.a, system.C, system.B)
+        )
         self.alpha, self.outputs = system.alpha, 1 + system.guided
         self.noise = 100 * torch.finfo(x.dtype).eps
         self.sigmas = stage_sigmas(list(system.levels), x)
         self.unit = self.sigmas.T.to(wide, copy=True)
-        self.x = x.flatten(1).to(wide)
+        self.x = x.flatten(1).clone()
+        self.sketch = Sketch(x[:1])
         n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
-        self.Y, self.D = self.x.new_zeros(n, k, m), self.x.new_zeros(n, rows, m)
-        self.dY, self.dD = self.x.new_zeros(n, k, 0, m), self.x.new_zeros(n, rows, 0, m)
+        room, size = min(window, ROOM), self.sketch.size
+        self.D = self.x.new_zeros(n, rows, m)
+        self.dD = self.x.new_zeros(n, rows, room, m, dtype=NARROW.get(x.dtype, x.dtype))
+        self.sx = self.sketch(self.x)
+        self.sY, self.sD = self.sx.new_zeros(n, k, size), self.sx.new_zeros(n, rows, size)
+        self.sdY, self.sdD = (self.x.new_zeros(n, count, room, size) for count in (k, rows))
+        self.size = self.sx.new_zeros(n, rows, room)
+        self.counts = [[0] * k for _ in range(n)]
         self.samples, self.index, self.denoiser = list(range(n)), torch.arange(n, device=x.device), denoiser
-        self.sweeps = 0
 
     @property
     def latent(self) -> Tensor:
@@ -60,23 +77,28 @@ class Secants:
         return ((self.x - self.sum(self.B)) / self.alpha).reshape(-1, *self.shape).to(self.dtype)
 
     def residual(self) -> Tensor:
-        """Return `a x + C D - Y`, shape (n, k, m)."""
-        return self.a[:, None] * self.x[:, None] + linalg.combine(self.C[None], self.D) - self.Y
+        """Return a sketch of `a x + C D - Y`, shape (n, k, size)."""
+        return self.a[:, None] * self.sx[:, None] + linalg.combine(self.C[None], self.sD) - self.sY
 
     def sum(self, weights: Tensor) -> Tensor:
-        """Return `sum_l weights_l D_l` of every sample, shape (n, m)."""
-        return linalg.combine(weights[None, None], self.D)[:, 0]
+        """Return `sum_l weights_l D_l` of every sample in the widest dtype, shape (n, m)."""
+        return linalg.combine_wide(weights[None, None], self.D)[:, 0]
 
     def sizes(self, residual: Tensor) -> Tensor:
         """Return the rms of every evaluation's residual in its unit, shape (n, k); infinite if it is not finite."""
-        return (residual.square().mean(2).sqrt() / self.unit[self.index]).nan_to_num(math.inf, math.inf)
+        size = (residual.square().sum(2) / self.x.shape[1]).sqrt()
+        return (size / self.unit[self.index]).nan_to_num(math.inf, math.inf)
 
     def keep(self, places: list[int]) -> None:
-        """Go on with some rows only."""
+        """Go on with some rows only, in the same memory."""
+        for name in ("x", "sx", "D", "dD", "size", "sY", "sD", "sdY", "sdD"):
+            values = getattr(self, name)
+            for row, place in enumerate(places):
+                if row != place:
+                    values[row] = values[place]
+            setattr(self, name, values[: len(places)])
         index = torch.tensor(places, device=self.x.device)
-        for name in ("x", "Y", "D", "dY", "dD"):
-            setattr(self, name, getattr(self, name)[index])
-        self.samples = [self.samples[place] for place in places]
+        self.samples, self.counts = [self.samples[p] for p in places], [self.counts[p] for p in places]
         self.index = self.index[index]
         self.denoiser = self.whole.take(self.index)
 
@@ -84,25 +106,38 @@ class Secants:
         """Return the rows of D that belong to evaluation k."""
         return slice(k * self.outputs, (k + 1) * self.outputs)
 
-    def evaluate(self, k: int, rows: Tensor, u: Tensor) -> None:
-        """Let `Y_k = u` for some rows, and call the denoiser there."""
+    def evaluate(self, k: int, rows: Tensor, u: Tensor, slots: Tensor | None = None) -> None:
+        """Call the denoiser at `Y_k = u` for some rows; `slots`, shape (len(rows),), take the differences."""
         every = len(rows) == len(self.index)
         denoiser = self.denoiser if every else self.whole.take(self.index[rows])
-        out = denoiser(u.reshape(-1, *self.shape).to(self.dtype), self.sigmas[k, : len(u)])
-        self.Y[rows, k] = u
-        for part, value in enumerate(self._outputs(out)):
-            self.D[rows, k * self.outputs + part] = value.flatten(1).to(u.dtype)
+        moved, own = self.sketch(u) - self.sY[rows, k], self.rows(k)
+        self.sY[rows, k] += moved
+        out = denoiser(u.to(self.dtype).reshape(-1, *self.shape), self.sigmas[k, : len(u)])
+        tiny = torch.finfo(self.dtype).tiny
+        size = moved.norm(dim=1, keepdim=True).clamp(min=tiny)
+        if slots is not None:
+            self.sdY[rows, k, slots] = (moved / size).to(self.dtype)
+        for row, value in zip(range(own.start, own.stop), self._outputs(out), strict=True):
+            new = value.flatten(1).to(self.dtype)
+            sketch = self.sketch(new)
+            if slots is not None:
+                change = new - self.D[rows, row]
+                unit = rms(change).clamp(min=tiny)
+                self.dD[rows, row, slots] = (change / unit[:, None]).to(self.dD.dtype)
+                self.size[rows, row, slots] = unit / size[:, 0]
+                self.sdD[rows, row, slots] = ((sketch - self.sD[rows, row]) / size).to(self.dtype)
+            self.D[rows, row], self.sD[rows, row] = new, sketch
 
     def probe(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
-        """Return the rms of the second difference of D at evaluation k, over steps of rms `length`; two evaluations."""
-        y = self.Y[rows, k]
-        e = small_steps(y, length)
+        """Return the rms of the second difference of D at evaluation k, over steps of rms `length`; 3 evaluations."""
+        y = (self.a[k] * self.x + self.sum(self.C[k]))[rows].to(self.dtype)
+        e = small_steps(y, length.to(self.dtype))
         denoiser, sigma = self.whole.take(self.index[rows]), self.sigmas[k, : len(rows)]
-        total = -2 * self.D[rows, k * self.outputs]
-        for u in (y + e, y - e):
-            out = denoiser(u.reshape(-1, *self.shape).to(self.dtype), sigma)
-            total = total + self._outputs(out)[0].flatten(1).to(total.dtype)
-        return rms(total)
+        total = torch.zeros_like(y)
+        for weight, u in ((-2, y), (1, y + e), (1, y - e)):
+            out = denoiser(u.reshape(-1, *self.shape), sigma)
+            total = total + weight * self._outputs(out)[0].flatten(1).to(total.dtype)
+        return rms(total).to(length.dtype)
 
     def _outputs(self, out: Tensor | Guided) -> tuple[Tensor, ...]:
         if isinstance(out, Guided):
@@ -112,24 +147,30 @@ class Secants:
     def start(self, guess: Guess) -> int:
         """Make the first evaluations, or take recorded ones; return how many each sample was asked for."""
         if guess.denoised is None:
-            self._start_at(guess.u.flatten(1).to(self.x.dtype))
+            self._start_at(guess.u.flatten(1))
             return len(self.a)
-        expected = guess.denoised.flatten(2).to(self.x.dtype)
-        if expected.shape[1] < len(self.B):
-            expected = expected.repeat_interleave(self.outputs, 1)
-        if guess.inputs is None:
-            self._start_from(expected)
+        expected = guess.denoised.flatten(2)
+        share = len(self.B) // expected.shape[1]  # rows that are expected to be the same
+        if guess.reached is None:
+            self._start_from([expected[:, row // share] for row in range(len(self.B))])
             return len(self.a)
-        self.Y, self.D = guess.inputs.flatten(2).to(self.x.dtype), expected
+        for row in range(len(self.B)):
+            self.D[:, row] = expected[:, row // share].to(self.dtype)
+            self.sD[:, row] = self.sketch(self.D[:, row])
+        self.sY = self.a[:, None] * self.sketch(guess.reached.flatten(1))[:, None]
+        self.sY += linalg.combine(self.C[None], self.sD)
         return 0
 
-    def _start_from(self, expected: Tensor) -> None:
+    def _start_from(self, expected: list[Tensor]) -> None:
         """Sweep with D as expected; the error found at one evaluation is added to the guesses of all noisier ones."""
-        self.D[:] = expected
+        for row, value in enumerate(expected):
+            self.D[:, row] = value.to(self.dtype)
         for k in reversed(range(len(self.a))):
             self.evaluate(k, self.index, self.a[k] * self.x + self.sum(self.C[k]))
-            more, noisier = self.D[:, self.rows(k)] - expected[:, self.rows(k)], slice(k * self.outputs)
-            self.D[:, noisier] = expected[:, noisier] + more.repeat(1, k, 1)
+            own = self.rows(k)
+            more = [self.D[:, row] - expected[row] for row in range(own.start, own.stop)]
+            for row in range(own.start):
+                self.D[:, row] = expected[row] + more[row % self.outputs]
 
     def _start_at(self, latent: Tensor) -> None:
         """Evaluate along a run from `latent`, shape (n, m)."""
@@ -139,49 +180,77 @@ class Secants:
 
     def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
         """Evaluate from the cleanest level to the noisiest, for each row those levels k with `todo[row][k]`."""
-        known = min(self.sweeps, self.window)
-        dY, dD = self.dY[:, :, :known], self.dD[:, :, :known]
-        Y, D = self.Y.clone(), self.D.clone()
-        if known:
-            self.D += self._change(dY, dD, residual)
-        places = [[row for row, levels in enumerate(todo) if levels[k]] for k in range(len(self.a))]
-        uploaded = torch.tensor([row for rows in places for row in rows], dtype=torch.int64, device=self.x.device)
-        for k, rows in reversed(list(enumerate(uploaded.split([len(rows) for rows in places])))):
-            own, couple = self.rows(k), self.C[k, self.rows(k)]
-            self.D[:, own] = D[:, own]
+        known = min(self.window, max(map(max, self.counts)))
+        change = self._change(known, residual) if known else None
+        expected = self.sD.clone()
+        if change is not None:
+            expected += self._times(change, self.sdD[:, :, :known])
+        for k, rows, slots in self._places(todo):
+            own = self.rows(k)
+            expected[:, own] = self.sD[:, own]
             if not len(rows):
                 continue
-            f = self.a[k] * self.x[rows] + self.sum(self.C[k])[rows] - Y[rows, k]
-            u = Y[rows, k] + f
-            if known:
-                left, image = dY[rows, k], (dD[rows, own] * couple[:, None, None]).sum(1)
-                weights = self.weights(linalg.gram(left, left - image), linalg.gram(left, f[:, None]))
-                u = u + linalg.combine(weights.mT, image)[:, 0]
-            self.evaluate(k, rows, u)
-        moved = self.Y - Y
-        size = moved.norm(dim=2, keepdim=True).clamp(min=torch.finfo(moved.dtype).tiny)
-        slot = self.sweeps % self.window
-        if slot == self.dY.shape[2]:
-            room = (0, 0, 0, min(ROOM, self.window - slot))
-            self.dY, self.dD = pad(self.dY, room), pad(self.dD, room)
-        self.dY[:, :, slot] = moved / size
-        self.dD[:, :, slot] = (self.D - D) / size.repeat_interleave(self.outputs, 1)
-        self.sweeps += 1
+            u = self.a[k] * self.x + self.sum(self.C[k])
+            if change is not None:
+                f = self.a[k] * self.sx + linalg.combine(self.C[k][None, None], expected)[:, 0] - self.sY[:, k]
+                u += self._moved(k, change, f)
+            self.evaluate(k, rows, u[rows], slots)
+            expected[:, own] = self.sD[:, own]
 
-    def _change(self, dY: Tensor, dD: Tensor, residual: Tensor) -> Tensor:
-        """Return the expected change of D, from `dY_k = residual_k + sum_l C_kl D'_l dY_l` for all k."""
-        n, k, known, _ = dY.shape
-        dD, C = dD.unflatten(1, (k, self.outputs)), self.C.unflatten(1, (k, self.outputs))
-        own, left = dY.flatten(0, 1), dY.flatten(1, 2)
-        system = torch.zeros(n, k, known, k, known, dtype=linalg.widest(dY.device), device=dY.device)
+    def _places(self, todo: list[list[bool]]) -> list[tuple[int, Tensor, Tensor]]:
+        """Return for every level, the cleanest first, the rows to evaluate and where to put their differences."""
+        levels, rows, slots = list[int](), list[int](), list[int]()
+        for k in reversed(range(len(self.a))):
+            places = [row for row, wanted in enumerate(todo) if wanted[k]]
+            levels.append(len(places))
+            rows += places
+            for row in places:
+                slots.append(self.counts[row][k] % self.window)
+                self.counts[row][k] += 1
+        if max(slots, default=0) >= self.dD.shape[2]:
+            room = (0, 0, 0, min(ROOM, self.window - self.dD.shape[2]))
+            self.dD, self.sdY, self.sdD = pad(self.dD, room), pad(self.sdY, room), pad(self.sdD, room)
+            self.size = pad(self.size, room[2:])
+        uploaded = torch.tensor([rows, slots], dtype=torch.int64, device=self.x.device)
+        parts = uploaded.split(levels, 1)
+        return [(k, *part.unbind(0)) for k, part in zip(reversed(range(len(self.a))), parts, strict=True)]
+
+    def _moved(self, k: int, change: Tensor, f: Tensor) -> Tensor:
+        """Return by how much `Y_k` is expected to differ from `a x + C D`, shape (n, m).
+
+        `f`, a sketch, is the residual that the expected changes of the noisier evaluations leave there.
+        """
+        n, known, own, room = len(change), change.shape[2], self.rows(k), self.dD.shape[2]
+        left, couple = self.sdY[:, k, :known], self.C[k, own]
+        image = (self.sdD[:, own, :known] * couple[:, None, None].to(self.dtype)).sum(1)
+        weights = self.weights(linalg.gram(left, left - image), linalg.gram(left, f[:, None]))[:, None, :, 0]
+        every = torch.cat([change[:, :k], weights], 1).repeat_interleave(self.outputs, 1)
+        every = pad(every * self.C[k, : own.stop, None], (0, room - known)) * self.size[:, : own.stop]
+        return linalg.combine_wide(every.reshape(n, 1, -1), self.dD[:, : own.stop].flatten(1, 2))[:, 0]
+
+    def _times(self, change: Tensor, rows: Tensor) -> Tensor:
+        """Return the changes of D in a basis of their differences, (n, k, s) and (n, rows, s, size)."""
+        n, count, known, size = rows.shape
+        weights = change.repeat_interleave(self.outputs, 1).reshape(n * count, 1, known)
+        return linalg.combine(weights, rows.flatten(0, 1)).reshape(n, count, size)
+
+    def _change(self, known: int, residual: Tensor) -> Tensor:
+        """Return weights w of the expected changes, from `dY_k = residual_k + sum_l C_kl D'_l dY_l`; (n, k, known).
+
+        Evaluation k is expected to change by `sum_s w_ks dY_ks`, and what it returns by the same sum of dD.
+        """
+        sdY, sdD = self.sdY[:, :, :known], self.sdD[:, :, :known]
+        n, k, _, _ = sdY.shape
+        sdD, C = sdD.unflatten(1, (k, self.outputs)), self.C.unflatten(1, (k, self.outputs))
+        own, left = sdY.flatten(0, 1), sdY.flatten(1, 2).to(residual.dtype)
+        system = torch.zeros(n, k, known, k, known, dtype=residual.dtype, device=own.device)
         for part in range(self.outputs):
-            products = linalg.gram(left, dD[:, :, part].flatten(1, 2)).reshape(system.shape)
-            system.addcmul_(products, C[:, None, :, part, None].to(system.dtype), value=-1)
+            for level in range(k):  # one by one, since products are made of wide copies
+                products = linalg.gram(left, sdD[:, level, part]).reshape(n, k, known, known)
+                system[:, :, :, level].addcmul_(products, C[:, None, level, part, None], value=-1)
         system.diagonal(dim1=1, dim2=3).add_(linalg.gram(own, own).reshape(n, k, known, known).permute(0, 2, 3, 1))
         right = linalg.gram(own, residual.flatten(0, 1)[:, None]).reshape(n, k * known, 1)
-        weights = self.weights(system.reshape(n, k * known, k * known), right).reshape(n * k, 1, known)
-        changes = [linalg.combine(weights, dD[:, :, part].flatten(0, 1))[:, 0] for part in range(self.outputs)]
-        return torch.stack(changes, 1).reshape(n, k * self.outputs, -1)
+        return self.weights(system.reshape(n, k * known, k * known), right).reshape(n, k, known)
 
     def weights(self, system: Tensor, right: Tensor) -> Tensor:
         """Solve for least-squares weights of unit differences, which may nearly depend on each other; no host read."""

@@ -34,7 +34,7 @@ class _Course:
         if problem.denoiser is None:
             raise ValueError(f"{type(settings).__name__} needs a problem that tells its Plan and its denoiser")
         self.settings, self.problem, self.search = settings, problem, Search(problem, guess.u)
-        self.run = Secants(problem.couplings, problem.denoiser, problem.value, settings.window, wide)
+        self.run = Secants(problem.couplings, problem.denoiser, problem.value, settings.room(problem), wide)
         self.started = self.run.start(guess)
         self.search.evaluations += self.started
 
@@ -61,6 +61,10 @@ class _Sweeping(Solver):
     def __post_init__(self) -> None:
         check_count_field(self, "window")
         check_count_field(self, "max_sweeps")
+
+    def room(self, problem: Problem) -> int:
+        """Return how many differences are kept of each evaluation."""
+        return self.window
 
     @abstractmethod
     def course(self, problem: Problem, guess: Guess) -> _Course:
@@ -93,8 +97,10 @@ class Sweeps(_Sweeping):
     on where a smaller one ended. The residual of a `Root` is the rms error of the verified run.
 
     Attributes:
-        window: differences kept. Up to `2 window + 4` float64 tensors of x's size per evaluation of the run are the
-            memory that a sample takes: as many as there were sweeps, in tens.
+        window: differences kept of each evaluation, or as many as there were sweeps, in tens; each takes half a tensor
+            of x's size.
+        bounded: as many are kept if those of a sample could take more than `memory` otherwise.
+        memory: bytes.
         max_sweeps: of one evaluation a level each, or fewer.
         focus: a sweep evaluates where the residual is above this share of the sample's largest. At high noise it mostly
             is not, for many sweeps.
@@ -107,6 +113,19 @@ class Sweeps(_Sweeping):
     max_sweeps: int = 100
     focus: float = 0.01
     patience: int = 12
+    bounded: int = 6
+    memory: int = 2**26
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count_field(self, "bounded")
+        check_count_field(self, "memory", 0)
+
+    def room(self, problem: Problem) -> int:
+        """Return how many differences are kept of each evaluation."""
+        value = problem.value[0]
+        most = self.window * len(problem.couplings.B) * value.numel() * value.element_size() // 2
+        return self.window if most <= self.memory else min(self.window, self.bounded)
 
     def course(self, problem: Problem, guess: Guess) -> _Course:
         """See `_Sweeping`."""
@@ -159,8 +178,18 @@ class _StepCourse(_Course):
             going &= ~(near & (sweep > self.since[index]))
         enough = self.problem.tolerance[index]
         enough = enough if search.floor is None else enough.maximum(search.floor[index])
-        wanted = sizes > enough[:, None].maximum(settings.focus * worst[:, None])
-        todo: list[list[bool]] = (wanted & going[:, None]).tolist()
+        wanted = (sizes > enough[:, None].maximum(settings.focus * worst[:, None])) & going[:, None]
+        return self._told(wanted, worst)
+
+    def _told(self, wanted: Tensor, worst: Tensor) -> list[list[bool]]:
+        """Return what is wanted, shape (n, k), on the host; the residuals come along if somebody is told them."""
+        if not self.problem.watch.is_watched:
+            plain: list[list[bool]] = wanted.tolist()
+            return plain
+        rows = torch.cat([wanted.to(worst.dtype), worst[:, None]], 1).tolist()
+        todo = [[bool(level) for level in levels] for *levels, _ in rows]
+        sizes = [row[-1] for row, levels in zip(rows, todo, strict=True) if any(levels)]
+        self.problem.watch.note_round(len(sizes), sizes)
         return todo
 
     def root(self) -> Root:
@@ -204,6 +233,8 @@ class _VerifiedCourse(_Course):
     def look(self, sweep: int) -> list[list[bool]]:
         """See `_Course`."""
         samples = self.run.samples
+        if self.problem.watch.stopped:
+            self.budget = [0.0] * len(self.budget)
         sizes = self.run.sizes(self.run.residual()).tolist()
         worst = [max(levels) for levels in sizes]
         self._improve(samples, worst)
@@ -226,11 +257,13 @@ class _VerifiedCourse(_Course):
             going &= self.spent[i] + 2 * self.problem.cost <= self.budget[i]
             enough = max(self.asked[i], self.settings.focus * worst[place])
             todo.append([going and size > enough for size in sizes[place]])
+        left = [worst[place] for place, levels in enumerate(todo) if any(levels)]
+        self.problem.watch.note_round(len(left), left)
         return todo
 
     def _stalls(self, i: int, sweep: int) -> bool:
         """Tell whether sample i no longer comes closer, so that its noise should be measured."""
-        affordable = self.spent[i] + 4 + 2 * self.problem.cost <= self.budget[i]
+        affordable = self.spent[i] + 6 + 2 * self.problem.cost <= self.budget[i]
         waited = sweep - self.since[i]
         return not self._is_done(i) and waited > 0 and waited % STALLED == 0 and affordable
 
@@ -255,10 +288,10 @@ class _VerifiedCourse(_Course):
                     self.noisy[samples[place]] = found
 
     def _probed(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
-        """Return the second differences of some rows at evaluation k, and book the two evaluations of each."""
+        """Return the second differences of some rows at evaluation k, and book the three evaluations of each."""
         for place in rows.tolist():
-            self.spent[self.run.samples[place]] += 2
-        self.search.evaluations[self.run.index[rows]] += 2
+            self.spent[self.run.samples[place]] += 3
+        self.search.evaluations[self.run.index[rows]] += 3
         return self.run.probe(k, rows, length)
 
     def _is_done(self, i: int) -> bool:
@@ -301,8 +334,11 @@ class _VerifiedCourse(_Course):
 
     def root(self) -> Root:
         """See `_Course`."""
-        everyone = range(len(self.errors))
-        self._verify([i for i in everyone if not (self.recorded and math.isfinite(self.errors[i]))])
+        everyone, stopped = range(len(self.errors)), self.problem.watch.stopped
+        known = [self.recorded and math.isfinite(error) for error in self.errors]
+        # A search from a recorded run that its budget ended says no more than at its last verification.
+        ended = [spent + 2 * self.problem.cost <= most for spent, most in zip(self.spent, self.budget, strict=True)]
+        self._verify([i for i in everyone if stopped or ended[i] or not known[i]])
         root = self.search.root(reached=self.reached)
         done = torch.tensor([self._is_done(i) for i in everyone], device=root.reason.device)
         reason = torch.where((root.reason == Reason.CONVERGED) & ~done, int(Reason.STALLED), root.reason)

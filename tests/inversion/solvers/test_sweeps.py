@@ -98,7 +98,7 @@ import simdevice, torch
 import kinvert as ki
 from kinvert.inversion import Anderson
 
-def count(sampler, method, peek=False, dtype=torch.float32):
+def count(sampler, method, peek=False, dtype=torch.float32, **options):
     calls = 0
     def denoiser(x, sigma):
         nonlocal calls
@@ -108,7 +108,7 @@ def count(sampler, method, peek=False, dtype=torch.float32):
     x = simdevice.to_sim(torch.linspace(-1, 1, 6, dtype=dtype).reshape(2, 3))
     simdevice.SYNC.clear()
     with simdevice.sim():
-        ki.invert(denoiser, x, ki.schedules.karras(9, 0.1, 10.0)[:-1], sampler=sampler, method=method)
+        ki.invert(denoiser, x, ki.schedules.karras(9, 0.1, 10.0)[:-1], sampler=sampler, method=method, **options)
     return calls, sum(simdevice.SYNC.values())
 
 certificate = 8 + 8 + 2  # calls of the check and of the contraction, which nothing reads
@@ -118,10 +118,13 @@ assert count("euler", "anderson", peek=True)[1] >= reads + calls, "the count mus
 seldom_calls, seldom = count("euler", Anderson(check_every=3))
 assert seldom < reads and seldom_calls >= calls, ("every third iteration", reads, seldom)
 calls, reads = count("dpmpp_2m", "auto", dtype=torch.float64)  # in float32 the last sweeps are of a few levels
-few = 12  # a run: of rows that mix (2), the tolerance and the check (2), what is left for bases (3) and verdicts (3)
+few = 14  # a run: rows that mix, the batch size (3), tolerance and check (2), what is left for bases (3), verdicts (3)
 assert reads <= calls / 8 + few, ("one read a sweep", calls, reads)
 calls, reads = count("heun", "newton")
 assert reads <= calls, ("one read a product or trial step", calls, reads)
+for name, method in (("euler", "auto"), ("heun", "anderson"), ("euler", "newton"), ("dpmpp_2m", "auto")):
+    watched = count(name, method, watch=lambda now: None)
+    assert watched == count(name, method), ("to be watched takes no read", name, method)
 print("counted")
 """
 

@@ -1,0 +1,120 @@
+"""Look for several latents of one generated image, under guidance, and measure whether `invert` finds the true one.
+
+    python benchmarks/preimages.py digits:32 mnist:8    # writes results/preimages.json
+    python benchmarks/preimages.py --figure             # docs/assets/preimages.png, of the results that are there
+
+Noise of sigma 80 (seed 0) is sampled by Euler's method in 20 steps of the Karras schedule down to 0.02, in float64, the
+labels 0 to 9 in turn, at cfg 7.5 or `--cfg`. For each image a row has the distance from its true latent to that of
+`ki.invert`, in parts of the true one's norm, and what `ki.inversion.preimages` finds from the true one with its default
+options. Rows that are there are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kinvert as ki
+from kinvert import models
+from kinvert.files import write_file
+
+RESULTS = Path(__file__).parent / "results" / "preimages.json"
+FIGURE = Path(__file__).parent.parent / "docs" / "assets" / "preimages.png"
+STEPS, MOST = 20, 64
+
+
+def problem(name: str, i: int, cfg: float) -> tuple[Any, torch.Tensor, torch.Tensor, Any, dict[str, Any]]:
+    """Return the denoiser, the latent and the image number i, the schedule and the conditioning."""
+    denoiser = models.load(name, dtype=torch.float64)
+    shape = models.held_out(name)[0].shape[1:]
+    noise = torch.randn(MOST, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latent, label = 80 * noise[i : i + 1], torch.tensor([i % 10])
+    sigmas = ki.schedules.karras(STEPS + 1, 0.02, 80.0)[:-1]
+    given = {"cfg": cfg, "positive": {"label": label}, "negative": {"label": torch.tensor([denoiser.null_label])}}
+    return denoiser, latent, ki.sample(denoiser, latent, sigmas, sampler="euler", **given), sigmas, given
+
+
+def row(name: str, i: int, cfg: float) -> dict[str, Any]:
+    """Measure one image."""
+    denoiser, latent, x, sigmas, given = problem(name, i, cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = ki.invert(denoiser, x, sigmas, **given)
+        others = ki.inversion.preimages(denoiser, x, sigmas, latent=latent, **given)
+    return {
+        "model": name,
+        "image": i,
+        "cfg": cfg,
+        "invert": {
+            "converged": bool(found.converged.all()),
+            "distance": _short(float((found.latent - latent).norm() / latent.norm())),
+            "evaluations": int(found.evaluations),
+        },
+        "latents": len(others.inversions),
+        "distances": [_short(value) for value in others.distances[0].tolist()],
+        "norms": [_short(value) for value in others.norms.tolist()],
+        "errors": [_short(float(one.round_trip_error)) for one in others.inversions],
+        "evaluations": others.evaluations,
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def draw(name: str, i: int, cfg: float) -> None:
+    """Draw the latents of an image, what the network makes of them on the way, and where they end."""
+    import matplotlib.pyplot as plt
+
+    denoiser, latent, x, sigmas, given = problem(name, i, cfg)
+    found = ki.inversion.preimages(denoiser, x, sigmas, latent=latent, **given)
+    levels = (0, 6, 9, 11, 12, 13, 14, 20)
+    axes = plt.subplots(len(found.inversions), len(levels), figsize=(1.35 * len(levels), 1.6 * len(found.inversions)))[
+        1
+    ]
+    for line, one in zip(axes.reshape(-1, len(levels)), found.inversions, strict=True):
+        distance = float((one.latent - latent).norm() / latent.norm())
+        for axis, level in zip(line, levels, strict=True):
+            state = one.latent
+            if level:
+                state = ki.sample(denoiser, one.latent, sigmas[: level + 1], sampler="euler", **given)
+            axis.imshow(state[0, 0] / max(1.0, float(sigmas[level])), cmap="gray", vmin=-1.5, vmax=1.5)
+            axis.set(xticks=[], yticks=[], title=f"sigma {float(sigmas[level]):.3g}")
+        line[0].set_ylabel(f"{distance:.0%} apart")
+    plt.tight_layout()
+    plt.savefig(FIGURE, dpi=110)
+
+
+def main() -> None:
+    """Measure the images that are missing, or draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("counts", nargs="*", default=["digits:32", "mnist:8"], help="MODEL:IMAGES or MODEL:FIRST-LAST")
+    parser.add_argument("--cfg", type=float, default=7.5)
+    parser.add_argument("--figure", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    if args.figure:
+        best = max(report["rows"], key=lambda row: row["latents"])
+        draw(best["model"], best["image"], best["cfg"])
+        return
+    report["versions"] = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    done = {(row["model"], row["image"], row["cfg"]) for row in report["rows"]}
+    for count in args.counts:
+        name, _, images = count.partition(":")
+        first, _, last = images.rpartition("-")
+        for i in range(int(first or 0), int(last) + bool(first)):
+            if (name, i, args.cfg) not in done:
+                report["rows"].append(row(name, i, args.cfg))
+                print(json.dumps(report["rows"][-1]), flush=True)
+                write_file(RESULTS, (json.dumps(report, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The command line on a pipeline in a directory: a small one with random weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commandline import fails, run, succeeds
+from PIL import Image
+
+pytest.importorskip("diffusers")
+sys.path.append(str(Path(__file__).parents[1] / "adapters" / "diffusers"))
+
+from pipelines import build
+
+import kinvert as ki
+import kinvert.adapters.diffusers as kd
+from kinvert.bench import Cell, load
+from kinvert.cli.latents import LatentFile
+from kinvert.cli.pipelines import is_directory
+
+CAT = ["--prompt", "a cat", "--guidance-scale", "3", "--steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "small"
+    build("sd15").save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    random = np.random.default_rng(0)
+    for name in ("a.png", "more/b.png"):
+        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.array(Image.open(path).convert("RGB")).astype(float)
+
+
+def test_unsample_and_sample_are_the_verbs_on_the_pipeline(directory: Path, photos: Path, tmp_path: Path) -> None:
+    latent, again, edited = tmp_path / "new" / "l.safetensors", tmp_path / "again.png", tmp_path / "edited.png"
+    photo = photos / "a.png"
+    args = ["--model", directory, *CAT, "--sampler", "dpmpp_2m", "--out", latent]
+    assert f"next: kinvert sample {latent}" in succeeds("unsample", photo, *args)
+    file = LatentFile.load(latent)
+    pipe = build("sd15")
+    denoiser = kd.denoiser(pipe, prompt="a cat", guidance_scale=3.0, height=16, width=16, num_inference_steps=4)
+    encoded = kd.encode(pipe, Image.open(photo))
+    want = ki.unsample(denoiser, encoded, denoiser.sigmas, sampler="dpmpp_2m")
+    torch.testing.assert_close(file.latent, want, rtol=0, atol=0.02)  # the first step upwards amplifies rounding
+    assert file.record.call == {"prompt": "a cat", "guidance_scale": 3.0, "height": 16, "width": 16}
+    assert file.record.sampler == "dpmpp_2m" and file.record.size == (16, 16)
+    assert file.record.sigmas == tuple(denoiser.sigmas.tolist()) and file.record.coordinates == "ve"
+
+    succeeds("sample", latent, "--out", again)
+    back = ki.sample(denoiser, file.latent, denoiser.sigmas, sampler="dpmpp_2m")
+    assert np.abs(pixels(again) - np.array(kd.decode(pipe, back)[0]).astype(float)).max() <= 2
+    succeeds("sample", latent, "--prompt", "cat", "--out", edited)
+    assert not np.array_equal(pixels(again), pixels(edited))
+
+
+def test_invert_of_a_folder_goes_on_and_its_latents_go_back(directory: Path, photos: Path, tmp_path: Path) -> None:
+    args = ["invert", photos, "--model", directory, *CAT, "--sampler", "bdia", "--tol", "1e-3", "--out", tmp_path]
+    text = succeeds(*args)
+    assert "2 latents are in" in text and "a.png" in text and "CONVERGED" in text
+    place = tmp_path / "more" / "b.png.safetensors"
+    rows = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [row["latent"] for row in rows] == ["a.png.safetensors", "more/b.png.safetensors"]
+    assert all(row["converged"] for row in rows)
+    before = place.stat().st_mtime_ns
+    assert "2 latents are in" in succeeds(*args)  # nothing is done again
+    assert place.stat().st_mtime_ns == before
+    assert "was made with steps 4, and now it is 5" in fails(*args, "--steps", "5")
+    assert LatentFile.load(place).memory  # of a reversible sampler, without which it is another image
+    succeeds("sample", place, "--out", tmp_path / "b.png")
+    pipe = build("sd15")
+    want = np.array(kd.decode(pipe, kd.encode(pipe, Image.open(photos / "more" / "b.png")))[0]).astype(float)
+    assert np.abs(pixels(tmp_path / "b.png") - want).max() <= 1
+
+
+def test_a_flow_model_and_a_schedule_of_kinvert(photos: Path, tmp_path: Path) -> None:
+    build("sd3").save_pretrained(tmp_path / "sd3")
+    latent, out = tmp_path / "l.safetensors", tmp_path / "again.png"
+    args = ["--model", tmp_path / "sd3", "--prompt", "a cat", "--steps", "3", "--schedule", "simple"]
+    succeeds("invert", photos / "a.png", *args, "--sampler", "o_belm", "--tol", "1e-3", "--out", latent)
+    file = LatentFile.load(latent)
+    assert file.record.coordinates == "flow" and file.record.sigmas[0] == 1.0 and file.record.result["converged"]
+    succeeds("sample", latent, "--out", out)
+    pipe = build("sd3")
+    want = np.array(kd.decode(pipe, kd.encode(pipe, Image.open(photos / "a.png")))[0]).astype(float)
+    assert np.abs(pixels(out) - want).max() <= 2
+    other = tmp_path / "ve"
+    build("sd15").save_pretrained(other)
+    assert "the latent belongs to" in fails("sample", latent, "--model", other, "--out", out)
+
+
+def test_bench_measures_a_pipeline(directory: Path, photos: Path, tmp_path: Path) -> None:
+    args = ["bench", "--model", directory, "--images", photos, "--prompt", "a cat", "--guidance-scale", "2.5"]
+    args += ["--steps", "2,3", "--methods", "unsample", "--samplers", "euler", "--count", "2", "--out", tmp_path]
+    assert "2 of 2 cells" in succeeds(*args)
+    records = load(tmp_path)
+    assert [record["error"] for record in records] == [None, None]
+    assert all(len(record["metrics"]["psnr"]) == 2 for record in records)
+    name = records[0]["cell"]["model"]
+    assert "guidance_scale=2.5" in name and "prompt=a%20cat" in name and "digest=" in name
+    assert Cell(name, steps=2).model == name
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "models/nowhere"], "there is no directory 'models/nowhere'"),
+        (["--model", "{photos}"], "is no pipeline of diffusers: it has no model_index.json, but a.png, more"),
+        (["--model", "{broken}"], "diffusers cannot load"),
+        (["--model", "{model}", "--sampler", "eulr"], "did you mean 'euler'?"),
+        (["--model", "{model}", "--schedule", "karas"], "did you mean 'karras'?"),
+        (["--model", "{model}", "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--model", "{model}", "--steps", "0"], "steps must be an int of at least 1, got 0"),
+        (["--model", "{model}", "--height", "15"], "must have sides that are multiples of"),
+        (
+            ["--model", "{model}", "--prompt", "a cat", "--sampler", "euler_ancestral"],
+            "euler_ancestral cannot unsample",
+        ),
+        (["--model", "{model}"], "the model takes a prompt; give --prompt, which may be empty"),
+    ],
+)
+def test_unsample_refuses(args: list[str], message: str, directory: Path, photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model_index.json").write_text("{}")
+    places = {"{model}": directory, "{photos}": photos, "{broken}": broken}
+    given = [places.get(word, word) for word in args]
+    assert message in fails("unsample", photos / "a.png", *given, "--out", tmp_path / "l.safetensors")
+    assert not (tmp_path / "l.safetensors").exists()
+
+
+def test_other_refusals(directory: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "there is no image" in fails("unsample", photos, "--model", directory, "--out", out)
+    (tmp_path / "text.png").write_text("no image")
+    assert "cannot read" in fails("unsample", tmp_path / "text.png", "--model", directory, "--out", out)
+    assert "--cfg is for other models" in fails("invert", photos, "--model", directory, "--cfg", "2", "--out", out)
+    assert "--prompt is for pipelines" in fails("invert", photos, "--model", "digits", "--prompt", "x", "--out", out)
+    assert "--model needs --images" in fails("bench", "--model", directory, "--out", out)
+    assert "--count is for --model DIR" in fails("bench", "--count", "2", "--out", out)
+    assert "choose one" in fails("bench", "--model", directory, "--preset", "quick", "--images", photos, "--out", out)
+    assert "count must be at most 2" in fails("bench", "--model", directory, "--images", photos, "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "there are no images in" in fails("invert", tmp_path / "empty", "--model", directory, "--out", out)
+    latent = tmp_path / "other.safetensors"
+    latent.write_bytes(b"nothing")
+    assert "cannot read" in fails("sample", latent, "--out", tmp_path / "x.png")
+    from safetensors.torch import save_file
+
+    save_file({"latents": torch.zeros(1, 4, 8, 8)}, latent)
+    assert "does not say how its latent was made" in fails("sample", latent, "--out", tmp_path / "x.png")
+
+
+def test_missing_extras_and_too_little_memory_are_told(
+    directory: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args: list[Any] = ["unsample", photos / "a.png", "--model", directory, "--out", tmp_path / "l.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kinvert.adapters.diffusers.directory.open_pipeline", out_of_memory)
+        result = run(*args)
+    assert result.exit_code == 1 and "CUDA out of memory. Use --dtype float16" in " ".join(result.stderr.split())
+    for name in [name for name in sys.modules if name.startswith("kinvert.adapters.diffusers.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("directory", "host"):
+        monkeypatch.delattr(kd, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install 'kinvert[diffusers]'" in fails(*args)
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+
+def test_what_is_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd15").mkdir()
+    assert is_directory("sd15") and is_directory("models/sdxl") and is_directory(str(tmp_path))
+    assert not is_directory("digits") and not is_directory("my_model:problem")
