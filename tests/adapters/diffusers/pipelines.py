@@ -94,11 +94,24 @@ def latents_of(pipe: Any, family: str, steps: int = 6, **call: Any) -> torch.Ten
     return out.frames if hasattr(out, "frames") else out.images
 
 
+def clip_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary of a few words, their letters, and the merges that make words of letters."""
+    vocabulary, merges = {"<|startoftext|>": 0, "<|endoftext|>": 1}, []
+    for word in ("a", "cat", "dog", "the", "photo"):
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        for part in parts:
+            vocabulary.setdefault(part, len(vocabulary))
+        while len(parts) > 1:  # from the end, so that no merge is another word's
+            merges.append((parts[-2], parts[-1]))
+            parts = [*parts[:-2], parts[-2] + parts[-1]]
+            vocabulary.setdefault(parts[-1], len(vocabulary))
+    return vocabulary, merges
+
+
 def clip_tokenizer() -> CLIPTokenizer:
-    """A tokenizer of a few whole words."""
-    words = ["<|startoftext|>", "<|endoftext|>", "a</w>", "cat</w>", "dog</w>", "the</w>", "photo</w>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8, unk_token="<|endoftext|>")
+    """A tokenizer that tells a few words apart."""
+    vocabulary, merges = clip_words()
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=8, unk_token="<|endoftext|>")
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -110,7 +123,7 @@ def t5_tokenizer() -> T5Tokenizer:
 def clip(projected: bool = False, width: int = 32) -> Any:
     """A text encoder."""
     config = CLIPTextConfig(
-        vocab_size=7,
+        vocab_size=len(clip_words()[0]),
         hidden_size=width,
         intermediate_size=width,
         num_hidden_layers=2,
