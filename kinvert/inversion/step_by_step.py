@@ -89,10 +89,9 @@ class StepByStep:
         return not plan.auxiliary and not plan.is_multistep
 
     def solve(self, task: Task, solver: Solver) -> Found:
-        """Make the attempts, the largest first; try the plain run for samples that none of them inverts.
+        """Make the attempts one after the other, each for the samples that those before it did not invert.
 
-        Without a limit there is one attempt. With a limit the sizes of the attempts do not depend on it, only how many
-        there are: what a smaller limit returns is among what a larger one has the choice of.
+        Their order and sizes do not depend on the limit, only how many there are; see `_attempts`.
         """
         if not task.check:
             return self._unchecked(task, solver)
