@@ -165,7 +165,7 @@ def invert_folder(
         for i in range(0, len(files), shard_size)
     ]
     _check_settings(folder, shards[0].settings)
-    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress)
+    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress, unit="shard")
     if not all(is_done(folder, shard.key) for shard in shards):
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
