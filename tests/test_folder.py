@@ -206,7 +206,9 @@ def test_bad_files_do_not_spoil_their_shard(source: Path, tmp_path: Path) -> Non
 
 
 def test_failed_first_run_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(bench.UnfinishedError, match="lable"):
+    with pytest.raises(bench.UnfinishedError, match="euler_ancestral cannot unsample"):
+        invert_folder(source, tmp_path / "out", replace(CELL, sampler="euler_ancestral"))
+    with pytest.raises(ValueError, match="the model does not take positive lable=3"):
         invert_folder(source, tmp_path / "out", CELL, positive={"lable": 3})
     assert len(invert_folder(source, tmp_path / "out", CELL, positive={"label": 3})) == 5
 

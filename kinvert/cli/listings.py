@@ -17,6 +17,8 @@ from kinvert.sampling import rising_schedule
 
 __all__ = ["plan", "samplers", "schedules"]
 
+MOST_LINES = 10_000  # steps of a printed plan
+
 
 @click.command()
 @as_json
@@ -74,6 +76,8 @@ def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, opti
 
     These are all operations of SAMPLER on a schedule: evaluations of the denoiser and linear combinations.
     """
+    if steps > MOST_LINES:
+        raise ValueError(f"--steps must be at most {MOST_LINES} for a plan that is read, got {steps}")
     rule = ki.sampler(sampler, **parse_pairs("--option", options))
     levels = LEVELS[model]()
     if levels.kind == "flow":

@@ -86,7 +86,7 @@ def _print_demo(outcome: demos.Demo) -> None:
     )
 
 
-OF_PIPELINES = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "device", "tol")
+OF_PIPELINES = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "tol")
 OF_OTHERS = ("cfg", "positives", "negatives", "seed", "shard_size", "workers", "threads", "imports")
 
 
