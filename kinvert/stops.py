@@ -98,8 +98,8 @@ def holding_ctrl_c() -> Iterator[None]:
 
 
 def ignore_stops() -> None:
-    """Ignore further signals: the program is about to say the last word."""
-    if threading.current_thread() is threading.main_thread():
+    """Ignore further signals, if this is the command: it is about to say its last word."""
+    if is_command() and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
@@ -118,7 +118,7 @@ def is_command() -> bool:
 def stop_at_once(number: int, frame: FrameType | None) -> None:
     """End the process while it starts."""
     with suppress(OSError):
-        os.write(2, b"Stopped before anything was done. What earlier runs left is as it was.\n")
+        os.write(2, b"Stopped: nothing was done yet. What earlier runs left is as it was.\n")
     os._exit(128 + number)
 
 

@@ -123,7 +123,7 @@ def test_a_stop_while_pytorch_is_loaded(tmp_path: Path, number: int, status: int
     until((stand_in / "loads").exists)
     assert command.send(number) == (
         status,
-        "Stopped before anything was done. What earlier runs left is as it was.",
+        "Stopped: nothing was done yet. What earlier runs left is as it was.",
     )
 
 

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from kinvert import bench
 from kinvert.adapters.diffusers.pictures import image_files
 from kinvert.bench.grid import describe, unique
+from kinvert.cli import completion
 from kinvert.cli.groups import WithDefault
 from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
 from kinvert.cli.pipelines import call_options
@@ -41,7 +42,10 @@ OF_PIPELINES = (
 @bench_group.command("run")
 @click.argument("grid", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), budgets, standard or full."
+    "--preset",
+    metavar="NAME",
+    shell_complete=completion.presets,
+    help="A grid that comes with kinvert: quick (a minute), budgets, standard or full.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, one file for each cell."
@@ -52,11 +56,27 @@ OF_PIPELINES = (
 @click.option("--model", metavar="DIR", help="Measure a pipeline of diffusers in a directory, on --images.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of the images for --model.")
 @call_options
-@click.option("--samplers", default="euler,dpmpp_2m", metavar="NAME,...", help="For --model: see `kinvert samplers`.")
 @click.option(
-    "--methods", default="unsample,invert", metavar="NAME,...", help=f"For --model: {', '.join(bench.METHODS)}."
+    "--samplers",
+    default="euler,dpmpp_2m",
+    metavar="NAME,...",
+    shell_complete=completion.samplers,
+    help="For --model: see `kinvert samplers`.",
 )
-@click.option("--schedule", default="karras", metavar="NAME", help="For --model: see `kinvert schedules`.")
+@click.option(
+    "--methods",
+    default="unsample,invert",
+    metavar="NAME,...",
+    shell_complete=completion.methods,
+    help=f"For --model: {', '.join(bench.METHODS)}.",
+)
+@click.option(
+    "--schedule",
+    default="karras",
+    metavar="NAME",
+    shell_complete=completion.schedules,
+    help="For --model: see `kinvert schedules`.",
+)
 @click.option("--steps", default="20", metavar="N,...", help="For --model: numbers of steps.")
 @click.option("--count", type=int, default=4, help="For --model: number of images.")
 @click.option(

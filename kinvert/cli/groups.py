@@ -40,7 +40,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             ignore_stops()
-            kept = getattr(stop, "kept", "") or "it was not finished, and the same command starts it again"
+            kept = getattr(stop, "kept", "") or "this was not finished; the same command starts it again"
             click.echo(f"Stopped: {kept}.", err=True)
             ctx.exit(stop.status if isinstance(stop, Stopped) else 128 + signal.SIGINT)
         except (TypeError, ValueError, ImportError) as error:
@@ -63,6 +63,8 @@ class WithDefault(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put "run" before the arguments, unless they name a command or ask for help."""
+        if not args and ctx.resilient_parsing:  # the shell completes the name of a command
+            return super().parse_args(ctx, args)
         if not args or args[0] not in (*self.commands, *ctx.help_option_names):
             args = ["run", *args]
         return super().parse_args(ctx, args)

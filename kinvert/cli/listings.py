@@ -10,6 +10,7 @@ import click
 
 import kinvert as ki
 from kinvert import analysis
+from kinvert.cli import completion
 from kinvert.cli.options import LEVELS, as_json, model_levels, pairs, parse_pairs
 from kinvert.console import print_notes, print_table
 from kinvert.jsontext import to_json
@@ -65,8 +66,10 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("sampler")
-@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.argument("sampler", shell_complete=completion.samplers)
+@click.option(
+    "--schedule", default="karras", metavar="NAME", shell_complete=completion.schedules, help="See `kinvert schedules`."
+)
 @click.option("--steps", type=int, default=5, help="Number of steps.")
 @model_levels
 @click.option("--rising", is_flag=True, help="Up the schedule, as unsampling runs.")
