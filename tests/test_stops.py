@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from cells import cells
 
 from kinvert import bench, stops
-from kinvert.bench import METHODS
+from kinvert.bench import METHODS, Setup
 from kinvert.stops import Stopped, is_command, keeping, raising_stops
 
 ROOT = Path(__file__).parent.parent
@@ -130,9 +133,16 @@ def test_a_stop_while_pytorch_is_loaded(tmp_path: Path, number: int, status: int
 def test_an_interrupted_inversion_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`invert` alone returns its best so far; as a cell it must not be taken as done."""
 
-    def interrupted(setup: object, x: object) -> object:
-        os.kill(os.getpid(), signal.SIGINT)
-        return METHODS["invert"](setup, x)
+    pressed: list[bool] = []
+
+    def interrupted(setup: Setup, x: torch.Tensor) -> Any:
+        def denoiser(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            if not pressed:
+                pressed.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+            return setup.denoiser(x, sigma)
+
+        return METHODS["invert"](replace(setup, denoiser=denoiser), x)
 
     monkeypatch.setitem(METHODS, "interrupted", interrupted)
     with pytest.raises(Stopped, match="1 of 2 cells are kept in .*; the same command goes on"):
