@@ -28,8 +28,8 @@ __all__ = ["bench_group"]
 def bench_group() -> None:
     """Measure how well samplers run backwards, on a grid of settings.
 
-    `kinvert bench [GRID.toml]` runs a grid, or a preset, as `kinvert bench run` does. A run that was stopped goes on
-    where it was when the same command is given again.
+    `kinvert bench [GRID.toml]` runs a grid, or a preset, as `kinvert bench run` does; `kinvert bench run
+    --help` lists its options. A run that was stopped goes on where it was when the same command is given again.
     """
 
 

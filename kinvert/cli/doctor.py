@@ -39,7 +39,7 @@ def doctor(device: str, as_json: bool) -> None:
     """Say what is installed, and test that it works.
 
     The test inverts a handwritten digit on --device, in a few seconds, and samples it back. The exit status is 1 if it
-    fails. Its output belongs into a report of a bug.
+    fails. Put its output into a bug report.
     """
     found = _surroundings()
     found["self-test"] = test = _self_test(device)

@@ -75,5 +75,6 @@ class WithDefault(click.Group):
 def main() -> None:
     """The noise behind an image: diffusion samplers, noise schedules, and both run backwards.
 
-    Start with `kinvert demo`, which needs no model and no GPU.
+    Start with `kinvert demo`, which needs no model and no GPU; `kinvert doctor` says whether everything works. Ctrl-C
+    says what is kept, and the same command goes on.
     """

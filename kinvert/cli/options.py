@@ -36,7 +36,11 @@ model_levels = click.option(
     "--model", type=click.Choice(list(LEVELS)), default="sd15", help="Whose noise levels; sd3 and flux have flow times."
 )
 device = click.option(
-    "--device", default="cpu", shell_complete=completion.devices, help="Where to compute, e.g. cuda or cuda:1."
+    "--device",
+    default="cpu",
+    metavar="NAME",
+    shell_complete=completion.devices,
+    help="Where to compute, e.g. cuda or cuda:1.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 workers = click.option("--workers", type=int, default=1, help="Processes on this machine; or start it with torchrun.")

@@ -60,8 +60,8 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 def demo(out: Path, as_json: bool, **options: Any) -> None:
     """Unsample images, sample them back, and measure.
 
-    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. The
-    numbers are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
+    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. It prints
+    a table, and writes three files to OUT: the table (.json), the images and latents (.npz), and a picture (.png).
     """
     check_matplotlib()
     try:
@@ -100,7 +100,9 @@ OF_OTHERS = ("cfg", "positives", "negatives", "seed", "shard_size", "workers", "
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents, or the file of one."
+)
 @click.option(
     "--model",
     default="mnist",
