@@ -37,7 +37,6 @@ from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
 __all__ = [
     "ALIGN_YOUR_STEPS",
     "DISCARD_PENULTIMATE",
-    "MOST_STEPS",
     "SCHEDULES",
     "ScheduleEntry",
     "ays",

@@ -24,6 +24,7 @@ def _names(names: Callable[[], Mapping[str, str]]) -> Complete:
     """Return a completion of names with their help; in a list with commas, of its last name."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the names that begin like `incomplete`."""
         before, comma, last = incomplete.rpartition(",") if _is_list(param) else ("", "", incomplete)
         taken = before.split(",")
         return [
