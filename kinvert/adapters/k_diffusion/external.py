@@ -8,6 +8,7 @@ have `sigmas`, `log_sigmas`, `get_sigmas(n)`, `sigma_to_t` and `t_to_sigma`. The
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +32,17 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class _SigmaAsTime:
+    """The map of networks that are told sigma itself."""
+
+    sigma_data: float
+
+    def timestep(self, sigma: Tensor, quantize: bool = False) -> Tensor:
+        """Return sigma."""
+        return sigma
+
+
 class _Wrapper(nn.Module, ABC):
     """A network as a denoiser."""
 
@@ -47,6 +59,11 @@ class _Wrapper(nn.Module, ABC):
         """The dtype that the network is called in; None stands for x's dtype."""
         return dtype_of(self.inner_model)
 
+    @property
+    def times(self) -> Any:
+        """The map from sigma to the network's time."""
+        return self.levels
+
     def predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """Return what the network predicts."""
         return self.inner_model(x, t, **kwargs)
@@ -54,7 +71,7 @@ class _Wrapper(nn.Module, ABC):
     def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """Return the denoised input, from input (batch, *event) and sigma (batch,)."""
         return Preconditioned(
-            self._predict, self.levels, self.prediction, quantize=self.quantize, dtype=self.network_dtype
+            self._predict, self.times, self.prediction, quantize=self.quantize, dtype=self.network_dtype
         )(input, sigma, **kwargs)
 
     def _predict(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -72,12 +89,20 @@ class _Wrapper(nn.Module, ABC):
 
 
 class Denoiser(_Wrapper):
-    """A network F with the preconditioning of EDM, called with `ln(sigma) / 4`: `kinvert.denoisers.from_edm`."""
+    """A network F with the preconditioning of EDM, called with sigma itself as its time, as k-diffusion's networks are.
+
+    `weighting` and `scales` are for training, and are not used.
+    """
 
     prediction: ClassVar[Literal["edm"]] = "edm"
 
-    def __init__(self, inner_model: Any, sigma_data: float = 1.0) -> None:
+    def __init__(self, inner_model: Any, sigma_data: float = 1.0, weighting: Any = "karras", scales: int = 1) -> None:
         super().__init__(inner_model, noise_levels.edm(sigma_data=sigma_data))
+
+    @property
+    def times(self) -> _SigmaAsTime:
+        """The map from sigma to the network's time."""
+        return _SigmaAsTime(self.sigma_data)
 
 
 class VDenoiser(_Wrapper):

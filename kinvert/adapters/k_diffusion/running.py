@@ -61,12 +61,14 @@ def _sample(face: Face, white: Callable[[Tensor], NoiseSampler], given: dict[str
     noise_sampler, return_info = options.pop(NOISE, None), options.pop("return_info", False)
     x, model = check_state(given["x"]), _Model(**{name: given[name] for name in ("model", "extra_args", "callback")})
     if face.levels == ("sigmas",):
-        sigmas = torch.as_tensor(given["sigmas"])
+        schedule, sigmas = given["sigmas"], torch.as_tensor(given["sigmas"])
         if sigmas.shape in ((0,), (1,)):
             return x  # no step
     else:
-        ends = [check_number(name, float(given[name]), above=0) for name in ("sigma_max", "sigma_min")]
-        sigmas = torch.tensor(ends, dtype=torch.float64)
+        ends = given["sigma_max"], given["sigma_min"]
+        schedule = [check_number(name, float(given[name]), above=0) for name in ("sigma_max", "sigma_min")]
+        dtype = next((end.dtype for end in ends if isinstance(end, Tensor)), torch.get_default_dtype())
+        sigmas = torch.tensor(schedule, dtype=dtype)
     if "n" in face.levels:
         options["evaluations"] = check_integer("n", given["n"], fix="it is the number of evaluations")
     rule = sampler(face.sampler, **face.fixed, **options)
@@ -74,10 +76,15 @@ def _sample(face: Face, white: Callable[[Tensor], NoiseSampler], given: dict[str
         noise_sampler = brownian() if rule.default_noise == "brownian" else white(x)
     disable = given["disable"]
     if isinstance(rule, DPMAdaptive):
-        result, info = _run_adaptive(model, rule, x, sigmas, noise_sampler, disable)
+        result, info = _run_adaptive(model, rule, x, _Levels(sigmas, schedule), noise_sampler, disable)
     else:
-        _, rule, schedule = settle(model.model, rule, given["sigmas"] if face.levels == ("sigmas",) else sigmas)
+        _, rule, schedule = settle(model.model, rule, schedule)
         plan, levels = compile_plan(rule, schedule), _Levels(sigmas, schedule)
+        if plan.is_rising and any(step.forgets_x for step in plan.steps):
+            raise ValueError(
+                f"{function_name(face.sampler)} cannot run up a rising schedule: a step forgets x, so that the result "
+                "would not depend on it; use eta=0 or a deterministic sampler such as sample_heun"
+            )
         draws = _Draws(noise_sampler, levels, x, plan, face.draws)
         result, info = _run_plan(model, plan, x, levels, draws, disable, "n" in face.levels), {}
     if has_values(result) and not bool(torch.isfinite(result).all()):
@@ -134,7 +141,8 @@ class _Levels:
 
     def __init__(self, sigmas: Tensor, schedule: Sequence[float]) -> None:
         self.like = sigmas if sigmas.is_floating_point() else sigmas.to(torch.get_default_dtype())
-        self.known = dict(zip(schedule, self.like.unbind(), strict=True))
+        self.schedule = tuple(schedule)
+        self.known = dict(zip(self.schedule, self.like.unbind(), strict=True))
 
     def __call__(self, sigma: float) -> Tensor:
         known = self.known.get(sigma)
@@ -157,7 +165,7 @@ class _Draws:
         if not callable(self.source):
             got = type(source).__name__
             raise TypeError(f"noise_sampler must be callable as noise_sampler(sigma, sigma_next), got {got}")
-        self.levels = levels
+        self.levels, self.count = levels, 0
         steps = () if plan is None or draws == "as needed" else plan.steps
         self.due = deque((s.sigma, s.sigma_next) for s in steps if s.sigma_next > 0 or draws == "every step")
 
@@ -171,6 +179,7 @@ class _Draws:
 
     def draw(self, sigma_from: float, sigma_to: float) -> Tensor:
         """Draw from the source, which gets tensors if it is the caller's."""
+        self.count += 1
         if self.takes_floats:
             return self.source(sigma_from, sigma_to)
         return self.source(self.levels(sigma_from), self.levels(sigma_to))
@@ -208,17 +217,17 @@ def _run_plan(
 
 
 def _run_adaptive(
-    model: _Model, rule: DPMAdaptive, x: Tensor, sigmas: Tensor, source: Any, disable: bool | None
+    model: _Model, rule: DPMAdaptive, x: Tensor, levels: _Levels, source: Any, disable: bool | None
 ) -> tuple[Tensor, dict[str, int]]:
     """Run `sample_dpm_adaptive`; return the result, and what it cost."""
-    levels, cost = _Levels(sigmas, sigmas.tolist()), {"steps": 0, "nfe": 0, "n_accept": 0, "n_reject": 0}
-    draws, before = _Draws(source, levels, x, None, "as needed"), float(sigmas[0])
+    cost = {"steps": 0, "nfe": 0, "n_accept": 0, "n_reject": 0}
+    draws, before = _Draws(source, levels, x, None, "as needed"), levels.schedule[0]
 
     def watch(trial: Trial) -> None:
         nonlocal before
         info = trial.info
-        if info.accepted > cost["n_accept"] and not rule.eta:
-            draws.draw(before, trial.sigma)  # k-diffusion draws, with a weight of 0
+        if info.accepted > cost["n_accept"] and draws.count < info.accepted:
+            draws.draw(before, trial.sigma)  # its weight is 0, and k-diffusion draws it
         before = trial.sigma
         cost.update(steps=info.steps, nfe=info.evaluations, n_accept=info.accepted, n_reject=info.rejected)
         level = levels(trial.sigma)
@@ -233,5 +242,5 @@ def _run_adaptive(
             return model(x, sigma)
 
         evaluate.coordinates = model.coordinates  # type: ignore[attr-defined]
-        result, _ = run_adaptive(rule, evaluate, x, sigmas, draws, watch=watch)
+        result, _ = run_adaptive(rule, evaluate, x, levels.schedule, draws, watch=watch)
     return result, cost

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from kinvert import schedules
-from kinvert.adapters.k_diffusion.brownian import BatchedBrownianTree
-from kinvert.adapters.k_diffusion.brownian import BrownianTreeNoiseSampler
+from kinvert.adapters.k_diffusion.brownian import BatchedBrownianTree, BrownianTreeNoiseSampler
 from kinvert.adapters.k_diffusion.faces import FACES, Face, face_of, function_names
 from kinvert.adapters.k_diffusion.running import NoiseSampler, make_function
 from kinvert.adapters.k_diffusion.utils import append_dims
