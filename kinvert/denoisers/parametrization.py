@@ -149,9 +149,7 @@ class Preconditioned:
             return c_in, data**2 / variance, -sigma * data * c_in
         if self.prediction == "edm":
             return c_in, data**2 / variance, sigma * data * c_in
-        if self._lowest is None:
-            return c_in, 0.0, 1.0
-        known = (sigma / self._lowest).clamp(max=1)
+        known = 1.0 if self._lowest is None else (sigma / self._lowest).clamp(max=1)
         return c_in, 1 - known, known
 
     def _timestep(self, sigma: Tensor) -> Tensor:
