@@ -391,7 +391,7 @@ def _no_levels(entry: ScheduleEntry, steps: int) -> str:
     bounds = {"bounds": f"{steps}, sigma_min, sigma_max", "nothing": f"{steps}"}.get(entry.needs)
     alone = f"; without levels: ki.schedules.{entry.name}({bounds})" if bounds else ""
     return (
-        f"schedule needs the noise levels that the network was trained on: ki.schedule({entry.name!r}, {steps}, levels) "
+        f"schedule needs the noise levels of the network: ki.schedule({entry.name!r}, {steps}, levels) "
         "with e.g. levels = ki.levels.stable_diffusion(), from_alphas_cumprod(alphas_cumprod) or from_betas(betas) for "
         f"eps and v, edm(0.002, 80, 0.5) for EDM, flow(3.0) for flow models, of ki.levels{alone}"
     )

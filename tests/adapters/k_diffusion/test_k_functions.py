@@ -83,6 +83,8 @@ def test_every_sampler_has_a_function() -> None:
     assert not hasattr(K, "nothing")
     with pytest.raises(AttributeError, match="did you mean 'sample_euler'"):
         K.sampling.sample_eulr  # noqa: B018
+    options = list(inspect.signature(K.sampling.sample_lcm).parameters)[6:]
+    assert options[:2] == ["s_noise", "noise_sampler"]  # as in k-diffusion
     assert {"sample_res_multistep", "sample_euler"} <= set(dir(K.sampling))
 
 
@@ -206,9 +208,11 @@ def test_a_callback_is_told_in_every_step_before_it_ends(name: str) -> None:
 
 
 def test_a_callback_that_writes_is_an_error() -> None:
+    kept = X.clone()
     for key in ("x", "denoised"):
         with pytest.raises(RuntimeError, match=r"wrote into x or denoised.*run\.replace"):
             K.sample_euler(MIXTURE, X, SIGMAS, callback=lambda info, key=key: info[key].clamp_(-1, 1))
+    assert torch.equal(X, kept)
 
 
 def test_a_callback_may_keep_all_tensors() -> None:
