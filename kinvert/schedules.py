@@ -320,7 +320,13 @@ REGISTRIES["schedule"] = SCHEDULES
 
 
 def schedule(
-    name: str, steps: int, levels: Levels, *, sampler: object = None, denoise: float | None = 1.0, **options: Any
+    name: str,
+    steps: int,
+    levels: Levels | None = None,
+    *,
+    sampler: object = None,
+    denoise: float | None = 1.0,
+    **options: Any,
 ) -> Tensor:
     """Build the schedule that hosts make from a name, a number of steps and the model.
 
@@ -332,7 +338,7 @@ def schedule(
     Args:
         name: a key of `SCHEDULES`.
         steps: number of steps.
-        levels: the model's noise levels.
+        levels: the model's noise levels, which every schedule of a model needs.
         sampler: the name of a sampler, or an object with the attribute `name`.
         denoise: fraction of the schedule to run, from its low-noise end.
         **options: options of the schedule's function, e.g. rho.
@@ -342,11 +348,14 @@ def schedule(
 
     Raises:
         ValueError: an unknown name, steps or options out of range, or denoise outside (0, 1].
-        TypeError: levels is not a Levels, or the schedule does not have an option.
+        TypeError: levels is missing or not a Levels, with what to pass, or the schedule does not have an option.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
-    entry, steps, levels = SCHEDULES[name], _steps(steps), _checked(levels)
+    entry, steps = SCHEDULES[name], _steps(steps)
+    if levels is None:
+        raise TypeError(_no_levels(entry, steps))
+    levels = _checked(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
     denoise = 1.0 if denoise is None else check_number("denoise", denoise)
@@ -382,6 +391,17 @@ def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     if low >= high:
         raise ValueError(f"sigma_min must be below sigma_max, got {low} >= {high}; swap them")
     return low, high
+
+
+def _no_levels(entry: ScheduleEntry, steps: int) -> str:
+    """Return the error message for a schedule without levels."""
+    bounds = {"bounds": f"{steps}, sigma_min, sigma_max", "nothing": f"{steps}"}.get(entry.needs)
+    alone = f"; without levels: ki.schedules.{entry.name}({bounds})" if bounds else ""
+    return (
+        f"schedule needs the noise levels of the network: ki.schedule({entry.name!r}, {steps}, levels) "
+        "with e.g. levels = ki.levels.stable_diffusion(), from_alphas_cumprod(alphas_cumprod) or from_betas(betas) for "
+        f"eps and v, edm(0.002, 80, 0.5) for EDM, flow(3.0) for flow models, of ki.levels{alone}"
+    )
 
 
 def _checked(levels: object) -> Levels:

@@ -331,3 +331,14 @@ NAN, INF = math.nan, math.inf
 def test_errors_name_the_argument_the_value_and_the_fix(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("karras", "ki.schedules.karras(20, sigma_min, sigma_max)"), ("ays", "ki.schedules.ays(20)"), ("simple", "")],
+)
+def test_a_schedule_without_levels_says_what_to_pass(name, alone):
+    with pytest.raises(TypeError, match=r"levels = ki\.levels\.stable_diffusion\(\).*edm\(.*flow\(") as raised:
+        schedule(name, 20)
+    assert ("without levels" in str(raised.value)) == bool(alone)
+    assert alone in str(raised.value)
