@@ -386,7 +386,7 @@ def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
 def _checked(levels: object) -> Levels:
     if not isinstance(levels, Levels):
         raise TypeError(
-            f"levels must be the network's noise levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
+            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
             "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
             "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
         )
