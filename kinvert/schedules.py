@@ -352,10 +352,7 @@ def schedule(
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
-    entry, steps = SCHEDULES[name], _steps(steps)
-    if levels is None:
-        raise TypeError(_no_levels(entry, steps))
-    levels = _checked(levels)
+    entry, steps, levels = SCHEDULES[name], _steps(steps), _checked(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
     denoise = 1.0 if denoise is None else check_number("denoise", denoise)
@@ -393,22 +390,12 @@ def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     return low, high
 
 
-def _no_levels(entry: ScheduleEntry, steps: int) -> str:
-    """Return the error message for a schedule without levels."""
-    bounds = {"bounds": f"{steps}, sigma_min, sigma_max", "nothing": f"{steps}"}.get(entry.needs)
-    alone = f"; without levels: ki.schedules.{entry.name}({bounds})" if bounds else ""
-    return (
-        f"schedule needs the noise levels of the network: ki.schedule({entry.name!r}, {steps}, levels) "
-        "with e.g. levels = ki.levels.stable_diffusion(), from_alphas_cumprod(alphas_cumprod) or from_betas(betas) for "
-        f"eps and v, edm(0.002, 80, 0.5) for EDM, flow(3.0) for flow models, of ki.levels{alone}"
-    )
-
-
 def _checked(levels: object) -> Levels:
     if not isinstance(levels, Levels):
         raise TypeError(
-            f"levels must be a kinvert.levels.Levels, got {type(levels).__name__}; "
-            "build one, e.g. levels.stable_diffusion()"
+            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
+            "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
+            "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
         )
     return levels
 
