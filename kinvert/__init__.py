@@ -27,6 +27,8 @@ from kinvert.inversion import Solving as Solving
 from kinvert.inversion import Stop as Stop
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert
+from kinvert.loading import Schedule as Schedule
+from kinvert.loading import load as load
 from kinvert.plan import Plan as Plan
 from kinvert.plan import compile_plan as compile_plan
 from kinvert.roundtrip import RoundTrip as RoundTrip
@@ -51,6 +53,7 @@ __all__ = [
     "Progress",
     "RoundTrip",
     "Rule",
+    "Schedule",
     "Solving",
     "Stepwise",
     "Stop",
@@ -65,6 +68,7 @@ __all__ = [
     "inversion",
     "invert",
     "levels",
+    "load",
     "metrics",
     "models",
     "noise",
