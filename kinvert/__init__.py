@@ -12,6 +12,7 @@ from kinvert import levels as levels
 from kinvert import metrics as metrics
 from kinvert import models as models
 from kinvert import noise as noise
+from kinvert import pictures as pictures
 from kinvert import rules as rules
 from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
@@ -72,6 +73,7 @@ __all__ = [
     "metrics",
     "models",
     "noise",
+    "pictures",
     "round_trip",
     "rules",
     "run",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -301,5 +301,10 @@ def _unpack(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tag == "$number":
         return float(value)
     inner = _unpack(value, tensors)
-    readers = {"$dict": dict, "$tuple": tuple, "$flow_times": FlowTimes, "$numpy": Tensor.numpy}
+    readers: dict[str, Callable[[Any], Any]] = {
+        "$dict": dict,
+        "$tuple": tuple,
+        "$flow_times": FlowTimes,
+        "$numpy": Tensor.numpy,
+    }
     return readers[tag](inner) if tag in readers else Tagged(tag[1:], inner)

@@ -11,13 +11,13 @@ import click
 from click.core import ParameterSource
 
 from kinvert import bench
-from kinvert.adapters.diffusers.pictures import image_files
 from kinvert.bench.grid import describe
 from kinvert.cli.groups import WithDefault
 from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
 from kinvert.cli.pipelines import call_options
 from kinvert.console import print_lines, print_table
 from kinvert.jobs import import_modules
+from kinvert.pictures import image_files
 
 __all__ = ["bench_group"]
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adapters.diffusers.pictures import image_files, open_image, save_image
 from kinvert.bench import DTYPES
 from kinvert.checks import check_choice, check_count
 from kinvert.cli.latents import LatentFile, Record
@@ -28,6 +27,7 @@ from kinvert.inversion.back import WayBack
 from kinvert.jobs import UnfinishedError
 from kinvert.jsontext import canonical_json
 from kinvert.levels import FlowTimes
+from kinvert.pictures import image_files, open_image, save_image
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_schedule
 from kinvert.tensors import wide_dtype
