@@ -6,6 +6,7 @@ kinvert 0.1.0 wrote have all that in the files beside them.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -26,7 +27,7 @@ from kinvert.pictures import write
 from kinvert.records import check_kind, header_of, known_entries, read_tree
 from kinvert.rules import Rule
 
-__all__ = ["StoredShard", "find_shards", "image_name", "open_shard", "sample_shards", "write_images"]
+__all__ = ["StoredShard", "denoiser_on", "find_shards", "image_name", "open_shard", "sample_shards", "write_images"]
 
 ENTRIES = {"latents": True, "memory": False, "noises": False, "settings": True, "sampler": False, "rows": True}
 
@@ -138,14 +139,15 @@ def sample_shards(
     Raises:
         ValueError, TypeError: as in `ki.sample`; a device that the model cannot be on.
     """
-    cell = replace(shard.cell, **{k: v for k, v in (("model", model), ("dtype", dtype), ("cfg", cfg)) if v is not None})
+    cell = shard.cell
+    cell = replace(cell, model=model or cell.model, dtype=dtype or cell.dtype, cfg=cell.cfg if cfg is None else cfg)
     problem = problem_of(cell.model, 1, 0, cell.dtype)
     conditioning = {}
     for name, given in (("positive", positive), ("negative", negative)):
         values = {**shard.settings.get(name, {}), **(given or {})}
         conditioning[name] = as_conditioning(values, device) or None
     setup = setup_of(cell, problem)
-    setup.denoiser.denoiser = _on(problem.denoiser, device)
+    setup.denoiser.denoiser = denoiser_on(problem.denoiser, device)
     setup = replace(setup, guidance={"cfg": cell.cfg, **conditioning})
     found = MethodResult(
         shard.latents.to(device, getattr(torch, cell.dtype)),
@@ -158,14 +160,14 @@ def sample_shards(
         return restore(setup, found)[0].cpu()
 
 
-def _on(denoiser: Any, device: str) -> Any:
+def denoiser_on(denoiser: Any, device: str) -> Any:
     """Return a denoiser on a device."""
     if device == "cpu":
         return denoiser
     if not isinstance(denoiser, torch.nn.Module):
         raise ValueError(f"device: {type(denoiser).__name__} is no nn.Module that can be put on {device!r}; use 'cpu'")
     try:
-        return denoiser.to(device)
+        return copy.deepcopy(denoiser).to(device)  # the model itself is kept for the next call
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {error}; use 'cpu'") from error
 

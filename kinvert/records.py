@@ -134,9 +134,7 @@ def header_of(path: Path | str) -> Header | None:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            start = file.read(9)
-        if start[:1] == b"{":
+        if _is_json(path):
             text: str | None = path.read_text(encoding="utf-8")
         else:
             with safe_open(path, "pt") as opened:
@@ -148,6 +146,13 @@ def header_of(path: Path | str) -> Header | None:
             f"cannot read {str(path)!r}: it is no safetensors file, or it is damaged or cut off ({error})"
         ) from error
     return None if text is None else _parsed(path, text)
+
+
+def _is_json(path: Path) -> bool:
+    """Tell whether a file is text that begins with a brace; a safetensors file begins with a length of 8 bytes."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return start[:1] == b"{" and b"\0" not in start
 
 
 def _parsed(path: Path, text: str) -> Header | None:
@@ -177,9 +182,7 @@ def read_tree(path: Path | str, header: Header) -> Any:
     """
     path, tensors = Path(path), dict[str, Tensor]()
     try:
-        with path.open("rb") as file:
-            is_json = file.read(1) == b"{"
-        if not is_json:
+        if not _is_json(path):
             with safe_open(path, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     except (OSError, SafetensorError) as error:
