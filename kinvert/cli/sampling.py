@@ -80,7 +80,9 @@ def sample(ctx: click.Context, latents: Path, out: Path, imports: tuple[str, ...
     import_modules(imports)
     kind = _kind_of(latents)
     _check_options(ctx, kind)
-    conditioning = {name: parse_pairs(f"--{name}", given.pop(f"{name}s")) for name in ("positive", "negative")}
+    conditioning: dict[str, Any] = {
+        name: parse_pairs(f"--{name}", given.pop(f"{name}s")) for name in ("positive", "negative")
+    }
     call = {name: value for name in OF_PIPELINES if (value := given.pop(name)) is not None}
     change = Change(**given, **conditioning, call=call)
     paths, missed = {KIND: _by_pipeline, "shard": _by_shards, "inversion": _by_inversion}[kind](latents, out, change)
