@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ class Schedule:
         Raises:
             ValueError: it cannot be written.
         """
-        tree = {f.name: to_tree(getattr(self, f.name)) for f in fields(self)}
-        write_tree(path, "schedule", tree | {"options": to_tree(dict(self.options))})
+        tree = {"sigmas": self.sigmas, "name": self.name, "levels": to_tree(self.levels), "options": dict(self.options)}
+        write_tree(path, "schedule", tree)
 
 
 READERS: dict[str, Callable[[Any, str, Rule | None], Any]] = {

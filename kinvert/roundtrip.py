@@ -20,7 +20,7 @@ from kinvert.inversion import Inversion, extract_noise, invert
 from kinvert.inversion.baselines import BASELINES
 from kinvert.levels import FlowTimes
 from kinvert.noise import Noise
-from kinvert.packing import moved, to_tree
+from kinvert.packing import moved
 from kinvert.records import write_tree
 from kinvert.rules import Rule
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
@@ -64,7 +64,7 @@ class RoundTrip:
         Raises:
             ValueError: it cannot be written.
         """
-        write_tree(path, "round_trip", {f.name: to_tree(getattr(self, f.name)) for f in fields(self)})
+        write_tree(path, "round_trip", {f.name: getattr(self, f.name) for f in fields(self)})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RoundTrip:
         """Return it on another device; `dtype` is that of `latent` and `reconstruction`, measures stay as they are."""

@@ -24,16 +24,13 @@ STATES = ("latent", "restored", "memory", "noises", "embeddings")
 
 def inversion_tree(found: Inversion) -> dict[str, Any]:
     """Return an inversion as plain data: its fields, those of the way back in "back"."""
-    tree = {f.name: to_tree(getattr(found, f.name)) for f in fields(found) if f.name not in ("back", "reasons")}
-    back = found.back
+    tree = {f.name: getattr(found, f.name) for f in fields(found) if f.name not in ("back", "reasons")}
     tree["reasons"] = [reason.name for reason in found.reasons]
-    if back is not None:
-        kept = {f.name: to_tree(getattr(back, f.name)) for f in fields(back)}
-        for name in ("positive", "negative"):
-            given = getattr(back, name)
-            kept[name] = None if given is None else to_tree(dict(given))
-        kept["steering"] = None if back.steering is None else to_tree(vars(back.steering))
-        tree["back"] = kept
+    if (back := found.back) is not None:
+        given = {name: _plain(getattr(back, name)) for name in ("sampler", "cfg", "positive", "negative")}
+        steering = None if back.steering is None else dict(vars(back.steering))
+        tree["back"] = {f.name: getattr(back, f.name) for f in fields(back)} | {"steering": steering}
+        tree["back"] |= {name: to_tree(value) for name, value in given.items()}
     return tree
 
 
