@@ -22,7 +22,7 @@ from kinvert.bench.grid import Cell
 from kinvert.bench.measurement import isolated, problem_of, setup_of
 from kinvert.bench.methods import MethodResult, restore
 from kinvert.folder import SETTINGS, as_conditioning
-from kinvert.packing import from_tree
+from kinvert.packing import from_tree, moved
 from kinvert.pictures import write
 from kinvert.records import check_kind, header_of, known_entries, read_tree
 from kinvert.rules import Rule
@@ -149,13 +149,9 @@ def sample_shards(
     setup = setup_of(cell, problem)
     setup.denoiser.denoiser = denoiser_on(problem.denoiser, device)
     setup = replace(setup, guidance={"cfg": cell.cfg, **conditioning})
-    found = MethodResult(
-        shard.latents.to(device, getattr(torch, cell.dtype)),
-        [],
-        memory={name: value.to(device) for name, value in shard.memory.items()},
-        noises=tuple(value.to(device) for value in shard.noises),
-        sampler=shard.sampler,
-    )
+    wanted = getattr(torch, cell.dtype)
+    latents, memory, noises = moved([shard.latents, dict(shard.memory), tuple(shard.noises)], device, wanted)
+    found = MethodResult(latents, [], memory=memory, noises=noises, sampler=shard.sampler)
     with isolated(cell):
         return restore(setup, found)[0].cpu()
 

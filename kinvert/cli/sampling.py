@@ -121,6 +121,7 @@ def _check_options(ctx: click.Context, kind: str) -> None:
 def _by_pipeline(source: Path, out: Path, change: Change) -> tuple[list[Path], int]:
     """Sample latents of a pipeline of diffusers, each from a file of its own."""
     files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
+    alone = _is_file(out, len(files))
     opened: dict[tuple[str, str], Opened] = {}
     paths, missed = list[Path](), 0
     for path in files:
@@ -131,7 +132,7 @@ def _by_pipeline(source: Path, out: Path, change: Change) -> tuple[list[Path], i
             opened = {where: Opened(where[0], change.device, where[1])}  # one at a time fits into memory
         image = image_of(opened[where], file, {**record.call, **change.call})
         name = record.image[0] if source.is_file() else path.relative_to(source).as_posix().removesuffix(".safetensors")
-        target = out if _is_file(out, len(files)) else out / image_name(name)
+        target = out if alone else out / image_name(name)
         save_image(image, target)
         paths.append(target)
         missed += record.result.get("converged") is False
@@ -145,6 +146,7 @@ def _by_shards(source: Path, out: Path, change: Change) -> tuple[list[Path], int
     found = find_shards(source)
     if not found:
         raise ValueError(f"there are no finished shards in {str(source)!r}; give the kinvert invert command again")
+    alone = _is_file(out, len(open_shard(found[0]).latents) if len(found) == 1 else 2)  # before the work
     paths, missed = list[Path](), 0
     for path in found:
         shard = open_shard(path)
@@ -153,7 +155,7 @@ def _by_shards(source: Path, out: Path, change: Change) -> tuple[list[Path], int
             positive=change.positive, negative=change.negative,
         )  # fmt: skip
         missed += sum(row["converged"] is False for row in shard.rows)
-        if len(found) == 1 and _is_file(out, len(images)):
+        if alone:
             write(images, out)
             return [out], missed
         paths += write_images(images, [(row["file"], row["index"]) for row in shard.rows], out)
@@ -170,6 +172,7 @@ def _by_inversion(source: Path, out: Path, change: Change) -> tuple[list[Path], 
     found: Any = ki.load(source)
     dtype = getattr(torch, change.dtype) if change.dtype else found.latent.dtype
     found = found.to(change.device, dtype)
+    alone = _is_file(out, len(found.latent))
     denoiser = denoiser_on(find_problem(change.model)(1, 0, dtype).denoiser, change.device)
     kept = {name: dict(getattr(found.back, name, None) or {}) for name in ("positive", "negative")}
     for name, given in (("positive", change.positive), ("negative", change.negative)):
@@ -179,7 +182,7 @@ def _by_inversion(source: Path, out: Path, change: Change) -> tuple[list[Path], 
         positive=kept["positive"] if change.positive else None, negative=kept["negative"] if change.negative else None,
     )  # fmt: skip
     missed = int((~found.converged).sum())
-    if _is_file(out, len(images)):
+    if alone:
         write(images, out)
         return [out], missed
     return write_images(images.cpu(), [(source.stem, i) for i in range(len(images))], out), missed

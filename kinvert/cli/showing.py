@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def _show_stored(file: Path) -> None:
         shard = open_shard(file)
         _show_settings(shard.settings)
         _show_rows(shard.rows)
-        _show_tensors({"latents": shard.latents, **shard.memory})
+        _show_tensors({"latents": shard.latents, **_inside(shard.memory, shard.noises)})
     else:
         _show_result(file, header)
 
@@ -118,7 +118,13 @@ def _show_latent(file: LatentFile) -> None:
     )
     if record.result:
         print_lines("  result    " + ", ".join(f"{name} {value}" for name, value in record.result.items()))
-    _show_tensors({"latents": file.latent, **file.memory})
+    _show_tensors({"latents": file.latent, **_inside(file.memory, file.noises)})
+
+
+def _inside(memory: Mapping[str, Tensor], noises: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return what belongs to a latent by the names that it has in the file; of the noises the first."""
+    first = {f"noises/0 (of {len(noises)})": noises[0]} if noises else {}
+    return {f"memory/{name}": value for name, value in memory.items()} | first
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
