@@ -11,11 +11,9 @@ from torch import Tensor
 
 from kinvert.checks import describe
 from kinvert.coordinates import Coordinates, coordinates_of
-from kinvert.inversion import Inversion
 from kinvert.inversion.stored import inversion_of
 from kinvert.levels import Levels
 from kinvert.packing import from_fields, to_tree
-from kinvert.plan import Plan
 from kinvert.planfile import plan_of
 from kinvert.records import header_of, read_tree, write_tree
 from kinvert.roundtrip import RoundTrip
@@ -68,7 +66,7 @@ READERS: dict[str, Callable[[Any, str, Rule | None], Any]] = {
 """Kind of a file -> what makes the object of its tree."""
 
 
-def load(path: Path | str, *, sampler: Rule | None = None) -> Inversion | RoundTrip | Plan | Schedule:
+def load(path: Path | str, *, sampler: Rule | None = None) -> Any:
     """Read a file that `Inversion.save`, `RoundTrip.save`, `Plan.save` or `Schedule.save` wrote.
 
     Tensors come back bit by bit, on the CPU; `found.to(device)` moves them. Nothing in the file is run.
@@ -78,7 +76,7 @@ def load(path: Path | str, *, sampler: Rule | None = None) -> Inversion | RoundT
         sampler: the rule, for a result of a rule of your own that is not registered.
 
     Returns:
-        What was saved.
+        What was saved: an `Inversion`, a `RoundTrip`, a `Plan` or a `Schedule`.
 
     Raises:
         ValueError: a file that is missing, damaged, cut off, of another program, or of a newer major version; a sampler

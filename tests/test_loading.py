@@ -150,7 +150,7 @@ def test_conditioning_is_kept_or_asked_for(tmp_path: Path) -> None:
         again.sample(denoiser)
     assert torch.equal(again.sample(denoiser, positive=lost), found.sample(denoiser))
     again.save(tmp_path / "c")  # what was lost stays described
-    assert ki.load(tmp_path / "c").back.positive["complex"] == Unsaved("Tensor of shape (2,)")  # type: ignore[union-attr]
+    assert ki.load(tmp_path / "c").back.positive["complex"] == Unsaved("Tensor of shape (2,)")
 
 
 def test_a_function_for_cfg_is_asked_for(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_to_moves_states_and_conditioning_and_says_that_the_certificate_is_older
         lambda x, s, shift, text: shifted(x, s, shift), images(2), SIGMAS, sampler="edict", mask=MASK, **given
     )
     narrow = found.to("cpu", torch.float32)
-    states = [narrow.latent, narrow.restored, *narrow.memory.values(), narrow.back.image, narrow.back.mask]  # type: ignore[union-attr]
+    states = [narrow.latent, narrow.restored, *narrow.memory.values(), narrow.back.image, narrow.back.mask]
     assert {state.dtype for state in states if state is not None} == {torch.float32}
     assert narrow.back.positive["shift"].dtype == torch.float32 and narrow.back.positive["text"] == "a"  # type: ignore
     assert narrow.residuals.dtype == torch.float64 and narrow.warnings[-1].startswith("converted from torch.float64 to")
@@ -311,4 +311,4 @@ def test_an_inversion_made_by_hand_is_kept_without_its_way_back(tmp_path: Path) 
     again: Any = ki.load(tmp_path / "a")
     assert again.back is None
     shutil.copy(tmp_path / "a", tmp_path / "b")
-    assert same(ki.load(tmp_path / "b").latent, found.latent)  # type: ignore[union-attr]
+    assert same(ki.load(tmp_path / "b").latent, found.latent)
