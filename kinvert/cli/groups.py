@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -28,7 +31,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command, and turn the library's exceptions into messages."""
         try:
-            return super().invoke(ctx)
+            with _plain_warnings():
+                return super().invoke(ctx)
         except (TypeError, ValueError, ImportError) as error:
             raise click.UsageError(str(error)) from error
         except torch.cuda.OutOfMemoryError as error:
@@ -42,6 +46,14 @@ class Commands(click.Group):
             raise
         except OSError as error:
             raise click.UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings as sentences, without the place in the code, which is not the user's."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        yield
 
 
 class WithDefault(click.Group):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commandline import fails, succeeds
+from commandline import fails, run, succeeds
 from digits import PIXELS, write_digits
 from PIL import Image
 from safetensors.torch import save_file
@@ -190,6 +190,16 @@ def test_show_says_what_other_files_are(latents: Path, tmp_path: Path) -> None:
     assert "benchmark results, 1 cells, 0 of them with an error" in said and "gaussian (1)" in said
     Image.new("RGB", (2, 2)).save(tmp_path / "m.webp", save_all=True, append_images=[Image.new("RGB", (2, 2), "red")])
     assert "2 frames, of which kinvert takes the first" in succeeds("show", tmp_path / "m.webp")
+
+
+@pytest.mark.filterwarnings("always::RuntimeWarning")
+def test_what_an_image_loses_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 90)).save(tmp_path / "in" / "a.png")
+    result = run("invert", tmp_path / "in", "--model", "digits", "--steps", "2", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    said = f"Warning: {tmp_path / 'in' / 'a.png'}: its transparency and its colours are left out.\n"
+    assert said in result.stderr and "click" not in result.stderr and "transparency" not in result.stdout
 
 
 def test_what_cannot_be_kept_is_shown_as_such(tmp_path: Path) -> None:
