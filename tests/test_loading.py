@@ -98,7 +98,7 @@ CASES: dict[str, Callable[[], tuple[Any, Inversion]]] = {
     "brownian": extracted("dpmpp_sde"),
     "flow": in_flow,
     "embedded": embedded,
-    "steered": lambda: (MIXTURE, rf_inversion(MIXTURE, images(2), SIGMAS)),
+    "steered": lambda: (MIXTURE, rf_inversion(MIXTURE, images(2), SIGMAS, eta=0.5)),
     "scale": guided(2.0),
     "per step": guided([1.5, 2.0, 2.5, 1.0]),
     "rescaled": guided(ki.guidance.Rescale(ki.guidance.Interval(2.0, 0.5, 5.0), 0.5, "x0")),

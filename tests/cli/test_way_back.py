@@ -81,6 +81,14 @@ def test_noises_and_samples_without_images(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.stack(again), x, rtol=0, atol=1e-12)
 
 
+def test_a_method_with_a_sampler_of_its_own_comes_back_by_it(tmp_path: Path) -> None:
+    write_digits(tmp_path / "in")
+    args = ["--model", "digits", "--steps", "4", "--method", "direct_inversion", "--positive", "label=0"]
+    succeeds("invert", tmp_path / "in", *args, "--out", tmp_path / "out")
+    succeeds("sample", tmp_path / "out", "--out", tmp_path / "images")
+    assert np.abs(pixels(tmp_path / "images" / "more" / "d.png") - PIXELS[4]).max() <= 1
+
+
 def test_latents_that_did_not_converge_are_counted(tmp_path: Path) -> None:
     write_digits(tmp_path / "in")
     args = ["--model", "digits", "--steps", "6", "--sampler", "heun", "--max-evals", "50"]
