@@ -6,7 +6,6 @@ kinvert 0.1.0 wrote have all that in the files beside them.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,13 +20,13 @@ from torch import Tensor
 from kinvert.bench.grid import Cell
 from kinvert.bench.measurement import isolated, problem_of, setup_of
 from kinvert.bench.methods import MethodResult, restore
-from kinvert.folder import SETTINGS, as_conditioning
+from kinvert.folder import SETTINGS, as_conditioning, try_conditioning
 from kinvert.packing import from_tree, moved
 from kinvert.pictures import write
 from kinvert.records import check_kind, header_of, known_entries, read_tree
 from kinvert.rules import Rule
 
-__all__ = ["StoredShard", "denoiser_on", "find_shards", "image_name", "open_shard", "sample_shards", "write_images"]
+__all__ = ["StoredShard", "find_shards", "image_name", "open_shard", "sample_shards", "write_images"]
 
 ENTRIES = {"latents": True, "memory": False, "noises": False, "settings": True, "sampler": False, "rows": True}
 
@@ -53,8 +52,8 @@ class StoredShard:
 
     @property
     def cell(self) -> Cell:
-        """The settings as a `Cell`."""
-        known = {f.name for f in fields(Cell)}
+        """The settings as a `Cell`, on the CPU: another machine may not have the device that they name."""
+        known = {f.name for f in fields(Cell)} - {"device"}
         given = {name: value for name, value in self.settings.items() if name in known}
         return Cell(**{**given, "options": tuple(given["options"].items())})
 
@@ -137,17 +136,19 @@ def sample_shards(
         The images, shape (n, *event).
 
     Raises:
-        ValueError, TypeError: as in `ki.sample`; a device that the model cannot be on.
+        ValueError, TypeError: as in `ki.sample`; a device that is not here.
     """
     cell = shard.cell
-    cell = replace(cell, model=model or cell.model, dtype=dtype or cell.dtype, cfg=cell.cfg if cfg is None else cfg)
-    problem = problem_of(cell.model, 1, 0, cell.dtype)
+    changed = {name: value for name, value in (("model", model), ("dtype", dtype), ("cfg", cfg)) if value is not None}
+    cell = Cell(**{**vars(cell), **changed, "device": device})
+    problem = problem_of(cell.model, 1, 0, cell.dtype, cell.device)
     conditioning = {}
     for name, given in (("positive", positive), ("negative", negative)):
         values = {**shard.settings.get(name, {}), **(given or {})}
+        if given:
+            try_conditioning(problem, name, tuple(given.items()))
         conditioning[name] = as_conditioning(values, device) or None
     setup = setup_of(cell, problem)
-    setup.denoiser.denoiser = denoiser_on(problem.denoiser, device)
     setup = replace(setup, guidance={"cfg": cell.cfg, **conditioning})
     wanted = getattr(torch, cell.dtype)
     latents, memory, noises = moved([shard.latents, dict(shard.memory), tuple(shard.noises)], device, wanted)
@@ -156,20 +157,14 @@ def sample_shards(
         return restore(setup, found)[0].cpu()
 
 
-def denoiser_on(denoiser: Any, device: str) -> Any:
-    """Return a denoiser on a device."""
-    if device == "cpu":
-        return denoiser
-    if not isinstance(denoiser, torch.nn.Module):
-        raise ValueError(f"device: {type(denoiser).__name__} is no nn.Module that can be put on {device!r}; use 'cpu'")
-    try:
-        return copy.deepcopy(denoiser).to(device)  # the model itself is kept for the next call
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}; use 'cpu'") from error
-
-
 def image_name(file: str, index: int = 0, ending: str = ".png") -> str:
-    """Return the name of the image that is made of a latent again: that of the file it came from, as a PNG."""
+    """Return the name of the image that is made of a latent again: that of the file it came from, as a PNG.
+
+    Raises:
+        ValueError: a name that leads out of the folder; a file of someone else may say anything.
+    """
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ValueError(f"the latents say that they came from {file!r}, which is a place outside of --out")
     name = f"{file}-{index}" if index else file
     return name if name.lower().endswith(ending) else f"{name}{ending}"
 

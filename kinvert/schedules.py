@@ -58,6 +58,8 @@ __all__ = [
 
 # Samplers whose schedule is built with one more step and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
+MOST_STEPS = 1_000_000
+"""Steps of a schedule, at most: its levels are 64-bit numbers, and a Plan has some dozens of numbers for each."""
 # A lowest training level up to this value counts as 0: no 0 is appended after it.
 ZERO = 1e-5
 # The published 10-step schedules (11 sigmas), by model.
@@ -367,7 +369,12 @@ def schedule(
 
 
 def _steps(n: object, name: str = "steps") -> int:
-    return check_integer(name, n, fix="pass e.g. 20")
+    steps = check_integer(name, n, fix="pass e.g. 20")
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"{name} must be at most {MOST_STEPS}, got {steps}; the levels alone would take {steps * 8e-9:,.1f} GB"
+        )
+    return steps
 
 
 def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:

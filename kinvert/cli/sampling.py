@@ -13,16 +13,18 @@ from click.core import ParameterSource
 
 import kinvert as ki
 from kinvert.bench import DTYPES
-from kinvert.bench.problems import find_problem
+from kinvert.bench.measurement import problem_of
 from kinvert.cli.latents import KIND, LatentFile
-from kinvert.cli.options import imports, pairs, parse_pairs
+from kinvert.cli.options import device, imports, pairs, parse_pairs
 from kinvert.cli.pipelines import Opened, image_of, is_directory
 from kinvert.console import print_lines
-from kinvert.folder import SETTINGS, as_conditioning
-from kinvert.folderback import denoiser_on, find_shards, image_name, open_shard, sample_shards, write_images
+from kinvert.devices import check_device
+from kinvert.folder import SETTINGS, as_conditioning, try_conditioning
+from kinvert.folderback import find_shards, image_name, open_shard, sample_shards, write_images
 from kinvert.jobs import import_modules
 from kinvert.pictures import IMAGES, TENSORS, save_image, write
 from kinvert.records import header_of
+from kinvert.stops import keeping
 
 __all__ = ["sample"]
 
@@ -66,7 +68,7 @@ class Change:
 @click.option("--negative-prompt", help="For pipelines: another negative prompt.")
 @click.option("--guidance-scale", type=float, help="For pipelines: another guidance scale.")
 @click.option("--model", metavar="NAME|DIR", help="The model, if it was moved; for a file of Inversion.save.")
-@click.option("--device", default="cpu", help="Where to compute, e.g. cuda.")
+@device
 @click.option("--dtype", type=click.Choice(DTYPES), help="Floating point format; by default that of the latents.")
 @imports
 @click.pass_context
@@ -85,7 +87,10 @@ def sample(ctx: click.Context, latents: Path, out: Path, imports: tuple[str, ...
     }
     call = {name: value for name in OF_PIPELINES if (value := given.pop(name)) is not None}
     change = Change(**given, **conditioning, call=call)
-    paths, missed = {KIND: _by_pipeline, "shard": _by_shards, "inversion": _by_inversion}[kind](latents, out, change)
+    paths = list[Path]()
+    way_back = {KIND: _by_pipeline, "shard": _by_shards, "inversion": _by_inversion}[kind]
+    with keeping(lambda: f"{len(paths)} images are in {out}; the same command makes all of them again"):
+        missed = way_back(latents, out, change, paths)
     print_lines(f"wrote {paths[0]}" if len(paths) == 1 else f"{len(paths)} images are in {out}")
     if missed:
         print_lines(
@@ -118,12 +123,12 @@ def _check_options(ctx: click.Context, kind: str) -> None:
             raise ValueError(f"{flag} is for {wrong}, and these latents are of {right}; use {instead}")
 
 
-def _by_pipeline(source: Path, out: Path, change: Change) -> tuple[list[Path], int]:
+def _by_pipeline(source: Path, out: Path, change: Change, paths: list[Path]) -> int:
     """Sample latents of a pipeline of diffusers, each from a file of its own."""
     files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
     alone = _is_file(out, len(files))
     opened: dict[tuple[str, str], Opened] = {}
-    paths, missed = list[Path](), 0
+    missed = 0
     for path in files:
         file = LatentFile.load(path)
         record = file.record
@@ -136,10 +141,10 @@ def _by_pipeline(source: Path, out: Path, change: Change) -> tuple[list[Path], i
         save_image(image, target)
         paths.append(target)
         missed += record.result.get("converged") is False
-    return paths, missed
+    return missed
 
 
-def _by_shards(source: Path, out: Path, change: Change) -> tuple[list[Path], int]:
+def _by_shards(source: Path, out: Path, change: Change, paths: list[Path]) -> int:
     """Sample latents of any other model, shard by shard."""
     if change.model is not None and is_directory(change.model):
         raise ValueError(f"these latents are of no pipeline, and --model {change.model} is a directory")
@@ -147,7 +152,7 @@ def _by_shards(source: Path, out: Path, change: Change) -> tuple[list[Path], int
     if not found:
         raise ValueError(f"there are no finished shards in {str(source)!r}; give the kinvert invert command again")
     alone = _is_file(out, len(open_shard(found[0]).latents) if len(found) == 1 else 2)  # before the work
-    paths, missed = list[Path](), 0
+    missed = 0
     for path in found:
         shard = open_shard(path)
         images = sample_shards(
@@ -157,35 +162,37 @@ def _by_shards(source: Path, out: Path, change: Change) -> tuple[list[Path], int
         missed += sum(row["converged"] is False for row in shard.rows)
         if alone:
             write(images, out)
-            return [out], missed
-        paths += write_images(images, [(row["file"], row["index"]) for row in shard.rows], out)
-    return paths, missed
+        names = [(row["file"], row["index"]) for row in shard.rows]
+        paths += [out] if alone else write_images(images, names, out)
+    return missed
 
 
-def _by_inversion(source: Path, out: Path, change: Change) -> tuple[list[Path], int]:
+def _by_inversion(source: Path, out: Path, change: Change, paths: list[Path]) -> int:
     """Sample an `Inversion` of a file."""
     if change.model is None or is_directory(change.model):
         raise ValueError(
             f"{str(source)!r} does not say its model; give --model, a name or an entry point module:function. Latents "
             "of a pipeline are sampled in Python"
         )
+    check_device(change.device)
     found: Any = ki.load(source)
     dtype = getattr(torch, change.dtype) if change.dtype else found.latent.dtype
     found = found.to(change.device, dtype)
     alone = _is_file(out, len(found.latent))
-    denoiser = denoiser_on(find_problem(change.model)(1, 0, dtype).denoiser, change.device)
+    problem = problem_of(change.model, 1, 0, str(dtype).removeprefix("torch."), change.device)
     kept = {name: dict(getattr(found.back, name, None) or {}) for name in ("positive", "negative")}
     for name, given in (("positive", change.positive), ("negative", change.negative)):
+        try_conditioning(problem, name, tuple(given.items()))
         kept[name] |= as_conditioning(given, change.device)
     images = found.sample(
-        denoiser, cfg=change.cfg, progress=True,
+        problem.denoiser, cfg=change.cfg, progress=True,
         positive=kept["positive"] if change.positive else None, negative=kept["negative"] if change.negative else None,
     )  # fmt: skip
-    missed = int((~found.converged).sum())
     if alone:
         write(images, out)
-        return [out], missed
-    return write_images(images.cpu(), [(source.stem, i) for i in range(len(images))], out), missed
+    names = [(source.stem, i) for i in range(len(images))]
+    paths += [out] if alone else write_images(images.cpu(), names, out)
+    return int((~found.converged).sum())
 
 
 def _is_file(out: Path, count: int) -> bool:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import kinvert as ki
 from kinvert import bench, models, pictures
 from kinvert.cli.latents import LatentFile
-from kinvert.folderback import find_shards, open_shard, sample_shards
+from kinvert.folderback import find_shards, image_name, open_shard, sample_shards
 
 FILES = Path(__file__).parents[1] / "data" / "files"
 NAMES = ("a.png", "b.PNG", "c.png", "more/a.png", "more/d.png")
@@ -133,6 +133,13 @@ def test_latents_of_every_version_are_read(version: str, tmp_path: Path) -> None
     assert "latents" in succeeds("show", next((place / "latents").glob("*.safetensors")))
 
 
+def test_no_file_is_written_outside_of_the_folder() -> None:
+    assert image_name("more/a.jpg", 2) == "more/a.jpg-2.png" and image_name("b.PNG") == "b.PNG"
+    for name in ("../a.png", "/tmp/a.png", "more/../../a"):
+        with pytest.raises(ValueError, match="is a place outside of --out"):
+            image_name(name)
+
+
 def test_refusals(latents: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
     assert "--prompt is for pipelines, and these latents are of no pipeline; use --positive" in fails(
@@ -145,7 +152,9 @@ def test_refusals(latents: Path, tmp_path: Path) -> None:
     assert "is of the kind 'plan', which holds no latent" in fails("sample", FILES / "1.0" / "plan.json", *out)
     assert "cannot read" in fails("sample", tmp_path / "nowhere", *out)
     assert "--model digits/none is a directory" in fails("sample", latents, "--model", "digits/none", *out)
-    assert "is no nn.Module" in fails("sample", FILES / "1.0" / "latents", "--device", "cuda", *out)
+    assert "device 'abacus' cannot be used here" in fails("sample", latents, "--device", "abacus", *out)
+    assert "does not take positive label=80: " in fails("sample", latents, "--positive", "label=80", *out)
+    assert "does not take negative lable=8: " in fails("sample", latents, "--negative", "lable=8", *out)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert "does not say how its latent was made" in fails("sample", tmp_path / "x.safetensors", *out)
     (tmp_path / "s").mkdir()
