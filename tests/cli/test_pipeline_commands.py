@@ -21,7 +21,7 @@ from pipelines import build
 import kinvert as ki
 import kinvert.adapters.diffusers as kd
 from kinvert.bench import Cell, load
-from kinvert.cli import pipelines
+from kinvert.cli import pipelines, sampling
 from kinvert.cli.latents import LatentFile
 from kinvert.cli.pipelines import is_directory
 
@@ -188,9 +188,9 @@ def test_a_stop_says_how_many_latents_are_kept(
     assert result.exit_code == 130 and "Traceback" not in result.stderr
     said = " ".join(result.stderr.split())
     assert said.endswith(f"Stopped: 1 of 2 latents are kept in {tmp_path}; the same command goes on.")
-    monkeypatch.setattr(pipelines, "image_of", interrupted)
+    monkeypatch.setattr(sampling, "image_of", interrupted)
     result = run("sample", tmp_path / "a.png.safetensors", "--out", tmp_path / "x.png")
-    assert result.exit_code == 130 and "Stopped: this was not finished; the same command starts it" in result.stderr
+    assert result.exit_code == 130 and "Stopped: 0 images are in" in result.stderr
     assert not (tmp_path / "x.png").exists()
 
 
