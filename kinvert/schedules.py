@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kinvert._moved import renamed
 from kinvert.checks import check_choice, check_integer, check_number, is_number, suggestion
+from kinvert.levelbase import check_levels
 from kinvert.levels import FlowTimes, Levels
 from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
 
@@ -189,7 +190,7 @@ def simple(steps: int, levels: Levels) -> Tensor:
 
     n = M is the whole table; n > M repeats values.
     """
-    n, table = _steps(steps), _checked(levels).sigmas
+    n, table = _steps(steps), check_levels(levels).sigmas
     skip = len(table) / n
     return _with_zero(table[[len(table) - 1 - int(j * skip) for j in range(n)]])
 
@@ -203,7 +204,7 @@ def ddim_uniform(steps: int, levels: Levels) -> Tensor:
 
     Source: Song et al., Denoising Diffusion Implicit Models (2021), arXiv 2010.02502.
     """
-    n, table = _steps(steps), _checked(levels).sigmas
+    n, table = _steps(steps), check_levels(levels).sigmas
     ends_at_zero = float(table[1]) <= ZERO
     stride = max(len(table) // (n + ends_at_zero), 1)
     sigmas = table[1::stride].flip(0)
@@ -222,7 +223,7 @@ def beta(steps: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> T
     """
     from scipy import special  # here, because importing it takes a tenth of the time of importing torch
 
-    n, table = _steps(steps), _checked(levels).sigmas
+    n, table = _steps(steps), check_levels(levels).sigmas
     alpha, beta = check_number("alpha", alpha, above=0), check_number("beta", beta, above=0)
     quantiles = special.betaincinv(alpha, beta, 1 - np.arange(n) / n)
     index = np.rint(quantiles * (len(table) - 1)).astype(np.int64)
@@ -259,7 +260,7 @@ def linear_quadratic(
             part would pass below 0 and come back.
     """
     n = _steps(steps)
-    sigma_max = check_number("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
+    sigma_max = check_number("levels", levels, above=0) if is_number(levels) else check_levels(levels).sigma_max
     if n == 1:
         return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
@@ -352,7 +353,7 @@ def schedule(
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
-    entry, steps, levels = SCHEDULES[name], _steps(steps), _checked(levels)
+    entry, steps, levels = SCHEDULES[name], _steps(steps), check_levels(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
     denoise = 1.0 if denoise is None else check_number("denoise", denoise)
@@ -390,16 +391,6 @@ def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     return low, high
 
 
-def _checked(levels: object) -> Levels:
-    if not isinstance(levels, Levels):
-        raise TypeError(
-            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
-            "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
-            "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
-        )
-    return levels
-
-
 def _sampler_name(sampler: object) -> str | None:
     name = sampler if sampler is None or isinstance(sampler, str) else getattr(sampler, "name", 0)
     if name is not None and not isinstance(name, str):
@@ -412,7 +403,7 @@ def _sampler_name(sampler: object) -> str | None:
 
 
 def _time_range(levels: Levels) -> tuple[float, float]:
-    table = _checked(levels).sigmas
+    table = check_levels(levels).sigmas
     return float(levels.timestep(table[-1])), float(levels.timestep(table[0]))
 
 
