@@ -248,7 +248,8 @@ def test_the_architecture_is_read_off_the_code() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert nav == {str(page.relative_to(ROOT / "docs")) for page in DOCS}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert nav == {str(page.relative_to(ROOT / "docs")) for page in DOCS} | notebooks
 
 
 @pytest.mark.slow
