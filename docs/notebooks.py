@@ -1,8 +1,8 @@
 """Notebooks of the documentation: executed here, and shown as pages.
 
-`python docs/notebooks.py` runs the notebooks in `docs/notebooks` and writes their outputs into them; with names of files,
-only those. MkDocs calls `on_files`, which makes a page of each. Jupyter is not needed for either. In Jupyter the notebooks
-run as they are.
+`python docs/notebooks.py` runs the notebooks in `docs/notebooks` and writes their outputs into them; names of files
+choose some. MkDocs calls `on_files`, which makes a page of each. Jupyter is not needed for either. In Jupyter the
+notebooks run as they are.
 """
 
 from __future__ import annotations
