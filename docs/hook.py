@@ -2,8 +2,9 @@
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
 `<!-- environments -->` or `<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`,
-which are read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
-`<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and `<!-- method_costs -->`.
+and that on k-diffusion `<!-- functions -->`, which are read off the code, the page on diffusers `<!-- agreement -->`,
+`<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and
+`<!-- method_costs -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import kinvert as ki
 from kinvert.adapters.comfyui import NODES
+from kinvert.adapters.k_diffusion.faces import FACES, function_name
 from kinvert.analysis import properties
 from kinvert.inversion import ROUTES
 from kinvert.rules import SamplerEntry
@@ -47,7 +49,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         dtypes,
         flow,
     )
-    hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes)
+    hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes, functions)
     for render in (*pages, versions, environments, layers, routes, *hosts, round_trips, method_costs):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
@@ -630,6 +632,12 @@ def short(value: Any) -> str:
         if key != "named" and (new := getattr(value, key)) != default
     ]
     return f"`{type(value).__name__}({', '.join(changed)})`"
+
+
+def functions() -> str:
+    """The functions of k-diffusion, with their arguments."""
+    rows = [[f"`{function_name(face.sampler)}`", f"`{face.signature}`"] for face in FACES.values()]
+    return table(["function", "arguments"], rows)
 
 
 def description(documented: Any) -> str:
