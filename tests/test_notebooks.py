@@ -87,3 +87,8 @@ def test_html_and_figures_are_shown() -> None:
     figure = {"data": module.represent(Figure(figsize=(1, 1)))}
     assert 'src="data:image/png;base64,' in module.shown(figure)
     assert module.shown({"data": module.represent(Shown())}) == '<div class="output">\n<b>bold</b>\n</div>'
+
+
+def test_links_to_notebooks_lead_to_their_pages() -> None:
+    text = "[a](notebooks/first.ipynb), [b](first.ipynb){download}"
+    assert script().on_page_markdown(text) == "[a](notebooks/first.md), [b](first.ipynb){download}"
