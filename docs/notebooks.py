@@ -26,7 +26,7 @@ def run(notebook: dict[str, Any], name: str) -> Iterator[tuple[dict[str, Any], l
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] != "code":
             continue
-        tree = ast.parse("".join(cell["source"]))
+        tree = ast.parse("".join(line for line in cell["source"] if not line.startswith("%")))  # magics are Jupyter's
         shown = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         where, value = f"{name}, cell {number}", None
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -69,7 +69,7 @@ def markdown(path: Path) -> str:
         if cell["cell_type"] == "markdown":
             parts.append(source)
             continue
-        parts.append(f"```python\n{source}\n```")
+        parts.append(f"```python\n{source.removeprefix('%matplotlib inline').strip()}\n```")
         parts += [shown(output) for output in cell["outputs"]]
     download = f"This page is a [notebook]({path.name}){{download}}. Its cells run in the order in which they stand."
     return "\n\n".join([parts[0], download, *parts[1:]]) + "\n"
