@@ -91,9 +91,7 @@ def run_tasks(
     mine, shown = tasks[rank::world], progress and rank == 0
     with raising_stops(signal.SIGINT), kept_in(folder, tasks, unit):
         left = undone(mine, folder)
-        with tqdm(
-            total=len(mine), initial=len(mine) - len(left), unit=unit, disable=None if shown else True
-        ) as bar:
+        with tqdm(total=len(mine), initial=len(mine) - len(left), unit=unit, disable=None if shown else True) as bar:
             if workers > 1:
                 # The share of threads does not depend on what is left, so that a resumed run has the same number.
                 each = threads or max(1, torch.get_num_threads() // workers)

@@ -29,19 +29,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kinvert.checks import check_dense, check_values, is_integer, is_number, plain
-from kinvert.files import write_file
+from kinvert.files import make_folder, write_file
 from kinvert.flowtimes import FlowTimes
 from kinvert.telling import warn_user
 
 __all__ = [
     "KEY",
     "VERSION",
+    "DamagedError",
     "Header",
     "Tagged",
     "check_kind",
     "header_of",
     "known_entries",
     "read_tree",
+    "tree_bytes",
     "write_json",
     "write_tree",
 ]
@@ -50,6 +52,10 @@ KEY = "kinvert"
 VERSION = (1, 0)
 """The version that this kinvert writes."""
 _FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+
+
+class DamagedError(ValueError):
+    """A file is cut off, or has other content than was written."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,14 @@ def write_tree(path: Path | str, kind: str, tree: Any) -> None:
         TypeError: something in the tree that a file cannot hold, with its place.
         ValueError: the file cannot be written.
     """
+    _put(path, tree_bytes(kind, tree))
+
+
+def tree_bytes(kind: str, tree: Any) -> bytes:
+    """Return the content of the file that `write_tree` writes."""
     packer = _Packer()
     content = packer.pack(tree, ())
-    _put(path, save(packer.tensors, {KEY: _json_text(kind, content), "format": "pt"}))
+    return save(packer.tensors, {KEY: _json_text(kind, content), "format": "pt"})
 
 
 def write_json(path: Path | str, kind: str, tree: Any) -> None:
@@ -111,7 +122,7 @@ def _put(path: Path | str, contents: bytes) -> None:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_file(path, contents)
     except OSError as error:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
@@ -130,7 +141,7 @@ def header_of(path: Path | str) -> Header | None:
     """Return what a file of kinvert says of itself, or None for a safetensors or JSON file of another program.
 
     Raises:
-        ValueError: the file is missing, damaged, or neither safetensors nor JSON; a newer major version.
+        ValueError: the file is missing, damaged (a `DamagedError`), or neither safetensors nor JSON; a newer major version.
     """
     path = Path(path)
     try:
@@ -142,7 +153,7 @@ def header_of(path: Path | str) -> Header | None:
     except OSError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise DamagedError(
             f"cannot read {str(path)!r}: it is no safetensors file, or it is damaged or cut off ({error})"
         ) from error
     return None if text is None else _parsed(path, text)
@@ -159,7 +170,7 @@ def _parsed(path: Path, text: str) -> Header | None:
     try:
         head = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {str(path)!r}: its JSON is damaged or cut off ({error})") from error
+        raise DamagedError(f"cannot read {str(path)!r}: its JSON is damaged or cut off ({error})") from error
     if not isinstance(head, dict) or not {"kind", "version", "content"} <= head.keys():
         return None
     version = head["version"]
@@ -178,19 +189,21 @@ def read_tree(path: Path | str, header: Header) -> Any:
     """Return the tree of a file, with its tensors on the CPU.
 
     Raises:
-        ValueError: a tensor of the tree is missing, or the file is damaged.
+        ValueError: a tensor of the tree is missing, or the file is damaged (a `DamagedError`).
     """
     path, tensors = Path(path), dict[str, Tensor]()
     try:
         if not _is_json(path):
             with safe_open(path, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+    except SafetensorError as error:
+        raise DamagedError(f"cannot read {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     try:
         return _unpack(header.content, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: it is damaged, {type(error).__name__}: {error}") from error
+        raise DamagedError(f"cannot read {str(path)!r}: it is damaged, {type(error).__name__}: {error}") from error
 
 
 def check_kind(path: Path | str, header: Header | None, kind: str) -> Header:

@@ -17,7 +17,18 @@ from safetensors import SafetensorError, safe_open
 from kinvert.files import write_file
 from kinvert.jsontext import canonical_json, from_canonical_json
 
-__all__ = ["DATA", "SEAL", "check_data", "check_seal", "parse_result", "read_result", "sealed", "set_aside", "write_result"]
+__all__ = [
+    "DATA",
+    "SEAL",
+    "check_data",
+    "check_seal",
+    "measured",
+    "parse_result",
+    "read_result",
+    "sealed",
+    "set_aside",
+    "write_result",
+]
 
 DATA, SEAL = "data", "sha256"
 ASIDE = ".damaged"
@@ -69,6 +80,11 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record with the checksum of its other entries."""
     bare = {key: value for key, value in record.items() if key != SEAL}
     return bare | {SEAL: hashlib.sha256(canonical_json(bare).encode()).hexdigest()}
+
+
+def measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without what tells damage."""
+    return {key: value for key, value in record.items() if key not in (DATA, SEAL)}
 
 
 def check_seal(record: Mapping[str, Any]) -> None:

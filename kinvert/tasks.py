@@ -87,19 +87,20 @@ def undone(tasks: Iterable[Task], folder: Path) -> list[Task]:
             try:
                 task.check(folder)
                 continue
-            except ValueError as error:
+            except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
                 damaged.append(f"{task}: {error}; see {set_aside(path)}")
         left.append(task)
-    tell_of_damage(damaged, "they are computed again")
+    tell_of_damage(damaged, "and computed again")
     return left
 
 
 def tell_of_damage(damaged: Sequence[str], what: str) -> None:
     """Tell which results were damaged, and `what` happens to them."""
     if damaged:
-        lines = [f"{len(damaged)} damaged results are set aside, {what}:", *damaged[:SHOWN]]
+        are = "damaged result is" if len(damaged) == 1 else "damaged results are"
+        lines = [f"{len(damaged)} {are} set aside, {what}:", *damaged[:SHOWN]]
         lines += [f"and {len(damaged) - SHOWN} more"] * (len(damaged) > SHOWN)
-        warn_user("\n  ".join(lines).replace("1 damaged results are", "1 damaged result is", len(damaged) == 1))
+        warn_user("\n  ".join(lines))
 
 
 def import_modules(names: Iterable[str]) -> None:

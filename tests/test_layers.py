@@ -49,7 +49,7 @@ LAYERS = [
     {"roundtrip", "reference"},
     {"loading"},
     {"models"},
-    {"tasks", "workers", "jobs", "editing"},
+    {"resultfiles", "tasks", "workers", "jobs", "editing"},
     {"bench"},
     {"folder", "folderback"},
     {"adapters", "demo", "cli", "console", "__main__"},

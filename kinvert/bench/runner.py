@@ -73,7 +73,8 @@ def run(
 
     Raises:
         ValueError: as `kinvert.jobs.run_tasks`.
-        UnfinishedError: a cell failed, a worker ended early, or the disk is full. The same call again does what is left.
+        UnfinishedError: a cell failed, a worker ended early, or the disk is full. The same call again does what is
+            left.
 
     Warns:
         RuntimeWarning: results in the folder that are damaged: of these cells, which are computed again, or of others.

@@ -19,9 +19,10 @@ from typing import Any
 from kinvert.bench.grid import describe
 from kinvert.bench.report import tables
 from kinvert.bench.report.tables import COLUMNS, SETTINGS, Row, plain
-from kinvert.bench.results import Record, load
+from kinvert.bench.results import FIX, Record, check_record, load
 from kinvert.files import write_file
 from kinvert.jsontext import canonical_json
+from kinvert.resultfiles import DATA, check_data, measured
 
 __all__ = ["read", "render", "write"]
 
@@ -90,12 +91,16 @@ def read(source: Iterable[Record | Path | str]) -> list[Record]:
     records: list[Record] = []
     for one in [source] if isinstance(source, (str, Path)) else source:
         if isinstance(one, dict):
+            try:
+                check_record(one)
+            except ValueError as error:
+                raise ValueError(f"a record that was given is not as `measure` returns it: {error}") from error
             records.append(one)
             continue
         place = Path(one)
         for record in load(place):
             path = (place if place.is_dir() else place.parent) / f"{record['key']}.safetensors"
-            records.append(record | {"arrays": str(path)} if path.exists() else record)
+            records.append(_with_arrays(record, path))
     found: dict[str, Record] = {}
     for record in records:
         cell = json.dumps(record["cell"], sort_keys=True)
@@ -108,8 +113,19 @@ def read(source: Iterable[Record | Path | str]) -> list[Record]:
     return list(found.values())
 
 
+def _with_arrays(record: Record, path: Path) -> Record:
+    """Add the path of a record's images, if they are there."""
+    if record.get(DATA, {}) is None or not path.exists():
+        return record
+    try:
+        check_data(path, record)
+    except ValueError as error:
+        raise ValueError(f"the images of {path.with_suffix('.json')} are damaged: {error}; {FIX}") from error
+    return record | {"arrays": str(path)}
+
+
 def _bare(record: Record) -> str:
-    return canonical_json({key: value for key, value in record.items() if key != "arrays"})
+    return canonical_json({key: value for key, value in measured(record).items() if key != "arrays"})
 
 
 def render(records: Sequence[Record], images: dict[str, bytes]) -> str:
