@@ -141,7 +141,8 @@ def header_of(path: Path | str) -> Header | None:
     """Return what a file of kinvert says of itself, or None for a safetensors or JSON file of another program.
 
     Raises:
-        ValueError: the file is missing, damaged (a `DamagedError`), or neither safetensors nor JSON; a newer major version.
+        ValueError: the file is missing, damaged (a `DamagedError`), or neither safetensors nor JSON; a newer major
+            version.
     """
     path = Path(path)
     try:

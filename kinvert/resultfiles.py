@@ -89,7 +89,7 @@ def measured(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_seal(record: Mapping[str, Any]) -> None:
     """Raise ValueError if a record is not what its checksum says; one of kinvert 0.1.0 has none."""
-    if SEAL in record and record[SEAL] != sealed(record)[SEAL]:
+    if {SEAL, DATA} & record.keys() and record.get(SEAL) != sealed(record)[SEAL]:
         raise ValueError("it was edited or damaged after it was written: its checksum is that of other content")
 
 
