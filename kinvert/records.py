@@ -99,10 +99,10 @@ def write_tree(path: Path | str, kind: str, tree: Any) -> None:
 
 
 def tree_bytes(kind: str, tree: Any) -> bytes:
-    """Return the content of the file that `write_tree` writes."""
+    """Return the content of the file that `write_tree` writes; equal trees give equal bytes."""
     packer = _Packer()
     content = packer.pack(tree, ())
-    return save(packer.tensors, {KEY: _json_text(kind, content), "format": "pt"})
+    return save(packer.tensors, {KEY: _json_text(kind, content)})  # safetensors writes several entries in any order
 
 
 def write_json(path: Path | str, kind: str, tree: Any) -> None:

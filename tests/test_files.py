@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -68,15 +69,7 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
 def test_a_file_taken_for_a_leftover_before_it_was_held_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = iter(["first", "second"])
-
-    def name(length: int) -> str:
-        remove_leftovers(tmp_path)
-        return next(names)
-
-    import fcntl
-
-    lock, locks = fcntl.flock, []
+    names, lock, locks = iter(["first", "second"]), fcntl.flock, []
 
     def late(file: BinaryIO, how: int) -> None:
         locks.append(how)
@@ -84,7 +77,7 @@ def test_a_file_taken_for_a_leftover_before_it_was_held_is_opened_again(
             (tmp_path / ".kinvert-first").unlink()
         lock(file, how)
 
-    monkeypatch.setattr("secrets.token_hex", name)
+    monkeypatch.setattr("secrets.token_hex", lambda length: next(names))
     monkeypatch.setattr("fcntl.flock", late)
     write_file(tmp_path / "file", b"whole")
     assert (tmp_path / "file").read_bytes() == b"whole" and len(locks) == 2

@@ -14,7 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kinvert as ki
-from kinvert.records import KEY, Tagged, check_kind, header_of, known_entries, read_tree, write_json, write_tree
+from kinvert.records import (
+    KEY,
+    Tagged,
+    check_kind,
+    header_of,
+    known_entries,
+    read_tree,
+    tree_bytes,
+    write_json,
+    write_tree,
+)
 
 DTYPES = [
     torch.float64,
@@ -151,3 +161,8 @@ def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
         assert known_entries("f", {"x": 1, "new": 2}, {"x": True}) == {"x": 1}
     with pytest.raises(ValueError, match="f has no entry 'y'"):
         known_entries("f", {"x": 1}, {"x": True, "y": True})
+
+
+def test_equal_trees_give_equal_bytes() -> None:
+    tree = {"x": torch.ones(2), "y": [torch.zeros(1), {"z": torch.ones(1)}], "n": 1.5}
+    assert len({tree_bytes("thing", tree) for _ in range(30)}) == 1

@@ -148,7 +148,6 @@ def test_compare(tmp_path: Path) -> None:
     key = Cell(**SMALL | {"steps": 3}).key
     path = tmp_path / "b" / f"{key}.json"
 
-
     def change(record: dict[str, Any]) -> None:
         record["metrics"]["mse"][0] *= 1.001
         record["versions"]["torch"] = "0.1"
