@@ -20,22 +20,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cells import cells
 from digits import write_digits
 
 from kinvert import bench
-from kinvert.bench import Cell
+from kinvert.bench import Cell, Grid
 from kinvert.files import HIDDEN
 from kinvert.folder import invert_folder
 
-MOST = 6  # kills of one job, after which it is left alone
+MOST = 4  # kills of one job, after which it is left alone
 Job = Callable[[Path, int], object]
 
 
 def measure(out: Path, workers: int) -> None:
-    """Measure cells, some of which leave images."""
-    digits = [Cell("digits", steps=2, count=2, dtype="float32", seed=seed) for seed in range(2)]
-    bench.run([*cells(steps=[2, 3], model="mixture"), *digits], out, workers=workers)
+    """Measure cells that leave images."""
+    bench.run(
+        Grid(model="digits", steps=[2, 3], count=2, seed=[0, 1], dtype="float32"),
+        out,
+        workers=workers,
+    )
 
 
 def invert(out: Path, workers: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def test_damaged_latents_and_photos(directory: Path, photos: Path, tmp_path: Pat
     place.write_bytes(whole[:-10])
     killed_while_it_writes(out / "more" / "b.png.safetensors")
     (source / "c.png").write_bytes(b"nonsense")
-    result = run(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run(*args)
     assert (
         result.exit_code == 1
         and "1 of 3 images are not done" in result.stderr
@@ -121,7 +124,7 @@ def test_damaged_latents_and_photos(directory: Path, photos: Path, tmp_path: Pat
     )
     assert "1 damaged result is set aside, and computed again" in result.stderr
     assert place.read_bytes() == whole and place.with_name(place.name + ".damaged").exists()
-    assert not [path for path in out.rglob(".*")]
+    assert not list(out.rglob(".*"))
 
 
 def test_a_full_disk_ends_a_folder_of_photos(
