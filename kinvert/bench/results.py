@@ -145,7 +145,8 @@ def check_record(record: Any) -> None:
         for name, pair in _PAIRS.items():
             curve = (latent if name == "spectrum" else record)[name]
             _demand(curve is None or _fits(curve[pair[0]], curve[pair[1]]), f"the lists of its {name} do not fit")
-        _demand(_fits(latent["histogram"]["edges"][1:], latent["histogram"]["counts"]), "its histogram is cut short")
+        edges, counts = (latent["histogram"][name] for name in ("edges", "counts"))
+        _demand(_is_list(edges, len(counts) + 1) and _is_list(counts, len(edges) - 1), "its histogram is cut short")
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
     except (TypeError, AttributeError) as error:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from benchrecords import everything, record
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
 
 from kinvert.bench import report
-from kinvert.bench.report import figures, page
+from kinvert.bench.report import figures, page, tables
 from kinvert.bench.results import merge
 from kinvert.files import write_file
-from kinvert.jsontext import canonical_json
+from kinvert.jsontext import canonical_json, content_key
 
 EVIL = "<script>alert('&')</script>"
 
@@ -221,3 +222,50 @@ def test_two_results_for_one_cell_are_refused() -> None:
     assert len(report.read([one, one])) == 1
     with pytest.raises(ValueError, match=r"different results for one cell, digits reconstruction unsample euler"):
         report.read([one, other])
+
+
+# -- damaged records ---------------------------------------------------------------------------------------------------
+def places(tree: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """Every place in a record, but of long lists only the first."""
+    if path:
+        yield path
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
+    for key, value in inner:
+        yield from places(value, *path, key)
+
+
+def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value at a place; `...` takes it away."""
+    key, *rest = path
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    if rest:
+        copy[key] = changed(tree[key], tuple(rest), value)
+    elif value is ...:
+        del copy[key]
+    else:
+        copy[key] = value
+    return copy
+
+
+@pytest.mark.parametrize("value", [..., None, "text", 1.5, [], {}, [1.0]], ids=repr)
+def test_a_damaged_record_is_refused_or_reported(value: Any) -> None:
+    """Whatever is missing in a record or of another type: a sentence or a page, and never a traceback."""
+    whole, outcomes = record(method="invert", count=3) | {"residuals": None}, Counter[bool]()
+    for path in places(whole):
+        damaged = changed(whole, path, value)
+        if isinstance(damaged.get("cell"), dict) and path != ("key",):
+            damaged["key"] = content_key(damaged["cell"])
+        try:
+            records = page.read([damaged])
+        except ValueError as error:
+            outcomes[False] += 1
+            assert "a record that was given is not as `measure` returns it: " in str(error)
+            continue
+        outcomes[True] += 1
+        page.render(records, {})
+        if found := tables.rows(records):
+            tables.markdown(found)
+        for name in figures.FIGURES if path[0] in ("metrics", "trajectory", "latent") else ():
+            with suppress(figures.NothingToDrawError):
+                figures.draw(name, records)
+    assert outcomes[False] > 20
