@@ -7,6 +7,7 @@ Of the library:
 | `SchedulerMixin`, `ConfigMixin` | the base classes of `KinvertScheduler`: `config`, saving and loading |
 | `BaseOutput` | what `step` returns |
 | `randn_tensor` | noise from one generator, or from a list of them, on any device |
+| `BrownianTreeNoiseSampler` | the noise of Stable Audio's scheduler, which it takes from torchsde |
 | `getattr(diffusers, name)` | the class of a saved scheduler |
 | `DiffusionPipeline.from_pretrained(DIR, local_files_only=True)` | the command line |
 
@@ -47,7 +48,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ __all__ = [
     "randn_tensor",
     "scaling_of",
     "takes_latents",
+    "tree_noise",
     "unconditional",
     "vae_of",
 ]
@@ -168,6 +170,20 @@ def noise_scales(scheduler: Any, timesteps: Iterable[float]) -> list[float]:
     return [float(scheduler.tau_func(t)) for t in timesteps]
 
 
+def tree_noise(scheduler: Any, like: Tensor, generator: Any) -> Callable[[float, float], Tensor]:
+    """Return the noise of Stable Audio's scheduler: `(sigma_from, sigma_to) -> unit noise` of the shape of `like`.
+
+    It is a Brownian path, whose seed is the one that the generator began with, wherever it stands.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    several = isinstance(generator, Sequence)
+    seed = [one.initial_seed() for one in generator] if several else generator and generator.initial_seed()
+    low, high = (option(scheduler, name) for name in ("sigma_min", "sigma_max"))
+    noise: Callable[[float, float], Tensor] = BrownianTreeNoiseSampler(like, low, high, seed)
+    return noise
+
+
 def first_noise(scheduler: Any) -> float:
     """Return what the pipeline multiplies unit noise by; 1 for the schedulers of flow models, which have none."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -198,8 +214,8 @@ def takes_latents(pipe: Any) -> bool:
 
 
 def belongs_to_rows(name: str) -> bool:
-    """Tell whether an argument of a pipeline's call has an entry for each image: prompts, their embeddings, labels."""
-    return "prompt" in name or name == "class_labels"
+    """Tell whether an argument of a pipeline's call has an entry for each image: prompts, their embeddings and masks, labels."""
+    return "prompt" in name or name in ("attention_mask", "class_labels", "negative_attention_mask")
 
 
 def copied(pipe: Any, scheduler: Any) -> Any:

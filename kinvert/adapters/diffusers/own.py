@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import kinvert as ki
-from kinvert.adapters.diffusers.host import class_name, noise_scales, option
+from kinvert.adapters.diffusers.host import class_name, noise_scales, option, tree_noise
+from kinvert.adapters.diffusers.running import PathMaker
 from kinvert.adapters.diffusers.timetable import Timetable, space_of
 from kinvert.rules import Flow, Rule, SASolver
 
-__all__ = ["draws_every_step", "on_levels", "own_rule", "uses_pair"]
+__all__ = ["draws_every_step", "on_levels", "own_path", "own_rule", "uses_pair"]
 
 
 NO_LENGTH = "these sigmas, whose last step has no length"
@@ -80,6 +82,11 @@ def on_levels(rule: Rule, scheduler: Any, table: Timetable) -> Rule:
 def draws_every_step(scheduler: Any) -> bool:
     """Tell whether a scheduler draws noise in each step, whether it uses it or not."""
     return class_name(scheduler) == "SASolverScheduler"
+
+
+def own_path(scheduler: Any) -> PathMaker | None:
+    """Return what makes a scheduler's noise of the state and the generator; None if it draws step by step."""
+    return partial(tree_noise, scheduler) if class_name(scheduler) == "CosineDPMSolverMultistepScheduler" else None
 
 
 def _ddim(scheduler: Any) -> Rule:

@@ -20,7 +20,7 @@ from kinvert.adapters.diffusers.host import (
     class_name,
     first_noise,
 )
-from kinvert.adapters.diffusers.own import draws_every_step, on_levels, own_rule, uses_pair
+from kinvert.adapters.diffusers.own import draws_every_step, on_levels, own_path, own_rule, uses_pair
 from kinvert.adapters.diffusers.predictions import read_prediction
 from kinvert.adapters.diffusers.running import Generators, PipelineRun, SchedulerOutput, is_entry, number_of
 from kinvert.adapters.diffusers.timetable import KNOWN, check_known, read_timetable
@@ -225,6 +225,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
                 noises=self._noises,
                 generator=generator,
                 every_step=self._own and draws_every_step(self._base),
+                path=own_path(self._base) if self._own else None,
                 unit=first_noise(self._base) if self._inverse else 1.0,
             )
         latents, denoised = self._run.receive(model_output, sample, generator)
