@@ -40,6 +40,7 @@ Of a pipeline:
 | `pipe.vae` and its `encode`, `decode`, `config` | `kd.encode`, `kd.decode` |
 | `pipe._execution_device`, `pipe._pack_latents` | where it runs; whether it packs its latents as Flux does |
 | `pipe.vae_scale_factor`, `pipe.vae_scale_factor_temporal` | pixels a cell, frames a latent |
+| `vae.hop_length`, `vae.config.sampling_rate`, `vae.config.audio_channels`, `transformer.config.sample_size` | sounds |
 
 Of a scheduler, all of them are public, and pipelines depend on them.
 """
@@ -88,6 +89,7 @@ __all__ = [
     "final_alphas",
     "first_noise",
     "frames_per_latent",
+    "is_sound",
     "is_video",
     "loaded",
     "network_dtype",
@@ -100,6 +102,7 @@ __all__ = [
     "parameters_of",
     "parameters_of_network",
     "randn_tensor",
+    "samples_of_sound",
     "scaling_of",
     "takes_latents",
     "tree_noise",
@@ -214,7 +217,7 @@ def takes_latents(pipe: Any) -> bool:
 
 
 def belongs_to_rows(name: str) -> bool:
-    """Tell whether an argument of a pipeline's call has an entry for each image: prompts, their embeddings and masks, labels."""
+    """Tell whether an argument of a pipeline's call has an entry for each image: prompts, their embeddings, labels."""
     return "prompt" in name or name in ("attention_mask", "class_labels", "negative_attention_mask")
 
 
@@ -311,6 +314,37 @@ def is_video(pipe: Any) -> bool:
     """Tell whether the VAE of a pipeline encodes videos."""
     vae = getattr(pipe, "vae", None)
     return vae is not None and any(isinstance(part, nn.Conv3d) for part in vae.modules())
+
+
+def is_sound(pipe: Any) -> bool:
+    """Tell whether a pipeline makes sounds.
+
+    Raises:
+        ValueError: from latents whose scale or length is not known here.
+    """
+    vae = getattr(pipe, "vae", None)
+    parts = [] if vae is None else vae.modules()
+    layers = [part for part in parts if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    if hasattr(pipe, "vocoder"):
+        raise ValueError(
+            f"{type(pipe).__name__} makes sounds of spectrograms, which kinvert does not; encode by pipe.vae.encode("
+            "spectrogram).latent_dist.mode() * pipe.vae.config.scaling_factor, and decode by the pipeline's own methods"
+        )
+    if not layers or not all(isinstance(part, nn.Conv1d) for part in layers):
+        return False
+    if "initial_audio_waveforms" not in parameters_of(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} scales or cuts its sounds in its own way, which kinvert does not know; encode and "
+            "decode with the pipeline's own methods"
+        )
+    return True
+
+
+def samples_of_sound(pipe: Any) -> tuple[int, int, int]:
+    """Return the channels, the samples and the samples a second of the sounds that a pipeline makes."""
+    vae = pipe.vae
+    samples = int(pipe.transformer.config.sample_size) * int(vae.hop_length)
+    return int(vae.config.audio_channels), samples, int(vae.config.sampling_rate)
 
 
 def frames_per_latent(pipe: Any) -> int:
