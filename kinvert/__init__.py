@@ -4,6 +4,11 @@ Diffusion samplers and schedules as data, in both directions: `sample`, `unsampl
 `extract_noise`, and measures of how well they did. `import kinvert as ki`; the names in `__all__` are the public ones.
 """
 
+# ruff: noqa: E402
+from kinvert.stops import watch_the_start
+
+watch_the_start()  # before PyTorch is loaded, and only if this is the command
+
 from kinvert import analysis as analysis
 from kinvert import denoisers as denoisers
 from kinvert import guidance as guidance

@@ -73,10 +73,10 @@ class Shard:
 
     def run(self, folder: Path) -> None:
         """Invert the files, and write the latents, then the rows."""
-        problem = problem_of(self.cell.model, 1, 0, self.cell.dtype)
+        problem = problem_of(self.cell.model, 1, 0, self.cell.dtype, self.cell.device)
         batches = [_read(self.source / name, problem) for name, _ in self.files]
         x = torch.cat(batches).to(problem.images)
-        positive, negative = _tensors(self.positive), _tensors(self.negative) or None
+        positive, negative = _tensors(self.positive, x.device), _tensors(self.negative, x.device) or None
         guidance = {"cfg": self.cell.cfg, "positive": positive, "negative": negative}
         setup = replace(setup_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
         with isolated(self.cell):
@@ -155,7 +155,10 @@ def invert_folder(
     conditioning = _check_conditioning("positive", positive or {}), _check_conditioning("negative", negative or {})
     check_threads(threads, [cell])
     cell = replace(cell, question="reconstruction", count=1)
-    files, unread = _readable_files(source, folder, problem_of(cell.model, 1, 0, cell.dtype))
+    problem = problem_of(cell.model, 1, 0, cell.dtype, cell.device)
+    files, unread = _readable_files(source, folder, problem)
+    for name, values in zip(("positive", "negative"), conditioning, strict=True):
+        _try_conditioning(problem, name, values)
     total = len(files) + len(unread)
     complaint = f"{len(unread)} of {total} are not done; the others are, and in {MANIFEST}:\n" + "\n".join(unread)
     if not files:
@@ -165,7 +168,7 @@ def invert_folder(
         for i in range(0, len(files), shard_size)
     ]
     _check_settings(folder, shards[0].settings)
-    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress)
+    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress, unit="shard")
     if not all(is_done(folder, shard.key) for shard in shards):
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
@@ -213,11 +216,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         except OSError as error:
             raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     before = json.loads(path.read_text())
-    for key, value in json.loads(canonical_json(settings)).items():
-        if before.get(key) != value:
+    now = json.loads(canonical_json(settings))
+    for key in before | now:
+        if before.get(key) != now.get(key):
             raise ValueError(
-                f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {value!r}; choose "
-                "another folder"
+                f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {now.get(key)!r}; "
+                "choose another folder"
             )
 
 
@@ -229,9 +233,22 @@ def _check_conditioning(name: str, values: Mapping[str, Any]) -> tuple[tuple[str
     return tuple(sorted(values.items()))
 
 
-def _tensors(values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def _try_conditioning(problem: Problem, name: str, values: tuple[tuple[str, Any], ...]) -> None:
+    """Evaluate the model once before the work; raise ValueError if it does not take the conditioning."""
+    if not values:
+        return
+    x, sigma = problem.images[:1], torch.full((1,), problem.levels.sigma_max, device=problem.images.device)
+    try:
+        with torch.no_grad():
+            problem.denoiser(x, sigma.to(x.dtype), **_tensors(values, x.device))
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in values)
+        raise ValueError(f"the model does not take {name} {given}: {type(error).__name__}: {error}") from error
+
+
+def _tensors(values: tuple[tuple[str, Any], ...], device: torch.device) -> dict[str, Any]:
     """Return conditioning for every item: numbers become tensors with one row."""
-    return {key: value if isinstance(value, str) else torch.tensor([value]) for key, value in values}
+    return {key: value if isinstance(value, str) else torch.tensor([value], device=device) for key, value in values}
 
 
 def _read(path: Path, problem: Problem) -> Tensor:

@@ -171,6 +171,14 @@ def test_the_table_of_inversions_is_what_was_measured() -> None:
                 assert cells in text, cells
 
 
+def test_the_tables_of_choices_are_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "choosing.md").read_text())
+    assert "<!--" not in text
+    trips = json.loads((ROOT / "benchmarks" / "results" / "round_trip.json").read_text())["samplers"]
+    for name in hook().CHOICES:
+        assert f"| `{name}` | {trips[name]['psnr']['20']:.0f} dB | {trips[name]['psnr']['50']:.0f} dB |" in text
+
+
 def test_the_table_of_baselines_is_what_was_measured() -> None:
     text = hook().on_page_markdown((ROOT / "docs" / "baselines.md").read_text())
     assert "<!--" not in text

@@ -35,6 +35,14 @@ PUBLIC = {
         Inverted KinvertScheduler PipelineDenoiser Unsampled decode denoiser encode extract_noise invert round_trip
         unsample
     """,
+    "kinvert.adapters.k_diffusion": """
+        BatchedBrownianTree BrownianTreeNoiseSampler CompVisDenoiser CompVisVDenoiser Denoiser DiscreteEpsDDPMDenoiser
+        DiscreteSchedule DiscreteVDDPMDenoiser OpenAIDenoiser VDenoiser append_dims append_zero default_noise_sampler
+        external get_ancestral_step get_sigmas_exponential get_sigmas_karras get_sigmas_polyexponential get_sigmas_vp
+        sample_dpm_2 sample_dpm_2_ancestral sample_dpm_adaptive sample_dpm_fast sample_dpmpp_2m sample_dpmpp_2m_sde
+        sample_dpmpp_2s_ancestral sample_dpmpp_3m_sde sample_dpmpp_sde sample_euler sample_euler_ancestral sample_heun
+        sample_lms sampling to_d utils
+    """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
         marginal_variances properties row_sums

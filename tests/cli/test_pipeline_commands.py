@@ -21,6 +21,7 @@ from pipelines import build
 import kinvert as ki
 import kinvert.adapters.diffusers as kd
 from kinvert.bench import Cell, load
+from kinvert.cli import pipelines
 from kinvert.cli.latents import LatentFile
 from kinvert.cli.pipelines import is_directory
 
@@ -165,6 +166,26 @@ def test_other_refusals(directory: Path, photos: Path, tmp_path: Path) -> None:
 
     save_file({"latents": torch.zeros(1, 4, 8, 8)}, latent)
     assert "does not say how its latent was made" in fails("sample", latent, "--out", tmp_path / "x.png")
+
+
+def test_a_stop_says_how_many_latents_are_kept(
+    directory: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([pipelines.latent_of, interrupted])
+    monkeypatch.setattr(pipelines, "latent_of", lambda *args: next(calls)(*args))
+    args = ["--model", directory, *CAT, "--sampler", "bdia", "--tol", "1e-3", "--out", tmp_path]
+    result = run("invert", photos, *args)
+    assert result.exit_code == 130 and "Traceback" not in result.stderr
+    said = " ".join(result.stderr.split())
+    assert said.endswith(f"Stopped: 1 of 2 latents are kept in {tmp_path}; the same command goes on.")
+    monkeypatch.setattr(pipelines, "image_of", interrupted)
+    result = run("sample", tmp_path / "a.png.safetensors", "--out", tmp_path / "x.png")
+    assert result.exit_code == 130 and "Stopped: this was not finished; the same command starts it" in result.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_missing_extras_and_too_little_memory_are_told(
