@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -64,8 +63,7 @@ def read_photo(path: Path, side: int) -> Image.Image:
 
 def load(options: argparse.Namespace) -> Any:
     """Return the pipeline."""
-    dtype = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
-    pipe = DiffusionPipeline.from_pretrained(options.model, **{dtype: getattr(torch, options.dtype)})
+    pipe = DiffusionPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     if options.offload:
         pipe.enable_model_cpu_offload(device=options.device)
         return pipe

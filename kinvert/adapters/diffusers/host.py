@@ -9,7 +9,7 @@ Of the library:
 | `randn_tensor` | noise from one generator, or from a list of them, on any device |
 | `BrownianTreeNoiseSampler` | the noise of Stable Audio's scheduler, which it takes from torchsde |
 | `getattr(diffusers, name)` | the class of a saved scheduler |
-| `DiffusionPipeline.from_pretrained(DIR, local_files_only=True)` | the command line |
+| `DiffusionPipeline.from_pretrained(DIR, local_files_only=True, dtype=)` | the command line |
 
 Of the user's scheduler:
 
@@ -66,7 +66,7 @@ except ImportError as error:
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, deprecation_utils
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 __all__ = [
@@ -134,8 +134,7 @@ def built(name: str, config: Mapping[str, Any]) -> Any:
 
 def loaded(directory: str, dtype: torch.dtype) -> Any:
     """Load a pipeline from a directory, from its files alone."""
-    name = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"  # since 0.42
-    return diffusers.DiffusionPipeline.from_pretrained(directory, local_files_only=True, **{name: dtype})
+    return diffusers.DiffusionPipeline.from_pretrained(directory, local_files_only=True, dtype=dtype)
 
 
 def options_of(scheduler: Any) -> dict[str, Any]:
