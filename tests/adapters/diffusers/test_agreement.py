@@ -88,7 +88,7 @@ def test_euler_differs_by_rounding_alone(options: dict[str, Any], monkeypatch: p
             made[name, wide] = pipelines.latents_of(pipe, "sd15", latents=x).double()
     off = {key: float((value - made["theirs", True]).abs().max() / value.abs().max()) for key, value in made.items()}
     assert off["ours", True] < 1e-10
-    assert 1e-6 < off["theirs", False] and off["ours", False] < 2 * off["theirs", False]
+    assert off["theirs", False] > 1e-6 and off["ours", False] < 2 * off["theirs", False]
 
 
 def test_unipc_bh1_to_zero_is_nan_in_diffusers_and_finite_here() -> None:
