@@ -10,6 +10,7 @@ from kinvert.stops import watch_the_start
 watch_the_start()  # before PyTorch is loaded, and only if this is the command
 
 from kinvert import analysis as analysis
+from kinvert import catalogue as catalogue  # the tables of the registries
 from kinvert import denoisers as denoisers
 from kinvert import guidance as guidance
 from kinvert import inversion as inversion

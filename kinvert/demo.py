@@ -27,6 +27,7 @@ from kinvert.devices import check_device
 from kinvert.files import write_file
 from kinvert.jobs import computing_with
 from kinvert.jsontext import to_json
+from kinvert.showing.brief import brief_repr
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +68,8 @@ class Demo:
     labels: Tensor
     schedules: dict[str, Tensor]
     trips: dict[str, ki.RoundTrip]
+
+    __repr__ = brief_repr
 
     def table(self) -> list[dict[str, Any]]:
         """Return a row for each sampler; errors and moments are means over the images, `max_error` is the largest.

@@ -28,6 +28,7 @@ from kinvert.inversion.verdict import ROWS
 from kinvert.noise import derived_seed
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
+from kinvert.showing.brief import brief_repr
 
 __all__ = [
     "ITERATING",
@@ -87,6 +88,8 @@ class Setup:
     memory: Memory = field(default_factory=dict)
     states: dict[float, Tensor] = field(default_factory=dict)
 
+    __repr__ = brief_repr
+
     @property
     def plan(self) -> Plan | None:
         """The Plan of the sampler on the schedule; None for a sampler that has no Plan there."""
@@ -125,6 +128,8 @@ class MethodResult:
     memory: Memory = field(default_factory=dict)
     noises: tuple[Tensor, ...] = ()
     sampler: Rule | None = None
+
+    __repr__ = brief_repr
 
 
 Method = Callable[[Setup, Tensor], Tensor | ki.Inversion | MethodResult]

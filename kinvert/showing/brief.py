@@ -35,9 +35,13 @@ def brief(value: object) -> str:
         names = [str(name) for name in value]
         return "{" + ", ".join(names if len(names) <= 4 else [*names[:3], f"... {len(names)} in all"]) + "}"
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        if len(value) <= 3:
-            return "(" + ", ".join(map(brief, value)) + ")"
-        return f"({brief(value[0])}, ..., {brief(value[-1])}; {len(value)} values)"
+        words = [*map(brief, value)] if len(value) <= 3 else [brief(value[0]), "...", brief(value[-1])]
+        return f"({', '.join(words)}{'' if len(value) <= 3 else f'; {len(value)} values'})"
+    return _word(value)
+
+
+def _word(value: object) -> str:
+    """Return the repr of a value if it is short, the start of a long text, the class of anything else."""
     if isinstance(value, torch.nn.Module) or (callable(value) and not is_dataclass(value)):
         return getattr(value, "__name__", type(value).__name__)
     words = one_line(repr(value))
@@ -59,7 +63,9 @@ def never_fails(text: Callable[[T], str]) -> Callable[[T], str]:
         try:
             return text(self)
         except Exception as error:  # whatever is missing, a debugger must be able to go on
-            return f"<{type(self).__name__} that cannot be shown: {one_line(f'{type(error).__name__}: {error}')[:WORD]}>"
+            return (
+                f"<{type(self).__name__} that cannot be shown: {one_line(f'{type(error).__name__}: {error}')[:WORD]}>"
+            )
 
     return safe
 

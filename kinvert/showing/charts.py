@@ -39,13 +39,12 @@ def curve(values: Sequence[float], labels: Sequence[str], limit: float | None = 
         return LEFT + 6 + across * (WIDTH - LEFT - 14), HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP)
 
     parts = [f"<svg width='{WIDTH}' height='{HEIGHT}' viewBox='0 0 {WIDTH} {HEIGHT}' role='img'>"]
-    for power, y in ((low, HEIGHT - BOTTOM), (high, TOP)):
-        parts.append(_line(LEFT, y, WIDTH - 4, y, "currentColor", "opacity='.3'"))
-        parts.append(_words(LEFT - 4, y + 4, f"1e{power}", "end"))
+    for power, height in ((low, HEIGHT - BOTTOM), (high, TOP)):
+        parts.append(_line(height, "currentColor", "opacity='.3'"))
+        parts.append(_words(LEFT - 4, height + 4, f"1e{power}", "end"))
     parts += [_words(LEFT + 6, HEIGHT - 5, f"{x_label} 0"), _words(WIDTH - 8, HEIGHT - 5, f"{len(values) - 1}", "end")]
     if marked:
-        _, y = place(0, marked[0])
-        parts.append(_line(LEFT, y, WIDTH - 4, y, LIMIT, "stroke-dasharray='4 3'"))
+        parts.append(_line(place(0, marked[0])[1], LIMIT, "stroke-dasharray='4 3'"))
     for run in _runs(values):
         points = " ".join("{:.1f},{:.1f}".format(*place(i, values[i])) for i in run)
         parts.append(f"<polyline points='{points}' fill='none' stroke='{COLOUR}' stroke-width='1.5'/>")
@@ -68,8 +67,9 @@ def _runs(values: Sequence[float]) -> list[list[int]]:
     return [run for run in runs if run]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str) -> str:
-    return f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='{colour}' {more}/>"
+def _line(height: float, colour: str, more: str) -> str:
+    """Return a line across the chart."""
+    return f"<line x1='{LEFT}' y1='{height:.1f}' x2='{WIDTH - 4}' y2='{height:.1f}' stroke='{colour}' {more}/>"
 
 
 def _words(x: float, y: float, words: str, anchor: str = "start") -> str:

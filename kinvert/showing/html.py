@@ -87,6 +87,7 @@ def html_never_fails(build: Callable[[T], str]) -> Callable[[T], str]:
         try:
             return str(build(self))
         except Exception as error:
-            return str(card(type(self).__name__, report(f"{self!r}\n(not shown whole: {type(error).__name__}: {error})")))
+            missing = f"(not shown whole: {type(error).__name__}: {error})"
+            return str(card(type(self).__name__, report(f"{self!r}\n{missing}")))
 
     return safe

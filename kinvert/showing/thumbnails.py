@@ -44,8 +44,8 @@ def are_images(x: Tensor) -> bool:
 def pictures(x: Tensor, limit: float | None = None, *, most: int = MOST, side: int | None = None) -> Pictures:
     """Turn the first images of a batch into pixels.
 
-    One channel is shown in shades of grey, three as red, green and blue. Of two channels the mean is shown, of more than
-    three the first three as colours; the note says so.
+    One channel is shown in shades of grey, three as red, green and blue. Of two channels the mean is shown, of more
+    than three the first three as colours; the note says so.
 
     Args:
         x: shape (batch, channels, H, W), see `are_images`.
