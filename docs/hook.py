@@ -54,7 +54,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
-    return markdown
+    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # `python notest`, for the tests
+    return re.sub(r"^```text\n(.*?)^```$", output, markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def output(match: re.Match[str]) -> str:
+    """Mark an output that has a line of prose, such as an error message, which may go on below."""
+    return match[0].replace("text", "{ .text .prose }", 1) if max(map(len, match[1].splitlines())) > 100 else match[0]
 
 
 def samplers() -> str:

@@ -18,6 +18,7 @@ from kinvert import levels as levels
 from kinvert import metrics as metrics
 from kinvert import models as models
 from kinvert import noise as noise
+from kinvert import pictures as pictures
 from kinvert import rules as rules
 from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
@@ -33,6 +34,8 @@ from kinvert.inversion import Solving as Solving
 from kinvert.inversion import Stop as Stop
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert
+from kinvert.loading import Schedule as Schedule
+from kinvert.loading import load as load
 from kinvert.plan import Plan as Plan
 from kinvert.plan import compile_plan as compile_plan
 from kinvert.roundtrip import RoundTrip as RoundTrip
@@ -57,6 +60,7 @@ __all__ = [
     "Progress",
     "RoundTrip",
     "Rule",
+    "Schedule",
     "Solving",
     "Stepwise",
     "Stop",
@@ -71,9 +75,11 @@ __all__ = [
     "inversion",
     "invert",
     "levels",
+    "load",
     "metrics",
     "models",
     "noise",
+    "pictures",
     "round_trip",
     "rules",
     "run",

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_device", "has_float64", "widest"]
+__all__ = ["available", "check_device", "has_float64", "widest"]
 
 _FLOAT64: dict[torch.device, bool] = {}
+
+
+def available() -> list[str]:
+    """Return the names of the devices that answer: the CPU, then every device of each kind that torch knows here."""
+    names = ["cpu"]
+    for module in (torch.cuda, torch.xpu, torch.mps):
+        kind = module.__name__.rpartition(".")[2]
+        count = module.device_count()
+        names += [kind] * bool(count) + [f"{kind}:{i}" for i in range(count)]
+    return names
 
 
 def check_device(name: str) -> torch.device:

@@ -138,6 +138,21 @@ def as_array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.nda
     return array
 
 
+def check_levels(levels: object) -> Levels:
+    """Return `levels`, or say what to pass.
+
+    Raises:
+        TypeError: it is not a `Levels`.
+    """
+    if not isinstance(levels, Levels):
+        raise TypeError(
+            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
+            "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
+            "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
+        )
+    return levels
+
+
 def log_uniform(sigma_min: float, sigma_max: float) -> Tensor:
     """Return a table of 1000 sigmas, uniform in ln sigma.
 
@@ -149,14 +164,3 @@ def log_uniform(sigma_min: float, sigma_max: float) -> Tensor:
     table = torch.linspace(math.log(low), math.log(high), 1000, dtype=torch.float64, device="cpu").exp()
     table[0], table[-1] = low, high
     return table
-
-
-def check_levels(levels: object) -> Levels:
-    """Return the levels, or raise TypeError with what to pass instead."""
-    if not isinstance(levels, Levels):
-        raise TypeError(
-            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
-            "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
-            "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
-        )
-    return levels

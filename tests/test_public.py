@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
 PUBLIC = {
     "kinvert": """
-        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Solving Stepwise Stop
+        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Schedule Solving Stepwise Stop
         __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels
-        metrics models noise
+        load metrics models noise pictures
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.adapters.comfyui": """
@@ -95,6 +95,9 @@ PUBLIC = {
     "kinvert.noise": """
         Brownian Clipped Noise NoiseFunction NoiseSource Replay White bind brownian clipped default_noise derived_seed
         replay white
+    """,
+    "kinvert.pictures": """
+        IMAGES TENSORS image_files open_image pillow read save_image write
     """,
     "kinvert.reference": """
         SMALLEST_RTOL ErrorSplit solve_ode split_error

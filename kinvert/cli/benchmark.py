@@ -12,7 +12,6 @@ import click
 from click.core import ParameterSource
 
 from kinvert import bench
-from kinvert.adapters.diffusers.pictures import image_files
 from kinvert.bench.grid import describe, unique
 from kinvert.cli import completion
 from kinvert.cli.groups import WithDefault
@@ -20,6 +19,7 @@ from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, t
 from kinvert.cli.pipelines import call_options
 from kinvert.console import print_lines, print_table
 from kinvert.jobs import import_modules
+from kinvert.pictures import image_files
 
 __all__ = ["bench_group"]
 

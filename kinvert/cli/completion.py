@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import click
-import torch
 from click.shell_completion import CompletionItem
 
 import kinvert as ki
 from kinvert import bench
 from kinvert.bench.grid import PRESETS
+from kinvert.devices import available
 
 __all__ = ["devices", "methods", "presets", "problems", "samplers", "schedules"]
 
@@ -44,15 +44,9 @@ def _plain(names: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(names, "")
 
 
-def _devices() -> list[str]:
-    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    found[1:1] = ["cuda"] if len(found) > 1 else []
-    return [*found, "mps"] if torch.backends.mps.is_available() else found
-
-
 samplers = _names(lambda: {name: entry.summary for name, entry in ki.SAMPLERS.items()})
 schedules = _names(lambda: {name: entry.summary for name, entry in ki.SCHEDULES.items()})
 methods = _names(lambda: _plain(bench.METHODS))
 presets = _names(lambda: _plain(path.stem for path in sorted(PRESETS.glob("*.toml"))))
 problems = _names(lambda: _plain(bench.PROBLEMS))
-devices = _names(lambda: _plain(_devices()))
+devices = _names(lambda: _plain(available()))

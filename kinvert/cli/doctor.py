@@ -17,7 +17,7 @@ import torch
 import kinvert as ki
 from kinvert.cli.options import as_json, device
 from kinvert.console import print_lines
-from kinvert.devices import check_device, has_float64
+from kinvert.devices import available, check_device, has_float64
 from kinvert.jobs import computing_with
 from kinvert.jsontext import to_json
 
@@ -76,12 +76,16 @@ def _version(package: str) -> str | None:
 
 def _devices() -> dict[str, str]:
     """Return what devices there are, and what they are."""
-    found = {"cpu": torch.backends.cpu.get_cpu_capability()}
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    if torch.backends.mps.is_available():
-        found["mps"] = "without float64" if not has_float64(torch.device("mps")) else ""
+    found = {}
+    for name in available():
+        device = torch.device(name)
+        if name == "cpu":
+            found[name] = torch.backends.cpu.get_cpu_capability()
+        elif device.type == "cuda" and device.index is not None:
+            properties = torch.cuda.get_device_properties(device)
+            found[name] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        elif device.index is not None:
+            found[name] = "" if has_float64(device) else "without float64"
     return found
 
 

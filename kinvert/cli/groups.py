@@ -5,6 +5,9 @@ from __future__ import annotations
 import faulthandler
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -37,7 +40,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command, and turn the library's exceptions into messages."""
         try:
-            return super().invoke(ctx)
+            with _plain_warnings():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             ignore_stops()
             kept = getattr(stop, "kept", "") or "this was not finished; the same command starts it again"
@@ -56,6 +60,14 @@ class Commands(click.Group):
             raise
         except OSError as error:
             raise click.UsageError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings as sentences, without the place in the code, which is not the user's."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        yield
 
 
 class WithDefault(click.Group):

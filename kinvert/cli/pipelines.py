@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adapters.diffusers.pictures import image_files, open_image, save_image
 from kinvert.bench import DTYPES
 from kinvert.checks import check_choice, check_count
 from kinvert.cli import completion
@@ -29,12 +28,13 @@ from kinvert.inversion.back import WayBack
 from kinvert.jobs import UnfinishedError
 from kinvert.jsontext import canonical_json
 from kinvert.levels import FlowTimes
+from kinvert.pictures import image_files, open_image
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_schedule
 from kinvert.stops import keeping
 from kinvert.tensors import wide_dtype
 
-__all__ = ["Wish", "call_options", "invert_files", "is_directory", "sample", "unsample", "wish_of"]
+__all__ = ["Opened", "Wish", "call_options", "image_of", "invert_files", "is_directory", "unsample", "wish_of"]
 
 CALL = ("prompt", "negative_prompt", "guidance_scale", "height", "width")
 SUFFIX = ".safetensors"
@@ -315,26 +315,3 @@ def unsample(image: Path, model: str, out: Path, options: Sequence[str], **given
     wish = wish_of(model, given, options)
     latent_of(Opened(model, wish.device, wish.dtype), wish, image).save(out)
     print_lines(f"wrote {out}", f"next: kinvert sample {out} --out again.png")
-
-
-@click.command()
-@click.argument("latent", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The image, e.g. edited.png.")
-@click.option("--prompt", help="Another prompt, to edit the image; by default that of the latent.")
-@click.option("--negative-prompt", help="Another negative prompt.")
-@click.option("--guidance-scale", type=float, help="Another guidance scale.")
-@click.option("--model", metavar="DIR", help="Directory of the model, if it was moved.")
-@device
-@click.option("--dtype", type=click.Choice(DTYPES), help="Floating point format; by default that of the latent.")
-def sample(latent: Path, out: Path, model: str | None, device: str, dtype: str | None, **given: Any) -> None:
-    """Sample a LATENT down to an image.
-
-    It is one that `kinvert unsample` or `kinvert invert` wrote.
-
-    With the same prompt it is the image that the latent was made of, with another one an edit of it.
-    """
-    file = LatentFile.load(latent)
-    call = {**file.record.call, **{name: value for name, value in given.items() if value is not None}}
-    opened = Opened(model or file.record.model, device, dtype or file.record.dtype)
-    save_image(image_of(opened, file, call), out)
-    print_lines(f"wrote {out}")

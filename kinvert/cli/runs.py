@@ -174,6 +174,7 @@ def invert(ctx: click.Context, source: Path, out: Path, imports: tuple[str, ...]
     print_lines(
         f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
         f"their files and rows are listed in {out / MANIFEST}",
+        f"next: kinvert sample {out} --out images",
     )
 
 

@@ -4,3 +4,11 @@
 curve, and `registry` the dictionaries of names that print as a table. Nothing here knows a result: each result says in
 `__repr__` and `_repr_html_` what of it is shown.
 """
+
+from kinvert.showing import brief as brief
+from kinvert.showing import charts as charts
+from kinvert.showing import html as html
+from kinvert.showing import registry as registry
+from kinvert.showing import thumbnails as thumbnails
+
+__all__ = ["brief", "charts", "html", "registry", "thumbnails"]

@@ -54,7 +54,8 @@ def test_the_registries_are_offered_whole(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_devices_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for kind in ("mps", "xpu"):
+        monkeypatch.setattr(f"torch.{kind}.device_count", lambda: 0)
     assert offered("demo", "--device", "") == ["cpu", "cuda", "cuda:0", "cuda:1"]
 
 
