@@ -19,6 +19,7 @@ from kinvert import metrics as metrics
 from kinvert import models as models
 from kinvert import noise as noise
 from kinvert import pictures as pictures
+from kinvert import plot as plot
 from kinvert import rules as rules
 from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
@@ -80,6 +81,7 @@ __all__ = [
     "models",
     "noise",
     "pictures",
+    "plot",
     "round_trip",
     "rules",
     "run",

@@ -50,6 +50,7 @@ LAYERS = [
     {"inversion"},
     {"roundtrip", "reference"},
     {"loading"},
+    {"plot"},
     {"models"},
     {"tasks", "workers", "jobs", "editing"},
     {"bench"},

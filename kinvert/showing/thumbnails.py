@@ -28,12 +28,21 @@ class Pictures:
     Attributes:
         pixels: uint8, shape (count, H, W, 3), or (count, H, W, 1) for shades of grey.
         limit: the values from -limit to limit go from black to white.
-        note: what of the tensor is shown: channels, scale, pixels that are left out, values that are not finite.
+        notes: what of the tensor is shown: channels, pixels and samples that are left out, values that are not finite.
     """
 
     pixels: np.ndarray
     limit: float
-    note: str
+    notes: tuple[str, ...]
+
+    def note(self, cmap: str = "gray") -> str:
+        """Return the scale and the notes as a line; `cmap` is what matplotlib draws shades of grey with."""
+        grey, a, b = self.pixels.shape[-1] == 1, f"{-self.limit:g}", f"{self.limit:g}"
+        if grey and cmap not in ("gray", "gray_r"):
+            scale = f"colours from {a} to {b}"
+        else:
+            scale = f"white {a}, black {b}" if grey and cmap == "gray_r" else f"black {a}, white {b}"
+        return "; ".join((scale, *self.notes))
 
 
 def are_images(x: Tensor) -> bool:
@@ -69,7 +78,6 @@ def pictures(x: Tensor, limit: float | None = None, *, most: int = MOST, side: i
     finite = np.isfinite(values)
     if limit is None:
         limit = _limit(np.abs(values[finite]))
-    notes.insert(0, f"black {-limit:g}, white {limit:g}")
     if len(x) > most:
         notes.append(f"{most} of {len(x)} samples")
     with np.errstate(invalid="ignore"):
@@ -79,7 +87,7 @@ def pictures(x: Tensor, limit: float | None = None, *, most: int = MOST, side: i
         pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3)).copy()
         pixels[~finite.all(1)] = BROKEN
         notes.append("values that are not finite in pink")
-    return Pictures(pixels, limit, "; ".join(notes))
+    return Pictures(pixels, limit, tuple(notes))
 
 
 def _limit(sizes: np.ndarray) -> float:
@@ -126,4 +134,4 @@ def thumbnails(title: str, x: Tensor | None, limit: float | None = None, labels:
     drawn = pictures(x, limit, side=SIDE)
     sources = ["data:image/png;base64," + base64.b64encode(png(one)).decode() for one in drawn.pixels]
     named = (labels or [str(i) for i in range(len(x))])[: len(sources)]
-    return Html(paragraph(title, drawn.note) + strip(sources, named))
+    return Html(paragraph(title, drawn.note()) + strip(sources, named))
