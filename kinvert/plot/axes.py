@@ -19,14 +19,13 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("figures need matplotlib, which is not here: pip install 'kinvert[cli]'") from error
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike
 
 from kinvert.plot.style import GREY, PAGE, STYLE
 
-__all__ = ["REFERENCE", "Drawing", "density", "error_axis", "line", "log_ticks", "normal_curve", "panels"]
+__all__ = ["REFERENCE", "Drawing", "count_axis", "density", "error_axis", "line", "log_ticks", "normal_curve", "panels"]
 
 REFERENCE: dict[str, Any] = {"color": GREY, "linestyle": (0, (4, 2)), "linewidth": 1.0, "zorder": 5}
 """The looks of a line that curves are compared with."""
@@ -44,16 +43,15 @@ class Drawing(Figure):
 
 @contextmanager
 def panels(count: int, height: float = 2.6) -> Iterator[tuple[Drawing, list[Axes]]]:
-    """Make a figure with axes to fill, two in a row, in the style of all figures; at the end they are laid out."""
+    """Make a figure with axes to fill, two in a row, in the style of all figures."""
     columns = min(2, count)
     rows = -(-count // columns)
     with rc_context(STYLE):
-        figure = Drawing(figsize=(PAGE, height * rows))
+        figure = Drawing(figsize=(PAGE, height * rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax in axes[count:]:
             ax.remove()
         yield figure, axes[:count]
-        ConstrainedLayoutEngine().execute(figure)  # once and for all, not for each file
 
 
 def line(ax: Axes, x: Any, y: Any, style: dict[str, Any], label: str) -> Line2D:
@@ -84,6 +82,12 @@ def normal_curve(ax: Axes, low: float, high: float) -> None:
     ax.plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), **REFERENCE)
     ax.set(yscale="log", ylim=(5e-4, None), xlabel="latent / σ", ylabel="density")
     log_ticks(ax.yaxis, most=6)
+
+
+def count_axis(ax: Axes, label: str) -> None:
+    """Label the x-axis at whole numbers."""
+    ax.set_xlabel(label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def log_ticks(axis: Any, most: int = 8) -> None:

@@ -44,7 +44,8 @@ def convergence(found: Inversion | Mapping[str, Inversion]) -> Figure:
     """Draw the residual that each step was left with, against the noise level at which the step starts.
 
     A curve is the worst sample of an inversion; thin grey lines are its samples, if there is one inversion alone. The
-    dashed line is the error that the image may have, `found.allowed`, the smallest one. Values outside of 1e-17 to 100
+    dashed line is the error that the image may have, `found.allowed`, the smallest one; a residual above it may still
+    be small enough, if the steps that follow shrink it. Values outside of 1e-17 to 100
     are drawn at these ends, and NaN is a gap.
 
     Args:
@@ -89,7 +90,7 @@ def contraction(found: Inversion | Mapping[str, Inversion]) -> Figure:
                 "with check=True and enough evaluations"
             )
         values[name] = one.contraction
-    return _by_step(chosen, values, "contraction of a fixed-point iteration", 1.0, "above 1 it does not converge")
+    return _by_step(chosen, values, "contraction factor", 1.0, "above 1 a fixed-point iteration does not converge")
 
 
 def schedules(sigmas: Tensor | Sequence[float] | Schedule | Mapping[str, Any]) -> Figure:
@@ -110,13 +111,14 @@ def schedules(sigmas: Tensor | Sequence[float] | Schedule | Mapping[str, Any]) -
         values = one.sigmas if isinstance(one, Schedule) else one
         levels[label], units[label] = as_schedule(values), coordinates_of(values) or "ve"
     flow = _unit("sigmas", units) == "flow"
-    from kinvert.plot.axes import panels
+    from kinvert.plot.axes import count_axis, panels
 
     with panels(1) as (figure, (ax,)):
         for label, number in numbers(levels).items():
             shown = levels[label] if flow else [value or math.nan for value in levels[label]]
             _curve(ax, range(len(shown)), shown, look(number), label)
-        ax.set(xlabel="place in the schedule", ylabel=_label(flow))
+        count_axis(ax, "place in the schedule")
+        ax.set_ylabel(_label(flow))
         if not flow:
             ax.set_yscale("log")
         _legend(figure, ax)
@@ -141,7 +143,7 @@ def coefficients(plan: Plan) -> Figure:
     rows = [_rows(step) for step in plan.steps]
     names = dict.fromkeys(name for row in rows for name in row)
     chosen = [name for name in names if any(name in row and row[name].alias() is None for row in rows)]
-    from kinvert.plot.axes import panels
+    from kinvert.plot.axes import count_axis, panels
 
     with panels(len(chosen) or 1) as (figure, axes):
         symbols = dict.fromkeys(symbol for name in chosen for row in rows if name in row for symbol, _ in row[name])
@@ -153,7 +155,8 @@ def coefficients(plan: Plan) -> Figure:
             for symbol in [symbol for symbol in symbols if symbol in used]:
                 values = [row[name][symbol] if name in row else math.nan for row in rows]
                 _curve(ax, range(len(rows)), values, looks[symbol], str(symbol))
-            ax.set(title=name, xlabel="step", ylabel="coefficient")
+            count_axis(ax, "step")
+            ax.set(title=name, ylabel="coefficient")
         _legend(figure, *axes)
     return figure
 

@@ -24,7 +24,7 @@ __all__ = ["Shown", "differences", "images", "latents"]
 
 Shown = Tensor | Inversion | RoundTrip
 """What has images: a batch, or a result, of which it is what the sampler made of the latent."""
-SIDE, SPACE, PITCH, TOP, GAP = 0.75, 0.05, 1.0, 0.12, 0.35  # inches: an image, the space beside it, a row, margins
+SIDE, SPACE, LINE, TOP, GAP = 0.75, 0.05, 0.22, 0.12, 0.35  # inches: an image, space beside and below, margins
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latents
 
 
@@ -48,8 +48,8 @@ def images(
     """
     most, limit = check_count("most", most), None if limit is None else check_positive("limit", limit)
     rows = {name: _images("shown", name, one) for name, one in named(shown, "shown").items()}
-    page, left = _page(rows, min(most, max(map(len, rows.values()))))
-    _draw_rows(page, left, rows, most, limit, cmap)
+    page = _Rows(rows, min(most, max(map(len, rows.values()))))
+    page.draw(rows, most, limit, cmap)
     return page.whole
 
 
@@ -74,9 +74,10 @@ def latents(shown: Shown | Mapping[str, Shown], *, sigma: float | None = None, m
         raise ValueError("sigma is for latents that are tensors, and a result knows its own; leave it out")
     units = {name: _unit_latent(name, one, sigma) for name, one in found.items()}
     pictured = {name: x for name, x in units.items() if are_images(x)}
-    page, left = _page(pictured, min(most, max(map(len, units.values()))), below=2.2)
-    _draw_rows(page, left, pictured, most, 3.0, "gray")
-    _draw_distribution(page, units)
+    room = 2.3 + 0.16 * len(units)
+    page = _Rows(pictured, min(most, max(map(len, units.values()))), below=room)
+    page.draw(pictured, most, 3.0, "gray")
+    _draw_distribution(page, page.height - room, units)
     return page.whole
 
 
@@ -104,23 +105,25 @@ def differences(
     most, limit = check_count("most", most), None if limit is None else check_positive("limit", limit)
     image = _images("image", "", image)
     rows = {name or "sampled back": _images("shown", name, one) for name, one in named(shown, "shown").items()}
+    if "image" in rows:
+        raise ValueError("shown['image'] has the name of the row of the image; give it another name")
     for name, x in rows.items():
         if x.shape != image.shape:
             raise ValueError(f"{name!r} has the shape {tuple(x.shape)}, and the image has {tuple(image.shape)}")
     count = min(most, len(image))
-    page, left = _page({"image": image} | rows, 2 * count, right=GAP + 0.75)
-    fitting = 1.0 if bool(image.abs().max() <= 1) else None
-    _draw_rows(page, left, {"image": image} | rows, most, fitting, cmap)
-    beside = left + count * (SIDE + SPACE) + GAP
-    page.text(beside, TOP + SIDE - 0.12, "difference", weight="bold")
+    every = {"image": image} | rows
+    page = _Rows(every, 2 * count, right=GAP + 0.8)
+    page.draw(every, most, None, cmap)
+    beside = page.left + count * (SIDE + SPACE) + GAP
+    page.text(beside, page.top(1) - 0.12, "difference", weight="bold")
     for k, x in enumerate(rows.values(), 1):
         error = x.double() - image.double()
         sizes = error[:most][error[:most].isfinite()].abs()
         scale = limit or round_up(float(np.quantile(sizes.numpy(), 0.99)) if len(sizes) else 0.0)
-        page.tiles(beside, _top(k), _largest(error[:most]), scale, "RdBu_r", SIDE, SPACE)
-        right = page.width - 0.75
-        page.text(right, _top(k) + SIDE / 2 - 0.1, f"rms {float(error.square().mean().sqrt()):.2g}")
-        page.text(right, _top(k) + SIDE / 2 + 0.1, f"s = {scale:g}", color=GREY)
+        page.tiles(beside, page.top(k), _largest(error[:most]), scale, "RdBu_r", SIDE, SPACE)
+        right, middle = page.width - 0.85, page.top(k) + page.tall / 2
+        page.text(right, middle - 0.09, f"rms {float(error.square().mean().sqrt()):.2g}", fontsize=8)
+        page.text(right, middle + 0.09, f"s = {scale:g}", color=GREY, fontsize=8)
     return page.whole
 
 
@@ -170,37 +173,45 @@ def _largest(x: Tensor) -> Tensor:
     return x.gather(1, x.abs().argmax(1, keepdim=True))
 
 
-def _page(rows: Mapping[str, Tensor], across: int, right: float = 0.0, below: float = 0.0) -> tuple[Page, float]:
-    """Make a page for rows of so many images, and return where the first image of a row stands."""
-    left = TOP + 0.09 * max(map(len, rows), default=0) + (0.1 if any(rows) else 0.0)
-    width = left + across * (SIDE + SPACE) + right + TOP
-    return Page(max(width, 4.5), TOP + PITCH * len(rows) + below), left
+class _Rows(Page):
+    """A page of rows of images, with a name before each row.
+
+    Args:
+        rows: the images by name.
+        across: the most images in a row.
+        right, below: room beside and below the rows.
+    """
+
+    def __init__(self, rows: Mapping[str, Tensor], across: int, right: float = 0.0, below: float = 0.0) -> None:
+        self.left = TOP + 0.095 * max(map(len, rows), default=0) + (0.1 if any(rows) else 0.0)
+        self.tall = max((SIDE * x.shape[2] / max(x.shape[2:]) for x in rows.values()), default=0.0)
+        width = self.left + across * (SIDE + SPACE) + right + TOP
+        super().__init__(max(width, 4.5), 2 * TOP + (self.tall + LINE) * len(rows) + below)
+
+    def top(self, row: int) -> float:
+        """Return where a row begins."""
+        return TOP + row * (self.tall + LINE)
+
+    def draw(self, rows: Mapping[str, Tensor], most: int, limit: float | None, cmap: str) -> None:
+        """Draw the rows, and below them a line that says what is shown, once for neighbours that have the same."""
+        notes = []
+        for k, (name, x) in enumerate(rows.items()):
+            self.text(TOP, self.top(k) + self.tall / 2, name, weight="bold")
+            note = self.tiles(self.left, self.top(k), x[:most], limit, cmap, SIDE, SPACE)
+            notes.append(note if len(x) <= most else f"{note}; {most} of {len(x)} samples")
+        for k, note in enumerate(notes):
+            if note not in notes[k + 1 : k + 2]:
+                self.text(self.left, self.top(k) + self.tall + 0.1, note, color=GREY, fontsize=7)
 
 
-def _top(row: int) -> float:
-    return TOP + row * PITCH
-
-
-def _draw_rows(page: Page, left: float, rows: Mapping[str, Tensor], most: int, limit: float | None, cmap: str) -> None:
-    """Draw a row of images for each name, with a line below that says what is shown, once for equal rows."""
-    notes = []
-    for k, (name, x) in enumerate(rows.items()):
-        page.text(TOP, _top(k) + SIDE / 2, name, weight="bold")
-        note = page.tiles(left, _top(k), x[:most], limit, cmap, SIDE, SPACE)
-        notes.append(note if len(x) <= most else f"{note}; {most} of {len(x)} samples")
-    for k, note in enumerate(notes):
-        if note not in notes[k + 1 : k + 2]:
-            page.text(left, _top(k) + SIDE + 0.1, note, color=GREY, fontsize=7)
-
-
-def _draw_distribution(page: Page, units: Mapping[str, Tensor]) -> None:
-    """Draw the density of each latent at the foot of the page."""
+def _draw_distribution(page: Page, top: float, units: Mapping[str, Tensor]) -> None:
+    """Draw the density of each latent on axes of the width of the page."""
     from matplotlib import rc_context
 
     from kinvert.plot.axes import density, normal_curve
 
     with rc_context(STYLE):
-        ax = page.axes(0.6, page.height - 2.1, 3.2, 1.6)
+        ax = page.axes(0.6, top + 0.1, page.width - 0.75, 1.6)
         handles = []
         for name, number in numbers(units).items():
             values = units[name].flatten()
@@ -208,4 +219,4 @@ def _draw_distribution(page: Page, units: Mapping[str, Tensor]) -> None:
             counts, _ = np.histogram(values.clamp(EDGES[0], EDGES[-1]).numpy(), EDGES)
             handles.append(density(ax, counts, EDGES, look(number), f"{name}: {moments}" if name else moments))
         normal_curve(ax, EDGES[0], EDGES[-1])
-        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+        ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, -0.24))

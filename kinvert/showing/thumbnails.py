@@ -58,7 +58,8 @@ def pictures(x: Tensor, limit: float | None = None, *, most: int = MOST, side: i
 
     Args:
         x: shape (batch, channels, H, W), see `are_images`.
-        limit: the value of white; None takes 1 for values that fit in [-1, 1], else a rounded 99th percentile.
+        limit: the value of white; None takes the 99th percentile of the sizes: 1 if it is from 0.1 to 1.25, as it is of
+            images in [-1, 1] and of what nearly is one, else rounded up.
         most: images to show.
         side: pixels of the longer side; of larger images every k-th pixel is shown. None keeps all.
     """
@@ -94,7 +95,7 @@ def _limit(sizes: np.ndarray) -> float:
     if not sizes.size:
         return 1.0
     most = float(np.quantile(sizes, 0.99))
-    return 1.0 if 0.1 < most <= 1.001 else round_up(most)
+    return 1.0 if 0.1 < most <= 1.25 else round_up(most)
 
 
 def round_up(value: float) -> float:
