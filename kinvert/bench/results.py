@@ -35,7 +35,7 @@ class Records(list[Record]):
         failed = sum(record["error"] is not None for record in self)
         parts = [f"{len(self)} records", *([f"{failed} failed"] if failed else [])]
         for name in ("model", "method", "sampler", "steps"):
-            values = [str(value) for value in dict.fromkeys(record["cell"][name] for record in self)]
+            values = [str(value) for value in sorted({record["cell"][name] for record in self})]
             parts.append(f"{name} {', '.join(values if len(values) <= 4 else [*values[:3], '...', values[-1]])}")
         return f"Records({'; '.join(parts)})"
 

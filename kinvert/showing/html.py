@@ -73,7 +73,7 @@ def folded(summary: str, content: str) -> Html:
 def strip(sources: Iterable[str], labels: Sequence[str]) -> Html:
     """Return pictures in a row, given by their addresses, each with a label below it."""
     figures = [
-        f"<figure><img src='{text(source)}' alt='{text(label)}'><figcaption>{text(label)}</figcaption></figure>"
+        f"<figure><img src='{text(source)}' alt='{text(label)}'/><figcaption>{text(label)}</figcaption></figure>"
         for source, label in zip(sources, labels, strict=True)
     ]
     return Html(f"<div>{''.join(figures)}</div>")
