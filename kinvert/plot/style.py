@@ -48,7 +48,7 @@ STYLE: Any = {
 }  # fmt: skip
 # The colours of names that are drawn often; any other name has one by its letters.
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "deis", "res_2s", "edict")
-METHODS = ("unsample", "invert", "extract_noise")
+METHODS = {"unsample": 0, "invert": 6, "extract_noise": 2}  # so that pairs of the first samplers with them stay apart
 
 
 def bounded(value: float) -> float:
@@ -61,7 +61,7 @@ def preferred(*names: str) -> int:
 
     `look` makes a colour, a marker and dashes of it.
     """
-    known = {name: k for group in (SAMPLERS, METHODS) for k, name in enumerate(group)}
+    known = {name: k for k, name in enumerate(SAMPLERS)} | METHODS
     return sum(known.get(name, zlib.crc32(name.encode())) for name in names) % len(COLOURS)
 
 

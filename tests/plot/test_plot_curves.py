@@ -88,6 +88,13 @@ def test_a_name_has_one_colour_in_every_figure() -> None:
         assert looks.style(("unsample", "heun"))["color"] == "#D55E00"
 
 
+def test_common_pairs_of_sampler_and_method_have_colours_of_their_own() -> None:
+    from kinvert.plot.style import preferred
+
+    pairs = [(method, name) for method in ("unsample", "invert") for name in ("euler", "heun", "dpm_2", "lms")]
+    assert len({preferred(*pair) for pair in pairs}) == len(pairs)
+
+
 def test_figures_need_no_pyplot() -> None:
     from matplotlib import _pylab_helpers
 
