@@ -15,6 +15,7 @@ it does not know; a file with a newer major version is an error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ __all__ = [
     "write_tree",
 ]
 
-KEY = "kinvert"
+KEY, SEAL = "kinvert", "sha256"
 VERSION = (1, 0)
 """The version that this kinvert writes."""
 _FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
@@ -67,12 +68,14 @@ class Header:
         version: of the file, (major, minor).
         versions: of the programs that wrote it, by name.
         content: the tree as JSON has it.
+        checksum: of the content and the tensors; None in a JSON file, which may be edited.
     """
 
     kind: str
     version: tuple[int, int]
     versions: Mapping[str, str]
     content: Any
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def tree_bytes(kind: str, tree: Any) -> bytes:
     """Return the content of the file that `write_tree` writes; equal trees give equal bytes."""
     packer = _Packer()
     content = packer.pack(tree, ())
-    return save(packer.tensors, {KEY: _json_text(kind, content)})  # safetensors writes several entries in any order
+    text = _json_text(kind, content, {SEAL: _checksum(content, packer.tensors)})
+    return save(packer.tensors, {KEY: text})  # of one entry, because safetensors writes several in any order
 
 
 def write_json(path: Path | str, kind: str, tree: Any) -> None:
@@ -111,7 +115,7 @@ def write_json(path: Path | str, kind: str, tree: Any) -> None:
     content = packer.pack(tree, ())
     if packer.tensors:
         raise TypeError(f"a JSON file holds no tensors, and {next(iter(packer.tensors))} is one")
-    _put(path, (_json_text(kind, content, indent=1) + "\n").encode())
+    _put(path, (_json_text(kind, content, {}, indent=1) + "\n").encode())
 
 
 def _put(path: Path | str, contents: bytes) -> None:
@@ -128,13 +132,22 @@ def _put(path: Path | str, contents: bytes) -> None:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
 
 
-def _json_text(kind: str, content: Any, indent: int | None = None) -> str:
+def _json_text(kind: str, content: Any, more: Mapping[str, str], indent: int | None = None) -> str:
     """Return a packed tree with its header as JSON; floats are written so that they are read back exactly."""
     from kinvert import __version__  # here, because the package is not imported whole when this module is
 
     versions = {KEY: __version__, "torch": torch.__version__}
-    head = {"kind": kind, "version": list(VERSION), "versions": versions, "content": content}
+    head = {"kind": kind, "version": list(VERSION), "versions": versions, **more, "content": content}
     return json.dumps(head, allow_nan=False, indent=indent, ensure_ascii=False)
+
+
+def _checksum(content: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a packed tree and of its tensors, which are on the CPU."""
+    found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def header_of(path: Path | str) -> Header | None:
@@ -183,7 +196,7 @@ def _parsed(path: Path, text: str) -> Header | None:
             f"{str(path)!r} has the file version {version[0]}.{version[1]}, made by kinvert {versions.get(KEY, '?')}, "
             f"and this kinvert reads up to {VERSION[0]}: pip install -U kinvert"
         )
-    return Header(str(head["kind"]), (version[0], version[1]), versions, head["content"])
+    return Header(str(head["kind"]), (version[0], version[1]), versions, head["content"], head.get(SEAL))
 
 
 def read_tree(path: Path | str, header: Header) -> Any:
@@ -201,6 +214,8 @@ def read_tree(path: Path | str, header: Header) -> Any:
         raise DamagedError(f"cannot read {str(path)!r}: {error}") from error
     except OSError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    if header.checksum is not None and header.checksum != _checksum(header.content, tensors):
+        raise DamagedError(f"cannot read {str(path)!r}: it is damaged, its checksum is that of other content")
     try:
         return _unpack(header.content, tensors)
     except (KeyError, TypeError, ValueError) as error:

@@ -252,10 +252,10 @@ def invert_files(wish: Wish, source: Path, out: Path) -> list[dict[str, Any]]:
                     file = latent_of(opened, wish, path)
                     file.save(place)
                     record = file.record
-            except ValueError as error:
+            except (OSError, ValueError) as error:  # OSError: an image that is gone since its latent was made
                 if is_without_room(error):
                     raise UnfinishedError(f"no room is left on the disk: {kept()} once there is some") from error
-                if len(paths) == 1 or opened is None:
+                if len(paths) == 1 or (opened is None and isinstance(error, ValueError)):
                     raise
                 failures.append(f"  {name}: {error}")
                 continue

@@ -103,15 +103,16 @@ def test_invert_of_a_folder_goes_on_and_its_latents_go_back(directory: Path, pho
     )
 
 
-def test_damaged_latents_and_photos(directory: Path, photos: Path, tmp_path: Path) -> None:
-    """A latent that is cut short is computed again, and kept aside; a photo that cannot be read costs itself."""
+@pytest.mark.parametrize("damage", ["cut short", "other bytes"])
+def test_damaged_latents_and_photos(damage: str, directory: Path, photos: Path, tmp_path: Path) -> None:
+    """A latent that is damaged is computed again, and kept aside; a photo that cannot be read costs itself."""
     source, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(photos, source)
     args = ["invert", source, "--model", directory, *CAT, "--method", "unsample", "--out", out]
     succeeds(*args)
     place = out / "a.png.safetensors"
     whole = place.read_bytes()
-    place.write_bytes(whole[:-10])
+    place.write_bytes(whole[:-10] if damage == "cut short" else whole[:-1] + bytes([whole[-1] ^ 1]))
     killed_while_it_writes(out / "more" / "b.png.safetensors")
     (source / "c.png").write_bytes(b"nonsense")
     with warnings.catch_warnings():
@@ -125,6 +126,19 @@ def test_damaged_latents_and_photos(directory: Path, photos: Path, tmp_path: Pat
     assert "1 damaged result is set aside, and computed again" in result.stderr
     assert place.read_bytes() == whole and place.with_name(place.name + ".damaged").exists()
     assert not list(out.rglob(".*"))
+
+
+def test_a_photo_that_is_gone_since_costs_itself(directory: Path, photos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    shutil.copytree(photos, source)
+    args = ["invert", source, "--model", directory, *CAT, "--method", "unsample", "--out", tmp_path / "out"]
+    succeeds(*args)
+    (source / "a.png").unlink()
+    (source / "a.png").symlink_to(source / "gone.png")
+    result = run(*args)
+    assert result.exit_code == 1 and "1 of 2 images are not done" in result.stderr
+    assert "a.png: [Errno 2] No such file" in result.stderr
+    assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_full_disk_ends_a_folder_of_photos(
