@@ -247,7 +247,7 @@ def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     return copy
 
 
-@pytest.mark.parametrize("value", [..., None, "text", 1.5, [], {}, [1.0]], ids=repr)
+@pytest.mark.parametrize("value", [..., None, "text", True, [], {}, [1.0]], ids=repr)
 def test_a_damaged_record_is_refused_or_reported(value: Any) -> None:
     """Whatever is missing in a record or of another type: a sentence or a page, and never a traceback."""
     whole, outcomes = record(method="invert", count=3) | {"residuals": None}, Counter[bool]()
