@@ -34,7 +34,7 @@ LAYERS = [
     {"parts", "ready"},
     {"sampling"},
     {"inversion"},
-    {"roundtrip", "reference"},
+    {"roundtrip", "reference", "edits"},
     {"models"},
     {"jobs", "editing"},
     {"bench"},
