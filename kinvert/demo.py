@@ -30,7 +30,7 @@ from kinvert.jsontext import to_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SAMPLERS", "Demo", "Settings", "draw", "run", "save"]
+__all__ = ["SAMPLERS", "Demo", "Page", "Settings", "draw", "run", "save"]
 
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m")
 
@@ -197,7 +197,7 @@ def draw(demo: Demo) -> Figure:
     shown = min(SHOWN, len(demo.images))
     block = max(shown, 4) * (TILE + SPACE) - SPACE
     first = max(LEFT, 0.3 + 0.12 * max(map(len, demo.trips)))
-    page = _Page(first + 3 * block + 2 * GAP + RIGHT, TOP + (1 + len(demo.trips)) * LINE + 0.25)
+    page = Page(first + 3 * block + 2 * GAP + RIGHT, TOP + (1 + len(demo.trips)) * LINE + 0.25)
     lefts = [first + k * (block + GAP) for k in range(3)]
     latents = "latent" if demo.settings.normalize else "latent / sigma"
     for left, title in zip(lefts, (latents, "sampled back", "difference"), strict=True):
@@ -223,29 +223,35 @@ def draw(demo: Demo) -> Figure:
     return page.figure
 
 
-class _Page:
+class Page:
     """A figure whose parts are placed in inches from the top left corner."""
 
     def __init__(self, width: float, height: float) -> None:
+        """Make an empty page, width and height in inches."""
         from matplotlib.figure import Figure  # here, because it takes half as long to import as torch
 
         self.figure = Figure(figsize=(width, height), facecolor=PAPER)
         self.width, self.height = width, height
 
     def text(self, left: float, top: float, words: str, **style: Any) -> None:
+        """Write a line, centred at the height `top`."""
         self.figure.text(
             left / self.width, 1 - top / self.height, words, **{"fontsize": 10, "color": INK, "va": "center", **style}
         )
 
     def image(self, left: float, top: float, width: float, height: float, **image: Any) -> None:
+        """Draw an array, with the options of matplotlib's `imshow`."""
         place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
         ax = self.figure.add_axes(place, xticks=[], yticks=[])
         ax.spines[:].set(color=FRAME, linewidth=0.6)
         ax.imshow(**image, aspect="auto", interpolation="nearest")
 
-    def tiles(self, left: float, top: float, images: Tensor, limit: float, cmap: str) -> None:
-        for k, image in enumerate(images[:, 0].numpy()):
-            self.image(left + k * (TILE + SPACE), top, TILE, TILE, X=image, vmin=-limit, vmax=limit, cmap=cmap)
+    def tiles(
+        self, left: float, top: float, images: Tensor, limit: float, cmap: str = "gray_r", side: float = TILE
+    ) -> None:
+        """Draw a row of images, shape (count, 1, H, W), whose colours go from -limit to limit."""
+        for k, image in enumerate(images[:, 0].cpu().double().numpy()):
+            self.image(left + k * (side + SPACE), top, side, side, X=image, vmin=-limit, vmax=limit, cmap=cmap)
 
     def scale(self, left: float, top: float, cmap: str, low: str, high: str) -> None:
         """Draw a bar of the colours between two labelled ends."""
