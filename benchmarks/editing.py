@@ -89,7 +89,7 @@ def draw_edits() -> None:
     for method in ("invert", "noise"):
         rows += [done.image for done in edits(IMAGES[index], LABELS[index], method, END, (SCALE,))]
     words = [("images", ""), ("ki.edit", "exact inversion"), ("SDEdit", "fresh noise")]
-    page = Page(6.9, 2.75)
+    page = Page(7.02, 2.75)
     page.text(1.55, 0.2, "3 becomes 8", weight="bold")
     page.text(4.3, 0.2, "4 becomes 9", weight="bold")
     for k, (images, (name, how)) in enumerate(zip(rows, words, strict=True)):
@@ -105,7 +105,7 @@ def draw_dials() -> None:
     """Draw one image edited with every `end_at_step` and cfg, by exact inversion and from fresh noise."""
     index = some(3, 1)
     ends = (0, 4, 6, 8, 9, 10, 11, 12)
-    page = Page(6.9, 3.95)
+    page = Page(6.9, 3.62)
     page.text(0.1, 0.42, "the image")
     page.tiles(0.1, 0.6, IMAGES[index], 1.0, side=0.62)
     for column, end in enumerate(ends):
@@ -144,7 +144,7 @@ def draw_walk() -> None:
 
 
 def draw_mask() -> None:
-    """Draw edits of the upper half alone, the noises of a stochastic sampler, and the images before."""
+    """Draw edits of the left half alone, the noises of a stochastic sampler, and the images before."""
     index = torch.cat([some(3, 4), some(4, 4)])
     images, labels = IMAGES[index], LABELS[index]
     mask = torch.zeros(28, 28)
@@ -154,7 +154,7 @@ def draw_mask() -> None:
         negative={"label": torch.full_like(labels, DENOISER.null_label)}, end_at_step=4, mask=mask,
     ).image  # fmt: skip
     (noises,) = edits(images, labels, "extract_noise", END, (2.0,))
-    page = Page(6.9, 2.55)
+    page = Page(7.02, 2.55)
     rows = [("images", "", images), ("mask", "left half", masked), ("extract_noise", "", noises.image)]
     for k, (name, how, row) in enumerate(rows):
         top = 0.15 + 0.78 * k
