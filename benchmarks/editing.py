@@ -22,10 +22,11 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import models
-from kinvert.demo import Page
 from kinvert.editing import edit_metrics
 from kinvert.files import write_file
 from kinvert.models import classifier
+from kinvert.plot.page import Page
+from kinvert.plot.style import GREY
 
 RESULTS = Path(__file__).parent / "results" / "editing.json"
 ASSETS = Path(__file__).parent.parent / "docs" / "assets"
@@ -95,7 +96,7 @@ def draw_edits() -> None:
     for k, (images, (name, how)) in enumerate(zip(rows, words, strict=True)):
         top = 0.4 + 0.78 * k
         page.text(0.1, top + (0.32 if not how else 0.22), name, fontsize=12, weight="bold")
-        page.text(0.1, top + 0.45, how, color="#666666")
+        page.text(0.1, top + 0.45, how, color=GREY)
         page.tiles(1.55, top, images[:4], 1.0, side=0.62)
         page.tiles(4.3, top, images[4:], 1.0, side=0.62)
     save(page, "editing.png")
@@ -111,7 +112,7 @@ def draw_dials() -> None:
     for column, end in enumerate(ends):
         left = 1.85 + 0.62 * column
         page.text(left + 0.28, 0.18, f"{end}", ha="center")
-        page.text(left + 0.28, 0.4, f"σ {float(SIGMAS[end]):.2g}", ha="center", color="#666666")
+        page.text(left + 0.28, 0.4, f"σ {float(SIGMAS[end]):.2g}", ha="center", color=GREY)
         for row, (method, scales) in enumerate([("invert", SCALES), ("noise", (SCALE,))]):
             for k, done in enumerate(edits(IMAGES[index], LABELS[index], method, end, scales)):
                 page.tiles(left, 0.6 + 0.72 * (k + 3 * row) + 0.2 * row, done.image, 1.0, side=0.56)
@@ -136,7 +137,7 @@ def draw_walk() -> None:
     faded = torch.lerp(pair[:1], pair[1:], share)
     page = Page(6.9, 1.9)
     for column, value in enumerate(t.tolist()):
-        page.text(1.5 + 0.59 * column + 0.27, 0.18, f"{value:.3g}", ha="center", color="#666666")
+        page.text(1.5 + 0.59 * column + 0.27, 0.18, f"{value:.3g}", ha="center", color=GREY)
     for top, name, images in ((0.36, "slerp", walk), (1.06, "pixels", faded)):
         page.text(0.1, top + 0.27, name, fontsize=12, weight="bold")
         page.tiles(1.5, top, images, 1.0, side=0.54)
@@ -159,7 +160,7 @@ def draw_mask() -> None:
     for k, (name, how, row) in enumerate(rows):
         top = 0.15 + 0.78 * k
         page.text(0.1, top + (0.32 if not how else 0.22), name, fontsize=12, weight="bold")
-        page.text(0.1, top + 0.45, how, color="#666666")
+        page.text(0.1, top + 0.45, how, color=GREY)
         page.tiles(1.55, top, row[:4], 1.0, side=0.62)
         page.tiles(4.3, top, row[4:], 1.0, side=0.62)
     save(page, "editing-mask.png")
@@ -167,7 +168,7 @@ def draw_mask() -> None:
 
 def save(page: Page, name: str) -> None:
     """Write a figure to the assets of the documentation."""
-    page.figure.savefig(ASSETS / name, dpi=130)
+    page.whole.savefig(ASSETS / name, dpi=130)
 
 
 def main() -> None:

@@ -23,18 +23,21 @@ from tqdm import tqdm
 
 import kinvert as ki
 from kinvert import models
-from kinvert.bench.report.tables import round_up
 from kinvert.devices import check_device
 from kinvert.files import write_file
 from kinvert.jobs import computing_with
 from kinvert.jsontext import to_json
 from kinvert.models import classifier
 from kinvert.pictures import write
+from kinvert.plot.page import SPACE, TILE, Page
+from kinvert.plot.style import GREY
+from kinvert.showing.brief import brief_repr
+from kinvert.showing.thumbnails import round_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EDIT_CFG", "EXACT", "SAMPLERS", "Demo", "Page", "Settings", "draw", "run", "save"]
+__all__ = ["EDIT_CFG", "EXACT", "SAMPLERS", "Demo", "Settings", "draw", "run", "save"]
 
 SAMPLERS = ("euler", "heun", "dpm_2", "dpmpp_2m")
 EXACT = "euler"
@@ -80,6 +83,8 @@ class Demo:
     schedules: dict[str, Tensor]
     trips: dict[str, ki.RoundTrip]
     edited: dict[str, Tensor]
+
+    __repr__ = brief_repr
 
     @property
     def targets(self) -> Tensor:
@@ -213,9 +218,8 @@ def save(demo: Demo, folder: Path) -> dict[str, Path]:
 
 # -- picture -----------------------------------------------------------------------------------------------------------
 SHOWN = 4  # images in a row, so that they can still be seen on a page
-TILE, SPACE, LINE = 0.56, 0.05, 0.71  # inches: an image, the space to the next, and from one row to the next
+LINE = 0.71  # inches: from one row to the next
 LEFT, TOP, GAP = 1.4, 0.84, 0.36  # inches: margins around, and the gap between, the blocks of images
-PAPER, INK, GREY, FRAME = "white", "#1a1a1a", "#666666", "#d8d8d8"
 
 
 def draw(demo: Demo) -> Figure:
@@ -253,44 +257,7 @@ def draw(demo: Demo) -> Figure:
         page.tiles(lefts[2], top, back - images, limit, "RdBu_r")
         page.text(lefts[2] + block, top + TILE + 0.075, f"s = {limit:.2g}", color=GREY, ha="right", fontsize=8)
         page.tiles(lefts[3], top, demo.edited[name][:shown].cpu(), 1.0)
-    return page.figure
-
-
-class Page:
-    """A figure whose parts are placed in inches from the top left corner."""
-
-    def __init__(self, width: float, height: float) -> None:
-        """Make an empty page, width and height in inches."""
-        from matplotlib.figure import Figure  # here, because it takes half as long to import as torch
-
-        self.figure = Figure(figsize=(width, height), facecolor=PAPER)
-        self.width, self.height = width, height
-
-    def text(self, left: float, top: float, words: str, **style: Any) -> None:
-        """Write a line, centred at the height `top`."""
-        self.figure.text(
-            left / self.width, 1 - top / self.height, words, **{"fontsize": 10, "color": INK, "va": "center", **style}
-        )
-
-    def image(self, left: float, top: float, width: float, height: float, **image: Any) -> None:
-        """Draw an array, with the options of matplotlib's `imshow`."""
-        place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        ax = self.figure.add_axes(place, xticks=[], yticks=[])
-        ax.spines[:].set(color=FRAME, linewidth=0.6)
-        ax.imshow(**image, aspect="auto", interpolation="nearest")
-
-    def tiles(
-        self, left: float, top: float, images: Tensor, limit: float, cmap: str = "gray_r", side: float = TILE
-    ) -> None:
-        """Draw a row of images, shape (count, 1, H, W), whose colours go from -limit to limit."""
-        for k, image in enumerate(images[:, 0].cpu().double().numpy()):
-            self.image(left + k * (side + SPACE), top, side, side, X=image, vmin=-limit, vmax=limit, cmap=cmap)
-
-    def scale(self, left: float, top: float, cmap: str, low: str, high: str) -> None:
-        """Draw a bar of the colours between two labelled ends."""
-        self.image(left, top, 1.4, 0.11, X=np.linspace(-1, 1, 256)[None], cmap=cmap)
-        self.text(left, top + 0.23, low, color=GREY)
-        self.text(left + 1.4, top + 0.23, high, ha="right", color=GREY)
+    return page.whole
 
 
 def _headline(settings: Settings) -> str:
