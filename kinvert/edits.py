@@ -41,6 +41,9 @@ from kinvert.noise import Noise, White, derived_seed, white
 from kinvert.ready import Ready
 from kinvert.rules import Rule
 from kinvert.sampling import dropped_steps, sample, unsample
+from kinvert.showing.brief import never_fails, size
+from kinvert.showing.html import card, html_never_fails, report
+from kinvert.showing.thumbnails import thumbnails
 from kinvert.tensors import wide_dtype
 
 __all__ = ["METHODS", "Edited", "edit", "slerp"]
@@ -49,9 +52,9 @@ METHODS = ("invert", "unsample", "extract_noise", "noise")
 """The ways up that `edit` knows."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Edited:
-    """Edited images, and what they were made of; `print` gives a short report.
+    """Edited images, and what they were made of. `print` gives a short report, a notebook shows it with pictures.
 
     Attributes:
         image: the edited images, shape (batch, *event).
@@ -86,8 +89,21 @@ class Edited:
             lines.append(f"  converged        {int(self.inversion.converged.sum())} of {len(self.image)}")
         return "\n".join(lines)
 
+    @never_fails
     def __repr__(self) -> str:
-        return f"<Edited: {str(self).partition(chr(10))[0]}>"
+        """Return size, way up and cost in one line; the device is not read."""
+        parts = [size(self.image), f"by {self.method!r}", f"through sigma {self.sigmas[0]:.4g}"]
+        return f"Edited({', '.join(parts)}, {self.evaluations} evaluations)"
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        labels = [f"changed {rms:.2g}" for rms in mse(self.image, self.original).sqrt().tolist()]
+        return card(
+            repr(self),
+            report(str(self)),
+            thumbnails("before", self.original),
+            thumbnails("edited", self.image, None, labels),
+        )
 
 
 def _rms_between(a: Tensor, b: Tensor) -> str:

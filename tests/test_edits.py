@@ -239,7 +239,7 @@ def test_an_edit_says_what_it_did() -> None:
     done = ki.edit(Classes(), data(3, 1), SIGMAS, source=A, target=B, reconstruct=True)
     assert "edit of 3 samples by 'invert', through sigma 20 and back in 7 steps" in str(done)
     assert "converged        3 of 3" in str(done) and "with the source  rms" in str(done)
-    assert repr(done).count("\n") == 0 and repr(done).startswith("<Edited: edit of 3 samples")
+    assert repr(done) == f"Edited(float64 (3, 1), by 'invert', through sigma 20, {done.evaluations} evaluations)"
 
 
 # -- slerp -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,8 @@ class _Job:
         if self.how["method"] in ("extract_noise", "noise"):
             noise = ki.noise.white([self.seed + start + i for i in range(len(images))])
         x = images.to(self.problem.images)
-        return ki.edit(self.problem.denoiser, x, self.sigmas, noise=noise, progress=True, **self.how)
+        bars = sys.stderr.isatty()
+        return ki.edit(self.problem.denoiser, x, self.sigmas, noise=noise, progress=bars, **self.how)
 
 
 @dataclass(frozen=True)

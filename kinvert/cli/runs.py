@@ -119,7 +119,9 @@ def _print_demo(outcome: demos.Demo) -> None:
     print_notes(
         "Errors are of the image sampled back, in [-1, 1]; PSNR is the mean over the images.",
         "Latents are divided by sigma: pure noise has mean 0 and standard deviation 1.",
-        "invert is exact where it converges, on the schedule without its step to 0; the others go up approximately.",
+        "invert is exact where it converges, on the schedule without its step to 0; the others go up approximately."
+        if "invert" in outcome.trips
+        else "Samplers go up approximately; --invert adds an exact inversion.",
         f"An edit samples the latent as the digit five further on, with cfg {demos.EDIT_CFG:g}; "
         "a classifier says whether it took.",
         "In the picture black is the larger value: ink in images.",

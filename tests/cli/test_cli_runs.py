@@ -72,6 +72,7 @@ def test_demo_prints_a_whole_table(tmp_path: Path) -> None:
     assert "invert (euler)" in text and "black is the larger value" in text
     *_, last = text.strip().splitlines()
     program, *command = shlex.split(last.removeprefix("next: "))
+    assert "--invert adds" not in text
     assert program == "kinvert" and "wrote" in succeeds(*command, "--steps", "4")
     assert (out / "edited-digits-5.png").is_file()
 
