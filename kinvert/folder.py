@@ -38,7 +38,7 @@ from kinvert.resultfiles import check_data, read_result, set_aside, write_result
 from kinvert.telling import warn_user
 from kinvert.tensors import rms
 
-__all__ = ["MANIFEST", "SETTINGS", "Shard", "as_conditioning", "invert_folder", "try_conditioning"]
+__all__ = ["MANIFEST", "SETTINGS", "Shard", "as_conditioning", "invert_folder", "read_states", "try_conditioning"]
 
 LATENTS = tuple(ending for ending in TENSORS if ending != ".latent")  # in the unit of a VAE that is not known here
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
@@ -81,7 +81,7 @@ class Shard:
         for name, digest in self.files:
             if _digest(self.source / name) != digest:
                 raise ValueError(f"{name} was changed since the run began; the same command takes it as it is now")
-        batches = [_read(self.source / name, problem) for name, _ in self.files]
+        batches = [read_states(self.source / name, problem) for name, _ in self.files]
         x = torch.cat(batches).to(problem.images)
         positive = as_conditioning(dict(self.positive), x.device)
         negative = as_conditioning(dict(self.negative), x.device) or None
@@ -213,7 +213,7 @@ def _readable_files(source: Path, folder: Path, problem: Problem) -> tuple[list[
     files, unread = [], []
     for path in _files(source, folder):
         try:
-            _read(path, problem)
+            read_states(path, problem)
             files.append((path.relative_to(source).as_posix(), _digest(path)))
         except Exception as error:  # whatever a reader raises costs this file alone
             said = str(error) or type(error).__name__
@@ -313,8 +313,12 @@ def try_conditioning(problem: Problem, name: str, values: tuple[tuple[str, Any],
         raise ValueError(f"the model does not take {name} {given}: {type(error).__name__}: {error}") from error
 
 
-def _read(path: Path, problem: Problem) -> Tensor:
-    """Read the images or latents of a file, shape (n, *event)."""
+def read_states(path: Path, problem: Problem) -> Tensor:
+    """Return the images or latents of a file, shape (n, *event).
+
+    Raises:
+        ValueError: a file that cannot be read, or that is none of this problem, with its name.
+    """
     event = tuple(problem.images.shape[1:])
     channels = None
     if path.suffix.lower() in IMAGES:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_count, check_positive, check_values, describe, plain
+from kinvert.edits import Edited
 from kinvert.inversion import Inversion
 from kinvert.plot.curves import named
 from kinvert.plot.page import Page
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Shown", "differences", "images", "latents"]
 
-Shown = Tensor | Inversion | RoundTrip
+Shown = Tensor | Inversion | RoundTrip | Edited
 """What has images: a batch, or a result, of which it is what the sampler made of the latent."""
 SIDE, SPACE, LINE, TOP, GAP = 0.75, 0.05, 0.22, 0.12, 0.35  # inches: an image, space beside and below, margins
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latents
@@ -137,6 +138,8 @@ def _images(argument: str, name: str, shown: object) -> Tensor:
         shown = shown.restored
     elif isinstance(shown, RoundTrip):
         shown = shown.reconstruction
+    elif isinstance(shown, Edited):
+        shown = shown.image
     x = _tensor(what, shown)
     if not are_images(x):
         raise ValueError(
@@ -149,7 +152,7 @@ def _images(argument: str, name: str, shown: object) -> Tensor:
 def _unit_latent(name: str, shown: object, sigma: float | None) -> Tensor:
     """Return a latent in units of its noise level, on the CPU."""
     what = f"shown[{name!r}]" if name else "shown"
-    if isinstance(shown, Inversion):
+    if isinstance(shown, Inversion | Edited):
         return _tensor(what, shown.latent) / shown.sigmas[0]
     if isinstance(shown, RoundTrip):
         return _tensor(what, unit_latent(shown))
@@ -161,7 +164,7 @@ def _unit_latent(name: str, shown: object, sigma: float | None) -> Tensor:
 
 def _tensor(what: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{what} must be a tensor, an Inversion or a RoundTrip, got {describe(x)}")
+        raise TypeError(f"{what} must be a tensor, an Inversion, a RoundTrip or an Edited, got {describe(x)}")
     check_values(what, x, "they are drawn")
     if x.is_complex() or x.dtype == torch.bool or not x.numel():
         raise ValueError(f"{what} must have real numbers to draw, got {x.dtype} of shape {tuple(x.shape)}")

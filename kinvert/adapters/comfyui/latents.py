@@ -13,7 +13,7 @@ from torch.nn import functional
 from kinvert.adapters.comfyui import host
 from kinvert.adapters.comfyui.samplers import make_schedule, sampler_names, schedule_names
 from kinvert.adapters.comfyui.spec import Input, Node, Output, choice
-from kinvert.editing import slerp
+from kinvert.edits import slerp
 
 __all__ = ["NODES", "FoundNoise", "each_part", "item_masks", "replaced", "samples_of"]
 
