@@ -89,7 +89,7 @@ def ks(z: Tensor, per: Per = "sample") -> Tensor:
     """
     values = _values(z, per).sort(-1).values
     n = values.shape[-1]
-    below, rank = torch.special.ndtr(values), torch.arange(n + 1, dtype=torch.float64) / n
+    below, rank = torch.special.ndtr(values), torch.arange(n + 1, dtype=torch.float64, device="cpu") / n
     return torch.maximum(rank[1:] - below, below - rank[:-1]).amax(-1)
 
 
@@ -106,7 +106,7 @@ def anderson(z: Tensor, per: Per = "sample") -> Tensor:
     values = _values(z, per).sort(-1).values
     n = values.shape[-1]
     tails = torch.special.log_ndtr(values) + torch.special.log_ndtr(-values.flip(-1))
-    return -n - ((2 * torch.arange(n, dtype=torch.float64) + 1) * tails).sum(-1) / n
+    return -n - ((2 * torch.arange(n, dtype=torch.float64, device="cpu") + 1) * tails).sum(-1) / n
 
 
 def dagostino(z: Tensor, per: Per = "sample") -> Tensor:
@@ -126,7 +126,7 @@ def dagostino(z: Tensor, per: Per = "sample") -> Tensor:
     values = _values(z, per)
     if values.shape[-1] < 20:
         raise ValueError(f"dagostino needs at least 20 values per {per}, got {values.shape[-1]}")
-    statistic = torch.full(values.shape[:-1], math.nan, dtype=torch.float64)
+    statistic = torch.full(values.shape[:-1], math.nan, dtype=torch.float64, device="cpu")
     varied = _central_moments(values)[0] > 0  # scipy warns about the others
     statistic[varied] = torch.from_numpy(normaltest(values[varied].numpy(), axis=-1).statistic)
     return statistic
@@ -233,7 +233,7 @@ def radial_spectrum(z: Tensor) -> tuple[Tensor, Tensor]:
     count = min(z.shape[2:]) // 2
     totals = spectrum.new_zeros(len(z), count + 2).index_add(1, rings, spectrum)
     power = totals / torch.bincount(rings, minlength=count + 2)
-    return torch.arange(1, count + 1, dtype=torch.float64) / min(z.shape[2:]), power[:, 1:-1]
+    return torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / min(z.shape[2:]), power[:, 1:-1]
 
 
 def spectrum_slope(z: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ LAYERS = [
     {
         "_discover",
         "_moved",
+        "caches",
         "checks",
         "devices",
         "files",

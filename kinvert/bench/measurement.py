@@ -178,7 +178,9 @@ def _recover(cell: Cell, problem: Problem) -> CellRun:
 
 def _starting_latent(cell: Cell, images: Tensor, sigma: float) -> Tensor:
     """Draw the latent that a recovery starts from, like `images`; it is the same noise in every dtype."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(cell.seed), dtype=torch.float64)
+    noise = torch.randn(
+        images.shape, generator=torch.Generator().manual_seed(cell.seed), dtype=torch.float64, device="cpu"
+    )
     return (sigma * noise).to(images)
 
 

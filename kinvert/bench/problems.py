@@ -180,19 +180,22 @@ class ByLabel:
 
 
 def _gaussian(count: int, seed: int, dtype: torch.dtype) -> Problem:
-    gaussian, bounds = Gaussian(0.0, torch.linspace(0.2, 1.0, 16, dtype=torch.float64)), levels.edm(0.03, 15.0)
+    gaussian, bounds = (
+        Gaussian(0.0, torch.linspace(0.2, 1.0, 16, dtype=torch.float64, device="cpu")),
+        levels.edm(0.03, 15.0),
+    )
     images = _noised(gaussian.sample(count, _generator(seed)), 0.03, seed)
     return Problem(gaussian, images.to(dtype), bounds, exact=True)
 
 
 def _mixture(count: int, seed: int, dtype: torch.dtype) -> Problem:
-    means = torch.randn(6, 16, generator=_generator(0), dtype=torch.float64)
-    stds = torch.tensor([0.3, 0.5, 0.8, 0.4, 0.6, 0.7], dtype=torch.float64)
+    means = torch.randn(6, 16, generator=_generator(0), dtype=torch.float64, device="cpu")
+    stds = torch.tensor([0.3, 0.5, 0.8, 0.4, 0.6, 0.7], dtype=torch.float64, device="cpu")
     classes = [GaussianMixture(means[part], stds[part]) for part in (slice(3), slice(3, 6))]
     generator = _generator(seed)
     draws = torch.stack([one.sample(count, generator) for one in classes], dim=1)
-    label = torch.arange(count) % 2
-    images = _noised(draws[torch.arange(count), label], 0.03, seed)
+    label = torch.arange(count, device="cpu") % 2
+    images = _noised(draws[range(count), label], 0.03, seed)
     denoiser = ByLabel([*classes, GaussianMixture(means, stds)])
     return Problem(denoiser, images.to(dtype), levels.edm(0.03, 15.0), *_labels(label, 2), exact=True)
 
@@ -235,11 +238,11 @@ def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tens
 def _chosen(available: int, count: int, seed: int) -> Tensor:
     if count > available:
         raise ValueError(f"count must be at most {available}, the images there are, got {count}")
-    return torch.randperm(available, generator=_generator(seed))[:count]
+    return torch.randperm(available, generator=_generator(seed), device="cpu")[:count]
 
 
 def _noised(x: Tensor, sigma: float, seed: int) -> Tensor:
-    return x + sigma * torch.randn(x.shape, generator=_generator(seed + 1_000_000), dtype=x.dtype)
+    return x + sigma * torch.randn(x.shape, generator=_generator(seed + 1_000_000), dtype=x.dtype, device="cpu")
 
 
 def _generator(seed: int) -> torch.Generator:

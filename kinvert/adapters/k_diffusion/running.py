@@ -68,7 +68,7 @@ def _sample(face: Face, white: Callable[[Tensor], NoiseSampler], given: dict[str
         ends = given["sigma_max"], given["sigma_min"]
         schedule = [check_number(name, float(given[name]), above=0) for name in ("sigma_max", "sigma_min")]
         dtype = next((end.dtype for end in ends if isinstance(end, Tensor)), torch.get_default_dtype())
-        sigmas = torch.tensor(schedule, dtype=dtype)
+        sigmas = torch.tensor(schedule, dtype=dtype, device="cpu")
     if "n" in face.levels:
         options["evaluations"] = check_integer("n", given["n"], fix="it is the number of evaluations")
     rule = sampler(face.sampler, **face.fixed, **options)
