@@ -179,7 +179,7 @@ def patch_correlation(z: Tensor, patch: int | None = None, pairs: int = 20) -> T
     if not is_integer(patch) or not 2 <= patch <= side:
         raise ValueError(f"patch must be an int from 2 to {side}, the shorter side of z, got {patch!r}")
     values = torch.where(_flat(z)[:, None, None, None], math.nan, _values(z, "sample").reshape(z.shape))
-    upper = torch.triu_indices(patch**2, patch**2, offset=1)
+    upper = torch.triu_indices(patch**2, patch**2, offset=1, device="cpu")
     strongest = []
     for sample in values:  # one at a time: the windows hold each pixel patch^2 times
         windows = sample.unfold(1, patch, 1).unfold(2, patch, 1).reshape(-1, patch**2)
@@ -321,5 +321,5 @@ def _rings(z: Tensor) -> Tensor:
     """Return the ring of each frequency of `fft2`, shape (H * W,): ring 0 is the mean, the last one the corners."""
     check_images("z", z, 4)
     side = min(z.shape[2:])
-    y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in z.shape[2:])
+    y, x = (torch.fft.fftfreq(n, dtype=torch.float64, device="cpu") for n in z.shape[2:])
     return (torch.hypot(y[:, None], x) * side).round().long().clamp(max=side // 2 + 1).flatten()

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-KEPT = 2**26
+KEPT = 2**24
 """Bytes of Plans that are cached."""
 
 

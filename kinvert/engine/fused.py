@@ -29,7 +29,7 @@ from kinvert.tensors import is_half, wide_dtype
 __all__ = ["FusedRun", "Uploaded", "fused_loop"]
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device, type]
-_LATEST: SizedCache[Plan, tuple[_Kind, Uploaded, int | None]] = SizedCache(2**25)
+_LATEST: SizedCache[Plan, tuple[_Kind, Uploaded, int | None]] = SizedCache(2**24)
 """What the latest run of each Plan uploaded, for which kind of state, and the version of its noise levels then."""
 
 ROWS = 256

@@ -61,7 +61,9 @@ def _sample(face: Face, white: Callable[[Tensor], NoiseSampler], given: dict[str
     noise_sampler, return_info = options.pop(NOISE, None), options.pop("return_info", False)
     x, model = check_state(given["x"]), _Model(**{name: given[name] for name in ("model", "extra_args", "callback")})
     if face.levels == ("sigmas",):
-        schedule, sigmas = given["sigmas"], torch.as_tensor(given["sigmas"])
+        schedule = sigmas = given["sigmas"]
+        if not isinstance(sigmas, Tensor):
+            sigmas = torch.as_tensor(sigmas, device="cpu")
         if sigmas.shape in ((0,), (1,)):
             return x  # no step
     else:
