@@ -26,6 +26,7 @@ LAYERS = [
         "telling",
         "tensors",
         "torch_hooks",
+        "torch_settings",
     },
     {"forms", "coefficients", "linalg"},
     {"rules"},

@@ -28,6 +28,7 @@ from torch import Tensor
 from kinvert import levels, models
 from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
+from kinvert.torch_settings import loading
 
 __all__ = [
     "PROBLEMS",
@@ -100,7 +101,8 @@ def is_built_in(name: str) -> bool:
 def _imported(name: str, module: str) -> ModuleType:
     """Import the module of an entry point; the message tells a missing module from one that fails to import."""
     try:
-        return importlib.import_module(module)
+        with loading(module):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
         if module == missing or module.startswith(f"{missing}."):
