@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from kinvert._moved import renamed
 from kinvert.caches import sized_cache
-from kinvert.checks import describe
+from kinvert.checks import MOST_STEPS, check_length, describe
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.plancard import plan_card, plan_line
 from kinvert.rules import sampler as resolve_sampler
@@ -372,6 +372,7 @@ def _rename(form: Form, names: dict[Symbol, Symbol]) -> Form:
 
 def as_schedule(sigmas: Any) -> tuple[float, ...]:
     """Check a schedule and return it as floats on the host; see `compile_plan`."""
+    check_length("sigmas", sigmas)
     try:
         values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
     except (RuntimeError, NotImplementedError, AttributeError):  # the last is torch 2.4 for a fake tensor
@@ -381,7 +382,8 @@ def as_schedule(sigmas: Any) -> tuple[float, ...]:
         ) from None
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {describe(sigmas)}")
-    values = list(values)
+    values = list(itertools.islice(values, MOST_STEPS + 2))  # a generator may never end
+    check_length("sigmas", values)
     try:
         levels = tuple(_number(v) for v in values)
     except (TypeError, ValueError, RuntimeError):
