@@ -43,6 +43,15 @@ class SizedCache(Generic[Key, Value]):
             self._entries.move_to_end(key)
             return entry[0]
 
+    def pop(self, key: Key) -> Value | None:
+        """Take out a value, and return it, or None: nobody else gets it meanwhile."""
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is None:
+                return None
+            self.size -= entry[1]
+            return entry[0]
+
     def put(self, key: Key, value: Value, size: int) -> None:
         """Keep a value of `size` bytes."""
         with self._lock:

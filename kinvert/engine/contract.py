@@ -117,9 +117,9 @@ def check_room(x: Tensor, plan: Plan | None = None) -> None:
     limit, held = memory_limit(), x.untyped_storage().nbytes()
     if limit is not None and held + count * size > limit:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} in {x.dtype} does not fit: each tensor of its size takes {size / 1e9:,.1f} GB, "
-            f"a run needs at least {count} besides x, and this machine has {limit / 1e9:,.1f} GB; give fewer samples at a "
-            "time, smaller ones, or a narrower dtype"
+            f"x of shape {tuple(x.shape)} in {x.dtype} does not fit: a tensor of its size takes {size / 1e9:,.1f} GB, "
+            f"a run needs at least {count} of them besides x, and this machine has {limit / 1e9:,.1f} GB; give fewer "
+            "samples at a time, smaller ones, or a narrower dtype"
         )
 
 

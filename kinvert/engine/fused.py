@@ -29,8 +29,8 @@ from kinvert.tensors import is_half, wide_dtype
 __all__ = ["FusedRun", "Uploaded", "fused_loop"]
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device, type]
-_LATEST: SizedCache[Plan, tuple[_Kind, Uploaded, int | None]] = SizedCache(2**24)
-"""What the latest run of each Plan uploaded, for which kind of state, and the version of its noise levels then."""
+_LATEST: SizedCache[Plan, tuple[_Kind, Uploaded]] = SizedCache(2**24)
+"""What the latest run of each Plan uploaded, and for which kind of state; it is taken out while a run uses it."""
 
 ROWS = 256
 """The largest batch for which the noise levels of all evaluations are kept as denoisers get them, shape (batch,). For
@@ -82,21 +82,29 @@ class Uploaded:
         return cls(code, steps, levels, tuple(matrices), blocks)
 
 
-def uploaded(plan: Plan, x: Tensor) -> Uploaded:
-    """Return the numbers of a Plan on the device: those of its latest run if they still serve.
+def take_uploaded(plan: Plan, x: Tensor) -> Uploaded:
+    """Return the numbers of a Plan on the device for one run alone: those of an earlier run if they serve and are free.
 
-    They do if the state is alike and no denoiser wrote into its sigma.
+    They serve if the state is alike and no denoiser wrote into its sigma, which it may. So no other run reads them
+    meanwhile, in another thread or inside of the denoiser.
     """
     if torch.is_inference_mode_enabled():  # tensors made in this mode cannot be used outside of it
         return Uploaded.of(plan, x)
-    kind = (x.shape, x.dtype, x.device, type(x))
-    latest = _LATEST.get(plan)
-    version = torch_hooks.total_version
-    if latest is None or latest[0] != kind or latest[2] is None or version(latest[1].levels) != latest[2]:
-        numbers = Uploaded.of(plan, x)
-        latest = (kind, numbers, version(numbers.levels))
-        _LATEST.put(plan, latest, numbers.nbytes + plan_size(plan))
-    return latest[1]
+    kind, numbers = _LATEST.pop(plan) or (None, None)
+    if numbers is None or kind != _kind(x) or torch_hooks.total_version(numbers.levels) != 0:
+        return Uploaded.of(plan, x)
+    return numbers
+
+
+def leave_uploaded(plan: Plan, x: Tensor, numbers: Uploaded) -> None:
+    """Leave the numbers of a run that ended to the next one."""
+    if not torch.is_inference_mode_enabled():
+        _LATEST.put(plan, (_kind(x), numbers), numbers.nbytes + plan_size(plan))
+
+
+def _kind(x: Tensor) -> _Kind:
+    """Return what the numbers on the device depend on besides the Plan."""
+    return x.shape, x.dtype, x.device, type(x)
 
 
 class FusedRun:
@@ -268,7 +276,7 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
     state = {name: lay_out(value) for name, value in state.items()}
     x = state["x"]
     version = torch_hooks.version(x)
-    numbers = uploaded(plan, x)
+    numbers = take_uploaded(plan, x)
     fused = FusedRun(numbers, x)
     fused.start(state)
     fused.make_steps(numbers.steps, denoiser, draw, callback)
@@ -277,4 +285,5 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
             "the denoiser wrote into x, so that the state and your own tensor changed under the run; let it work on a "
             "copy, e.g. x = x.clone() in front of an operation in place"
         )
+    leave_uploaded(plan, x, numbers)
     return fused.end()
