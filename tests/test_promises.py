@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from cells import measured
 from inverting import MIXTURE, images, schedule
 from torch import Tensor
 
 import kinvert as ki
+from kinvert import bench
+from kinvert.bench import report
 from kinvert.engine import contract
+from kinvert.jsontext import canonical_json, content_key
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "promises.md"
@@ -37,7 +41,11 @@ def promises() -> list[tuple[str, list[tuple[str, str]]]]:
 def test_every_promise_names_tests_that_exist() -> None:
     found = promises()
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    heads = [line for line in lines if line.startswith(("| Promise |", "| --- |", "| Sampler, steps |", "| `euler`", "| `heun`", "| `dpmpp_2m`"))]
+    heads = [
+        line
+        for line in lines
+        if line.startswith(("| Promise |", "| --- |", "| Sampler, steps |", "| `euler`", "| `heun`", "| `dpmpp_2m`"))
+    ]
     assert len(found) == len(lines) - len(heads) >= 30
     for said, tests in found:
         assert tests, said
@@ -88,6 +96,21 @@ def test_a_file_with_a_pickle_runs_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert mark.exists()
+
+
+def test_records_and_their_report_import_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of a record is an entry point of the user's own, which is here but is not called for."""
+    record = measured()
+    record["cell"]["model"] = "a_trap:model"
+    record["key"] = content_key(record["cell"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{record['key']}.json").write_text(canonical_json(record))
+    (tmp_path / "a_trap.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    records = bench.load(tmp_path / "out")
+    assert "a_trap:model" in repr(records) + records._repr_html_()
+    assert report.write([tmp_path / "out"], tmp_path / "report").exists()
+    assert "a_trap" not in sys.modules
 
 
 # -- determinism -------------------------------------------------------------------------------------------------------
