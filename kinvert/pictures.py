@@ -248,7 +248,7 @@ def _bytes_of(x: Tensor, path: Path) -> bytes | Callable[[BinaryIO], Any]:
     if ending == ".latent":
         if x.ndim < 3:
             raise ValueError(f"a latent of ComfyUI has the shape (batch, channels, ...), got {tuple(x.shape)}")
-        return save({SAMPLES: x, MARK: torch.empty(0)})
+        return save({SAMPLES: x, MARK: torch.empty(0, device="cpu")})
     if ending == ".pt":
         return lambda file: torch.save(x.clone(), file)
     if x.dtype == torch.bfloat16:

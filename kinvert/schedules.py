@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kinvert._moved import renamed
-from kinvert.checks import check_choice, check_integer, check_number, is_number, suggestion
+from kinvert.checks import MOST_STEPS, check_choice, check_integer, check_number, is_number, suggestion
 from kinvert.levelbase import check_levels
 from kinvert.levels import FlowTimes, Levels
 from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
@@ -60,8 +60,6 @@ __all__ = [
 
 # Samplers whose schedule is built with one more step and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
-MOST_STEPS = 1_000_000
-"""Steps of a schedule, at most: its levels are 64-bit numbers, and a Plan has some dozens of numbers for each."""
 # A lowest training level up to this value counts as 0: no 0 is appended after it.
 ZERO = 1e-5
 # The published 10-step schedules (11 sigmas), by model.

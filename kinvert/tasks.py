@@ -120,14 +120,17 @@ def import_modules(names: Iterable[str]) -> None:
 
 @contextmanager
 def computing_with(threads: int | None) -> Iterator[None]:
-    """Set torch's number of threads inside the `with` block, for operations in this process; None leaves it."""
+    """Set torch's number of threads inside the `with` block, for operations in this process; None leaves it.
+
+    The number is set back, also if something else changed it.
+    """
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         yield
     finally:
-        if threads is not None:
+        if torch.get_num_threads() != before:
             torch.set_num_threads(before)
 
 

@@ -16,6 +16,7 @@ LAYERS = [
     {
         "_discover",
         "_moved",
+        "caches",
         "checks",
         "devices",
         "files",
@@ -26,6 +27,7 @@ LAYERS = [
         "telling",
         "tensors",
         "torch_hooks",
+        "torch_settings",
     },
     {"forms", "coefficients", "linalg"},
     {"rules"},

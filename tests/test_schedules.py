@@ -144,6 +144,29 @@ def test_simple_repeats_beyond_the_table():
     assert sigmas.equal(zero32(small.sigmas[[2, 2, 1, 1, 0, 0]]))
 
 
+PUBLISHED = {  # https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html; the times belong to the sigmas
+    "sd15": (
+        "14.615 6.475 3.861 2.697 1.886 1.396 0.963 0.652 0.399 0.152 0.029",
+        "999 850 736 645 545 455 343 233 124 24",
+    ),
+    "sdxl": (
+        "14.615 6.315 3.771 2.181 1.342 0.862 0.555 0.380 0.234 0.113 0.029",
+        "999 845 730 587 443 310 193 116 53 13",
+    ),
+    "svd": ("700.00 54.5 15.886 7.977 4.248 1.789 0.981 0.403 0.173 0.034 0.002", ""),
+}
+
+
+@pytest.mark.parametrize("model", schedules.ALIGN_YOUR_STEPS)
+def test_ays_is_as_published(model):
+    """The sigmas, digit by digit; those of Stable Diffusion have the published timesteps in its table of levels."""
+    sigmas, times = ([float(word) for word in words.split()] for words in PUBLISHED[model])
+    assert schedules.ays(10, model).tolist() == pytest.approx([*sigmas[:-1], 0], rel=1e-13)
+    assert schedules.ALIGN_YOUR_STEPS[model][-1] == sigmas[-1]
+    found = levels.stable_diffusion().timestep(torch.tensor(sigmas[: len(times)], dtype=torch.float64))
+    assert found.tolist() == pytest.approx(times, abs=1)
+
+
 @pytest.mark.parametrize("model", schedules.ALIGN_YOUR_STEPS)
 def test_ays(model):
     table = torch.tensor(schedules.ALIGN_YOUR_STEPS[model], dtype=torch.float64)
