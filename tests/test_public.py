@@ -110,7 +110,7 @@ PUBLIC = {
         DPM2Ancestral DPMAdaptive DPMFast DPMpp2M DPMpp2MCFGpp DPMpp2MSDE DPMpp2SAncestral DPMpp2SAncestralCFGpp
         DPMpp3MSDE DPMppSDE DirectInversion Euler EulerAncestral EulerAncestralCFGpp ExponentialAdams FireFlow Flow
         GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 Leapfrog McCallumFoster
-        RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
+        PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
         StepBuilder Tableau UniPC interpolate register sampler slope weighted_sum
     """,
     "kinvert.schedules": """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from problems import schedules
+from problems import mixture, noise_like, order_slope, schedules
 from rule_runs import assert_same, run
 
 import kinvert as ki
@@ -13,18 +13,21 @@ from kinvert.rules import (
     Tableau,
 )
 from kinvert.rules.tableau import trees
+from kinvert.rules.tables import TABLEAUS
 
 
 def test_rooted_trees() -> None:
     assert [len(trees(n)) for n in range(1, 7)] == [1, 1, 2, 4, 9, 20]
 
 
-@pytest.mark.parametrize("name", ["midpoint", "ralston", "rk3", "bogacki_shampine", "rk4", "dormand_prince"])
+@pytest.mark.parametrize("name", [tableau.name for tableau in TABLEAUS])
 def test_tableau_order_is_not_higher(name: str) -> None:
     tableau = ki.SAMPLERS[name].defaults["tableau"]
     assert tableau.name == name
     with pytest.raises(ValueError, match="does not have order"):
         Tableau(name, tableau.order + 1, tableau.a, tableau.b)
+    with pytest.raises(ValueError, match="not effectively symmetric to order.*state a lower symmetry"):
+        Tableau(name, tableau.order, tableau.a, tableau.b, tableau.symmetry + 1)
     rule = ki.sampler(name)
     assert (rule.name, rule.ode_order) == (name, tableau.order)
     plan = ki.compile_plan(rule, [3.0, 1.0, 0.0])
@@ -45,3 +48,18 @@ def test_bad_tableaus() -> None:
 def test_heun_is_a_tableau(sigmas: list[float]) -> None:
     heun = RungeKutta(Tableau.parse("heun", 2, "1", "1/2 1/2"))
     assert_same(run(heun, sigmas), run("heun", sigmas))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("midpoint", (40, 80, 160)), ("ees_25", (20, 40, 80)), ("ees_27", (40, 80, 160))]
+)
+def test_round_trips_fall_at_the_order_of_the_symmetry(name: str, steps: tuple[int, ...]) -> None:
+    """Up and down with the same sampler, nothing solved: EES(2, 5) and EES(2, 7) miss by h^5 and h^7."""
+    denoiser, x = mixture(), noise_like((8, 6), seed=2)
+    errors = []
+    for n in steps:
+        sigmas = ki.schedules.exponential(n + 1, 0.1, 10.0)[:-1]
+        up = ki.unsample(denoiser, x, sigmas, sampler=name, sigma_offset=0.0)
+        errors.append(float((ki.sample(denoiser, up, sigmas, sampler=name) - x).norm()))
+    expected = ki.SAMPLERS[name].defaults["tableau"].symmetry
+    assert expected - 0.3 < order_slope(errors, list(steps)) < expected + 0.8
