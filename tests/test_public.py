@@ -74,8 +74,8 @@ PUBLIC = {
         Stop Sweeps Watcher baselines extract_noise invert preimages register_method
     """,
     "kinvert.inversion.baselines": """
-        BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow null_text
-        register_baseline renoise rf_inversion rf_solver sample_null_text steer
+        BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow flow_edit
+        forward_first null_text register_baseline renoise rf_inversion rf_solver sample_null_text steer uni_inv
     """,
     "kinvert.inversion.solvers": """
         Anderson Attempt Auto Continuation Damped Guess Judge LevenbergMarquardt NewtonKrylov Picard Problem Reason Root
@@ -111,7 +111,7 @@ PUBLIC = {
         DPMpp3MSDE DPMppSDE DirectInversion Euler EulerAncestral EulerAncestralCFGpp ExponentialAdams FireFlow Flow
         GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 Leapfrog McCallumFoster
         PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
-        StepBuilder Tableau UniPC interpolate register sampler slope weighted_sum
+        StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
     """,
     "kinvert.schedules": """
         ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 ddim_uniform exponential karras

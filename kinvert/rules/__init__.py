@@ -33,7 +33,7 @@ from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
 from kinvert.rules.names import REGISTRIES, unknown_sampler
 from kinvert.rules.phi_tableau import PhiTableau
 from kinvert.rules.predictor_corrector import SASolver, UniPC
-from kinvert.rules.rectified import FireFlow, RFSolver
+from kinvert.rules.rectified import FireFlow, RFSolver, UniInv
 from kinvert.rules.res import ResMultistep
 from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
@@ -97,6 +97,7 @@ __all__ = [
     "Seeds3",
     "StepBuilder",
     "Tableau",
+    "UniInv",
     "UniPC",
     "interpolate",
     "register",
