@@ -83,7 +83,7 @@ PUBLIC = {
     """,
     "kinvert.levels": """
         DiscreteLevels EDMLevels FlowLevels FlowTimes Levels TableLevels VDiffusionLevels edm flow flow_to_ve flux
-        from_alphas_cumprod from_betas from_table stable_diffusion v_diffusion ve_to_flow
+        from_alphas_cumprod from_betas from_table resolution_mu stable_diffusion v_diffusion ve_to_flow
     """,
     "kinvert.metrics": """
         Per anderson autocorrelation cosine dagostino ks kurtosis latent_metrics max_error mean mse nmse norm_score
@@ -114,8 +114,9 @@ PUBLIC = {
         StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
     """,
     "kinvert.schedules": """
-        ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 ddim_uniform exponential karras
-        kl_optimal laplace linear_quadratic normal polyexponential schedule sgm_uniform simple vp
+        ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 bong_tangent ddim_uniform
+        exponential karras kl_optimal laplace leading linear_quadratic logit_normal normal polyexponential schedule
+        sgm_uniform shift_terminal simple trailing vp
     """,
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from kinvert.jobs import import_modules
 from kinvert.jsontext import content_key
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_sampler, unknown_schedule
-from kinvert.schedules import MOST_STEPS
+from kinvert.spacings import MOST_STEPS
 
 __all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "check_size", "describe", "preset", "read_grid", "unique"]
 

@@ -118,15 +118,13 @@ SCHEDULES_ELSEWHERE: dict[str, Meaning] = {
     "alignyoursteps": Meaning(schedule="ays"),
     "alignyourstepsgits": Meaning(note=_ABSENT),
     "automatic": Meaning(note="it stands for the sampler's own, mostly 'karras', 'exponential' for SDE samplers"),
-    "bongtangent": Meaning(note=_ABSENT),
     "ddim": Meaning(schedule="ddim_uniform"),
     "gits": Meaning(note=_ABSENT),
-    "leading": Meaning(schedule="ddim_uniform"),
     "linspace": Meaning(schedule="normal"),
     "lu": Meaning(schedule="exponential"),
     "lulambdas": Meaning(schedule="exponential"),
+    "sdturbo": Meaning(schedule="trailing", note="with 10 steps, of which the first n are taken, and then 0"),
     "sgm": Meaning(schedule="sgm_uniform"),
-    "trailing": Meaning(schedule="simple"),
     "uniform": Meaning(schedule="normal"),
 }
 for _model in ("sd15", "sdxl", "svd"):
