@@ -38,7 +38,7 @@ from kinvert.rules.res import ResMultistep
 from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
 from kinvert.rules.seeds import Seeds2, Seeds3
-from kinvert.rules.tableau import RungeKutta, Tableau
+from kinvert.rules.tableau import LawsonRungeKutta, RungeKutta, Tableau
 from kinvert.rules.tables import PHI_TABLEAUS, TABLEAUS
 from kinvert.showing.registry import Registry
 
@@ -81,6 +81,7 @@ __all__ = [
     "HeunPP2",
     "HochbruckOstermann5",
     "Krogstad4",
+    "LawsonRungeKutta",
     "Leapfrog",
     "McCallumFoster",
     "PhiRungeKutta",

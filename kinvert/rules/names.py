@@ -98,7 +98,7 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "flowmatchlcm": Meaning("lcm", schedule="normal", note="the levels are ki.levels.flow(shift)"),
     "pndm": Meaning("ipndm", note=_LOW_START),
     "unipcmultistep": Meaning("uni_pc_bh2"),
-    # RES4LYF
+    # RES4LYF, Rex
     "abnorsett2m": Meaning("res_2m", note=_ADAMS),
     "abnorsett3m": Meaning("res_3m", note=_ADAMS),
     "abnorsett4m": Meaning("res_2m", "order=4", note=_ADAMS),
@@ -109,6 +109,9 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "kutta3s": Meaning("rk3"),
     "midpoint2s": Meaning("midpoint"),
     "ralston2s": Meaning("ralston"),
+    "rex": Meaning(
+        "mccallum_foster", "rule=ki.rules.LawsonRungeKutta(ki.sampler('midpoint').tableau), coupling='data'"
+    ),
     "rk384s": Meaning("rk38"),
     "rk44s": Meaning("rk4"),
     "strehmelweiner4s": Meaning("strehmel_weiner"),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, slope, weighted_sum
 
-__all__ = ["RungeKutta", "Tableau", "Tree", "trees"]
+__all__ = ["LawsonRungeKutta", "RungeKutta", "Tableau", "Tree", "trees"]
 
 Number = TypeVar("Number", Fraction, float)
 Tree = tuple[Any, ...]
@@ -127,7 +128,7 @@ class Tableau:
 def _phi(a: Sequence[Sequence[Number]], tree: Tree) -> list[Number]:
     """Return `Phi_i(tree)` for every stage of the tableau."""
     subtrees = [_phi(a, subtree) for subtree in tree]
-    return [math.prod((_dot(row, phi) for phi in subtrees), start=type(a[-1][0])(1)) for row in a]
+    return [math.prod((_dot(row, phi) for phi in subtrees), start=1) for row in a]  # type: ignore[misc]
 
 
 def _dot(weights: Sequence[Number], values: Sequence[Number]) -> Number:
@@ -135,7 +136,24 @@ def _dot(weights: Sequence[Number], values: Sequence[Number]) -> Number:
 
 
 @dataclass(frozen=True)
-class RungeKutta(Rule):
+class _OfTableau(Rule, ABC):
+    """What the methods of a Butcher tableau share: its name and its order."""
+
+    tableau: Tableau
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tableau, Tableau):
+            own = type(self).__name__
+            raise TypeError(f"{own}: tableau must be a Tableau, e.g. from Tableau.parse, got {self.tableau!r}")
+
+    @property
+    def ode_order(self) -> int:
+        """The order of the tableau."""
+        return self.tableau.order
+
+
+@dataclass(frozen=True)
+class RungeKutta(_OfTableau):
     r"""An explicit Runge-Kutta method in sigma: `x_k = x + h sum_l a_kl d_l`, `x' = x + h sum_k b_k d_k`.
 
     `h = sigma_next - sigma`, `d_k = (x_k - D(x_k, sigma_k)) / sigma_k` at `sigma_k = sigma + c_k h`. It has the order
@@ -150,21 +168,10 @@ class RungeKutta(Rule):
     Ebrahimi-Fard, Tapia and Salvi, Explicit and Effectively Symmetric Runge-Kutta Methods (2025), arXiv 2507.21006.
     """
 
-    tableau: Tableau
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.tableau, Tableau):
-            raise TypeError(f"RungeKutta: tableau must be a Tableau, e.g. from Tableau.parse, got {self.tableau!r}")
-
     @property
     def name(self) -> str:
         """The name of the tableau."""
         return self.named or self.tableau.name
-
-    @property
-    def ode_order(self) -> int:
-        """The order of the tableau."""
-        return self.tableau.order
 
     def step(self, s: StepBuilder) -> Form:
         denoised = s.denoise(s.x, s.sigma)
@@ -178,3 +185,35 @@ class RungeKutta(Rule):
             x = weighted_sum(s.x, [a * width for a in row], slopes)
             slopes.append(slope(x, s.denoise(x, sigma), sigma))
         return weighted_sum(s.x, [a * width for a in b], slopes)
+
+
+@dataclass(frozen=True)
+class LawsonRungeKutta(_OfTableau):
+    r"""An explicit Runge-Kutta method for `y = x / sigma` in `g = 1 / sigma`, where the ODE is `dy/dg = D`.
+
+    `y_k = y + h sum_l a_kl D_l` at `g_k = g + c_k h`, `h = 1 / sigma_next - 1 / sigma`, and `y' = y + h sum_k b_k D_k`.
+    The factor is that of Lawson, `e^lambda` with `lambda = -log sigma`; the stages are spaced in the factor itself, so
+    that a D that is m everywhere keeps x = m. With the tableau of Euler's method it is `euler`. Its order is that of
+    the tableau; a step to sigma = 0 returns D.
+
+    Source: Lawson, Generalized Runge-Kutta Processes for Stable Systems with Large Lipschitz Constants (1967), SIAM J.
+    Numer. Anal. 4; Blasingame and Liu, Rex: A Family of Reversible Exponential (Stochastic) Runge-Kutta Solvers (2025),
+    arXiv 2502.08834, for the form in 1 / sigma.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name of the tableau, with an ending."""
+        return self.named or f"{self.tableau.name}_x0"
+
+    def step(self, s: StepBuilder) -> Form:
+        denoised = [s.denoise(s.x, s.sigma)]
+        if s.sigma_next == 0:
+            return denoised[0]
+        width = 1.0 / s.sigma_next - 1.0 / s.sigma
+        *stages, (_, b) = self.tableau.stages
+        for c, row in stages:
+            sigma = 1.0 / ((1.0 - c) / s.sigma + c / s.sigma_next)
+            x = weighted_sum(sigma / s.sigma * s.x, [sigma * width * a for a in row], denoised)
+            denoised.append(s.denoise(x, sigma))
+        return weighted_sum(s.sigma_next / s.sigma * s.x, [s.sigma_next * width * a for a in b], denoised)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from problems import mixture, noise_like, order_slope, schedules
 from rule_runs import assert_same, run
 
 import kinvert as ki
 from kinvert.rules import (
+    LawsonRungeKutta,
     RungeKutta,
     Tableau,
 )
@@ -63,3 +65,23 @@ def test_round_trips_fall_at_the_order_of_the_symmetry(name: str, steps: tuple[i
         errors.append(float((ki.sample(denoiser, up, sigmas, sampler=name) - x).norm()))
     expected = ki.SAMPLERS[name].defaults["tableau"].symmetry
     assert expected - 0.3 < order_slope(errors, list(steps)) < expected + 0.8
+
+
+@given(sigmas=schedules())
+@settings(max_examples=10, deadline=None)
+def test_euler_in_one_over_sigma_is_euler(sigmas: list[float]) -> None:
+    assert_same(run(LawsonRungeKutta(Tableau.parse("euler", 1, "", "1")), sigmas), run("euler", sigmas))
+
+
+def test_lawson_methods_have_the_order_of_their_tableau() -> None:
+    """rk4 in 1 / sigma: to the solution of the ODE, and x = m for D = m, which Lawson's own spacing does not keep."""
+    denoiser, x, steps = mixture(), 10 * noise_like((8, 6), seed=2), [40, 80, 160]
+    grids = [ki.schedules.exponential(n + 1, 0.1, 10.0)[:-1] for n in (*steps, 1000)]
+    exact = ki.run(ki.compile_plan("dormand_prince", grids[-1]), denoiser, x)
+    rule = LawsonRungeKutta(TABLEAUS[4])
+    errors = [float((ki.run(ki.compile_plan(rule, grid), denoiser, x) - exact).norm()) for grid in grids[:-1]]
+    assert rule.name == "rk4_x0" and 3.7 < order_slope(errors, steps) < 4.5
+    still = ki.run(
+        ki.compile_plan(rule, grids[0]), lambda y, _: 0 * y + 2.0, torch.full((1, 6), 2.0, dtype=torch.float64)
+    )
+    torch.testing.assert_close(still, torch.full((1, 6), 2.0, dtype=torch.float64))
