@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,3 +87,14 @@ def test_lawson_methods_have_the_order_of_their_tableau() -> None:
         ki.compile_plan(rule, grids[0]), lambda y, _: 0 * y + 2.0, torch.full((1, 6), 2.0, dtype=torch.float64)
     )
     torch.testing.assert_close(still, torch.full((1, 6), 2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("sweeps", "symmetry"), [(2, 3), (3, 5), (4, 5), (5, 7)])
+def test_sweeps_of_the_implicit_midpoint_rule_are_less_symmetric_than_ees(sweeps: int, symmetry: int) -> None:
+    """The table of the page on the architecture: a sweep is a stage at the middle, from the slope of the one before."""
+    half, none = Fraction(1, 2), Fraction(0)
+    rows = ((), *((none,) * k + (half,) for k in range(sweeps)))
+    weights = (none,) * sweeps + (Fraction(1),)
+    assert Tableau("sweeps", 2, rows, weights, symmetry).symmetry == symmetry
+    with pytest.raises(ValueError, match="not effectively symmetric"):
+        Tableau("sweeps", 2, rows, weights, symmetry + 1)
