@@ -32,7 +32,7 @@ LAYERS = [
     {"forms", "coefficients", "linalg"},
     {"rules"},
     {"plan", "plancard", "planfile", "records", "coordinates", "flowtimes"},
-    {"levelbase", "levels", "timetables"},
+    {"levelbase", "levels", "timetables", "spacings"},
     {
         "moments",
         "schedules",

@@ -74,8 +74,8 @@ PUBLIC = {
         Stop Sweeps Watcher baselines extract_noise invert preimages register_method
     """,
     "kinvert.inversion.baselines": """
-        BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow null_text
-        register_baseline renoise rf_inversion rf_solver sample_null_text steer
+        BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow flow_edit
+        forward_first null_text register_baseline renoise rf_inversion rf_solver sample_null_text steer uni_inv
     """,
     "kinvert.inversion.solvers": """
         Anderson Attempt Auto Continuation Damped Guess Judge LevenbergMarquardt NewtonKrylov Picard Problem Reason Root
@@ -83,7 +83,7 @@ PUBLIC = {
     """,
     "kinvert.levels": """
         DiscreteLevels EDMLevels FlowLevels FlowTimes Levels TableLevels VDiffusionLevels edm flow flow_to_ve flux
-        from_alphas_cumprod from_betas from_table stable_diffusion v_diffusion ve_to_flow
+        from_alphas_cumprod from_betas from_table resolution_mu stable_diffusion v_diffusion ve_to_flow
     """,
     "kinvert.metrics": """
         Per anderson autocorrelation cosine dagostino ks kurtosis latent_metrics max_error mean mse nmse norm_score
@@ -109,13 +109,14 @@ PUBLIC = {
         BDIA DEIS DPM2 EDICT ERSDE IPNDM IPNDMV LCM LMS OBELM RES2S RES3S SAMPLERS CFGppUD10AB DDIMInverse
         DPM2Ancestral DPMAdaptive DPMFast DPMpp2M DPMpp2MCFGpp DPMpp2MSDE DPMpp2SAncestral DPMpp2SAncestralCFGpp
         DPMpp3MSDE DPMppSDE DirectInversion Euler EulerAncestral EulerAncestralCFGpp ExponentialAdams FireFlow Flow
-        GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 Leapfrog McCallumFoster
-        RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
-        StepBuilder Tableau UniPC interpolate register sampler slope weighted_sum
+        GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 LawsonRungeKutta
+        Leapfrog McCallumFoster PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
+        StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
     """,
     "kinvert.schedules": """
-        ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 ddim_uniform exponential karras
-        kl_optimal laplace linear_quadratic normal polyexponential schedule sgm_uniform simple vp
+        ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 bong_tangent ddim_uniform
+        exponential karras kl_optimal laplace leading linear_quadratic logit_normal normal polyexponential schedule
+        sgm_uniform shift_terminal simple trailing vp
     """,
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import kinvert as ki
 from kinvert.forms import Form
 from kinvert.rules import DirectInversion, Flow, McCallumFoster, RungeKutta, StepBuilder, register
 from kinvert.rules.base import interpolate, options_of
-from kinvert.rules.tableau import TABLEAUS
+from kinvert.rules.tables import TABLEAUS
 
 SIGMAS = (10.0, 3.0, 1.0, 0.5)
 
