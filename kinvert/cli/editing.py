@@ -76,7 +76,7 @@ BATCH = 64  # images that are edited together
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Floating point format.")
 @imports
 def edit(image: Path, out: Path, imports: tuple[str, ...], **given: Any) -> None:
-    """Edit IMAGE, or the images of a folder: show something else, and keep the rest.
+    """Edit IMAGE, or a folder of them: another label, the rest kept.
 
     The way up, with what the image shows, finds its latent; the way down samples it with what it is to show. For a
     pipeline of diffusers use `kinvert invert` and `kinvert sample --prompt`.
