@@ -25,12 +25,11 @@ def headline(found: Sequence[Row], records: Sequence[Record]) -> list[str]:
         found: all rows, from `rows`.
         records: what they were made of, with the failures.
     """
-    least, *within = (_leaders(found, limit) for limit in (math.inf, *BUDGETS))
-    first, second = BUDGETS
+    least, cheap, cheaper = (_by_question(_leaders(found, limit)) for limit in (math.inf, *reversed(BUDGETS)))
+    few, more = BUDGETS
     return [
-        f"Lowest error: {_by_method(least)}.",
-        f"Best with at most {first} evaluations, up and down together: {_by_method(within[0])}; "
-        f"with at most {second}: {_by_method(within[1])}.",
+        f"Lowest error {least}.",
+        f"Best with at most {few} evaluations, up and down together, {cheaper}; with at most {more}, {cheap}.",
         _failed(records),
     ]
 
@@ -69,12 +68,17 @@ def _leaders(found: Sequence[Row], limit: float) -> dict[Contest, Row]:
     return leading
 
 
-def _by_method(leading: dict[Contest, Row]) -> str:
-    clauses: dict[str, list[str]] = {}
-    for key, row in leading.items():
-        error = text(row.values["nmse_db"], ".0f")
-        clauses.setdefault(row.settings["method"], []).append(f"{' '.join(key)} ({error} dB)")
-    return "; ".join(f"{method} for {_listed(words)}" for method, words in clauses.items()) or "nothing"
+def _by_question(leading: dict[Contest, Row]) -> str:
+    """Return who leads, by question and method."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for (model, question), row in leading.items():
+        words = f"{model} ({text(row.values['nmse_db'], '.0f')} dB)"
+        found.setdefault(question, {}).setdefault(row.settings["method"], []).append(words)
+    clauses = [
+        f"in {question}: {', '.join(f'{method} for {_listed(words)}' for method, words in methods.items())}"
+        for question, methods in found.items()
+    ]
+    return "; ".join(clauses) or "of none"
 
 
 def _details(row: Row, found: Sequence[Row], limit: float) -> str:

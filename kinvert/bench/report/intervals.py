@@ -21,7 +21,19 @@ from kinvert.bench.problems import image_numbers
 from kinvert.bench.results import Record
 from kinvert.streams import derived_seed
 
-__all__ = ["LEVEL", "RESAMPLES", "Unit", "holds", "interval", "lower_share", "resampled", "units", "weights", "wilson"]
+__all__ = [
+    "LEVEL",
+    "RESAMPLES",
+    "Unit",
+    "holds",
+    "interval",
+    "lower_share",
+    "of_records",
+    "resampled",
+    "units",
+    "weights",
+    "wilson",
+]
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -77,6 +89,13 @@ def interval(values: Sequence[float], of: Sequence[Unit]) -> tuple[float, float]
     drawn = np.sort(resampled(values, of))
     low = math.floor((1 - LEVEL) / 2 * len(drawn))
     return float(drawn[low]), float(drawn[len(drawn) - 1 - low])
+
+
+def of_records(records: Sequence[Record], name: str) -> tuple[float, float] | None:
+    """Compute the interval of the median of a metric over the samples of records, which have different seeds."""
+    values = [value for record in records for value in record["metrics"].get(name) or ()]
+    of = [unit for record in records if record["metrics"].get(name) for unit in units(record)]
+    return interval(values, of)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

@@ -16,7 +16,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from kinvert.bench.report.tables import evaluations, median, sampler_name, settings
+from kinvert.bench.report.colours import method_colours
+from kinvert.bench.report.intervals import of_records
+from kinvert.bench.report.rows import distinct, evaluations, median, sampler_name, settings
 from kinvert.bench.results import Record
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "GREY",
     "HIGHEST",
     "LOWEST",
+    "MARKERS",
     "MOST",
     "PAGE",
     "PALE",
@@ -42,8 +45,10 @@ __all__ = [
     "dots",
     "error",
     "error_axis",
+    "error_ends",
     "figure",
     "front",
+    "is_solved",
     "line",
     "log_ticks",
     "order",
@@ -108,11 +113,10 @@ def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = M
         most: number of curves to keep, those with the lowest errors.
     """
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
-    for record in records:
-        if record["error"] is None:
-            cell = record["cell"]
-            others = repr({name: settings(record)[name] for name in HELD if name not in free})
-            groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
+    for record in distinct(records):
+        cell = record["cell"]
+        others = repr({name: settings(record)[name] for name in HELD if name not in free})
+        groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
     found = []
     for (model, question), combinations in sorted(groups.items()):
         shown = [_curves(group, free, points) for _, group in sorted(combinations.items())]
@@ -135,6 +139,18 @@ def error(records: Sequence[Record]) -> float:
     return bounded(10 ** (min(value, 1000.0) / 20))
 
 
+def error_ends(records: Sequence[Record]) -> tuple[float, float]:
+    """Compute the interval of `error`; NaN if there is none."""
+    low, high = of_records(records, "nmse_db") or (math.nan, math.nan)
+    return tuple(bounded(10 ** (min(value, 1000.0) / 20)) for value in (low, high))  # type: ignore[return-value]
+
+
+def is_solved(records: Sequence[Record]) -> bool:
+    """Tell whether most samples came back to within a tolerance, so that their error says nothing but the tolerance."""
+    claims = [claim for record in records for claim in record["converged"] or ()]
+    return 2 * sum(claims) > len(claims)
+
+
 def bounded(value: float) -> float:
     """Return the value, moved into the range that is drawn; NaN stays."""
     return value if math.isnan(value) else min(max(value, LOWEST), HIGHEST)
@@ -153,37 +169,47 @@ def cost(group: Sequence[Record]) -> float:
 
 @dataclass(frozen=True)
 class Looks:
-    """The looks of curves: the same in all panels of a figure, and different within a panel."""
+    """The looks of curves: a method has one colour in all figures, a sampler one marker and dashes in a figure."""
 
-    methods: tuple[str, ...]
-    samplers: tuple[str, ...]
-    numbers: dict[Key, int]
+    colours: dict[str, str]
+    markers: dict[str, int]
 
     @classmethod
     def of(cls, found: Sequence[Panel]) -> Looks:
-        """Give each curve the first number that no curve beside it in a panel has, the most frequent curve first."""
-        keys = Counter(key for panel in found for key in panel.curves)
-        numbers: dict[Key, int] = {}
-        for key, _ in sorted(keys.items(), key=lambda item: (-item[1], item[0])):
-            beside = {numbers.get(other) for panel in found if key in panel.curves for other in panel.curves}
-            numbers[key] = next(k for k in count() if k not in beside)
-        methods, samplers = (tuple(sorted(set(names))) for names in zip(*keys, strict=True))
-        return cls(methods, samplers, numbers)
+        """Give each sampler the first number that no sampler beside it in a panel has, the most frequent first."""
+        beside = [{sampler for _, sampler in panel.curves} for panel in found]
+        often = Counter(name for names in beside for name in names)
+        numbers: dict[str, int] = {}
+        for name, _ in sorted(often.items(), key=lambda item: (-item[1], item[0])):
+            taken = {numbers.get(other) for names in beside if name in names for other in names}
+            numbers[name] = next(k for k in count() if k not in taken)
+        return cls(method_colours(method for panel in found for method, _ in panel.curves), numbers)
 
     def label(self, key: Key) -> str:
         """Return the words that tell a curve from the others of the figure."""
-        parts = (key[1] if len(self.samplers) > 1 else "", key[0] if len(self.methods) > 1 else "")
+        parts = (key[1] if len(self.markers) > 1 else "", key[0] if len(self.colours) > 1 else "")
         return ", ".join(filter(None, parts)) or key[1]
 
     def style(self, key: Key, **other: Any) -> dict[str, Any]:
         """Return the arguments of `plot` for a curve, with the caller's own added."""
-        k = self.numbers[key]
-        looks = {"color": COLOURS[k % 10], "marker": MARKERS[k % 10], "linestyle": DASHES[k % 4]}
+        k = self.markers[key[1]]
+        looks = {"color": self.colours[key[0]], "marker": MARKERS[k % 10], "linestyle": DASHES[k % 4]}
         return {**looks, "markersize": 4.5 if looks["marker"] == "*" else 3.5, **other}
 
     def common(self) -> list[str]:
         """Return what all curves have in common, for a title."""
-        return [names[0] for names in (self.methods, self.samplers) if len(names) == 1]
+        return [next(iter(names)) for names in (self.colours, self.markers) if len(names) == 1]
+
+    def legend(self, panel: Panel) -> list[Line2D]:
+        """Return a line for each method in its colour, and one for each sampler with its marker in grey."""
+        methods = dict.fromkeys(method for method, _ in panel.curves)
+        samplers = dict.fromkeys(sampler for _, sampler in panel.curves)
+        coloured = [Line2D([], [], label=m, color=self.colours[m], linewidth=4.0) for m in methods]
+        marked = [
+            Line2D([], [], label=name, **self.style((next(iter(methods)), name), color=GREY, linestyle=""))
+            for name in samplers
+        ]
+        return coloured * (len(methods) > 1) + marked * (len(samplers) > 1) or marked
 
 
 Draw = Callable[[Panel, SubFigure, Looks], Sequence[Line2D]]
@@ -194,7 +220,7 @@ def figure(
     draw: Draw,
     *,
     height: Callable[[Panel], float] = lambda _: 2.3,
-    series: Sequence[str] = (),
+    labels_of: Callable[[Panel, Looks], Sequence[str]] | None = None,
 ) -> Figure:
     """Make a figure of panels, each with a title, its drawing, and a legend of the lines that `draw` returns.
 
@@ -202,7 +228,7 @@ def figure(
         found: the panels; one panel takes a column of a paper, more panels stand two to a row.
         draw: fills a subfigure.
         height: height of a panel without its legend, in inches.
-        series: labels of the lines, if the lines are not the curves.
+        labels_of: returns the labels of the lines, if the lines are not the curves.
 
     Raises:
         NothingToDrawError: there are no panels.
@@ -210,8 +236,8 @@ def figure(
     if not found:
         raise NothingToDrawError("no record has what this figure shows")
     looks, columns = Looks.of(found), min(2, len(found))
-    labels = [series or [looks.label(key) for key in panel.curves] for panel in found]
-    longest = max(len(label) for names in labels for label in names) + (0 if series else 8)  # room for an order
+    labels = [labels_of(panel, looks) if labels_of else [looks.label(key) for key in panel.curves] for panel in found]
+    longest = max(len(label) for names in labels for label in names)
     across = max(1, int(COLUMN / (0.5 + 0.052 * longest)))
     lines = [-(-len(names) // across) for names in labels]
     lines = [max(lines[k - k % columns : k - k % columns + columns]) for k in range(len(found))]  # equal in a row
@@ -242,25 +268,38 @@ def line(ax: Axes, x: Any, y: Any, style: dict[str, Any], label: str) -> Line2D:
     return drawn
 
 
-def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line2D]:
-    """Draw a row of dots for each label, on a logarithmic axis, with a colour and a marker for each name in a row.
+def dots(
+    ax: Axes,
+    rows: dict[str, dict[str, float]],
+    ends: dict[str, dict[str, tuple[float, float]]],
+    colours: Sequence[str],
+    x_label: str,
+) -> list[Line2D]:
+    """Draw a row of marks for each label, on a logarithmic axis, with a marker for each name in a row.
 
-    The first name is a ring, so that dots under it can be seen.
+    A row has the colour of its method; a thin line through a mark is its interval. The first name is a ring, so that
+    marks under it can be seen.
     """
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    handles = []
-    for k, name in enumerate(names):
-        style = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": "", "markersize": 4.0}
-        if k == 0:
-            style |= {"markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 1.0}
-        values = [bounded(row.get(name, math.nan)) for row in rows.values()]
-        handles.append(line(ax, values, list(range(len(rows))), style, name))
+    for place, (label, colour) in enumerate(zip(rows, colours, strict=True)):
+        for k, name in enumerate(names):
+            value = bounded(rows[label].get(name, math.nan))
+            line(ax, [value], [place], _mark(k) | {"color": colour}, "")
+            low, high = map(bounded, ends[label].get(name, (math.nan, math.nan)))
+            ax.plot([low, high], [place, place], color=colour, linewidth=1.0, zorder=1)
     ax.set_yticks(range(len(rows)), list(rows))
+    for shown, colour in zip(ax.get_yticklabels(), colours, strict=True):
+        shown.set_color(colour)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xscale="log", xlabel=x_label)
     ax.grid(axis="x", visible=False)
     ax.tick_params(axis="y", length=0)
     log_ticks(ax.xaxis, most=5)
-    return handles
+    return [Line2D([], [], label=name, color=GREY, **_mark(k)) for k, name in enumerate(names)]
+
+
+def _mark(k: int) -> dict[str, Any]:
+    style = {"marker": MARKERS[k], "linestyle": "", "markersize": 4.0}
+    return style | {"markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 1.0} if k == 0 else style
 
 
 def error_axis(ax: Axes, label: str = "relative error") -> None:
@@ -296,10 +335,17 @@ def log_ticks(axis: Any, most: int = 8) -> None:
 def order(steps: Sequence[float], errors: Sequence[float], dtype: str) -> float:
     """Fit the slope of -ln error over ln steps, by least squares, to the errors between round-off and one half.
 
+    Only the first errors that fall are taken: where an error is not below the one before, another floor is reached.
+
     Returns:
         NaN if there are fewer than three such points.
     """
-    points = [(n, e) for n, e in zip(steps, errors, strict=True) if 1e3 * EPS[dtype] < e < 0.5]
+    points: list[tuple[float, float]] = []
+    for n, e in zip(steps, errors, strict=True):
+        if 1e3 * EPS[dtype] < e < 0.5:
+            if points and e >= points[-1][1]:
+                break
+            points.append((n, e))
     if len(points) < 3:
         return math.nan
     x, y = np.log(np.array(points)).T

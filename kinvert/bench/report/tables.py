@@ -37,6 +37,7 @@ __all__ = [
     "Row",
     "column",
     "evaluations",
+    "fits",
     "fitting_columns",
     "fitting_rows",
     "latex",
@@ -103,7 +104,7 @@ def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str
     numbers = as_columns(found, columns)
     if columns is None:
         numbers = fitting_columns(found, numbers)
-    width, lines = _width(found, numbers), len(found) + len(set(map(contest, found)))
+    width, lines = _width(found, numbers), _lines(found)
     if width > WIDTH:
         raise ValueError(
             f"a line must have at most {WIDTH} characters, got {width:.0f}; give fewer columns, or choose rows"
@@ -131,6 +132,11 @@ def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str
     return "\n".join([*body, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
 
 
+def fits(found: Sequence[Row], columns: Sequence[str]) -> bool:
+    """Tell whether a LaTeX table of these rows and columns fits a page."""
+    return _width(found, columns) <= WIDTH and _lines(found) <= LINES
+
+
 def fitting_columns(found: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """Return the first of the columns that fit a line of a page, with the settings before them; at least one."""
     kept = list(columns)
@@ -143,7 +149,7 @@ def fitting_rows(found: Sequence[Row]) -> list[Row]:
     """Return the best rows of each model and question, as many of each as fit a page; at least one of each."""
     for count in range(len(found), 1, -1):
         kept = top(found, count)
-        if len(kept) + len(set(map(contest, kept))) <= LINES:
+        if _lines(kept) <= LINES:
             return kept
     return top(found, 1)
 
@@ -208,6 +214,10 @@ class _Table:
 
     def is_leading(self, row: Row, name: str) -> bool:
         return any(row is other for other in self.leading[name])
+
+
+def _lines(found: Sequence[Row]) -> int:
+    return len(found) + len(set(map(contest, found)))
 
 
 def _width(found: Sequence[Row], numbers: Sequence[str]) -> float:
