@@ -2,8 +2,9 @@
 
 A figure has a panel for each model and question, and what shows curves has a small plot for each method in it. A method
 has one colour everywhere. Bands and thin lines are the intervals of the medians (`kinvert.bench.report.intervals`). The
-settings that the curves of a panel do not vary over are held at
-one combination of values, the one with the most to show; the title names it. Give fewer records to choose another.
+settings that the curves of a panel do not vary over are held at one combination of values, the one with the most to
+show; the title names it. Give fewer records to choose another.
+
 Errors are amplitudes relative to the original, `10^(NMSE / 20)`, the median over the samples of all seeds.
 
 Needs matplotlib: `pip install 'kinvert[cli]'`.
@@ -58,12 +59,12 @@ def error_against_steps(records: Sequence[Record]) -> Figure:
     It tells how fast the two directions come to undo each other, which can be faster than either nears the ODE. Points
     whose samples came back to within a tolerance are left out: they show the tolerance.
     """
-    return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps")
+    return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps", at_points=True)
 
 
 def error_against_evaluations(records: Sequence[Record]) -> Figure:
     """Error of the round trip against the denoiser evaluations of both directions together: at equal cost."""
-    return _convergence(records, plots.cost, "denoiser evaluations per sample, up and down", ticks=False)
+    return _convergence(records, plots.cost, "denoiser evaluations per sample, up and down")
 
 
 def distance_against_steps(records: Sequence[Record]) -> Figure:
@@ -80,12 +81,13 @@ def distance_against_steps(records: Sequence[Record]) -> Figure:
         return Curve(list(points), y, *_bounds(ends), _word(slope, "order"))
 
     true = [record for record in records if "distance_to_ode" in record["metrics"]]
-    found = plots.panels(true, "steps", most=1000)
-    return multiples(found, curve, Axis("steps", ticks=_steps(found)), "distance from the ODE")
+    return multiples(
+        plots.panels(true, "steps", most=1000), curve, Axis("steps", at_points=True), "distance from the ODE"
+    )
 
 
 def _convergence(
-    records: Sequence[Record], cost_of: Callable[[list[Record]], float], x_label: str, *, ticks: bool = True
+    records: Sequence[Record], cost_of: Callable[[list[Record]], float], x_label: str, *, at_points: bool = False
 ) -> Figure:
     def curve(panel: Panel, key: Key, group: list[Record]) -> Curve:
         points = list(plots.by_value(group, "steps").values())
@@ -95,7 +97,7 @@ def _convergence(
         return Curve(x, y, *_bounds(map(plots.error_ends, points)), _word(slope, "slope"))
 
     found = plots.panels(records, "steps", most=1000)
-    return multiples(found, curve, Axis(x_label, ticks=_steps(found) if ticks else None), "relative error")
+    return multiples(found, curve, Axis(x_label, at_points=at_points), "relative error")
 
 
 def _bounds(ends: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -106,10 +108,6 @@ def _bounds(ends: Iterable[tuple[float, float]]) -> tuple[list[float], list[floa
 
 def _word(slope: float, name: str) -> str:
     return "" if math.isnan(slope) else f" ({name} {slope:.1f})"
-
-
-def _steps(found: Sequence[Panel]) -> list[float]:
-    return sorted({r["cell"]["steps"] for panel in found for group in panel.curves.values() for r in group})
 
 
 def _middle(group: Sequence[Record], name: str) -> float:
@@ -257,8 +255,8 @@ def pareto(records: Sequence[Record]) -> Figure:
         every = [(x, y) for _, found in points for x, y, _ in found]
         ax.step(*zip(*plots.front(every), strict=True), where="post", color=plots.GREY, linewidth=0.8, zorder=1)
         plots.error_axis(ax)
-        ax.set(xscale="log", xlabel="denoiser evaluations per sample, up and down")
-        plots.log_ticks(ax.xaxis)
+        ax.set_xlabel("denoiser evaluations per sample, up and down")
+        plots.cost_ticks(ax, [x for x, _ in every])
         return looks.legend(panel)
 
     kept_panels = []

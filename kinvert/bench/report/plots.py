@@ -41,6 +41,7 @@ __all__ = [
     "bounded",
     "by_value",
     "cost",
+    "cost_ticks",
     "count_ticks",
     "dots",
     "error",
@@ -318,6 +319,16 @@ def count_ticks(ax: Axes, values: Iterable[float]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(kept, [f"{value:.0f}" for value in kept])
     ax.xaxis.set_minor_locator(NullLocator())
+
+
+def cost_ticks(ax: Axes, values: Sequence[float], at_points: bool = False) -> None:
+    """Make the x-axis logarithmic, with labels at 1, 2, 5 times powers of ten, or at the values if they are near."""
+    known = [value for value in values if not math.isnan(value)]
+    if known and (at_points or max(known) < 5 * min(known)):
+        count_ticks(ax, known)
+    else:
+        ax.set_xscale("log")
+        log_ticks(ax.xaxis, most=6)
 
 
 def log_ticks(axis: Any, most: int = 8) -> None:
