@@ -70,7 +70,7 @@ def multiples(
     for (panel, curves), part in zip(drawn, parts, strict=True):
         _panel(panel, curves, part, looks, x)
         part.suptitle(plots.title(panel, Looks.of([panel])), fontsize=8, x=0.02, ha="left")
-        part.supxlabel(x.label, fontsize=8)
+        part.supxlabel(x.label, fontsize=8, x=0.09, ha="left")
         part.supylabel(y_label, fontsize=8)
     ConstrainedLayoutEngine().execute(result)
     return result
@@ -118,8 +118,7 @@ def _has_legend(panel: Panel, keys: Sequence[Key]) -> bool:
 def _panel(panel: Panel, curves: dict[Key, Curve], part: SubFigure, looks: Looks, x: Axis) -> None:
     """Draw the small plots of a panel."""
     small, heights = _plots(panel), _row_heights(panel)
-    shared = {"sharex": True, "sharey": True, "squeeze": False, "gridspec_kw": {"height_ratios": heights}}
-    axes = part.subplots(len(heights), ACROSS, **shared)
+    axes = part.subplots(len(heights), ACROSS, sharex=True, sharey=True, squeeze=False, height_ratios=heights)
     for ax, (name, keys) in zip(axes.flat, small.items(), strict=False):
         for other in (other for other in panel.curves if other not in keys):
             ax.plot(curves[other].x, curves[other].y, color="#d0d0d0", linewidth=0.6, zorder=1)

@@ -223,7 +223,7 @@ def _lines(found: Sequence[Row]) -> int:
 def _width(found: Sequence[Row], numbers: Sequence[str]) -> float:
     """Estimate the widest line of a LaTeX table, in characters."""
     varied = [n for n in SETTINGS[2:] if len({row.settings[n] for row in found}) > 1] or ["sampler"]
-    widths = [max(len(name), *(len(plain(row.settings[name])) for row in found)) for name in varied]
+    widths: list[float] = [max(len(name), *(len(plain(row.settings[name])) for row in found)) for name in varied]
     for name in numbers:
         shown = [with_interval(row, name) for row in found]
         cells = [len(number) + SUBSCRIPT * max(map(len, ends or ("",))) for number, ends in shown]
