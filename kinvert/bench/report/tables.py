@@ -70,7 +70,7 @@ def markdown(found: Sequence[Row], columns: Sequence[str] | None = None) -> str:
     Raises:
         ValueError: no rows; a column that no row has.
     """
-    table = _Table.of(found, as_columns(found, columns))
+    table = _Table.of(found, _checked(found, columns))
 
     def cell(row: Row, name: str) -> str:
         if name in SETTINGS:
@@ -101,7 +101,7 @@ def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str
     Raises:
         ValueError: no rows; a column that no row has; rows or columns that do not fit, with the numbers.
     """
-    numbers = as_columns(found, columns)
+    numbers = _checked(found, columns)
     if columns is None:
         numbers = fitting_columns(found, numbers)
     width, lines = _width(found, numbers), _lines(found)
@@ -205,8 +205,6 @@ class _Table:
 
     @classmethod
     def of(cls, found: Sequence[Row], numbers: Sequence[str]) -> _Table:
-        if not found:
-            raise ValueError("there are no rows to tabulate; did every cell fail?")
         varied = [n for n in SETTINGS if len({row.settings[n] for row in found}) > 1] or ["sampler"]
         common = ", ".join(_setting(n, found[0].settings[n]) for n in SETTINGS if n not in varied)
         leading = {name: list(leaders(found, name).values()) for name in numbers}
@@ -214,6 +212,13 @@ class _Table:
 
     def is_leading(self, row: Row, name: str) -> bool:
         return any(row is other for other in self.leading[name])
+
+
+def _checked(found: Sequence[Row], columns: Sequence[str] | None) -> list[str]:
+    """Return the columns to show; raise ValueError if there are no rows."""
+    if not found:
+        raise ValueError("there are no rows to tabulate; did every cell fail?")
+    return as_columns(found, columns)
 
 
 def _lines(found: Sequence[Row]) -> int:
