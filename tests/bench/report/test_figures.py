@@ -46,9 +46,9 @@ def test_convergence_figure_has_points_bands_and_slopes() -> None:
     (band,) = ax.collections
     ends = band.get_paths()[0].vertices
     np.testing.assert_allclose(sorted({*ends[:, 0]}), [10, 20, 40, 80])
-    for x, y in zip((10, 20, 40, 80), expected, strict=True):  # two decibels to both sides
+    for x, y in zip((10, 20, 40, 80), expected, strict=True):  # two and a half decibels to both sides
         at = ends[ends[:, 0] == x, 1]
-        np.testing.assert_allclose([at.min(), at.max()], [y * 10**-0.1, y * 10**0.1])
+        np.testing.assert_allclose([at.min(), at.max()], [y * 10**-0.125, y * 10**0.125])
     evaluations = figures.draw("error-evaluations", found)
     assert list(curves_of(axes_of(evaluations)[0])[0].get_xdata()) == [20, 40, 80, 160]
     assert titles_of(evaluations) == titles_of(figure)

@@ -60,7 +60,7 @@ def test_the_table_says_how_many_rows_are_as_good() -> None:
         "model", "question", "at any cost", "with at most 20 evaluations", "with at most 40 evaluations",
     ]  # fmt: skip
     assert digits[:2] == ["digits", "reconstruction"] and recovery[:2] == ["digits", "recovery"]
-    words = "invert, 20 steps: −120.5 dB (−122.5 to −118.5), 120 evaluations; not told apart from 1"
+    words = "invert, 20 steps: −120.5 dB (−123.0 to −118.0), 120 evaluations; not told apart from 1"
     assert digits[2] == words
     assert digits[3].startswith("unsample, 10 steps: −20.5 dB (") and digits[3].endswith("20 evaluations")
     assert mnist[3] == "–" and "picard, 20 steps" in mnist[4]
