@@ -241,7 +241,8 @@ def _board(found: Sequence[Row], columns: Sequence[str] | None) -> str:
         value = escape(plain(row.settings[name]))
         classes = " ".join(["number"] * (name in NUMBERS) + _sticky(name, varied))
         dot = f'<i style="background:{colours[row.settings["method"]]}"></i>' if name == "method" else ""
-        return f'<td class="{classes}" data-value="{value}">{dot}{value}</td>'
+        shown = value.replace("_", "_<wbr>")
+        return f'<td class="{classes}" data-value="{value}">{dot}{shown}</td>'
 
     def line(row: Row) -> str:
         words = escape(" ".join(plain(value) for value in row.settings.values()).lower())
@@ -275,7 +276,7 @@ def _figure(name: str, image: bytes) -> str:
 
     title = name.replace("-", " ").capitalize()
     caption = (figures.FIGURES[name].__doc__ or "").strip().split("\n\n")[0]
-    data = base64.b64encode(image).decode()
+    data = base64.b64encode(_small(image)).decode()
     points = re.search(rb'<svg [^>]*width="([0-9.]+)pt"', image.replace(b"\n", b" "))
     width = f"{float(points[1]) / 72 * SCALE:.1f}" if points else "56"  # all figures have letters of one size
     alt = escape(f"{title}: {caption}")
@@ -284,6 +285,13 @@ def _figure(name: str, image: bytes) -> str:
         f'<img style="max-width:{width}rem" src="data:image/svg+xml;base64,{data}" alt="{alt}">'
         f"<figcaption>{escape(caption)} Files: figures/{escape(name)}.svg, .png.</figcaption></figure>"
     )
+
+
+def _small(svg: bytes) -> bytes:
+    """Return an SVG image without comments and space between tags, and with paths to a hundredth of a point."""
+    svg = re.sub(rb">\s+<", b"><", re.sub(rb"<!--.*?-->", b"", svg, flags=re.DOTALL))
+    attribute = re.compile(rb' (?:d|x|y)="[^"]*"')
+    return attribute.sub(lambda found: re.sub(rb"(\.\d\d)\d+", rb"\1", found[0]).replace(b"\n", b" "), svg)
 
 
 def _failures(records: Sequence[Record]) -> str:
