@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from kinvert.bench.report import plots
 from kinvert.bench.report.plots import Key, Looks, NothingToDrawError, Panel
 from kinvert.bench.results import Record
+from kinvert.plot.axes import Drawing
 
 __all__ = ["ACROSS", "Axis", "Curve", "multiples"]
 
@@ -65,7 +66,7 @@ def multiples(
     ]
     looks = Looks.of(found)
     heights = [_height(panel) for panel, _ in drawn]
-    result = Figure(figsize=(plots.PAGE, sum(heights)))
+    result = Drawing(figsize=(plots.PAGE, sum(heights)))
     parts = result.subfigures(len(found), 1, squeeze=False, height_ratios=heights).flat
     for (panel, curves), part in zip(drawn, parts, strict=True):
         _panel(panel, curves, part, looks, x)

@@ -19,13 +19,13 @@ from typing import Any
 
 from kinvert.bench.grid import describe
 from kinvert.bench.report import tables
-from kinvert.bench.report.colours import method_colours
 from kinvert.bench.report.headline import headline, summary
 from kinvert.bench.report.rows import SETTINGS, Row, as_columns, choose, leaders, plain, rows, settings
 from kinvert.bench.report.rows import top as top_rows
 from kinvert.bench.results import Record, load
 from kinvert.files import write_file
 from kinvert.jsontext import canonical_json
+from kinvert.plot.style import method_colours
 
 __all__ = ["read", "render", "write"]
 

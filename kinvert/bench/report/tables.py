@@ -29,6 +29,7 @@ from kinvert.bench.report.rows import (
     settings,
     top,
 )
+from kinvert.showing.thumbnails import round_up
 
 __all__ = [
     "COLUMNS",
@@ -183,14 +184,6 @@ def text(value: float | None, spec: str) -> str:
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "nan")
     return format(value, spec).replace("-", "−") if not spec.endswith("e") else _scientific(value, spec)
-
-
-def round_up(value: float) -> float:
-    """Return the next of 1, 2, 5 or 10 times a power of ten, for a scale that can be read; 1 if there is none."""
-    if not 0 < value < math.inf:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from benchrecords import INF, NAN, everything, record
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
 
 from kinvert.bench.report import figures, plots
-from kinvert.bench.report.colours import METHOD_COLOURS
+from kinvert.plot.style import METHOD_COLOURS
 
 
 def axes_of(figure: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from benchrecords import record
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
 
 from kinvert.bench.report import plots
-from kinvert.bench.report.colours import METHOD_COLOURS, OTHER_COLOURS, method_colours
+from kinvert.plot.style import METHOD_COLOURS, OTHER_COLOURS, method_colours
 
 
 def test_order_is_fitted_between_round_off_and_one_half() -> None:
