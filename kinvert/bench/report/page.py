@@ -239,7 +239,7 @@ def _board(found: Sequence[Row], columns: Sequence[str] | None) -> str:
 
     def setting(row: Row, name: str) -> str:
         value = escape(plain(row.settings[name]))
-        classes = " ".join(["number"] * (name in NUMBERS) + _sticky(name, varied))
+        classes = " ".join(["number"] * (name in NUMBERS) + ["dotted"] * (name == "method") + _sticky(name, varied))
         dot = f'<i style="background:{colours[row.settings["method"]]}"></i>' if name == "method" else ""
         shown = value.replace("_", "_<wbr>")
         return f'<td class="{classes}" data-value="{value}">{dot}{shown}</td>'
