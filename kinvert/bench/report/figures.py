@@ -132,12 +132,17 @@ def error_against_cfg(records: Sequence[Record]) -> Figure:
 
 
 def error_along_trajectory(records: Sequence[Record]) -> Figure:
-    """How far the states on the way up and on the way down are apart at each noise level, root mean square."""
+    """How far the states on the way up and on the way down are apart at each noise level, root mean square.
+
+    The level where the second way starts is left out: both have the same state there.
+    """
 
     def curve(panel: Panel, key: Key, group: list[Record]) -> Curve:
         paths = [record["trajectory"] for record in group]
         x = paths[0]["sigma"]
         y = [plots.bounded(median([path["error"][i] for path in paths])) for i in range(len(x))]
+        start = 0 if panel.question == "reconstruction" else len(x) - 1
+        y[start] = math.nan if all(path["error"][start] == 0 for path in paths) else y[start]
         return Curve(x, y, [math.nan] * len(x), [math.nan] * len(x))  # a record has the medians of its samples alone
 
     found = plots.panels((record for record in records if record["trajectory"]), most=1000)

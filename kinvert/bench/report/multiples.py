@@ -19,7 +19,7 @@ from kinvert.plot.axes import Drawing
 
 __all__ = ["ACROSS", "Axis", "Curve", "multiples"]
 
-ACROSS = 4  # small plots in a row
+ACROSS = 4  # small plots in a row of a page; a column of a paper has half of them
 MOST_PLOTS = 12  # in a panel: those with the lowest errors
 MOST_CURVES = 3  # of a method in one plot; a method with more has a plot for each
 PLOT, LINE, HEAD = 1.35, 0.13, 0.6  # inches: heights of a plot, of a line of its legend or title, of what is around
@@ -65,13 +65,14 @@ def multiples(
         (_kept(panel), {key: curve_of(panel, key, group) for key, group in panel.curves.items()}) for panel in found
     ]
     looks = Looks.of(found)
-    heights = [_height(panel) for panel, _ in drawn]
-    result = Drawing(figsize=(plots.PAGE, sum(heights)))
+    across = ACROSS if any(len(_plots(panel)) > ACROSS // 2 for panel, _ in drawn) else ACROSS // 2
+    heights = [HEAD + sum(_row_heights(panel, across)) for panel, _ in drawn]
+    result = Drawing(figsize=(plots.PAGE if across == ACROSS else plots.COLUMN, sum(heights)))
     parts = result.subfigures(len(found), 1, squeeze=False, height_ratios=heights).flat
     for (panel, curves), part in zip(drawn, parts, strict=True):
-        _panel(panel, curves, part, looks, x)
+        _panel(panel, curves, part, looks, x, across)
         part.suptitle(plots.title(panel, Looks.of([panel])), fontsize=8, x=0.02, ha="left")
-        part.supxlabel(x.label, fontsize=8, x=0.09, ha="left")
+        part.supxlabel(x.label, fontsize=8, x=0.36 / across, ha="left")
         part.supylabel(y_label, fontsize=8)
     ConstrainedLayoutEngine().execute(result)
     return result
@@ -99,15 +100,11 @@ def _kept(panel: Panel) -> Panel:
     return Panel(panel.model, panel.question, panel.held, curves, left_out)
 
 
-def _height(panel: Panel) -> float:
-    return HEAD + sum(_row_heights(panel))
-
-
-def _row_heights(panel: Panel) -> list[float]:
+def _row_heights(panel: Panel, across: int) -> list[float]:
     """Return the height of each row of plots, with the longest legend and title in it."""
     small = _plots(panel)
     lines = [name.count("\n") + (len(keys) if _has_legend(panel, keys) else 0) for name, keys in small.items()]
-    return [PLOT + LINE * max(lines[k : k + ACROSS]) for k in range(0, len(lines), ACROSS)]
+    return [PLOT + LINE * max(lines[k : k + across]) for k in range(0, len(lines), across)]
 
 
 def _has_legend(panel: Panel, keys: Sequence[Key]) -> bool:
@@ -116,10 +113,10 @@ def _has_legend(panel: Panel, keys: Sequence[Key]) -> bool:
     return several and keys in [keys for name, keys in _plots(panel).items() if name == keys[0][0]]
 
 
-def _panel(panel: Panel, curves: dict[Key, Curve], part: SubFigure, looks: Looks, x: Axis) -> None:
+def _panel(panel: Panel, curves: dict[Key, Curve], part: SubFigure, looks: Looks, x: Axis, across: int) -> None:
     """Draw the small plots of a panel."""
-    small, heights = _plots(panel), _row_heights(panel)
-    axes = part.subplots(len(heights), ACROSS, sharex=True, sharey=True, squeeze=False, height_ratios=heights)
+    small, heights = _plots(panel), _row_heights(panel, across)
+    axes = part.subplots(len(heights), across, sharex=True, sharey=True, squeeze=False, height_ratios=heights)
     for ax, (name, keys) in zip(axes.flat, small.items(), strict=False):
         for other in (other for other in panel.curves if other not in keys):
             ax.plot(curves[other].x, curves[other].y, color="#d0d0d0", linewidth=0.6, zorder=1)

@@ -89,6 +89,25 @@ def test_a_plot_for_each_method_and_for_each_of_its_many_samplers() -> None:
     assert figure.subfigs[0].get_suptitle().endswith("best 12 of 20")
 
 
+@pytest.mark.parametrize(("question", "start"), [("reconstruction", 0), ("recovery", -1)])
+def test_the_state_that_both_ways_share_is_left_out(question: str, start: int) -> None:
+    one = record(question=question)
+    one["trajectory"] = {"sigma": [4.0, 2.0, 1.0], "error": [0.1, 0.0, 0.2]}
+    one["trajectory"]["error"][start] = 0.0
+    (line,) = curves_of(axes_of(figures.draw("trajectory", [one]))[0])
+    assert [k for k in range(3) if math.isnan(line.get_ydata()[k])] == [range(3)[start]]
+    assert line.get_ydata()[1] == plots.LOWEST
+    one["trajectory"]["error"][start] = 0.3  # what should not be is drawn
+    (line,) = curves_of(axes_of(figures.draw("trajectory", [one]))[0])
+    assert not any(map(math.isnan, line.get_ydata()))
+
+
+def test_few_small_plots_take_a_column() -> None:
+    found = [record(method=m, cfg=w) for m in ("invert", "unsample", "picard") for w in (1.0, 2.0)]
+    widths = [figures.draw("error-cfg", found[:count]).get_size_inches()[0] for count in (2, 4, 6)]
+    assert widths == [plots.COLUMN, plots.COLUMN, plots.PAGE]
+
+
 @pytest.mark.parametrize("name", ["error-steps", "pareto", "error-cfg", "trajectory", "precision", "truth"])
 def test_a_method_has_one_colour_in_all_figures(name: str, tmp_path: Path) -> None:
     figure = figures.draw(name, everything(tmp_path))
