@@ -282,7 +282,8 @@ def _figure(name: str, image: bytes) -> str:
     alt = escape(f"{title}: {caption}")
     return (
         f'<figure id="{escape(name)}"><h3>{escape(title)}</h3>'
-        f'<img style="max-width:{width}rem" src="data:image/svg+xml;base64,{data}" alt="{alt}">'
+        f'<div class="picture" style="--width:{width}rem" tabindex="0">'
+        f'<img src="data:image/svg+xml;base64,{data}" alt="{alt}"></div>'
         f"<figcaption>{escape(caption)} Files: figures/{escape(name)}.svg, .png.</figcaption></figure>"
     )
 
