@@ -35,6 +35,7 @@ from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, MethodResult, Setup, apply_method, generate, restore, sees_states
 from kinvert.bench.problems import Problem, is_built_in, make_problem, on_device
 from kinvert.editing import change_class
+from kinvert.fidelity import is_image
 from kinvert.jobs import computing_with
 from kinvert.models import EmbeddedDenoiser
 from kinvert.noise import derived_seed
@@ -45,6 +46,7 @@ from kinvert.torch_settings import changes, default_settings, loading, read_sett
 __all__ = ["CellRun", "isolated", "measure", "problem_of", "run_cell", "setup_of", "versions"]
 
 KEPT = 4  # samples whose arrays are kept
+SSIM_WINDOW = 11  # pixels: on images that are smaller than its window, SSIM is not the published measure
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latent / sigma
 
 
@@ -235,6 +237,8 @@ def _metrics(cell: Cell, problem: Problem, run: CellRun) -> dict[str, list[float
     values |= metrics.latent_metrics(run.found.latent, sigma, run.image)
     if cell.question == "reconstruction" and isinstance(problem.denoiser, EmbeddedDenoiser):
         values |= _edit_metrics(problem.denoiser, problem.positive["label"], run)
+    if not is_image(run.image, SSIM_WINDOW):
+        values = {name: value for name, value in values.items() if name not in ("ssim", "edit_ssim")}
     if problem.exact:
         values |= _distances_to_truth(cell, run)
     return {name: value.tolist() for name, value in values.items()}

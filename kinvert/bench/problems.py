@@ -37,6 +37,7 @@ __all__ = [
     "Problem",
     "ProblemFunction",
     "find_problem",
+    "image_numbers",
     "is_built_in",
     "make_problem",
     "most_images",
@@ -147,6 +148,13 @@ def make_problem(name: str, count: int, seed: int, dtype: torch.dtype) -> Proble
 def most_images(model: str) -> int | None:
     """Return how many images a model that comes with kinvert has; None if there is no limit, or nobody knows."""
     return len(models.held_out(_IMAGES_OF[model])[0]) if model in _IMAGES_OF and is_built_in(model) else None
+
+
+def image_numbers(model: str, count: int, seed: int) -> list[int] | None:
+    """Return which images of its data set a model that comes with kinvert gets; None if they are drawn, or unknown."""
+    if model not in _IMAGES_OF or count > (available := len(models.held_out(_IMAGES_OF[model])[0])):
+        return None
+    return [int(number) for number in _chosen(available, count, seed)]
 
 
 def on_device(problem: Problem, device: torch.device | str) -> Problem:

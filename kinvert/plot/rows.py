@@ -14,7 +14,7 @@ from kinvert.edits import Edited
 from kinvert.inversion import Inversion
 from kinvert.plot.curves import named
 from kinvert.plot.page import Page
-from kinvert.plot.style import GREY, STYLE, look, numbers
+from kinvert.plot.style import GREY, STYLE, looks_of
 from kinvert.roundtrip import RoundTrip, unit_latent
 from kinvert.showing.thumbnails import are_images, round_up
 
@@ -216,10 +216,10 @@ def _draw_distribution(page: Page, top: float, units: Mapping[str, Tensor]) -> N
     with rc_context(STYLE):
         ax = page.axes(0.6, top + 0.1, page.width - 0.75, 1.6)
         handles = []
-        for name, number in numbers(units).items():
+        for name, looks in looks_of(units).items():
             values = units[name].flatten()
             moments = f"mean {values.mean():+.3f}, std {values.std(correction=0):.3f}"
             counts, _ = np.histogram(values.clamp(EDGES[0], EDGES[-1]).numpy(), EDGES)
-            handles.append(density(ax, counts, EDGES, look(number), f"{name}: {moments}" if name else moments))
+            handles.append(density(ax, counts, EDGES, looks, f"{name}: {moments}" if name else moments))
         normal_curve(ax, EDGES[0], EDGES[-1])
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, -0.24))
