@@ -22,10 +22,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_beside, check_decreasing, check_finite, check_integer, check_number, has_values, plain
+from kinvert.checks import check_decreasing, check_integer, check_number, has_values
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, refuse_history, step_cfg
 from kinvert.engine import Callback
+from kinvert.engine.binding import kept_outside
 from kinvert.engine.contract import check_state, rounding, warn_if_drowned
 from kinvert.moments import check_flow_spread, check_kept
 from kinvert.noise import Noise
@@ -146,16 +147,7 @@ def sample(
     scales = step_cfg(cfg, schedule)
     guided = guide(denoiser, scales, positive, negative, pair=job.is_guided, batch=len(x), coordinates=coordinates)
     denoise = in_parts(guided, x, max_batch, graph)
-    if mask is not None:
-        if latent is None:
-            raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
-        latent = _like_x("latent", latent, x)
-        signal = latent if coordinates == "ve" else (1 - schedule[0]) * latent
-        kept = _mask_noise(mask_noise, x, signal, schedule[0])  # of x itself, wherever the sampler starts
-        denoise = Masked(denoise, mask, latent, noise=kept, coordinates=coordinates)
-    elif latent is not None or mask_noise is not None:
-        name = "mask_noise" if latent is None else "latent"
-        raise ValueError(f"{name} was given without mask; pass the mask of what to sample, or leave {name} out")
+    denoise = kept_outside(denoise, x, schedule[0], coordinates, mask, latent, mask_noise)
     return job.run_checked(denoise, x, noise, job.with_bar(callback, "sample") if progress else callback)
 
 
@@ -320,28 +312,6 @@ def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
             f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0), which keeps it"
         )
-
-
-def _like_x(name: str, value: Any, x: Tensor) -> Tensor:
-    """Return `value`, a finite floating point tensor of x's shape, as a plain tensor, or raise."""
-    if isinstance(value, Tensor):
-        check_beside(name, value, x)
-    if not isinstance(value, Tensor) or value.shape != x.shape:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} must be a tensor of x's shape {tuple(x.shape)}, got {got}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; convert it, e.g. {name}.to(x)")
-    check_finite(name, value)
-    return plain(value)
-
-
-def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -> Tensor:
-    """Return the noise of the kept region: the given one, or what x has there beside the signal."""
-    if given is not None:
-        return _like_x("mask_noise", given, x)
-    warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
-    wide = wide_dtype(x.dtype)
-    return (x.to(wide) - signal.to(wide)) / sigma
 
 
 def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:

@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kinvert.analysis import explicit_inverse
 from kinvert.denoisers import BoundDenoiser, Guided
 from kinvert.engine import run_state
+from kinvert.engine.recompute import refuse_second_derivatives, started_state
 from kinvert.engine.stepwise import stepwise
 from kinvert.forms import Denoised, State, Symbol, Uncond
-from kinvert.inversion.reversible import started_state
 from kinvert.inversion.solvers.newton import gmres
 from kinvert.plan import Plan, Step
 from kinvert.tensors import rms, wide_dtype
@@ -223,8 +222,8 @@ class _Implicit(torch.autograd.Function):
         return latent.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         found = ctx.equations.solve(gradient)
         return None, None, *(value.to(dtype) for value, dtype in zip(found, ctx.like, strict=True))
 
