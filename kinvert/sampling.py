@@ -55,27 +55,36 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def without_graph(verb: Callable[P, R]) -> Callable[P, R]:
+def without_graph(instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a verb run without gradients; it warns, with the way to get gradients, if x requires them."""
 
-    @functools.wraps(verb)
-    def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
-        x = args[1] if len(args) > 1 else kwargs.get("x")
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            warnings.warn(
-                f"x requires grad, but {verb.__name__} keeps no graph: for gradients use "
-                "ki.run(ki.compile_plan(sampler, sigmas), denoiser, x), with ki.denoisers.guide for the conditioning; "
-                "else pass x.detach()",
-                UserWarning,
-                stacklevel=2,
-            )
-        with torch.no_grad():
-            return verb(*args, **kwargs)
+    def wrap(verb: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(verb)
+        def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
+            x = args[1] if len(args) > 1 else kwargs.get("x")
+            if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+                warnings.warn(
+                    f"x requires grad, but {verb.__name__} keeps no graph: for gradients use {instead}; else pass "
+                    "x.detach()",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            with torch.no_grad():
+                return verb(*args, **kwargs)
 
-    return run_verb
+        return run_verb
+
+    return wrap
 
 
-@without_graph
+RUN = "ki.run(ki.compile_plan(sampler, sigmas), denoiser, x), which takes cfg, positive, negative and mask too"
+RUN_UP = (
+    "ki.run(ki.compile_plan(sampler, sigmas.flip(0)), denoiser, x), for sigmas that end above 0, which takes cfg, "
+    "positive, negative and mask too"
+)
+
+
+@without_graph(RUN)
 def sample(
     denoiser: Denoiser,
     x: Tensor,
@@ -96,7 +105,8 @@ def sample(
 ) -> Tensor:
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
-    The result keeps no graph; `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x)` is differentiable.
+    The result keeps no graph. `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x, ...)` is the differentiable way; it
+    takes `noise`, `cfg`, `positive`, `negative` and the mask as here.
 
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
@@ -151,7 +161,7 @@ def sample(
     return job.run_checked(denoise, x, noise, job.with_bar(callback, "sample") if progress else callback)
 
 
-@without_graph
+@without_graph(RUN_UP)
 def unsample(
     denoiser: Denoiser,
     x: Tensor,
@@ -177,7 +187,7 @@ def unsample(
     entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
     `sample(denoiser, latent, sigmas[end_at_step:], ...)`. In flow time the offset is left out where it would exceed
     t = 1, which is a level like any other; if it is more than the node's 1e-4, x is scaled to the time at which the run
-    starts, `x_t = (1 - t) x`. The result keeps no graph, see `sample`.
+    starts, `x_t = (1 - t) x`. The result keeps no graph; `ki.run` with a Plan of a rising schedule is differentiable.
 
     Args:
         denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from kinvert.analysis import explicit_inverse
 from kinvert.checks import has_values
@@ -82,6 +82,7 @@ def run_recomputing(plan: Plan, denoiser: Denoiser, state: Memory, callback: Cal
         state = {"x": x, **started_state(plan, denoiser, x, plan.sigmas[0])[0]}
     levels = stage_sigmas([stage.sigma for step in steps for stage in step.stages], x)
     way, done = _WayBack(plan.rule.name, undo, denoiser, state), 0
+    state = dict(zip(state, _Checked.apply(way, *state.values()), strict=True))
     for number, step in enumerate(steps):
         sigmas = levels[done : done + len(step.stages)]
         done += len(step.stages)
@@ -121,7 +122,10 @@ def _make(
         if given:  # the forward pass, after which nothing here holds the state
             values = given.pop()
         else:
+            cpu, (devices, states) = torch.get_rng_state(), get_device_states(sigmas)
             values = {name: value.detach() for name, value in way.before(number).items()}
+            torch.set_rng_state(cpu)  # dropout has to be the same once more
+            set_device_states(devices, states)
             for name in differentiated:
                 values[name].requires_grad_()
         return advance(step, denoiser, values, _no_noise, sigmas, watched)
@@ -147,6 +151,7 @@ class _WayBack:
         self.end: Memory = {}
         self._state: Memory = {}
         self._at = -1  # the step before which `_state` is; -1: there is none
+        self._checked = False  # whether the last way back was checked
 
     def keep(self, end: Memory) -> None:
         """Keep the state after the last step that can be undone; copies, since the caller may write to his result."""
@@ -156,7 +161,7 @@ class _WayBack:
     def before(self, number: int) -> Memory:
         """Return the state before a step; they are asked for from the last to the first."""
         if not 0 <= number <= self._at:  # also if the backward pass is made once more
-            self._state, self._at = self.end, len(self._undo)
+            self._state, self._at, self._checked = self.end, len(self._undo), False
         while self._at > number:
             step = self._undo[len(self._undo) - self._at]
             sigmas = stage_sigmas([stage.sigma for stage in step.stages], self._state["x"])
@@ -164,9 +169,14 @@ class _WayBack:
             self._at -= 1
         state = self._state
         if number == 0:
-            self._state, self._at = {}, -1
+            self._state, self._at, self._checked = {}, -1, True
             self._check(state)
         return state
+
+    def finish(self) -> None:
+        """Go back to the start, if no step asked for it, and check the state there."""
+        if not self._checked:
+            self.before(0)
 
     def _check(self, state: Memory) -> None:
         """Raise RuntimeError if the run, undone, starts elsewhere: half of the digits have to be right."""
@@ -187,12 +197,26 @@ class _WayBack:
                 )
 
 
-def refuse_second_derivatives() -> None:
+class _Checked(torch.autograd.Function):
+    """The state at the start, whose gradient is known at last: then the way back is checked."""
+
+    @staticmethod
+    def forward(ctx: Any, way: _WayBack, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.way = way
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.way.finish()
+        return None, *gradients
+
+
+def refuse_second_derivatives(fix: str) -> None:
     """Raise RuntimeError in a backward pass that is to be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True: this result can be differentiated only once, since its graph does not hold all that a "
-            "second derivative needs; use ki.run without recompute"
+            f"second derivative needs; {fix}"
         )
 
 
@@ -207,5 +231,5 @@ class OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Return the gradient; raise RuntimeError if it is to be differentiated again."""
-        refuse_second_derivatives()
+        refuse_second_derivatives("leave recompute out of ki.run")
         return gradient

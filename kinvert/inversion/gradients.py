@@ -223,7 +223,7 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_second_derivatives("the implicit function theorem is used for the first one here")
         found = ctx.equations.solve(gradient)
         return None, None, *(value.to(dtype) for value, dtype in zip(found, ctx.like, strict=True))
 
@@ -300,8 +300,8 @@ class _Equations:
                 f"the gradient of the latent is not finite (sample {i}): look at the loss and the network"
             )
         raise RuntimeError(
-            f"the equations of the gradient of sample {i} were solved to {float(missed[i] / size[i]):.2g} between sigma "
-            f"{piece.sigma:.4g} and {piece.sigma_next:.4g}, not to {self.tol:.2g}: the derivative of the sampler is "
+            f"the equations of the gradient of sample {i} were solved to {float(missed[i] / size[i]):.2g} between "
+            f"sigma {piece.sigma:.4g} and {piece.sigma_next:.4g}, not to {self.tol:.2g}: the derivative of the sampler is "
             "nearly singular there, or the network's own gradients are noisy; take float64, smaller steps or less "
             "guidance, or a larger tol in invert"
         )
