@@ -105,8 +105,8 @@ def sample(
 ) -> Tensor:
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
-    The result keeps no graph. `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x, ...)` is the differentiable way; it
-    takes `noise`, `cfg`, `positive`, `negative` and the mask as here.
+    The result keeps no graph. `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x, ...)` is the differentiable way,
+    with `noise`, `cfg`, `positive`, `negative` and the mask as here.
 
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).

@@ -137,11 +137,11 @@ def run_state(
     draw = noise_for(plan, noise, x)
     if recompute:
         check_recomputable(plan, x)
-        if torch.is_grad_enabled():
-            return run_recomputing(plan, denoiser, state, callback)
     if torch.compiler.is_compiling():
         return _plain_loop(plan, denoiser, state, draw, callback)
     try:
+        if recompute and torch.is_grad_enabled():
+            return run_recomputing(plan, denoiser, state, callback)
         return (_plain_loop if _is_watched(x) else fused_loop)(plan, denoiser, state, draw, callback)
     except RuntimeError as error:
         said = explain(error, x)

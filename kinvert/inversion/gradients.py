@@ -301,7 +301,7 @@ class _Equations:
             )
         raise RuntimeError(
             f"the equations of the gradient of sample {i} were solved to {float(missed[i] / size[i]):.2g} between "
-            f"sigma {piece.sigma:.4g} and {piece.sigma_next:.4g}, not to {self.tol:.2g}: the derivative of the sampler is "
-            "nearly singular there, or the network's own gradients are noisy; take float64, smaller steps or less "
+            f"sigma {piece.sigma:.4g} and {piece.sigma_next:.4g}, not to {self.tol:.2g}: the derivative of the sampler "
+            "is nearly singular there, or the network's own gradients are noisy; take float64, smaller steps or less "
             "guidance, or a larger tol in invert"
         )
