@@ -1,18 +1,18 @@
 r"""Gradients of a latent: the implicit function theorem at the solution that an inversion found.
 
 A sampler's run that starts from x alone falls into pieces that do, single steps or, for multistep samplers, the whole
-run. In a piece from z to y with evaluations `o_k = D(Y_k, sigma_k)` everything else is linear,
+run. In a piece from z to y with evaluations `o_k = D(Y_k, sigma_k)` everything else is linear, the Plan's rows:
 
-    Y_k = u_k y + sum_j M_kj o_j        z = w y + sum_j v_j o_j
+    Y_k = a_k z + sum_j N_kj o_j        y = e z + sum_j B_j o_j
 
-(the Plan's rows, solved for z). Given the gradient g with respect to z, the gradients with respect to the `Y_k` are the
-solution of linear equations, each product of which is one pass backwards through the evaluations of the piece:
+A gradient b with respect to y goes backwards through that, from the last evaluation to the first,
 
-    G_k = D'(Y_k)^T mu_k                mu_j = v_j g + sum_k M_kj G_k
+    mu_j = B_j b + sum_k N_kj G_k       G_k = D'(Y_k)^T mu_k        F'^T b = e b + sum_k a_k G_k
 
-Then `w g + sum_k u_k G_k` is the gradient with respect to y, where the next cleaner piece ends its way up, and `mu_k`
-that with respect to the evaluation `o_k`. From there autograd goes on: to the conditioning, the parameters, and all
-else that the denoiser depends on. The iteration of a root finder takes no part in it.
+Given the gradient g with respect to the latent z instead, b is the solution of `F'^T b = g`, and `-mu_j` the gradient
+with respect to the evaluation `o_j`: from there autograd goes on to the conditioning, the parameters, and all else that
+the denoiser depends on. b is the g of the next cleaner piece, and at last the gradient with respect to the image. The
+iteration of a root finder takes no part in it.
 
 Source: Bai, Kolter and Koltun, Deep Equilibrium Models (2019), arXiv 1909.01377, for gradients at a fixed point.
 """
@@ -42,31 +42,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "implicit_latent", "pieces"]
 
-KRYLOV, ROUNDS = 60, 20
+KRYLOV, ROUNDS = 100, 10
 """Products of one call of GMRES, and calls at most, each for what the one before left over."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Steps that start from x alone, solved for the state at their start; see the module.
+    """Steps that start from x alone; see the module.
 
     Attributes:
         first: number of its first evaluation in the run.
-        stages: number of evaluations.
         outputs: for each evaluation the places of what it returned: one, or two of a pair.
         sigma, sigma_next: the levels at its ends.
-        u, w, v, M: the coefficients; shapes (stages,), (), (outputs,) and (stages, outputs).
+        a, e, B, N: the coefficients; shapes (stages,), (), (outputs,) and (stages, outputs).
     """
 
     first: int
-    stages: int
     outputs: tuple[tuple[int, ...], ...]
     sigma: float
     sigma_next: float
-    u: np.ndarray
-    w: float
-    v: np.ndarray
-    M: np.ndarray
+    a: np.ndarray
+    e: float
+    B: np.ndarray
+    N: np.ndarray
 
 
 def pieces(plan: Plan) -> list[Piece]:
@@ -84,7 +82,7 @@ def pieces(plan: Plan) -> list[Piece]:
             groups.append([step])
     found: list[Piece] = []
     for group in groups:
-        found.append(_piece(plan, group, sum(piece.stages for piece in found)))
+        found.append(_piece(plan, group, sum(len(piece.outputs) for piece in found)))
     return found
 
 
@@ -113,11 +111,9 @@ def _piece(plan: Plan, steps: Sequence[Step], first: int) -> Piece:
             "latent is one of many and has no gradient; stop above 0, e.g. sigmas[:-1]"
         )
     table = np.stack(inputs) if inputs else np.zeros((0, 1 + count))
-    u, v = table[:, 0] / end[0], -end[1:] / end[0]
     return Piece(
-        first, len(stages), tuple(outputs), steps[0].sigma, steps[-1].sigma_next, u, float(1 / end[0]), v,
-        table[:, 1:] + table[:, :1] * v,
-    )  # fmt: skip
+        first, tuple(outputs), steps[0].sigma, steps[-1].sigma_next, table[:, 0], float(end[0]), end[1:], table[:, 1:]
+    )
 
 
 def implicit_latent(found: Inversion, plan: Plan, denoiser: BoundDenoiser, x: Tensor) -> Tensor:
@@ -251,52 +247,55 @@ class _Equations:
 
     def solve(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradients with respect to the image and to all outputs, from that with respect to the latent."""
-        shape, of_outputs = gradient.shape, list[Tensor]()
-        g = gradient.to(wide_dtype(gradient.dtype)).flatten(1)
+        of_outputs = list[Tensor]()
+        g = gradient.to(wide_dtype(gradient.dtype))
         for piece in self.cut:
-            g, mu = self._through(piece, g, shape)
-            of_outputs += [row.reshape(shape) for row in mu.unbind(1)]
-        return [g.reshape(shape), *of_outputs]
+            g, mu = self._solved(piece, g)
+            of_outputs += [-value for value in mu]
+        return [g, *of_outputs]
 
-    def _through(self, piece: Piece, g: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Return the gradients with respect to the end of a piece, shape (n, m), and its outputs, (n, outputs, m)."""
-        u, v, M = (torch.as_tensor(value).to(g) for value in (piece.u, piece.v, piece.M))
-        direct, everyone = v[:, None] * g[:, None], torch.arange(len(g), device=g.device)
-        if not piece.stages:
-            return piece.w * g, direct
+    def _solved(self, piece: Piece, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradient with respect to the end of a piece, and what `_back` returns for it beside."""
 
-        def coupled(G: Tensor) -> Tensor:
-            return torch.einsum("kj,nkm->njm", M, G.unflatten(1, (piece.stages, -1)))
+        def apply(b: Tensor, todo: Tensor) -> Tensor:
+            whole = torch.zeros_like(g)
+            whole[todo] = b.reshape(-1, *g.shape[1:])
+            return self._back(piece, whole)[0].flatten(1)[todo]
 
-        def apply(G: Tensor, todo: Tensor) -> Tensor:
-            whole = G.new_zeros(len(g), G.shape[1])
-            whole[todo] = G
-            return (whole - self._back(piece, coupled(whole), shape))[todo]
-
-        right = self._back(piece, direct, shape)
-        size, G, missed = right.norm(dim=1), torch.zeros_like(right), right
+        right, everyone = g.flatten(1), torch.arange(len(g), device=g.device)
+        if not piece.outputs:
+            return g / piece.e, []
+        b, missed, size = torch.zeros_like(right), right, right.norm(dim=1)
         worst = _largest(missed, size)
         for _ in range(ROUNDS):
             if not worst > self.tol / 10:  # a digit more than is asked for
                 break
-            step = gmres(apply, missed, KRYLOV, max(0.05 * self.tol / worst, 1e-12))[0]
-            left = right - apply(G + step, everyone)
+            better = b + gmres(apply, missed, KRYLOV, max(0.05 * self.tol / worst, 1e-12))[0]
+            left = right - apply(better, everyone)
             if not _largest(left, size) < worst:  # rounding in the network's gradients leaves the rest
                 break
-            G, missed, worst = G + step, left, _largest(left, size)
+            b, missed, worst = better, left, _largest(left, size)
         self._check(piece, missed.norm(dim=1), size)
-        return piece.w * g + torch.einsum("k,nkm->nm", u, G.unflatten(1, (piece.stages, -1))), direct + coupled(G)
+        b = b.reshape(g.shape)
+        return b, self._back(piece, b)[1]
 
-    def _back(self, piece: Piece, mu: Tensor, shape: torch.Size) -> Tensor:
-        """Go backwards through the evaluations of a piece: shape (n, outputs, m) -> (n, stages m)."""
-        places = range(piece.first, piece.first + piece.stages)
-        outputs = [part for k in places for part in self.outputs[k]]
-        given = [row.reshape(shape).to(part.dtype) for row, part in zip(mu.unbind(1), outputs, strict=True)]
-        inputs = [self.inputs[k] for k in places]
-        found = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
-        if any(value is None for value in found):
-            raise ValueError("the denoiser's result does not depend on x in its graph; no detach() inside")
-        return torch.stack([value.to(mu.dtype).flatten(1) for value in found], 1).flatten(1)
+    def _back(self, piece: Piece, b: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Go backwards through a piece: from b to `F'^T b` and the `mu_j`, all of b's shape."""
+        mu, total = [float(value) * b for value in piece.B], piece.e * b
+        for k in reversed(range(len(piece.outputs))):
+            outputs = self.outputs[piece.first + k]
+            given = [mu[j].to(part.dtype) for j, part in zip(piece.outputs[k], outputs, strict=True)]
+            (found,) = torch.autograd.grad(
+                outputs, self.inputs[piece.first + k], given, retain_graph=True, allow_unused=True
+            )
+            if found is None:
+                raise ValueError("the denoiser's result does not depend on x in its graph; no detach() inside")
+            G = found.to(b.dtype)
+            total = total + float(piece.a[k]) * G
+            for j in range(piece.outputs[k][0]):
+                if piece.N[k, j]:
+                    mu[j] = mu[j] + float(piece.N[k, j]) * G
+        return total, mu
 
     def _check(self, piece: Piece, missed: Tensor, size: Tensor) -> None:
         """Raise RuntimeError if the equations of a piece were not solved."""
