@@ -156,6 +156,16 @@ def test_the_result_may_be_written_to() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_x_may_be_written_to_before_the_backward_pass_of_a_step_to_zero() -> None:
+    x = (8 * noise_like((2, 6))).requires_grad_()
+    plan = ki.compile_plan("edict", DOWN[-2:])
+    want = torch.autograd.grad(ki.run(plan, smooth, x).sum(), x)[0]
+    result = ki.run(plan, smooth, x, recompute=True)
+    with torch.no_grad():
+        x.zero_()
+    torch.testing.assert_close(torch.autograd.grad(result.sum(), x)[0], want)
+
+
 @pytest.mark.parametrize("sampler", ["edict", "o_belm"])
 def test_the_callback_is_told_what_it_is_told_otherwise(sampler: str) -> None:
     plan, x, told = ki.compile_plan(sampler, DOWN), 8 * noise_like((2, 6)), ([], [])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from problems import guided_mixture, mixture, noise_like
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kinvert as ki
 from kinvert.inversion.gradients import pieces
@@ -176,6 +177,17 @@ def test_the_image_of_the_inversion_is_taken_if_none_is_given() -> None:
     network = Network()
     latent = ki.invert(network, X, SIGMAS, tol=TOL).differentiable(network)
     assert torch.autograd.grad(latent.sum(), network.weight)[0].abs().max() > 0
+
+
+def test_a_denoiser_may_be_checkpointed() -> None:
+    network = Network()
+    found = ki.invert(network, X, SIGMAS, sampler="heun", tol=TOL)
+
+    def frugal(x: Tensor, sigma: Tensor) -> Tensor:
+        result: Tensor = checkpoint(network, x, sigma, use_reentrant=False)
+        return result
+
+    torch.testing.assert_close(gradient_of(found, frugal, X, DIRECTION), gradient_of(found, network, X, DIRECTION))
 
 
 def test_a_latent_can_be_trained() -> None:
