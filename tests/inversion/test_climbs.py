@@ -11,6 +11,7 @@ from inverting import MIXTURE, images, schedule
 from torch import Tensor
 
 import kinvert as ki
+from kinvert.inversion import climbs
 from kinvert.inversion.climbs import CLIMBS, PAIRS, PLAIN, _Pairs, affordable
 from kinvert.inversion.forecasts import Forecasts
 from kinvert.inversion.steps import fair_share, levels_of, step_problem
@@ -77,6 +78,22 @@ def test_the_climbs_that_are_affordable_are_the_first_ones() -> None:
     assert affordable(heun, 4) == ((PLAIN, 1), 4)
     known = [affordable(euler, runs) for runs in range(2, 40)]
     assert all(cost <= runs for runs, (_, cost) in zip(range(2, 40), known, strict=True))
+
+
+def test_a_climb_leaves_a_step_that_is_exact_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a later climb takes less than it may, and no latent is worse than that of the climb before it."""
+    costs = []
+    for gain in (0.0, 0.01, 1.0):
+        monkeypatch.setattr(climbs, "GAIN", gain)
+        errors = []
+        for runs in (2, 4, 7):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                found = ki.invert(MIXTURE, images(3), SIGMAS, max_evals=runs * (len(SIGMAS) - 1) + 4)
+            errors.append(found.round_trip_error)
+        assert (errors[1] <= errors[0]).all() and (errors[2] <= errors[1]).all()
+        costs.append(int(found.evaluations.sum()))
+    assert costs[0] > costs[1] > costs[2]
 
 
 def test_pairs_of_an_affine_map_point_to_its_solution() -> None:
