@@ -23,6 +23,7 @@ from tqdm import tqdm
 import kinvert as ki
 from kinvert import models
 from kinvert.bench.report.tables import round_up
+from kinvert.devices import check_device
 from kinvert.files import write_file
 from kinvert.jobs import computing_with
 from kinvert.jsontext import to_json
@@ -107,7 +108,7 @@ def run(settings: Settings, progress: bool = False) -> Demo:
     """
     if not settings.samplers:
         raise ValueError(f"samplers must name at least one sampler, e.g. {','.join(SAMPLERS)}")
-    device = _device(settings.device)
+    device = check_device(settings.device)
     denoiser = models.load(settings.model, dtype=getattr(torch, settings.dtype), device=device)
     images, labels = _pick(settings)
     levels = ki.levels.edm(denoiser.sigma_min, denoiser.sigma_max)
@@ -131,13 +132,6 @@ def run(settings: Settings, progress: bool = False) -> Demo:
                 callback=advance,
             )  # fmt: skip
     return Demo(settings, images, labels, schedules, trips)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}; use 'cpu'") from error
 
 
 def _pick(settings: Settings) -> tuple[Tensor, Tensor]:

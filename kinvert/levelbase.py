@@ -15,7 +15,7 @@ from torch import Tensor
 from kinvert.checks import check_number
 from kinvert.devices import widest
 
-__all__ = ["INFINITE_SIGMA", "Levels", "as_array", "log_uniform", "widen"]
+__all__ = ["INFINITE_SIGMA", "Levels", "as_array", "check_levels", "log_uniform", "widen"]
 
 # The value that hosts use for the infinite sigma at 0 percent of sampling.
 INFINITE_SIGMA = 999999999.9
@@ -98,6 +98,21 @@ def as_array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.nda
     if array.ndim != 1 or len(array) < 2:
         raise ValueError(f"{name} must be 1-D with 2 values or more, got shape {array.shape}")
     return array
+
+
+def check_levels(levels: object) -> Levels:
+    """Return `levels`, or say what to pass.
+
+    Raises:
+        TypeError: it is not a `Levels`.
+    """
+    if not isinstance(levels, Levels):
+        raise TypeError(
+            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
+            "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
+            "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
+        )
+    return levels
 
 
 def log_uniform(sigma_min: float, sigma_max: float) -> Tensor:

@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kinvert._moved import renamed
@@ -126,6 +127,17 @@ class Plan:
     def evaluations(self) -> int:
         """The number of denoiser evaluations of one run."""
         return sum(len(step.stages) for step in self.steps)
+
+    def save(self, path: Path | str) -> None:
+        """Write the Plan as JSON that can be read, with exact numbers; `ki.load` returns an equal Plan.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        from kinvert.planfile import plan_tree  # which imports this module
+        from kinvert.records import write_json
+
+        write_json(path, "plan", plan_tree(self))
 
     @property
     def stage_levels(self) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from kinvert.inversion import Inversion, extract_noise, invert
 from kinvert.inversion.baselines import BASELINES
 from kinvert.levels import FlowTimes
 from kinvert.noise import Noise
+from kinvert.packing import moved
+from kinvert.records import write_tree
 from kinvert.rules import Rule
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
 from kinvert.tensors import wide_dtype
@@ -54,6 +57,20 @@ class RoundTrip:
     latent_mean: Tensor
     latent_std: Tensor
     data_range: float = 2.0
+
+    def save(self, path: Path | str) -> None:
+        """Write it to a safetensors file, which `ki.load` reads.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        write_tree(path, "round_trip", {f.name: getattr(self, f.name) for f in fields(self)})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RoundTrip:
+        """Return it on another device; `dtype` is that of `latent` and `reconstruction`, measures stay as they are."""
+        states = ("latent", "reconstruction")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return RoundTrip(**{name: moved(v, device, dtype if name in states else None) for name, v in values.items()})
 
     def __str__(self) -> str:
         """Return a short report."""

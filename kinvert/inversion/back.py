@@ -20,6 +20,7 @@ from kinvert.denoisers import Cfg, Denoiser, Masked, expand, guide, step_cfg
 from kinvert.engine import Callback, Progress, advance, check_state, run_state, stage_sigmas
 from kinvert.flowtimes import FlowTimes
 from kinvert.noise import replay
+from kinvert.packing import refuse_unsaved
 from kinvert.parts import in_parts
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.ready import with_bar
@@ -82,6 +83,8 @@ class WayBack:
         max_batch: int | None = None,
     ) -> Tensor:
         """Sample the latent with what belongs to it; see `Inversion.sample`."""
+        for name in ("cfg", "positive", "negative"):
+            refuse_unsaved(name, getattr(self, name))
         guidance: dict[str, Any] = {"cfg": self.cfg, "positive": self.positive, "negative": self.negative}
         sigmas = FlowTimes(self.sigmas) if self.coordinates == "flow" else self.sigmas
         if self.steering is not None and self.image is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from kinvert.denoisers import Cfg, Denoiser
 from kinvert.engine import Callback
 from kinvert.inversion.back import WayBack
 from kinvert.inversion.problem import Reason
+from kinvert.records import write_tree
 from kinvert.sampling import tell_needs
 
 __all__ = ["Inversion", "WayBack"]
@@ -116,6 +118,39 @@ class Inversion:
                 denoiser, self.latent, memory=self.memory, noises=self.noises, embeddings=self.embeddings,
                 callback=callback, progress=progress, max_batch=max_batch,
             )  # fmt: skip
+
+    def save(self, path: Path | str) -> None:
+        """Write everything to a safetensors file, which `ki.load` reads; nothing is pickled.
+
+        It holds the latent and what belongs to it, the certificate, the sampler with its options, the levels, `cfg`,
+        the mask, the steering and the conditioning. Tensors, numbers and strings are kept exactly, a guidance of
+        `kinvert.guidance` by its parameters. Other objects and functions of your own are kept as a description, and
+        `sample` then asks for them.
+
+        Args:
+            path: the file to create or replace; `.safetensors` is the usual ending.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        from kinvert.inversion.stored import inversion_tree  # which imports this module
+
+        write_tree(path, "inversion", inversion_tree(self))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Inversion:
+        """Return the inversion on another device, or in another dtype.
+
+        Args:
+            device: where all its tensors go; None leaves them.
+            dtype: of the latent, of what belongs to it and of floating point conditioning; None leaves them. The
+                numbers of the certificate stay as they were measured, and a note in `warnings` says so.
+
+        Raises:
+            TypeError: a dtype that is no floating point format of states.
+        """
+        from kinvert.inversion.stored import moved_inversion
+
+        return moved_inversion(self, device, dtype)
 
     @classmethod
     def join(cls, parts: Sequence[Inversion]) -> Inversion:

@@ -15,7 +15,10 @@ from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("figures need matplotlib, which is not here: pip install 'kinvert[cli]'") from error
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D

@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from kinvert.bench.report.tables import evaluations, median, sampler_name
+from kinvert.bench.report.tables import evaluations, median, sampler_name, settings
 from kinvert.bench.results import Record
 
 __all__ = [
@@ -111,16 +111,16 @@ def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = M
     for record in records:
         if record["error"] is None:
             cell = record["cell"]
-            others = repr({name: cell[name] for name in HELD if name not in free})
+            others = repr({name: settings(record)[name] for name in HELD if name not in free})
             groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
     found = []
     for (model, question), combinations in sorted(groups.items()):
         shown = [_curves(group, free, points) for _, group in sorted(combinations.items())]
         best = max(shown, key=_worth)
         if best:
-            cell = next(iter(best.values()))[0]["cell"]
+            common = settings(next(iter(best.values()))[0])
             kept = dict(list(best.items())[:most])
-            held = {name: cell[name] for name in HELD if name not in free}
+            held = {name: common[name] for name in HELD if name not in free}
             found.append(Panel(model, question, held, kept, len(best) - len(kept)))
     return found
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 SETTINGS = ("model", "question", "method", "sampler", "schedule", "steps", "cfg", "dtype")
-"""The settings that tell rows apart; "sampler" includes its options."""
+"""The settings that tell rows apart; "sampler" includes its options, "dtype" a device that is not the CPU."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 def settings(record: Record) -> dict[str, Any]:
     """Return the values of `SETTINGS` of a record."""
-    return {name: record["cell"][name] for name in SETTINGS} | {"sampler": sampler_name(record["cell"])}
+    cell = record["cell"]
+    dtype = f"{cell['dtype']} on {cell['device']}" if "device" in cell else cell["dtype"]
+    return {name: cell[name] for name in SETTINGS} | {"sampler": sampler_name(cell), "dtype": dtype}
 
 
 def sampler_name(cell: dict[str, Any]) -> str:
