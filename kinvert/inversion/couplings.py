@@ -18,7 +18,7 @@ less than D, and the equations stretch what it varies by less: with `G = (1 - C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,8 +64,8 @@ class Couplings:
         """Return the largest sum of a row of |C|: the most that `Y <- a x_N + C D(Y)` stretches, if D does not."""
         return float(np.abs(self.C).sum(1).max())
 
-    def reduced(self, c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """Return a, C, B and alpha of the equations of `D - c Y`; c has shape (k,).
+    def reduced(self, c: np.ndarray) -> Couplings:
+        """Return the couplings of `D - c Y`; c has shape (k,), and holds for D and U where the Plan is guided.
 
         Raises:
             numpy.linalg.LinAlgError: a denoiser `D = c Y` would leave nothing of x_0, or make the equations singular.
@@ -77,7 +77,7 @@ class Couplings:
         share = 1.0 - float(last @ a)
         if share == 0.0:
             raise np.linalg.LinAlgError("the run forgets where it starts")
-        return a, C, (self.B + last @ C) / share, self.alpha / share
+        return replace(self, a=a, C=C, B=(self.B + last @ C) / share, alpha=self.alpha / share)
 
 
 def couplings(plan: Plan) -> Couplings:

@@ -1,10 +1,12 @@
 r"""The evaluations of a run as unknowns, and the model of the denoiser's derivative that sweeps learn from them.
 
 Of `Y = a x_N + C D(Y)` (see `couplings`) only the derivative D' is unknown. Each evaluation of a sweep adds one secant
-pair (dY, dD) at its level; D' is modelled on their span and taken as c, a number, outside it. The linear equations with that model
-say what the noisier evaluations will return, and with those where to evaluate next. It is Anderson's acceleration with
-the structure of the run kept; the linear algebra of a sweep is small next to a denoiser. For that the unknowns are
-those of `D - c Y` (see `Couplings.reduced`), whose derivative is 0 outside of the span; they are called D below.
+pair (dY, dD) at its level; D' is modelled on their span and taken as a number c outside it. The linear equations with
+that model say what the noisier evaluations will return, and with those where to evaluate next. It is Anderson's
+acceleration with the structure of the run kept; the linear algebra of a sweep is small next to a denoiser.
+
+The unknowns are those of `D - c Y` (see `Couplings.reduced`), whose derivative is 0 outside the span. They are called
+D below.
 
 What must be kept of an evaluation are the values D and the last dD, which are rounded to half the digits: they are a
 model. All else enters inner products alone, for which `Sketch` keeps a few numbers of each tensor.
@@ -84,23 +86,24 @@ class Secants:
         self.samples, self.index, self.denoiser = list(range(n)), torch.arange(n, device=x.device), denoiser
 
     def _reduce(self, slope: float, x: Tensor) -> None:
-        """Set the couplings of each sample, with a derivative of D where that makes them weaker; it reads the device."""
-        system, widths = self.system, [WIDTH * size for size in rms(x).tolist()] if slope else [0.0] * len(x)
-        levels, none, samples = np.array(system.levels), np.zeros(len(system.a)), []
-        for width in widths:
-            c, parts = none, (system.a, system.C, system.B, system.alpha)
+        """Set c and the couplings of each sample; c is 0 where another would couple more. It reads the device once."""
+        levels, guesses, systems = np.array(self.system.levels), list[np.ndarray](), list[Couplings]()
+        for size in rms(x).tolist() if slope else [0.0] * len(x):
+            c, system, width = 0.0 * levels, self.system, WIDTH * size
             if 0 < width < math.inf:
-                guess = slope / (1.0 + (levels / width) ** 2)
                 with contextlib.suppress(np.linalg.LinAlgError):
+                    guess = slope / (1.0 + (levels / width) ** 2)
                     reduced = system.reduced(guess)
-                    if np.abs(reduced[1]).sum(1).max() < system.coupling:
-                        c, parts = guess, reduced
-            samples.append((c, *parts[:3], np.array([parts[3]])))
-        wide = linalg.widest(x.device)
+                    if reduced.coupling < system.coupling:
+                        c, system = guess, reduced
+            guesses.append(c)
+            systems.append(system)
+        parts = [(system.a, system.C, system.B, np.array([system.alpha])) for system in systems]
         self.c, self.a, self.C, self.B, self.alpha = (
-            torch.from_numpy(np.stack(part)).to(x.device, wide) for part in zip(*samples, strict=True)
+            torch.from_numpy(np.stack(part)).to(x.device, linalg.widest(x.device))
+            for part in (guesses, *zip(*parts, strict=True))
         )
-        self.is_reduced = any(sample[0].any() for sample in samples)
+        self.is_reduced = any(guess.any() for guess in guesses)
 
     @property
     def latent(self) -> Tensor:
@@ -203,9 +206,9 @@ class Secants:
         """Go from D to `D - c Y`, with the inputs Y of a run that ends at `base`, shape (n, m)."""
         a, C = (torch.from_numpy(part).to(self.a) for part in (self.system.a, self.system.C))
         c = self.c[:, :, None]
-        for D, x in zip(self.D.split(linalg.PIECE, 2), base.split(linalg.PIECE, 1), strict=True):
-            inputs = a[:, None] * x[:, None].to(a) + linalg.combine(C[None], D.to(a))
-            D -= (c * inputs).repeat_interleave(self.outputs, 1).to(self.dtype)
+        for part, x in zip(self.D.split(linalg.PIECE, 2), base.split(linalg.PIECE, 1), strict=True):
+            inputs = a[:, None] * x[:, None].to(a) + linalg.combine(C[None], part.to(a))
+            part.sub_((c * inputs).repeat_interleave(self.outputs, 1).to(self.dtype))
 
     def _start_from_expected(self) -> None:
         """Sweep from what D holds; the error found at one evaluation is added to the guesses of all noisier ones."""
