@@ -10,6 +10,7 @@ from kinvert.stops import watch_the_start
 watch_the_start()  # before PyTorch is loaded, and only if this is the command
 
 from kinvert import analysis as analysis
+from kinvert import catalogue as catalogue  # the tables of the registries
 from kinvert import denoisers as denoisers
 from kinvert import guidance as guidance
 from kinvert import inversion as inversion
@@ -18,6 +19,7 @@ from kinvert import metrics as metrics
 from kinvert import models as models
 from kinvert import noise as noise
 from kinvert import pictures as pictures
+from kinvert import plot as plot
 from kinvert import rules as rules
 from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
@@ -79,6 +81,7 @@ __all__ = [
     "models",
     "noise",
     "pictures",
+    "plot",
     "round_trip",
     "rules",
     "run",

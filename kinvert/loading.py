@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kinvert.checks import describe
+from kinvert.checks import describe, has_values
 from kinvert.coordinates import Coordinates, coordinates_of
 from kinvert.inversion.stored import inversion_of
 from kinvert.levels import Levels
@@ -18,6 +18,9 @@ from kinvert.planfile import plan_of
 from kinvert.records import header_of, read_tree, write_tree
 from kinvert.roundtrip import RoundTrip
 from kinvert.rules import Rule
+from kinvert.showing.brief import brief, never_fails, size
+from kinvert.showing.charts import curve
+from kinvert.showing.html import card, folded, html_never_fails, report, table
 
 __all__ = ["Schedule", "load"]
 
@@ -46,6 +49,27 @@ class Schedule:
     def coordinates(self) -> Coordinates | None:
         """Whether the levels are flow times; None if they do not say."""
         return coordinates_of(self.sigmas)
+
+    @never_fails
+    def __repr__(self) -> str:
+        """Return name, steps, range and what it was made of in one line."""
+        parts = [self.name] if self.name else []
+        if has_values(self.sigmas):
+            unit = "flow time" if self.coordinates == "flow" else "sigma"
+            first, last = self.sigmas[0], self.sigmas[-1]
+            parts += [f"{len(self.sigmas) - 1} steps", f"{unit} {first:.4g} to {last:.4g}"]
+        else:
+            parts.append(size(self.sigmas))
+        parts += [f"{name}={brief(value)}" for name, value in self.options.items()]
+        return f"Schedule({', '.join(parts + ([repr(self.levels)] if self.levels else []))})"
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        values = self.sigmas.detach().tolist()
+        drawn = curve(values, [f"place {i}" for i in range(len(values))], x_label="place")
+        rest = table((), [("of the levels", repr(self.levels))]) if self.levels else ""
+        listed = folded("all values", report(", ".join(f"{value:.6g}" for value in values)))
+        return card(repr(self), drawn, rest, listed)
 
     def save(self, path: Path | str) -> None:
         """Write it to a safetensors file, which `ki.load` reads.

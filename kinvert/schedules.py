@@ -34,6 +34,7 @@ from kinvert.checks import check_choice, check_integer, check_number, is_number,
 from kinvert.levelbase import check_levels
 from kinvert.levels import FlowTimes, Levels
 from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
+from kinvert.showing.registry import Registry
 
 __all__ = [
     "ALIGN_YOUR_STEPS",
@@ -312,10 +313,12 @@ def _entries(
     return {f.__name__: ScheduleEntry(f.__name__, f, needs) for f in functions}
 
 
-SCHEDULES: dict[str, ScheduleEntry] = (
+SCHEDULES: Registry[ScheduleEntry] = Registry(
     _entries("levels", simple, sgm_uniform, normal, ddim_uniform, beta, beta57, linear_quadratic)
     | _entries("bounds", karras, exponential, polyexponential, laplace, kl_optimal)
-    | _entries("nothing", vp, ays)
+    | _entries("nothing", vp, ays),
+    what="schedules",
+    place="ki.SCHEDULES",
 )
 REGISTRIES["schedule"] = SCHEDULES
 

@@ -25,7 +25,7 @@ PUBLIC = {
     "kinvert": """
         SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Schedule Solving Stepwise Stop
         __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels
-        load metrics models noise pictures
+        load metrics models noise pictures plot
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.adapters.comfyui": """
@@ -98,6 +98,9 @@ PUBLIC = {
     """,
     "kinvert.pictures": """
         IMAGES TENSORS image_files open_image pillow read save_image write
+    """,
+    "kinvert.plot": """
+        coefficients contraction convergence differences images latents schedules
     """,
     "kinvert.reference": """
         SMALLEST_RTOL ErrorSplit solve_ode split_error

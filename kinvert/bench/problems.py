@@ -28,6 +28,7 @@ from torch import Tensor
 from kinvert import levels, models
 from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
+from kinvert.showing.registry import Registry
 
 __all__ = [
     "PROBLEMS",
@@ -216,13 +217,17 @@ def _embedded(name: str) -> ProblemFunction:
     return problem
 
 
-PROBLEMS: dict[str, ProblemFunction] = {
-    "gaussian": _gaussian,
-    "mixture": _mixture,
-    "digits_exact": _digits_exact,
-    "digits": _embedded("digits"),
-    "mnist": _embedded("mnist"),
-}
+PROBLEMS: Registry[ProblemFunction] = Registry(
+    {
+        "gaussian": _gaussian,
+        "mixture": _mixture,
+        "digits_exact": _digits_exact,
+        "digits": _embedded("digits"),
+        "mnist": _embedded("mnist"),
+    },
+    what="problems",
+    place="bench.PROBLEMS",
+)
 """Name -> function. Add your own by `PROBLEMS["mine"] = function`."""
 _IMAGES_OF = {"digits_exact": "digits", "digits": "digits", "mnist": "mnist"}
 

@@ -26,6 +26,7 @@ from kinvert.plan import Plan, Step, compile_plan
 from kinvert.ready import with_bar
 from kinvert.rules import Rule
 from kinvert.sampling import sample
+from kinvert.showing.brief import brief_repr
 
 __all__ = ["Steering", "WayBack", "sample_embedded", "steer"]
 
@@ -38,6 +39,8 @@ class Steering:
 
     eta: float
     until: float = 0.0
+
+    __repr__ = brief_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,8 @@ class WayBack:
     mask: Tensor | None = None
     image: Tensor | None = None
     steering: Steering | None = None
+
+    __repr__ = brief_repr
 
     def __post_init__(self) -> None:
         for name in ("mask", "image"):

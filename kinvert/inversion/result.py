@@ -14,16 +14,19 @@ from kinvert import metrics
 from kinvert.denoisers import Cfg, Denoiser
 from kinvert.engine import Callback
 from kinvert.inversion.back import WayBack
+from kinvert.inversion.card import inversion_card, inversion_line
 from kinvert.inversion.problem import Reason
 from kinvert.records import write_tree
 from kinvert.sampling import tell_needs
+from kinvert.showing.brief import never_fails
+from kinvert.showing.html import html_never_fails
 
 __all__ = ["Inversion", "WayBack"]
 
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """A latent with its certificate; `print` gives a short report.
+    """A latent with its certificate; `print` gives a short report, a notebook shows it with pictures.
 
     Attributes:
         latent: the state at the noisiest level, shape (batch, *event), that the sampler maps to the given image.
@@ -173,6 +176,15 @@ class Inversion:
             reasons=tuple(reason for part in parts for reason in part.reasons),
             warnings=tuple(dict.fromkeys(note for part in parts for note in part.warnings)),
         )
+
+    @never_fails
+    def __repr__(self) -> str:
+        """Return size, run and verdict in one line."""
+        return inversion_line(self)
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        return inversion_card(self)
 
     def __str__(self) -> str:
         """Return a short report."""

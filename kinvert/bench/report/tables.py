@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kinvert.bench.results import Record
+from kinvert.showing.thumbnails import round_up
 
 __all__ = [
     "COLUMNS",
@@ -165,14 +166,6 @@ def text(value: float | None, spec: str) -> str:
 def plain(value: Any) -> str:
     """Return a setting as text, floats without zeros at the end."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def round_up(value: float) -> float:
-    """Return the next of 1, 2, 5 or 10 times a power of ten, for a scale that can be read; 1 if there is none."""
-    if not 0 < value < math.inf:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
