@@ -14,6 +14,7 @@ import kinvert as ki
 from kinvert.inversion import climbs
 from kinvert.inversion.climbs import CLIMBS, PAIRS, PLAIN, _Pairs, affordable
 from kinvert.inversion.forecasts import Forecasts
+from kinvert.inversion.problem import Reason
 from kinvert.inversion.steps import fair_share, levels_of, step_problem
 from kinvert.plan import compile_plan
 from kinvert.tensors import rms
@@ -144,6 +145,17 @@ def test_the_default_limit_ends_a_search_that_goes_nowhere() -> None:
         found = ki.invert(folded, x, sigmas, tol=1e-12)
     assert not found.converged.all()
     assert int(found.evaluations.max()) <= 4 * (256 + 4 * x[0].numel()) + 4
+
+
+@pytest.mark.parametrize(("runs", "some"), [(28, False), (52, True)])
+def test_the_warning_tells_what_no_attempt_takes_up(runs: int, some: bool) -> None:
+    x, sigmas = images(1), schedule(4)
+    with pytest.warns(RuntimeWarning, match="not inverted") as caught:
+        found = ki.invert(lambda x, sigma: 3.0 * torch.sin(7.0 * x), x, sigmas, tol=1e-12, max_evals=4 * runs + 4)
+    assert found.reasons == (Reason.BUDGET,)
+    left = 4 * runs - int(found.evaluations)  # 4 evaluations are for the comparison of rows
+    assert (left >= 4) == some
+    assert (f"; {left} evaluations are left, too few for another attempt" in str(caught[0].message)) == some
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
