@@ -205,8 +205,8 @@ class Secants:
     def _subtract(self, base: Tensor) -> None:
         """Go from D to `D - c Y`, with the inputs Y of a run that ends at `base`, shape (n, m)."""
         a, C = (torch.from_numpy(part).to(self.a) for part in (self.system.a, self.system.C))
-        c = self.c[:, :, None]
-        for part, x in zip(self.D.split(linalg.PIECE, 2), base.split(linalg.PIECE, 1), strict=True):
+        c, columns = self.c[:, :, None], max(linalg.LEAST, base.shape[1] // len(C))
+        for part, x in zip(self.D.split(columns, 2), base.split(columns, 1), strict=True):
             inputs = a[:, None] * x[:, None].to(a) + linalg.combine(C[None], part.to(a))
             part.sub_((c * inputs).repeat_interleave(self.outputs, 1).to(self.dtype))
 
