@@ -1,0 +1,454 @@
+"""Whether the tests notice: one small fault at a time is put into the package, and the tests that matter are run.
+
+    python tests/mutants.py                          # 100 faults, chosen by seed 0, in an hour or so
+    python tests/mutants.py --count 300 --workers 2  # what benchmarks/results/mutants.json has
+    python tests/mutants.py --show kinvert/plan.py   # list the possible faults of a file, run nothing
+    python tests/mutants.py --again                  # keep what was killed, run the survivors once more
+
+A mutant is the package with one fault: another comparison, operator or constant, a condition the other way round, a
+value that is not returned, a statement left out, two arguments swapped. Docstrings, annotations, decorators, imports,
+`__all__` and messages have none. The choice is by a hash of the seed and of the fault, so an edit elsewhere changes
+nothing in it. Each mutant is a copy of the checkout in a temporary folder, where pytest runs the tests of the module,
+then those that name what the module offers, then a battery (`tests_for`), up to a limit of processor time. A test
+kills the mutant if it fails there and passes without the fault. A test that runs forever kills too.
+
+A fault that changes no result that is promised cannot be killed: `tests/data/equivalent_mutants.toml` lists such faults
+by file, line and change, each with the reason. "needs" in that list names what is missing here, such as a GPU.
+
+Maintained tools were considered. mutmut puts all mutants of a function into one file and switches between them at run
+time, which changes the code that Plans are cached by and that torch compiles. cosmic-ray mutates the checkout itself,
+and it has one command for all mutants: the whole suite, minutes for each. Neither knows which tests belong to a module.
+Only the standard library and pytest are needed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
+EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.toml"
+BATTERY = ("test_laws.py", "test_plan.py", "test_sampling.py", "test_schedules.py", "test_exact.py", "test_methods.py")
+PROGRAMS = ("test_docs.py", "test_newcomer.py", "test_notebooks.py", "test_package.py")  # minutes each
+MEMORY = 12 * 2**30  # bytes of address space that a mutant gets
+ALONE = 90  # seconds of processor time for one test by itself
+
+LIMITED = """
+import resource, sys
+limit, memory = map(int, sys.argv[1:3])
+resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+import pytest
+sys.exit(pytest.main(sys.argv[3:]))
+"""
+
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: the text between two places of a file is replaced.
+
+    Attributes:
+        file: of the package, from the root of the checkout.
+        line: number of the line, from 1.
+        text: the line without indentation.
+        change: what becomes what, shortened.
+        nth: 0, or 1, 2, ... for the same change in the same text elsewhere in the file.
+        start, end: places in the file, in bytes.
+        new: what stands there in the mutant.
+    """
+
+    file: str
+    line: int
+    text: str
+    change: str
+    nth: int
+    start: int
+    end: int
+    new: str
+
+    @property
+    def key(self) -> str:
+        """What names the fault, wherever the line moves to."""
+        return f"{self.file}: {self.text} [{self.change}]" + f" #{self.nth}" * bool(self.nth)
+
+    def rank(self, seed: int) -> str:
+        """Return a number, as text, that puts faults into the random order of a seed."""
+        return hashlib.sha256(f"{seed} {self.key}".encode()).hexdigest()
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+def mutants_of(file: str, source: str) -> list[Mutant]:
+    """All faults of one file, in the order of the text."""
+    lines = [line.encode() for line in source.splitlines(keepends=True)]
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found: list[Mutant] = []
+    seen: Counter[tuple[str, str]] = Counter()
+    for node, new in _faults(ast.parse(source)):
+        start = starts[node.lineno - 1] + node.col_offset
+        end = starts[(node.end_lineno or node.lineno) - 1] + (node.end_col_offset or 0)
+        old = " ".join(source.encode()[start:end].decode().split())
+        text, change = lines[node.lineno - 1].decode().strip(), f"{_short(old)} -> {_short(new)}"
+        found.append(Mutant(file, node.lineno, text, change, seen[text, change], start, end, new))
+        seen[text, change] += 1
+    return sorted(found, key=lambda mutant: (mutant.start, mutant.end, mutant.new))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}"
+
+
+def _faults(tree: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
+    """Yield a node and the text to put in its place, for all that may be mutated below `tree`."""
+    for child in _parts(tree):
+        if isinstance(child, ast.stmt):
+            yield from ((child, new) for new in _statement(child))
+        elif isinstance(child, ast.expr):
+            yield from ((child, f"({new})") for new in _expression(child))
+        yield from _faults(child)
+
+
+def _parts(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the children of a node that may be mutated."""
+    skipped: tuple[str, ...] = ("annotation", "returns", "decorator_list", "bases", "keywords")
+    if isinstance(node, ast.Call):
+        skipped = ()
+    elif isinstance(node, ast.Raise):
+        skipped = ("exc", "cause")
+    elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        skipped = ("test", "body")
+    for name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if name not in skipped and isinstance(child, ast.AST) and not _has_no_faults(child):
+                yield child
+
+
+def _has_no_faults(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assign):
+        return any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets)
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)  # a docstring
+    return isinstance(node, (ast.Import, ast.ImportFrom, ast.JoinedStr, ast.alias, ast.Global, ast.Nonlocal))
+
+
+def _statement(node: ast.stmt) -> Iterator[str]:
+    """Yield what may stand in place of a statement."""
+    match node:
+        case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
+            yield "return None"
+        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Break() | ast.Delete():
+            yield "pass"
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield "pass"
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as value):  # x = f(x)
+            if any(isinstance(inner, ast.Name) and inner.id == name for inner in ast.walk(value)):
+                yield "pass"
+
+
+def _expression(node: ast.expr) -> Iterator[str]:
+    """Yield what may stand in place of an expression."""
+    match node:
+        case ast.Compare(left=left, ops=[op, *more], comparators=right) if type(op) in COMPARISONS:
+            yield ast.unparse(ast.Compare(left, [COMPARISONS[type(op)](), *more], right))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            if not any(
+                isinstance(inner, (ast.JoinedStr, ast.List, ast.Tuple)) or _is_text(inner) for inner in (left, right)
+            ):
+                yield ast.unparse(ast.BinOp(left, OPERATORS[type(op)](), right))
+        case ast.BoolOp(op=op, values=values):
+            yield ast.unparse(ast.BoolOp(ast.Or() if isinstance(op, ast.And) else ast.And(), values))
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            yield ast.unparse(operand)
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            yield ast.unparse(ast.IfExp(test, orelse, body))
+        case ast.Constant(value=bool() as value):
+            yield str(not value)
+        case ast.Constant(value=int() as value):
+            yield str(value + 1)
+        case ast.Constant(value=float() as value):
+            yield repr(2 * value or 1.0)
+        case ast.Call(func=func, args=[first, second, *more], keywords=keywords):
+            starred = isinstance(first, ast.Starred) or isinstance(second, ast.Starred)
+            if not starred and ast.dump(first) != ast.dump(second):
+                yield ast.unparse(ast.Call(func, [second, first, *more], keywords))
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def all_mutants(root: Path = ROOT) -> list[Mutant]:
+    """All faults of the package; a few that do not compile are left out when they are run."""
+    files = sorted((root / "kinvert").rglob("*.py"))
+    return [mutant for path in files for mutant in mutants_of(str(path.relative_to(root)), path.read_text())]
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------
+def tests_for(file: str, root: Path = ROOT) -> list[str]:
+    """The files of tests for a module, the nearest first.
+
+    These are: the file that mirrors it; files of the same folder that name what the module offers; five from elsewhere
+    that do, where a name that few tests know counts more; the battery; the rest of the folder; everything that names it.
+    """
+    path = Path(file).relative_to("kinvert")
+    stem = path.parent.name if path.stem == "__init__" else path.stem
+    texts = _texts(root)
+    folder = root / "tests" / path.parent
+    offers = {stem, *_offers((root / file).read_text())}
+    holders = {name: [test for test, words in texts.items() if name in words] for name in offers}
+    score = {test: sum(len(holders[name]) ** -0.5 for name in offers & words) for test, words in texts.items()}
+    far = sorted((test for test in texts if score[test] and test.parent != folder), key=lambda test: -score[test])
+
+    def place(test: Path) -> tuple[int, float]:
+        if test.stem in (f"test_{stem}", f"test_{path.parent.name}_{stem}") and (test.parent == folder or score[test]):
+            return (0, 0.0)
+        if score[test] and test.parent == folder != root / "tests":
+            return (1, -score[test])
+        if test in far[:5]:
+            return (2, -score[test])
+        if test.name in BATTERY:
+            return (3, BATTERY.index(test.name))
+        return (4 if test.parent == folder != root / "tests" else 5 if score[test] else 6, -score[test])
+
+    chosen = sorted((test for test in texts if place(test)[0] < 6), key=place)
+    return [str(test.relative_to(root)) for test in chosen]
+
+
+@functools.lru_cache
+def _texts(root: Path) -> dict[Path, frozenset[str]]:
+    """The words of each file of tests, but for those that call whole programs."""
+    everything = sorted((root / "tests").rglob("test_*.py"))
+    return {test: frozenset(re.findall(r"\w+", test.read_text())) for test in everything if test.name not in PROGRAMS}
+
+
+def _offers(source: str) -> list[str]:
+    """The names in `__all__`."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return [str(name) for name in ast.literal_eval(node.value)]
+    return []
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tests said of a mutant.
+
+    Attributes:
+        test: the one that failed, or that did not end; "" if none did.
+        passed: how many passed before.
+        ended: whether all tests were run.
+    """
+
+    test: str
+    passed: int
+    ended: bool
+
+
+def run_tests(copy: Path, tests: list[str], limit: float) -> Outcome:
+    """Run tests in a copy of the checkout until one fails, for at most `limit` seconds of processor time."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "COLUMNS": "1000", "TMPDIR": str(copy)}
+    command = [sys.executable, "-c", LIMITED, str(int(limit)), str(MEMORY)]
+    options = ["-x", "-v", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    with (copy / "output.txt").open("w+") as output:
+        streams = {"stdout": output, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(
+            [*command, *options, *tests], cwd=copy, env=environment, start_new_session=True, **streams
+        )
+        try:
+            status = process.wait(timeout=40 * limit)  # for a test that waits, which takes no processor time
+        except subprocess.TimeoutExpired:
+            status = -1
+        finally:
+            _end_session(process)
+        output.seek(0)
+        lines = output.read().splitlines()
+    passed = sum(" PASSED" in line for line in lines)
+    if status in (0, 5):
+        return Outcome("", passed, True)
+    failed = [line.split(" ")[1] for line in lines if re.match(r"(FAILED|ERROR) \S+", line)]
+    # A line of a test begins when the test does, and its verdict comes at its end.
+    started = [line.split(" ")[0] for line in lines if re.match(r"tests/\S+::", line)]
+    return Outcome((failed or started or tests)[-1], passed, bool(failed) or status > 0)
+
+
+def _end_session(process: subprocess.Popen[bytes]) -> None:
+    """End the tests and what they started."""
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()
+
+
+class Judge:
+    """Runs mutants, each in a copy of its own, and knows which tests pass without a fault."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._sound: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    def judge(self, mutant: Mutant) -> dict[str, object]:
+        """Return the row of a mutant: what it is, the result, the test that killed it, and how many passed."""
+        started = time.monotonic()
+        with checkout(mutant) as folder:
+            copy = Path(folder)
+            tests, passed = tests_for(mutant.file), 0
+            while True:
+                found = run_tests(copy, tests, self.limit)
+                passed += found.passed
+                if not found.test:
+                    break
+                if found.ended and self._passes(found.test):
+                    break
+                if not found.ended:  # too many tests, or one that does not end?
+                    alone = run_tests(copy, [found.test], ALONE)
+                    forever = bool(alone.test) and self._passes(found.test)
+                    found = Outcome(found.test * forever, passed, False)
+                    break
+                tests = [test for test in tests if test != found.test.partition("::")[0]]  # fails anyway
+                if not tests:
+                    break
+        row = {
+            "file": mutant.file,
+            "line": mutant.line,
+            "text": mutant.text,
+            "change": mutant.change,
+            "nth": mutant.nth,
+        }
+        end = {"test": found.test, "passed": passed, "all": found.ended, "seconds": round(time.monotonic() - started)}
+        return {**row, "result": "killed" if found.test else "survived", **end}
+
+    def _passes(self, test: str) -> bool:
+        """Tell whether a test passes in a copy without a fault."""
+        with self._lock:
+            if test not in self._sound:
+                with checkout(None) as copy:
+                    self._sound[test] = not run_tests(Path(copy), [test], 4 * self.limit).test
+            return self._sound[test]
+
+
+def checkout(mutant: Mutant | None) -> tempfile.TemporaryDirectory[str]:
+    """Make a copy of the files that git knows, with one fault or none."""
+    folder = tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True)
+    copy = Path(folder.name)
+    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    if mutant is not None:
+        source = (copy / mutant.file).read_bytes()
+        (copy / mutant.file).write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
+    return folder
+
+
+# -- the list and the table --------------------------------------------------------------------------------------------
+def equivalent() -> dict[str, str]:
+    """The faults that no test can notice, with the reason, by key."""
+    listed = tomllib.loads(EQUIVALENT.read_text())["mutant"]
+    return {
+        f"{row['file']}: {row['text']} [{row['change']}]" + f" #{row['nth']}" * bool(row.get("nth")): row["reason"]
+        for row in listed
+    }
+
+
+def key_of(row: dict[str, object]) -> str:
+    """The key of the mutant of a row of results."""
+    return f"{row['file']}: {row['text']} [{row['change']}]" + f" #{row['nth']}" * bool(row["nth"])
+
+
+def write(place: Path, seed: int, rows: dict[str, dict[str, object]]) -> None:
+    """Write results, by file and line."""
+    ordered = sorted(rows.values(), key=lambda row: (str(row["file"]), str(row["text"]), str(row["change"])))
+    counts = Counter(str(row["result"]) for row in ordered)
+    text = json.dumps({"seed": seed, "counts": counts, "rows": ordered}, indent=1, ensure_ascii=False)
+    place.write_text(text + "\n")
+
+
+def main() -> None:
+    """Choose, run, print, keep the results; the exit status is 1 if a mutant survived that the list does not have."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--limit", type=float, default=240.0, help="seconds of processor time for the tests of a mutant"
+    )
+    parser.add_argument("--again", action="store_true", help="take over what was killed from --out")
+    parser.add_argument("--show", metavar="FILE", help="list the faults of a file, or of all with 'all'")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("only", nargs="*", metavar="FILE", help="mutate these files of the package alone")
+    given = parser.parse_args()
+    everything = all_mutants()
+    if given.show:
+        print(*(json.dumps(asdict(m)) for m in everything if given.show in ("all", m.file)), sep="\n")
+        return
+    possible = [m for m in everything if not given.only or m.file in given.only]
+    chosen = sorted(possible, key=lambda mutant: mutant.rank(given.seed))[: given.count]
+    old = json.loads(given.out.read_text())["rows"] if given.again and given.out.exists() else []
+    killed = {key_of(row): row for row in old if row["result"] == "killed"}
+    listed, judge = equivalent(), Judge(given.limit)
+    print(f"{len(chosen)} of {len(possible)} mutants, seed {given.seed}", flush=True)
+    rows = {}
+
+    def one(mutant: Mutant) -> None:
+        row = killed.get(mutant.key) or judge.judge(mutant)
+        if row["result"] != "killed" and mutant.key in listed:
+            row |= {"result": "equivalent", "reason": listed[mutant.key]}
+        rows[mutant.key] = row
+        write(given.out, given.seed, dict(rows))
+        print(f"{row['result']:<10} {row['seconds']:>4} s  {mutant.key}  {row['test']}", flush=True)
+
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(one, chosen))
+    counts = Counter(str(row["result"]) for row in rows.values())
+    share = counts["killed"] / max(1, counts["killed"] + counts["survived"])
+    print(", ".join(f"{n} {what}" for what, n in counts.items()), f"- {share:.1%} of the others killed")
+    sys.exit(counts["survived"] > 0)
+
+
+if __name__ == "__main__":
+    main()
