@@ -49,6 +49,7 @@ EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.toml"
 BATTERY = ("test_laws.py", "test_plan.py", "test_sampling.py", "test_schedules.py", "test_exact.py", "test_methods.py")
 PROGRAMS = ("test_docs.py", "test_newcomer.py", "test_notebooks.py", "test_package.py")  # minutes each
 MEMORY = 12 * 2**30  # bytes of address space that a mutant gets
+NEAREST = 14
 ALONE = 90  # seconds of processor time for one test by itself
 
 LIMITED = """
@@ -228,8 +229,8 @@ def all_mutants(root: Path = ROOT) -> list[Mutant]:
 def tests_for(file: str, root: Path = ROOT) -> list[str]:
     """The files of tests for a module, the nearest first.
 
-    These are: the file that mirrors it; files of the same folder that name what the module offers; five from elsewhere
-    that do, where a name that few tests know counts more; the battery; the rest of the folder; everything that names it.
+    These are the first 14 of: the file that mirrors it; files of the same folder that name what the module offers; five
+    from elsewhere that do, where a name that few tests know counts more; the battery; the rest of the folder.
     """
     path = Path(file).relative_to("kinvert")
     stem = path.parent.name if path.stem == "__init__" else path.stem
@@ -249,10 +250,9 @@ def tests_for(file: str, root: Path = ROOT) -> list[str]:
             return (2, -score[test])
         if test.name in BATTERY:
             return (3, BATTERY.index(test.name))
-        return (4 if test.parent == folder != root / "tests" else 5 if score[test] else 6, -score[test])
+        return (4 if test.parent == folder else 5, -score[test])
 
-    chosen = sorted((test for test in texts if place(test)[0] < 6), key=place)
-    return [str(test.relative_to(root)) for test in chosen]
+    return [str(test.relative_to(root)) for test in sorted(texts, key=place) if place(test)[0] < 5][:NEAREST]
 
 
 @functools.lru_cache
