@@ -1,7 +1,7 @@
 """Whether the tests notice: one small fault at a time is put into the package, and the tests that matter are run.
 
-    python tests/mutants.py                          # 100 faults, chosen by seed 0, in an hour or so
-    python tests/mutants.py --count 300 --workers 2  # what benchmarks/results/mutants.json has
+    python tests/mutants.py                          # 100 faults, chosen by seed 0, in hours
+    python tests/mutants.py --count 300 --workers 2  # two at a time
     python tests/mutants.py --show kinvert/plan.py   # list the possible faults of a file, run nothing
     python tests/mutants.py --again                  # keep what was killed, run the survivors once more
 
@@ -13,7 +13,7 @@ then those that name what the module offers, then a battery (`tests_for`), up to
 kills the mutant if it fails there and passes without the fault. A test that runs forever kills too.
 
 A fault that changes no result that is promised cannot be killed: `tests/data/equivalent_mutants.toml` lists such faults
-by file, line and change, each with the reason. "needs" in that list names what is missing here, such as a GPU.
+by file, line and change, each with the reason. A fault in what cannot run here, as on a GPU, is listed too.
 
 Maintained tools were considered. mutmut puts all mutants of a function into one file and switches between them at run
 time, which changes the code that Plans are cached by and that torch compiles. cosmic-ray mutates the checkout itself,
