@@ -196,7 +196,8 @@ class Case:
 
     @property
     def mask(self) -> Tensor:
-        return torch.linspace(0, 1, self.shape[-1], dtype=torch.float64)
+        space = self.shape[2:] or self.shape[1:]
+        return torch.linspace(0, 1, math.prod(space), dtype=torch.float64).reshape(space)
 
     def by_hand(self, dtype: torch.dtype, nudge: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Any]:
         """The guided and masked denoiser, from its formulas; `nudge` is applied to what goes in and comes out."""
