@@ -70,8 +70,9 @@ class Runs(RuleBasedStateMachine):
         assert set(run.values) >= {"x"}
         if not run.done:
             run.sigma.zero_()
-            if not run.stage:
-                run.replace(run.values["x"].clone())
+            read = run.plan.steps[run.step].reads
+            if not run.stage and "x" in read:
+                run.replace(**{name: value.clone() for name, value in run.values.items() if name in read})
 
     @rule(target=states, pair=runs, how=st.sampled_from(["as it is", "deepcopy", "written over"]))
     def keep(self, pair: tuple[ki.Stepwise, Tensor], how: str) -> tuple[ki.Plan, Any, Tensor]:

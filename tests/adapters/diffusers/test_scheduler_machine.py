@@ -30,7 +30,7 @@ class Pipeline(RuleBasedStateMachine):
         self.scheduler: Any = KinvertScheduler.from_scheduler(bases()[space], sampler)
         self.begin(3, 0)
 
-    @rule(steps=st.integers(1, 5), seed=st.integers(0, 9))
+    @rule(steps=st.integers(2, 6), seed=st.integers(0, 9))
     def begin(self, steps: int, seed: int) -> None:
         """Also in the middle of a run, as a pipeline that was interrupted."""
         self.scheduler.set_timesteps(steps)
