@@ -73,7 +73,7 @@ class Mutant:
 
 def key_of(row: Mapping[str, object]) -> str:
     """The key of a mutant that is given by a row of results, or of the list."""
-    return f"{row['file']}: {row['text']} [{row['change']}]" + f" #{row['nth']}" * bool(row.get("nth"))
+    return f"{row['file']}: {row['text']} [{row['change']}]" + f" #{row.get('nth')}" * bool(row.get("nth"))
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
