@@ -215,7 +215,7 @@ class Case:
             cond, uncond = (nudge(smooth(x, sigma, shifts[k])) for k in ("positive", "negative"))
             guided = cond if self.cfg == 1 else uncond + self.cfg * (cond - uncond)
             if self.masked:
-                guided, uncond = (m * value + (1 - m) * z for value in (guided, uncond))
+                guided = m * guided + (1 - m) * z  # the unconditional part stays, as in ComfyUI
             return ki.Guided(nudge(guided), uncond) if self.pair else nudge(guided)
 
         return denoiser
