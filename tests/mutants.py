@@ -13,7 +13,7 @@ then those that name what the module offers, then a battery (`tests_for`), up to
 kills the mutant if it fails there and passes without the fault. A test that runs forever kills too.
 
 A fault that changes no result that is promised cannot be killed: `tests/data/equivalent_mutants.toml` lists such faults
-by file, line and change, each with the reason. A fault in what cannot run here, as on a GPU, is listed too.
+by file, line and change, each with the reason; they are not run. A fault in what cannot run here, as on a GPU, is listed too.
 
 Maintained tools were considered. mutmut puts all mutants of a function into one file and switches between them at run
 time, which changes the code that Plans are cached by and that torch compiles. cosmic-ray mutates the checkout itself,
@@ -158,6 +158,12 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def row_of(mutant: Mutant, result: str, reason: str = "") -> dict[str, object]:
+    """The row of a mutant in the results."""
+    of = {"file": mutant.file, "line": mutant.line, "text": mutant.text, "change": mutant.change, "nth": mutant.nth}
+    return {**of, "result": result, "test": "", "seconds": 0, **({"reason": reason} if reason else {})}
+
+
 class Judge:
     """Runs mutants, each in a copy of its own, and knows which tests pass without a fault."""
 
@@ -187,15 +193,8 @@ class Judge:
                 tests = [test for test in tests if test != found.test.partition("::")[0]]  # fails anyway
                 if not tests:
                     break
-        row = {
-            "file": mutant.file,
-            "line": mutant.line,
-            "text": mutant.text,
-            "change": mutant.change,
-            "nth": mutant.nth,
-        }
         end = {"test": found.test, "passed": passed, "all": found.ended, "seconds": round(time.monotonic() - started)}
-        return {**row, "result": "killed" if found.test else "survived", **end}
+        return row_of(mutant, "killed" if found.test else "survived") | end
 
     def _passes(self, test: str) -> bool:
         """Tell whether a test passes in a copy without a fault."""
@@ -263,9 +262,10 @@ def main() -> None:
     rows = {}
 
     def one(mutant: Mutant) -> None:
-        row = killed.get(mutant.key) or judge.judge(mutant)
-        if row["result"] != "killed" and mutant.key in listed:
-            row |= {"result": "equivalent", "reason": listed[mutant.key]}
+        reason = listed.get(mutant.key)
+        row = killed.get(mutant.key) or (
+            judge.judge(mutant) if reason is None else row_of(mutant, "equivalent", reason)
+        )
         rows[mutant.key] = row
         write(given.out, given.seed, dict(rows))
         print(f"{row['result']:<10} {row['seconds']:>4} s  {mutant.key}  {row['test']}", flush=True)
