@@ -11,6 +11,7 @@ value that is not returned, a statement left out, two arguments swapped. Docstri
 nothing in it. Each mutant is a copy of the checkout in a temporary folder, where pytest runs the tests of the module,
 then those that name what the module offers, then a battery (`tests_for`), up to a limit of processor time. A test
 kills the mutant if it fails there and passes without the fault. A test that runs forever kills too.
+If the limit ends the tests before all are run, the mutant is `unfinished`, not survived.
 
 A fault that changes no result that is promised cannot be killed: `tests/data/equivalent_mutants.toml` lists such faults
 by file, line and change, each with the reason; they are not run. A fault in what cannot run here, as on a GPU, is listed too.
@@ -48,7 +49,7 @@ EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.toml"
 BATTERY = ("test_laws.py", "test_plan.py", "test_sampling.py", "test_schedules.py", "test_exact.py", "test_methods.py")
 PROGRAMS = ("test_docs.py", "test_newcomer.py", "test_notebooks.py", "test_package.py")  # minutes each
 MEMORY = 12 * 2**30  # bytes of address space that a mutant gets
-NEAREST = 14
+NEAREST = 10
 ALONE = 90  # seconds of processor time for one test by itself
 
 LIMITED = """
@@ -65,8 +66,8 @@ sys.exit(pytest.main(sys.argv[3:]))
 def tests_for(file: str, root: Path = ROOT) -> list[str]:
     """The files of tests for a module, the nearest first.
 
-    These are the first 14 of: the file that mirrors it; files of the same folder that name what the module offers; five
-    from elsewhere that do, where a name that few tests know counts more; the battery; the rest of the folder.
+    These are the file that mirrors it, files of the same folder that name what the module offers, five from elsewhere
+    that do, where a name that few tests know counts more, and the rest of the folder, ten in all; then the battery.
     """
     path = Path(file).relative_to("kinvert")
     stem = path.parent.name if path.stem == "__init__" else path.stem
@@ -84,11 +85,11 @@ def tests_for(file: str, root: Path = ROOT) -> list[str]:
             return (1, -score[test])
         if test in far[:5]:
             return (2, -score[test])
-        if test.name in BATTERY:
-            return (3, BATTERY.index(test.name))
-        return (4 if test.parent == folder else 5, -score[test])
+        return (3 if test.parent == folder else 4, -score[test])
 
-    return [str(test.relative_to(root)) for test in sorted(texts, key=place) if place(test)[0] < 5][:NEAREST]
+    nearest = [test for test in sorted(texts, key=place) if place(test)[0] < 4][:NEAREST]
+    battery = [test for name in BATTERY for test in texts if test.name == name and test not in nearest]
+    return [str(test.relative_to(root)) for test in nearest + battery]
 
 
 @functools.lru_cache
@@ -194,7 +195,8 @@ class Judge:
                 if not tests:
                     break
         end = {"test": found.test, "passed": passed, "all": found.ended, "seconds": round(time.monotonic() - started)}
-        return row_of(mutant, "killed" if found.test else "survived") | end
+        result = "killed" if found.test else "survived" if found.ended else "unfinished"
+        return row_of(mutant, result) | end
 
     def _passes(self, test: str) -> bool:
         """Tell whether a test passes in a copy without a fault."""
@@ -273,9 +275,9 @@ def main() -> None:
     with ThreadPoolExecutor(given.workers) as pool:
         list(pool.map(one, chosen))
     counts = Counter(str(row["result"]) for row in rows.values())
-    share = counts["killed"] / max(1, counts["killed"] + counts["survived"])
-    print(", ".join(f"{n} {what}" for what, n in counts.items()), f"- {share:.1%} of the others killed")
-    sys.exit(counts["survived"] > 0)
+    share = counts["killed"] / max(1, len(rows) - counts["equivalent"])
+    print(", ".join(f"{n} {what}" for what, n in counts.items()), f"- {share:.1%} of those not equivalent are killed")
+    sys.exit(counts["survived"] + counts["unfinished"] > 0)
 
 
 if __name__ == "__main__":
