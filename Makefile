@@ -6,18 +6,22 @@
 #   make test-threads    the tests with torch's default threads
 #   make test-oldest     the tests with the oldest versions that are allowed, make test-newest with the newest
 #   make package      the wheel and the sdist, in dist/, and whether a package index takes them
+#   make fuzz MINUTES=10    random runs, files and command lines
+#   make mutants COUNT=100  faults in the package, one at a time: which of them no test notices
 #   make environments    the same calls in torch's modes, with other layouts and threads (docs/environments.md)
 #
 # The default is the torch build that CI uses, on the CPU. With a GPU: make demo TORCH='torch>=2.4'
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+MINUTES ?= 10
+COUNT ?= 100
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test test-slow test-threads test-oldest test-newest package environments lint docs clean
+.PHONY: demo bench test test-slow test-threads test-oldest test-newest package fuzz mutants environments lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/cli
@@ -47,6 +51,12 @@ package: $(VENV)/dev
 	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
 	$(BIN)/twine check --strict dist/*
+
+fuzz: $(VENV)/dev
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
+
+mutants: $(VENV)/dev
+	$(BIN)/python tests/mutants.py --count $(COUNT) --workers 2
 
 environments: $(VENV)/dev
 	$(BIN)/python benchmarks/environments.py

@@ -42,6 +42,7 @@ __all__ = [
     "Tagged",
     "check_kind",
     "header_of",
+    "is_json",
     "known_entries",
     "read_tree",
     "tree_bytes",
@@ -159,7 +160,7 @@ def header_of(path: Path | str) -> Header | None:
     """
     path = Path(path)
     try:
-        if _is_json(path):
+        if is_json(path):
             text: str | None = path.read_text(encoding="utf-8")
         else:
             with safe_open(path, "pt") as opened:
@@ -173,7 +174,7 @@ def header_of(path: Path | str) -> Header | None:
     return None if text is None else _parsed(path, text)
 
 
-def _is_json(path: Path) -> bool:
+def is_json(path: Path) -> bool:
     """Tell whether a file is text that begins with a brace; a safetensors file begins with a length of 8 bytes."""
     with path.open("rb") as file:
         start = file.read(8)
@@ -207,7 +208,7 @@ def read_tree(path: Path | str, header: Header) -> Any:
     """
     path, tensors = Path(path), dict[str, Tensor]()
     try:
-        if not _is_json(path):
+        if not is_json(path):
             with safe_open(path, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     except SafetensorError as error:

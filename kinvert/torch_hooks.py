@@ -120,7 +120,12 @@ def is_view(x: Tensor) -> bool:
 
 
 def version(x: Tensor) -> int | None:
-    """Return a number that grows with every write into x, 0 for tensors of inference mode; None if unknown."""
+    """Return a number that grows with every write into x, 0 for tensors of inference mode; None if unknown.
+
+    It is unknown while torch compiles, which cannot trace the question.
+    """
+    if torch.compiler.is_compiling():
+        return None
     return 0 if x.is_inference() else getattr(x, "_version", None)
 
 

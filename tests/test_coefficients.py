@@ -105,6 +105,14 @@ def test_deis_weights(levels: tuple[float, ...]) -> None:
     assert np.abs(upstream - exact).max() <= 1e-3 * np.abs(exact).max()
 
 
+def test_deis_time_has_its_published_ends() -> None:
+    """`sigma = 0.002` at `t = 0.001` and 80 at 1, and `log(1 + sigma^2)` is a parabola of t through 0."""
+    assert deis_time(np.array([0.002, 80.0])).tolist() == pytest.approx([1e-3, 1.0], rel=1e-9)
+    t, law = np.array([1e-3, 0.5, 1.0]), np.log1p(np.array([0.002, 80.0]) ** 2)
+    middle = float(np.linalg.solve([[t[0] ** 2, t[0]], [t[2] ** 2, t[2]]], law) @ [t[1] ** 2, t[1]])
+    assert float(deis_time(np.sqrt(np.expm1([middle])))[0]) == pytest.approx(0.5, rel=1e-9)
+
+
 @pytest.mark.parametrize("sigma", [1e-4, 1e-2, 5.0])
 def test_exact_deis_weights_on_a_large_step(sigma: float) -> None:
     """One quadrature over a whole range against the sum over its parts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -169,6 +170,19 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
     arguments: dict[str, Any] = dict(denoiser=MIXTURE, x=noise_like((2, 6)), sigma_from=10.0, sigma_to=0.1) | change
     with pytest.raises(error, match=message):
         solve_ode(**arguments)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50])
+def test_no_more_evaluations_are_made_than_are_allowed(limit: int) -> None:
+    calls = itertools.count()
+
+    def counted(x: Tensor, sigma: Tensor) -> Tensor:
+        next(calls)
+        return MIXTURE(x, sigma)
+
+    with pytest.raises(ValueError, match="max_evals are spent"):
+        solve_ode(counted, noise_like((1, 6)), 10.0, 0.1, max_evals=limit)
+    assert next(calls) == limit
 
 
 def test_a_jump_is_found_out_or_passed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from problems import mixture, noise_like, order_slope, schedules
 from torch import Tensor
 
 import kinvert as ki
+from kinvert.engine import plain_loop
 
 KARRAS = ki.schedules.karras(10, 0.05, 10.0)
 GAUSSIAN = ki.denoisers.Gaussian(0.3, 0.5)
@@ -322,12 +324,19 @@ def test_plausible_mistakes_are_named(call: Any, error: type[Exception], message
         call(torch.ones(2, 2, dtype=torch.float64))
 
 
-def test_a_denoiser_that_writes_into_x_is_named() -> None:
-    def careless(x: Tensor, sigma: Tensor) -> Tensor:
-        return GAUSSIAN(x.clamp_(-1.0, 1.0), sigma)
+@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "rk4", "uni_pc"])
+def test_a_denoiser_that_writes_into_x_is_named(sampler: str, plain: bool, call: int) -> None:
+    """In whichever evaluation it does so; the caller's own tensor is the input of the first alone."""
+    calls = itertools.count()
 
-    with pytest.raises(ValueError, match="wrote into x.*work on a copy"):
-        ki.sample(careless, 10 * torch.ones(2, 3), [10.0, 3.0, 1.0])
+    def careless(x: Tensor, sigma: Tensor) -> Tensor:
+        return GAUSSIAN(x.clamp_(-1.0, 1.0) if next(calls) == call else x, sigma)
+
+    named = pytest.raises(ValueError, match="wrote into x in step .* work on a copy")
+    with plain_loop() if plain else nullcontext(), named:
+        ki.sample(careless, 10 * torch.ones(2, 3), [10.0, 6.0, 3.0, 2.0, 1.0], sampler=sampler)
 
 
 # -- what would be wrong without a word --------------------------------------------------------------------------------

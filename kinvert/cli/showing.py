@@ -23,7 +23,7 @@ from kinvert.console import print_lines, print_table
 from kinvert.folder import MANIFEST, SETTINGS
 from kinvert.folderback import open_shard
 from kinvert.pictures import IMAGES, MARK, SAMPLES, pillow, read
-from kinvert.records import KEY, Header, header_of
+from kinvert.records import KEY, Header, header_of, is_json
 
 __all__ = ["show"]
 
@@ -53,8 +53,8 @@ def show(file: Path) -> None:
 def _show_stored(file: Path) -> None:
     """Show a safetensors or JSON file."""
     header = header_of(file)
-    if header is None and file.suffix.lower() == ".json":
-        raise ValueError(f"{str(file)!r} is a JSON file of another program")
+    if header is None and is_json(file):
+        raise ValueError(f"{str(file)!r} is a JSON file of another program, or a damaged one")
     if header is None:
         _show_foreign(file)
         return

@@ -32,6 +32,7 @@ __all__ = [
     "check_resumed",
     "check_room",
     "check_state",
+    "check_unwritten",
     "checked_noise",
     "checked_output",
     "rounding",
@@ -57,6 +58,18 @@ def check_outputs(out: Any, x: Tensor, stage: Stage, step: Step) -> tuple[Tensor
             )
         return checked_output(out.denoised, x, where), checked_output(out.uncond, x, where)
     return checked_output(out.denoised if isinstance(out, Guided) else out, x, where), None
+
+
+def check_unwritten(x: Tensor, version: int | None, stage: Stage, step: Step) -> None:
+    """Raise ValueError if the denoiser wrote into its input x, whose `torch_hooks.version` was `version` before.
+
+    The rest of the step reads x again. In inference mode no version is counted, so nothing is noticed there.
+    """
+    if torch_hooks.version(x) != version:
+        raise ValueError(
+            f"the denoiser wrote into x in step {step.index} at sigma {stage.sigma:g}, so that the state changed under "
+            "the run; let it work on a copy, e.g. x = x.clone() in front of an operation in place"
+        )
 
 
 def checked_output(out: Any, x: Tensor, where: str) -> Tensor:

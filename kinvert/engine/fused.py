@@ -17,7 +17,7 @@ from kinvert import torch_hooks
 from kinvert.caches import SizedCache
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
-from kinvert.engine.contract import check_outputs, checked_noise
+from kinvert.engine.contract import check_outputs, check_unwritten, checked_noise
 from kinvert.engine.kernels import Call, Program, StepKernels, program
 from kinvert.engine.operations import Add, Blend, Kernel, Lerp, Mix, Scale, Sum
 from kinvert.engine.products import Products, blocks_for
@@ -176,8 +176,9 @@ class FusedRun:
                 if kernels:
                     compute(kernels)
                 x = values[slot]
-                held = holders(x)
+                held, version = holders(x), torch_hooks.version(x)
                 denoised: Any = denoiser(x, sigma if few else sigma.expand(len(x)).contiguous())
+                check_unwritten(x, version, stage, step)
                 uncond: Any = None
                 plain = type(denoised) is Tensor and denoised.dtype is dtype and denoised.shape == shape
                 if not plain or out_uncond is not None:
@@ -268,22 +269,12 @@ def separate(buffer: Tensor) -> tuple[Tensor, ...]:
 
 
 def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunction, callback: Callback | None) -> Memory:
-    """Run a Plan by the kernels of its program.
-
-    Raises:
-        ValueError: the denoiser wrote into x.
-    """
+    """Run a Plan by the kernels of its program."""
     state = {name: lay_out(value) for name, value in state.items()}
     x = state["x"]
-    version = torch_hooks.version(x)
     numbers = take_uploaded(plan, x)
     fused = FusedRun(numbers, x)
     fused.start(state)
     fused.make_steps(numbers.steps, denoiser, draw, callback)
-    if torch_hooks.version(x) != version:
-        raise ValueError(
-            "the denoiser wrote into x, so that the state and your own tensor changed under the run; let it work on a "
-            "copy, e.g. x = x.clone() in front of an operation in place"
-        )
     leave_uploaded(plan, x, numbers)
     return fused.end()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert import torch_hooks
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep
-from kinvert.engine.contract import check_outputs, checked_noise
+from kinvert.engine.contract import check_outputs, check_unwritten, checked_noise
 from kinvert.engine.kernels import outlives
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import NoiseFunction
@@ -66,7 +67,8 @@ class OpenStep:
         self.step, self.watched = step, watched
         self.stage = 0
         self.seen: tuple[Tensor, Tensor] | None = None
-        self.like = self.x = values["x"]
+        self.like = values["x"]
+        self.wait_at(self.like)
         self.known: dict[Symbol, Tensor] = {State(name): value for name, value in values.items()}
         for r, noise in enumerate(noises):
             self.known[Noise(r)] = noise
@@ -75,7 +77,11 @@ class OpenStep:
     def _prepare(self) -> None:
         """Compute the input of the next evaluation."""
         if self.stage < len(self.step.stages):
-            self.x = combine(self.step.stages[self.stage].input, self.known, self.like)
+            self.wait_at(combine(self.step.stages[self.stage].input, self.known, self.like))
+
+    def wait_at(self, x: Tensor) -> None:
+        """Wait for the evaluation of x."""
+        self.x, self._writes = x, torch_hooks.version(x)
 
     def take(self, outputs: list[Any]) -> None:
         """Take what the denoiser returned for `x`; raise as `check_outputs` does, and leave the step as it is then.
@@ -84,6 +90,7 @@ class OpenStep:
         copied if a later evaluation may overwrite it.
         """
         step, k = self.step, self.stage
+        check_unwritten(self.x, self._writes, step.stages[k], step)
         results: list[Any] = list(check_outputs(outputs.pop(), self.x, step.stages[k], step))
         if outlives(step, k):
             keep(results)

@@ -291,7 +291,8 @@ class Stepwise:
             current.known |= {Denoised(k): value for k, value in state["denoised"].items()}
             current.known |= {Uncond(k): value for k, value in state["uncond"].items()}
             current.stage = state["stage"]
-            current.x = current.x if state["x"] is None else state["x"]
+            if state["x"] is not None:
+                current.wait_at(state["x"])
 
 
 def _resume(plan: Plan, state: StepwiseState, noise: NoiseLike | None) -> Stepwise:

@@ -166,6 +166,8 @@ def test_refusals(latents: Path, tmp_path: Path) -> None:
     assert "cannot read" in fails("show", tmp_path / "a.png")
     (tmp_path / "a.json").write_text("{}")
     assert "is a JSON file of another program" in fails("show", tmp_path / "a.json")
+    (tmp_path / "b").write_text((tmp_path / "a.json").read_text())  # whatever its name is
+    assert "is a JSON file of another program" in fails("show", tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from problems import mixture
 from torch import Tensor
 
 import kinvert as ki
+from kinvert import analysis
 from kinvert.engine import run_state
 
 
@@ -49,3 +50,17 @@ def test_what_a_reversible_sampler_costs_is_counted(sampler: str) -> None:
     assert int(found.evaluations.sum()) == rows
     assert (found.evaluations - torch.tensor([3, 1])).unique().numel() == 1
     assert found.checking == ki.compile_plan(sampler, schedule(6)).closed.evaluations
+
+
+@pytest.mark.parametrize("sampler", ["leapfrog", "mccallum_foster", "bdia"])
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_the_growth_is_predicted_for_data_of_a_tenth_of_the_image(sampler: str, size: float) -> None:
+    sigmas = schedule(8)
+    image = images(1)
+    image = image * (size / image.square().mean().sqrt())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = ki.invert(MIXTURE, image, sigmas, sampler=sampler)
+    want = [max(analysis.amplification(ki.compile_plan(sampler, sigmas), std=s * size)) for s in (0.095, 0.1, 0.105)]
+    assert found.amplification is not None and min(want) <= found.amplification <= max(want)
+    assert max(want) < 1.5 * min(want)

@@ -24,6 +24,8 @@ from kinvert.rules import (
     UniPC,
 )
 
+SMOOTH = ki.denoisers.Gaussian(0.3, 1.5)
+
 
 def unipc_orders(rule: ki.rules.UniPC, n: int) -> list[int]:
     return [rule._order(n, k) for k in range(1, n + 1)]
@@ -105,6 +107,23 @@ def test_sa_solver_discards_the_last_step_if_asked() -> None:
     assert SASolver().keep_last and SASolver(keep_last=False).ode_order == 1
     options = {"sde_start": 10.0, "sde_end": 0.0}
     assert [ki.compile_plan(SASolver(**options, keep_last=keep), sigmas).draws for keep in (False, True)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("predictor", "corrector", "order"), [(3, 4, 3), (1, 4, 2), (2, 2, 2), (3, 1, 1), (3, 0, 2), (1, 0, 1), (4, 0, 2)]
+)
+def test_sa_solver_has_the_order_of_its_weakest_part(predictor: int, corrector: int, order: int) -> None:
+    """The corrector adds one to the predictor, the first step caps both; without a corrector it caps the predictor."""
+    rule = SASolver(eta=0.0, predictor_order=predictor, corrector_order=corrector)
+    assert rule.ode_order == order
+
+    def error(steps: int) -> float:
+        sigmas = [10.0 * 0.1 ** (i / steps) for i in range(steps + 1)]
+        want = SMOOTH.ode(torch.ones(1, 2, dtype=torch.float64), 10.0, 1.0)
+        got = ki.run(ki.compile_plan(rule, sigmas), SMOOTH, torch.ones(1, 2, dtype=torch.float64))
+        return float((got - want).abs().max())
+
+    assert math.log2(error(100) / error(400)) / 2 > order - 0.3
 
 
 @pytest.mark.parametrize(("pece", "evaluations"), [(False, 6), (True, 11)])
