@@ -89,4 +89,7 @@ def _filled(rows: Tensor, more: int) -> Tensor:
     """Return the rows and `more` copies of the first, in a tensor of its own: a view of another is copied."""
     if more:
         return torch.cat([rows, rows[:1].expand(more, *rows.shape[1:])])
-    return rows.clone() if is_view(rows) or rows.storage_offset() else rows
+    shared = rows.ndim == 1 and rows.stride(0) == 0  # one level of a batch, and what a copy of one row of it keeps
+    if not (is_view(rows) or rows.storage_offset() or shared):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format if shared else torch.preserve_format)
