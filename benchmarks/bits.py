@@ -10,14 +10,15 @@ the published `aidi` (11 a step at most), which knows `euler` alone. Whoever rea
 label and cfg ("known"), or nothing ("blind"): then without a label, at cfg 1, in 30 steps, by `dpmpp_2m` what `euler`
 made and the other way round. At cfg 3, images of `euler` are attacked before they are read.
 
-A row has the share of bits that are right; the share of images all of whose bits are; the share that is recognised by their message if 1 % of the
-comparisons with the messages of other images may exceed the threshold (TPR at FPR 1 %); and the area under that curve
-(AUC). Brackets are 95 % intervals of a bootstrap over images, 500 resamples, the same ones for all rows of a model.
+A row has the share of bits that are right ("bits"); the share of images with every bit right ("whole"); the share of
+images that their own message tells, where 1 % of the messages of the other images may exceed the threshold ("tpr", at
+FPR 1 %); and the chance that an image fits its own message better than another one ("auc"). The second and third number
+are the ends of a 95 % interval, of a bootstrap over images: 500 resamples, the same ones for all rows of a model.
 
 **Forensics.** Images of the model, 40 of `digits` and 20 of `mnist` at each cfg by `euler`, and as many held-out ones
 to which the noise of the lowest level is added, all rounded to 8 bits, go up by `unsample` and down again at cfg 1,
-with or without their labels. The score of an image is minus its rms error; a row has the AUC of generated against
-held-out.
+with or without their labels. The score of an image is minus its rms error; a row has the AUC of generated
+against held-out, and the median errors of both. The images of both kinds are resampled by themselves.
 """
 
 from __future__ import annotations

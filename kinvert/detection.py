@@ -105,7 +105,7 @@ def _scores(name: str, values: Scores) -> Tensor:
     scores = torch.as_tensor(values)
     if scores.is_complex():
         raise TypeError(f"{name} must be real scores, got {scores.dtype}")
-    scores = scores.detach().to("cpu", torch.float64)
+    scores = scores.detach().to("cpu", torch.float64).contiguous()
     if scores.ndim != 1 or len(scores) == 0:
         raise ValueError(f"{name} must be scores of shape (n,), at least one, got shape {tuple(scores.shape)}")
     if bool(scores.isnan().any()):

@@ -70,6 +70,12 @@ def test_auc_by_hand(positive: list[float], negative: list[float], want: float) 
     assert auc(positive, negative) == want
 
 
+def test_scores_may_be_any_real_tensor() -> None:
+    square = torch.tensor([[2, 0], [0, 1]])
+    for p in (square.diagonal(), square.diagonal().bfloat16(), square.diagonal().double().requires_grad_(), [2, 1]):
+        assert auc(p, square.diagonal()) == 0.5 and tpr_at_fpr(p, square.diagonal(), 0.5) == 0.5
+
+
 @given(SCORES, SCORES)
 def test_auc_is_the_share_of_pairs_and_that_of_another_library(positive: list[float], negative: list[float]) -> None:
     pairs = [Fraction((p > n) + (p >= n), 2) for p in positive for n in negative]
