@@ -43,8 +43,8 @@ def bit_accuracy(latent: Tensor, truth: Tensor) -> Tensor:
     bits = truth.detach().cpu().double().sign().flatten(1)
     if not bool(bits.all()):
         raise ValueError(f"truth has {int((bits == 0).sum())} zeros, whose sign is no bit; give -1 or 1")
-    read = latent.detach().cpu().double().sign().nan_to_num(0.0).flatten(1)
-    return ((1.0 + read * bits) / 2.0).mean(1)
+    agree = latent.detach().cpu().double().flatten(1) * bits
+    return ((agree > 0).double() + (~(agree < 0)).double()).mean(1) / 2
 
 
 def auc(positive: Scores, negative: Scores) -> float:

@@ -44,6 +44,12 @@ def test_shape_dtype_and_range_stay_and_the_input_too(name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_what_is_outside_is_clipped_before(name: str) -> None:
+    x = 3 * images(2, 1, 8, 8)
+    assert torch.equal(ALL[name](x), ALL[name](x.clamp(-1, 1)))
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_an_image_does_not_depend_on_its_neighbours_nor_on_the_layout(name: str) -> None:
     x = images(3, 3, 8, 10, dtype=torch.float32)
     y = ALL[name](x)
@@ -120,7 +126,7 @@ def test_jpeg_loses_more_at_a_lower_quality() -> None:
     smooth = torch.linspace(-1, 1, 32, dtype=torch.float64).expand(1, 3, 32, 32)
     x = attacks.blur(images(1, 3, 32, 32), 1.0) / 2 + smooth / 2
     errors = [float((attacks.jpeg(x, quality) - x).square().mean()) for quality in (95, 75, 30, 5)]
-    assert errors == sorted(errors) and errors[0] < 0.01
+    assert errors == sorted(set(errors)) and errors[0] < 0.01
     grey = attacks.jpeg(x[:, :1], 95)
     torch.testing.assert_close(grey, attacks.quantize(grey))
     assert float((grey - x[:, :1]).abs().max()) < 0.1
