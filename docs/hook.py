@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import re
@@ -322,33 +323,36 @@ def budgets() -> str:
 def bits() -> str:
     """The messages that were read: a table for each model without attacks, then one for each with them."""
     report = json.loads((RESULTS / "bits.json").read_text())
+    places = {key: list(dict.fromkeys(row[key] for row in report["rows"])) for key in ("model", "attack", "method")}
+    shares = {"bits": 3, "whole": 2, "tpr": 2, "auc": 3}  # and their digits
+    head = ["reader", "by", "bits right", "whole messages", "TPR at FPR 1 %", "AUC", "evaluations a step"]
     parts = []
-    for attacked in (False, True):
-        for model in dict.fromkeys(row["model"] for row in report["rows"]):
-            rows = [row for row in report["rows"] if row["model"] == model]
-            if attacked:
-                rows = [row for row in rows if (row["sampler"], row["cfg"]) == ("euler", 3)]
-            lines = []
-            for row in rows:
-                if attacked or row["attack"] == "none":
-                    first = [row["attack"]] if attacked else [f"`{row['sampler']}`", f"{row['cfg']:g}"]
-                    shown = [
-                        with_ends(row[name], digits)
-                        for name, digits in (("bits", 3), ("whole", 2), ("tpr", 2), ("auc", 3))
-                    ]
-                    lines.append([*first, row["knowledge"], f"`{row['method']}`", *shown, f"{row['evaluations']:.1f}"])
-            head = [
-                *(["attack"] if attacked else ["sampler", "cfg"]),
-                "reader",
-                "by",
-                "bits right",
-                "whole messages",
-                "TPR at FPR 1 %",
-                "AUC",
-                "evaluations a step",
+    for attacked, model in itertools.product((False, True), places["model"]):
+        rows = [row for row in report["rows"] if row["model"] == model]
+        rows = [r for r in rows if ((r["sampler"], r["cfg"]) == ("euler", 3) if attacked else r["attack"] == "none")]
+        rows = [row for row in rows if not attacked or row["method"] != "aidi"]
+        first = ("attack",) if attacked else ("sampler", "cfg")
+        rows.sort(
+            key=lambda row: (
+                places["attack"].index(row["attack"]),
+                row["sampler"] != "euler",
+                row["cfg"],
+                row["knowledge"] == "blind",
+                places["method"].index(row["method"]),
+            )
+        )
+        lines = [
+            [
+                *(f"{row[name]:g}" if name == "cfg" else str(row[name]) for name in first),
+                row["knowledge"],
+                "`invert`, at most 11" if row["method"] == "invert_11" else f"`{row['method']}`",
+                *(with_ends(row[name], digits) for name, digits in shares.items()),
+                f"{row['evaluations']:.1f}",
             ]
-            title = f"**`{model}`, {rows[0]['images']} images{', `euler` at cfg 3, attacked' * attacked}**"
-            parts += [title, table(head, lines)]
+            for row in rows
+        ]
+        title = f"**`{model}`, {rows[0]['images']} images{', `euler` at cfg 3, attacked' * attacked}**"
+        parts += [title, table([*first, *head], lines)]
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n\n".join([*parts, f"`python benchmarks/bits.py`; {named}, on a CPU."])
 
