@@ -51,6 +51,8 @@ STEPS, BLIND_STEPS, FPR, RESAMPLES = 20, 30, 0.01, 500
 LIMITS = {"invert": 8, "invert_11": 11}  # evaluations a step on the way up
 ATTACKS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
+    "rounding alone": lambda x: ((x + 1) * 127.5).round() / 127.5 - 1,
+    "clipping alone": lambda x: x.clamp(-1, 1),
     "8 bits": attacks.quantize,
     "noise 0.1": lambda x: attacks.gaussian_noise(x, 0.1),
     "blur 0.5": lambda x: attacks.blur(x, 0.5),
@@ -233,7 +235,7 @@ def main() -> None:
     for one in ((model, cfg, known) for model in args.models for cfg in SCALES for known in (True, False)):
         if one not in traced:
             save("forensics", forensics(*one))
-    for key in sorted(wanted, key=lambda key: (key[0] != "digits", key[5] == "invert")):
+    for key in sorted(wanted, key=lambda key: (key[0] != "digits", key[5] == "invert")):  # what is quick first
         if key not in done:
             save("rows", measure(key))
 

@@ -323,7 +323,8 @@ def budgets() -> str:
 def bits() -> str:
     """The messages that were read: a table for each model without attacks, then one for each with them."""
     report = json.loads((RESULTS / "bits.json").read_text())
-    places = {key: list(dict.fromkeys(row[key] for row in report["rows"])) for key in ("model", "attack", "method")}
+    places = {key: list(dict.fromkeys(row[key] for row in report["rows"])) for key in ("model", "method")}
+    strength = {row["attack"]: -row["bits"][0] for row in report["rows"] if row["model"] == places["model"][0]}
     shares = {"bits": 3, "whole": 2, "tpr": 2, "auc": 3}  # and their digits
     head = ["reader", "by", "bits right", "whole messages", "TPR at FPR 1 %", "AUC", "evaluations a step"]
     parts = []
@@ -334,7 +335,7 @@ def bits() -> str:
         first = ("attack",) if attacked else ("sampler", "cfg")
         rows.sort(
             key=lambda row: (
-                places["attack"].index(row["attack"]),
+                attacked and strength[row["attack"]],
                 row["sampler"] != "euler",
                 row["cfg"],
                 row["knowledge"] == "blind",
