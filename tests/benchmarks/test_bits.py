@@ -59,10 +59,20 @@ RUN, KNOWN = ("mnist", "euler"), ("none", "known")
 
 
 def test_who_is_blind_or_has_an_attacked_image_reads_no_more_by_it() -> None:
-    """Their intervals overlap."""
+    """Their intervals overlap. After rounding alone they do not: an exact inversion reads more."""
     for key in ROWS:
-        if key[-1] == "invert" and (key[3] != "none" or key[4] == "blind"):
+        if key[-1] == "invert" and key[3] == "rounding alone":
+            assert bits(*key)[1] > bits(*key[:-1], "unsample")[2]
+        elif key[-1] == "invert" and (key[3] != "none" or key[4] == "blind"):
             assert bits(*key)[1] < bits(*key[:-1], "unsample")[2], key
+
+
+def test_clipping_costs_more_than_rounding() -> None:
+    for model in ("digits", "mnist"):
+        shares = [
+            bits(model, "euler", 3.0, attack, "known", "unsample") for attack in ("rounding alone", "clipping alone")
+        ]
+        assert shares[0][1] > shares[1][2]
 
 
 def test_strong_guidance_takes_bits() -> None:
