@@ -25,11 +25,12 @@ against held-out, and the median errors of both. The images of both kinds are re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,37 +178,42 @@ def draw(rows: list[dict[str, Any]]) -> None:
     """Draw the shares of right bits: over cfg, and after attacks, a row of panels for each model."""
     from matplotlib.figure import Figure
 
-    colours = dict(zip(METHODS, ("#767676", "#0072B2", "#D55E00"), strict=True))
     figure = Figure(figsize=(9.5, 5.6), layout="constrained")
     panels = figure.subplots(2, 3, sharey=True, width_ratios=(1, 1, 2.1))
     for line, model in zip(panels, COUNTS, strict=True):
-        for axis, title in zip(line, (*SAMPLERS, "attacks"), strict=True):
-            attacked = title == "attacks"
-            here = [r for r in rows if r["model"] == model and r["sampler"] == ("euler" if attacked else title)]
-            places = list(ATTACKS) if attacked else list(SCALES)
-            for (name, colour), knowledge in ((one, k) for one in colours.items() for k in ("known", "blind")):
-                found = {
-                    r["attack"] if attacked else r["cfg"]: r["bits"]
-                    for r in here
-                    if (r["method"], r["knowledge"]) == (name, knowledge)
-                    and (r["cfg"] == 3 if attacked else r["attack"] == "none")
-                }
-                if not found:
-                    continue
-                shift = 0.1 * (METHODS.index(name) - 1) + 0.03 * (knowledge == "blind")
-                at, values = [places.index(place) + shift for place in found], list(found.values())
-                middle = [value[0] for value in values]
-                bars = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
-                style = "o-" if knowledge == "known" else "s:"
-                axis.errorbar(at, middle, bars, fmt=style, color=colour, markersize=4, label=f"{name}, {knowledge}")
-            axis.set_xticks(range(len(places)), [str(p) if attacked else f"cfg {p:g}" for p in places], fontsize=8)
-            axis.set_title(f"{model}, {'euler at cfg 3, attacked' if attacked else title}", fontsize=9)
-            axis.axhline(0.5, color="#767676", linewidth=0.8)
-            axis.grid(alpha=0.3)
+        here = [row for row in rows if row["model"] == model]
+        for axis, sampler in zip(line, SAMPLERS, strict=False):
+            chosen = [row for row in here if (row["sampler"], row["attack"]) == (sampler, "none")]
+            panel(axis, chosen, "cfg", [f"cfg {cfg:g}" for cfg in SCALES], SCALES, "-")
+            axis.set_title(f"{model}, {sampler}", fontsize=9)
+        chosen = [row for row in here if (row["sampler"], row["cfg"]) == ("euler", 3)]
+        panel(line[2], chosen, "attack", [name.replace(" ", "\n", 1) for name in ATTACKS], tuple(ATTACKS), "")
+        line[2].set_title(f"{model}, euler at cfg 3, attacked", fontsize=9)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=6, fontsize=8)
     figure.supylabel("share of bits that are right; 0.5 is chance", fontsize=9)
     figure.savefig(FIGURE, dpi=90)
+
+
+def panel(axis: Any, rows: list[dict[str, Any]], key: str, names: list[str], places: Sequence[Any], line: str) -> None:
+    """Draw a curve, or points, for each method and each reader."""
+    for number, (method, knowledge) in enumerate(itertools.product(METHODS, ("known", "blind"))):
+        found = {row[key]: row["bits"] for row in rows if (row["method"], row["knowledge"]) == (method, knowledge)}
+        values = [(k, *found[place]) for k, place in enumerate(places) if place in found]
+        if values:
+            at, middle, low, high = (torch.tensor(part) for part in zip(*values, strict=True))
+            colour = {"unsample": "#767676", "invert": "#0072B2", "aidi": "#D55E00"}[method]
+            style = f"o{line}" if knowledge == "known" else f"s{line and ':'}"
+            looks: dict[str, Any] = {
+                "color": colour,
+                "markersize": 4,
+                "markerfacecolor": colour if "o" in style else "white",
+            }
+            bars = torch.stack([middle - low, high - middle]).clamp(min=0)
+            axis.errorbar(at + 0.09 * (number - 1.5), middle, bars, fmt=style, label=f"{method}, {knowledge}", **looks)
+    axis.set_xticks(range(len(places)), names, fontsize=8)
+    axis.axhline(0.5, color="#767676", linewidth=0.8)
+    axis.grid(alpha=0.3)
 
 
 def main() -> None:
