@@ -1,10 +1,10 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->`,
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
-`<!-- environments -->` or `<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`,
-and that on k-diffusion `<!-- functions -->`, which are read off the code, the page on diffusers `<!-- agreement -->`,
-`<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and
-`<!-- method_costs -->`.
+`<!-- environments -->`, `<!-- bits -->`, `<!-- forensics -->` or `<!-- comfyui -->`. The page of the architecture has
+`<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are read off the code, the
+page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices
+`<!-- round_trips -->` and `<!-- method_costs -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import re
@@ -48,6 +49,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         performance,
         dtypes,
         flow,
+        bits,
+        forensics,
     )
     hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes, functions)
     for render in (*pages, versions, environments, layers, routes, *hosts, round_trips, method_costs):
@@ -314,6 +317,68 @@ def budgets() -> str:
             parts += [f"Not on the front: {'; '.join(lost) or 'nowhere'}{' evaluations a step' * bool(lost)}."]
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return "\n\n".join([*parts, f"`python benchmarks/budgets.py`; {named}, on a CPU."])
+
+
+def bits() -> str:
+    """The messages that were read: a table for each model without attacks, then one for each with them."""
+    report = json.loads((RESULTS / "bits.json").read_text())
+    places = {key: list(dict.fromkeys(row[key] for row in report["rows"])) for key in ("model", "method")}
+    known = [row for row in report["rows"] if (row["cfg"], row["knowledge"], row["method"]) == (3, "known", "unsample")]
+    strength = {row["attack"]: -row["bits"][0] for row in reversed(known)}  # of the first model
+    shares = {"bits": 3, "whole": 2, "tpr": 2, "auc": 3}  # and their digits
+    head = ["reader", "by", "bits right", "whole messages", "TPR at FPR 1 %", "AUC", "evaluations a step"]
+    parts = []
+    for attacked, model in itertools.product((False, True), places["model"]):
+        rows = [row for row in report["rows"] if row["model"] == model]
+        rows = [r for r in rows if ((r["sampler"], r["cfg"]) == ("euler", 3) if attacked else r["attack"] == "none")]
+        rows = [row for row in rows if not attacked or row["method"] != "aidi"]
+        first = ("attack",) if attacked else ("sampler", "cfg")
+        rows.sort(
+            key=lambda row: (
+                attacked and strength[row["attack"]],
+                row["sampler"] != "euler",
+                row["cfg"],
+                row["knowledge"] == "blind",
+                places["method"].index(row["method"]),
+            )
+        )
+        lines = [
+            [
+                *(f"{row[name]:g}" if name == "cfg" else str(row[name]) for name in first),
+                row["knowledge"],
+                "`invert`, at most 11" if row["method"] == "invert_11" else f"`{row['method']}`",
+                *(with_ends(row[name], digits) for name, digits in shares.items()),
+                f"{row['evaluations']:.1f}",
+            ]
+            for row in rows
+        ]
+        title = f"**`{model}`, {rows[0]['images']} images{', `euler` at cfg 3, attacked' * attacked}**"
+        parts += [title, table([*first, *head], lines)]
+    named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n\n".join([*parts, f"`python benchmarks/bits.py`; {named}, on a CPU."])
+
+
+def forensics() -> str:
+    """How well a round trip tells generated images from held-out ones."""
+    report = json.loads((RESULTS / "bits.json").read_text())
+    lines = [
+        [
+            f"`{row['model']}`",
+            f"{row['images'] // 2} and {row['images'] // 2}",
+            f"{row['cfg']:g}",
+            "with its label" if row["label"] else "without a label",
+            *(f"{error:.3f}" for error in row["errors"]),
+            with_ends(row["auc"], 2),
+        ]
+        for row in report["forensics"]
+    ]
+    return table(["model", "images", "made at cfg", "read", "error of generated", "of held-out", "AUC"], lines)
+
+
+def with_ends(values: list[float], digits: int) -> str:
+    """A number and the ends of its interval."""
+    value, low, high = (f"{one:.{digits}f}" for one in values)
+    return value if low == high else f"{value} \\[{low}, {high}\\]"
 
 
 def against(rows: list[Row], limits: list[int]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-r"""How far a reconstruction is from its original, and how far a latent is from noise: one number per sample.
+r"""How far a reconstruction is from its original, how far a latent is from noise, and what can be read or told from it.
 
 **Reconstructions.** `reconstruction` and `original` have shape (batch, *event), the result (batch,). With
 `e = reconstruction - original`: `mse = mean e^2`, `psnr = 10 log10(range^2 / mse)` in dB,
@@ -12,6 +12,9 @@ that ignore positions take any event and reduce over all of it (`per="sample"`, 
 (`per="channel"`, shape (batch, channels), for `z` of shape (batch, channels, *rest)). The spatial ones need images of
 shape (batch, channels, H, W). A statistic that is not defined, because a latent is not finite or has no variance, is
 nan.
+
+**Messages and detectors.** `bit_accuracy` is the share of a message in the signs of a latent that was read. `auc` and
+`tpr_at_fpr` say how well scores tell two kinds of samples apart, one number for all.
 
 For n independent values from N(0, 1), by chance alone: `mean` is 0 ± 1/sqrt(n), `std` 1 ± 1/sqrt(2n), `skew` 0 ±
 sqrt(6/n), `kurtosis` 0 ± sqrt(24/n), `norm_score` 0 ± 1; and 5 % exceed 1.36/sqrt(n) in `ks`, 2.49 in `anderson` and
@@ -27,12 +30,15 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_count, is_integer
+from kinvert.detection import auc, bit_accuracy, tpr_at_fpr
 from kinvert.fidelity import check_images, is_image, max_error, mse, nmse, psnr, reconstruction_metrics, ssim
 
 __all__ = [
     "Per",
     "anderson",
+    "auc",
     "autocorrelation",
+    "bit_accuracy",
     "cosine",
     "dagostino",
     "ks",
@@ -51,6 +57,7 @@ __all__ = [
     "spectrum_slope",
     "ssim",
     "std",
+    "tpr_at_fpr",
 ]
 
 Per = Literal["sample", "channel"]

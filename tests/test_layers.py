@@ -44,6 +44,8 @@ LAYERS = [
         "brownian",
         "noise",
         "fidelity",
+        "detection",
+        "attacks",
         "metrics",
     },
     {"engine", "program", "eager", "graphs", "adaptive"},

@@ -47,6 +47,9 @@ PUBLIC = {
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
         marginal_variances properties row_sums
     """,
+    "kinvert.attacks": """
+        blur crop_and_resize gaussian_noise jpeg quantize
+    """,
     "kinvert.bench": """
         DTYPES METHODS PROBLEMS Cell Grid MethodResult Problem Setup UnfinishedError compare import_modules load
         measure preset read_grid run submit_cells
@@ -86,8 +89,9 @@ PUBLIC = {
         from_alphas_cumprod from_betas from_table resolution_mu stable_diffusion v_diffusion ve_to_flow
     """,
     "kinvert.metrics": """
-        Per anderson autocorrelation cosine dagostino ks kurtosis latent_metrics max_error mean mse nmse norm_score
+        Per anderson auc autocorrelation bit_accuracy cosine dagostino ks kurtosis latent_metrics max_error mean mse nmse norm_score
         patch_correlation psnr radial_spectrum reconstruction_metrics skew spectrum_slope ssim std
+        tpr_at_fpr
     """,
     "kinvert.models": """
         NAMES EmbeddedDenoiser held_out load
