@@ -1,13 +1,11 @@
 """Read the pictures of Noto Emoji that the model "emoji" learns from.
 
 The npm package `emoji-datasource-google` holds them as 64x64 PNG files, with a table `emoji.json` that says what each
-shows. 310 pictures of people and hands come in the neutral yellow and in five skin tones, otherwise equal: an edit of the
-tone has a true answer. The classes are these six tones, and six categories of other things:
+shows. 323 pictures of people and hands come in the neutral yellow and in five skin tones, otherwise equal. So an edit of
+the tone has a true answer. The tones are the classes. Two people in one picture have the same tone here.
 
-    yellow, light, medium-light, medium, medium-dark, dark, smileys, animals, food, activities, travel, objects
-
-Each picture is put on white and reduced to 32x32. Some people are held out with all their tones and genders, so that the
-model has not seen the held-out ones in any variant. Pillow reads the files.
+Each picture is put on white and reduced to 32x32. Some people and hands are held out in all their tones and genders.
+Pillow reads the files.
 """
 
 from __future__ import annotations
@@ -22,32 +20,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "PACKAGE", "TONES", "Pictures", "read_pictures"]
+__all__ = ["PACKAGE", "TONES", "Pictures", "read_pictures", "role"]
 
 PACKAGE = "emoji-datasource-google@16.0.0"
 """The npm package, for `npm pack`."""
 
 TONES = ("yellow", "light", "medium-light", "medium", "medium-dark", "dark")
-"""The skin tones, which are classes 0 to 5."""
+"""The skin tones, which are the classes 0 to 5."""
 
 _MODIFIERS = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
-_CATEGORIES = {
-    "Smileys & Emotion": "smileys",
-    "Animals & Nature": "animals",
-    "Food & Drink": "food",
-    "Activities": "activities",
-    "Travel & Places": "travel",
-    "Objects": "objects",
-}
-
-CLASSES = (*TONES, *_CATEGORIES.values())
-"""The name of each class."""
-
 _GENDER = re.compile(r"\b(woman|women|man|men|person|people|female|male|girl|boy|bride|he|she)\b")
 _SHOWN = (
-    "+1", "wave", "v", "ear", "astronaut", "cook", "judge", "superhero", "vampire", "red_haired_woman", "person_climbing", "bath",
-)  # fmt: skip
-_THINGS_HELD = 2
+    "+1",
+    "wave",
+    "v",
+    "ear",
+    "astronaut",
+    "cook",
+    "judge",
+    "superhero",
+    "vampire",
+    "red_haired_woman",
+    "person_climbing",
+    "bath",
+)
 
 
 class Pictures(NamedTuple):
@@ -56,12 +52,11 @@ class Pictures(NamedTuple):
     images: Tensor
     """uint8 (N, 3, 32, 32)."""
     labels: Tensor
-    """int64 (N,), indices of `CLASSES`."""
+    """int64 (N,), indices of `TONES`."""
     kept: Tensor
     """int64, the pictures to learn from."""
     held: Tensor
-    """int64, the pictures to ship: 12 people or hands, six tones each in the order of `TONES`, then two of each other
-    class."""
+    """int64, the pictures to ship: 12 people or hands, six tones each in the order of `TONES`."""
     names: tuple[str, ...]
     """The short name of each picture."""
 
@@ -100,32 +95,25 @@ def read_pictures(archive: Path, size: int = 32) -> Pictures:
                 images.append(_reduced(found[path], size))
                 labels.append(label)
                 names.append(entry["short_name"])
-    return Pictures(torch.stack(images), torch.tensor(labels), *_split(names, labels), tuple(names))
+    return Pictures(torch.stack(images), torch.tensor(labels), *_split(names), tuple(names))
 
 
 def _variants(entry: dict[str, Any]) -> list[tuple[int, str]]:
-    """Return the class and the file of each picture of an entry that has a class."""
+    """Return the class and the file of each picture of an entry, none if it has no tones."""
     tones = entry.get("skin_variations", {})
     if all(modifier in tones for modifier in _MODIFIERS):
         return [(0, entry["image"]), *((1 + i, tones[m]["image"]) for i, m in enumerate(_MODIFIERS))]
     pair = {f"{m}-{m}": 1 + i for i, m in enumerate(_MODIFIERS)}
     if pair.keys() <= tones.keys():  # two people: both of one tone
         return [(0, entry["image"]), *((label, tones[m]["image"]) for m, label in pair.items())]
-    category = _CATEGORIES.get(entry["category"])
-    return [(CLASSES.index(category), entry["image"])] if category else []
+    return []
 
 
-def _split(names: list[str], labels: list[int]) -> tuple[Tensor, Tensor]:
+def _split(names: list[str]) -> tuple[Tensor, Tensor]:
     """Return indices of the pictures for training and of those to ship; all genders of a held-out role are left out."""
-    people = [i for i, label in enumerate(labels) if label < len(TONES)]
-    held = [i for name in _SHOWN for i in people if names[i] == name]
-    for label in range(len(TONES), len(CLASSES)):
-        of_class = torch.tensor([i for i, other in enumerate(labels) if other == label])
-        order = torch.randperm(len(of_class), generator=torch.Generator().manual_seed(0))
-        held += of_class[order[:_THINGS_HELD]].tolist()
-    roles = {role(names[i]) for i in held if labels[i] < len(TONES)}
-    hidden = {*held, *(i for i in people if role(names[i]) in roles)}
-    kept = [i for i in range(len(names)) if i not in hidden]
+    held = [i for shown in _SHOWN for i, name in enumerate(names) if name == shown]
+    roles = {role(names[i]) for i in held}
+    kept = [i for i, name in enumerate(names) if role(name) not in roles]
     return torch.tensor(kept), torch.tensor(held)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
 from kinvert.files import write_file
-from kinvert.models.emoji import CLASSES, read_pictures
+from kinvert.models.emoji import TONES, read_pictures
 from kinvert.models.network import Architecture, EmbeddedDenoiser
 from kinvert.sampling import sample
 from kinvert.schedules import karras
@@ -121,7 +121,7 @@ RECIPES = {
         augment=0.5,
     ),
     "emoji": Recipe(
-        Architecture("emoji", (3, 32, 32), sigma_data=0.8, channels=(96, 128), patch=2, num_classes=len(CLASSES)),
+        Architecture("emoji", (3, 32, 32), sigma_data=0.8, channels=(96, 128), patch=2, num_classes=len(TONES)),
         _read_emoji,
         maximum=255,
         licence="trained on images of Noto Emoji by Google, Apache License 2.0; see data/NOTICE.md",
