@@ -125,7 +125,7 @@ RECIPES = {
         _read_emoji,
         maximum=255,
         licence="trained on images of Noto Emoji by Google, Apache License 2.0; see data/NOTICE.md",
-        iterations=16000,
+        iterations=8000,
         batch=64,
         bfloat16=True,
         augment=0.5,
