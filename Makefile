@@ -5,6 +5,7 @@
 # Others: make test-slow, make docs, make clean; and to run everything in other surroundings, an hour or so each:
 #   make test-threads    the tests with torch's default threads
 #   make test-oldest     the tests with the oldest versions that are allowed, make test-newest with the newest
+#   make package      the wheel and the sdist, in dist/, and whether a package index takes them
 #   make environments    the same calls in torch's modes, with other layouts and threads (docs/environments.md)
 #
 # The default is the torch build that CI uses, on the CPU. With a GPU: make demo TORCH='torch>=2.4'
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo bench test test-slow test-threads test-oldest test-newest environments lint docs clean
+.PHONY: demo bench test test-slow test-threads test-oldest test-newest package environments lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/cli
@@ -41,6 +42,11 @@ test-oldest:
 test-newest:
 	$(PYTHON) tests/versions.py newest
 
+package: $(VENV)/dev
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/twine check --strict dist/*
+
 environments: $(VENV)/dev
 	$(BIN)/python benchmarks/environments.py
 
@@ -63,4 +69,4 @@ $(VENV)/%: $(VENV)/torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest-* .venv-newest-* demo bench report site
+	rm -rf $(VENV) .venv-oldest-* .venv-newest-* demo bench report site dist

@@ -2,8 +2,9 @@
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
 `<!-- environments -->` or `<!-- comfyui -->`. The page of the architecture has `<!-- layers -->` and `<!-- routes -->`,
-which are read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
-`<!-- diffusers_memory -->`.
+and that on k-diffusion `<!-- functions -->`, which are read off the code, the page on diffusers `<!-- agreement -->`,
+`<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and
+`<!-- method_costs -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import kinvert as ki
 from kinvert.adapters.comfyui import NODES
+from kinvert.adapters.k_diffusion.faces import FACES, function_name
 from kinvert.analysis import properties
 from kinvert.inversion import ROUTES
 from kinvert.rules import SamplerEntry
@@ -47,12 +49,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         dtypes,
         flow,
     )
-    hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes)
-    for render in (*pages, versions, environments, layers, routes, *hosts):
+    hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes, functions)
+    for render in (*pages, versions, environments, layers, routes, *hosts, round_trips, method_costs):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
-    return markdown
+    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # `python notest`, for the tests
+    return re.sub(r"^```text\n(.*?)^```$", output, markdown, flags=re.MULTILINE | re.DOTALL)
+
+
+def output(match: re.Match[str]) -> str:
+    """Mark an output that has a line of prose, such as an error message, which may go on below."""
+    return match[0].replace("text", "{ .text .prose }", 1) if max(map(len, match[1].splitlines())) > 100 else match[0]
 
 
 def samplers() -> str:
@@ -178,6 +186,32 @@ def inversion() -> str:
             f"{goals}; {versions}, on a CPU."
         ]
     return "\n\n".join(parts)
+
+
+CHOICES = ("euler", "dpmpp_2m", "heun", "dpm_2", "leapfrog", "rk4")
+
+
+def round_trips() -> str:
+    """The round trip of the samplers that the page of choices compares."""
+    measured = json.loads((RESULTS / "round_trip.json").read_text())["samplers"]
+    rows = []
+    for name in CHOICES:
+        psnr = measured[name]["psnr"]
+        cost = str(properties(ki.sampler(name)).evaluations_per_step)
+        rows.append([f"`{name}`", *(f"{psnr[steps]:.0f} dB" for steps in ("20", "50")), cost])
+    return table(["sampler", "20 steps", "50 steps", "evaluations a step"], rows)
+
+
+def method_costs() -> str:
+    """What exact inversion costs, a line for each sampler and cfg, a column for each number of steps."""
+    report = json.loads((RESULTS / "inversion-digits-float64.json").read_text())
+    found = {(r["sampler"], r["cfg"], r["steps"]): r for r in report["rows"] if r["method"] == "auto"}
+    rows = []
+    for name, cfg in (("euler", 1.0), ("heun", 1.0), ("dpmpp_2m", 1.0), ("euler", 3.0), ("euler", 7.5)):
+        cells = [found[name, cfg, steps] for steps in (10, 20, 50)]
+        shown = [f"{r['median_evaluations_per_step']:.0f} ({r['converged']} of {r['samples']})" for r in cells]
+        rows.append([f"`{name}`", f"{cfg:g}", *shown])
+    return table(["sampler", "cfg", "10 steps", "20 steps", "50 steps"], rows)
 
 
 def reversible() -> str:
@@ -598,6 +632,12 @@ def short(value: Any) -> str:
         if key != "named" and (new := getattr(value, key)) != default
     ]
     return f"`{type(value).__name__}({', '.join(changed)})`"
+
+
+def functions() -> str:
+    """The functions of k-diffusion, with their arguments."""
+    rows = [[f"`{function_name(face.sampler)}`", f"`{face.signature}`"] for face in FACES.values()]
+    return table(["function", "arguments"], rows)
 
 
 def description(documented: Any) -> str:

@@ -3,12 +3,12 @@
     python examples/diffusers_edit.py photo.png --model stabilityai/stable-diffusion-xl-base-1.0 \
         --prompt "a cat on a sofa" --edit "a dog on a sofa" --dtype float16 --device cuda
 
-It needs: `pip install 'kinvert[diffusers]' accelerate`; a checkpoint of diffusers, as a folder or by its name on the
+It needs: `pip install 'kinvert[diffusers]'`; a checkpoint of diffusers, as a folder or by its name on the
 hub (several GB); a GPU with the memory of one call of the pipeline (10 GB for Stable Diffusion XL in float16, 24 GB or
 `--offload` for Flux). On a CPU it works as well, in minutes for each step.
 
 It writes to `--out`: `restored.png` (what the latents give with the same prompt), `edited.png`, `latents.safetensors`,
-`scheduler/scheduler_config.json` and `report.txt`.
+`scheduler`, a folder for `KinvertScheduler.from_pretrained` with what belongs to the latents, and `report.txt`.
 
 What to try if the report says "not converged": `--guidance 1`, which inverts without guidance; more `--steps`; a higher
 `--tol` in half precision, or `--dtype float32`; `--max-evals`. For an edit that keeps more of the photo: `--noises`.
@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -64,8 +63,7 @@ def read_photo(path: Path, side: int) -> Image.Image:
 
 def load(options: argparse.Namespace) -> Any:
     """Return the pipeline."""
-    dtype = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
-    pipe = DiffusionPipeline.from_pretrained(options.model, **{dtype: getattr(torch, options.dtype)})
+    pipe = DiffusionPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     if options.offload:
         pipe.enable_model_cpu_offload(device=options.device)
         return pipe

@@ -4,7 +4,13 @@ Diffusion samplers and schedules as data, in both directions: `sample`, `unsampl
 `extract_noise`, and measures of how well they did. `import kinvert as ki`; the names in `__all__` are the public ones.
 """
 
+# ruff: noqa: E402
+from kinvert.stops import watch_the_start
+
+watch_the_start()  # before PyTorch is loaded, and only if this is the command
+
 from kinvert import analysis as analysis
+from kinvert import catalogue as catalogue  # the tables of the registries
 from kinvert import denoisers as denoisers
 from kinvert import guidance as guidance
 from kinvert import inversion as inversion
@@ -12,6 +18,8 @@ from kinvert import levels as levels
 from kinvert import metrics as metrics
 from kinvert import models as models
 from kinvert import noise as noise
+from kinvert import pictures as pictures
+from kinvert import plot as plot
 from kinvert import rules as rules
 from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
@@ -27,6 +35,8 @@ from kinvert.inversion import Solving as Solving
 from kinvert.inversion import Stop as Stop
 from kinvert.inversion import extract_noise as extract_noise
 from kinvert.inversion import invert as invert
+from kinvert.loading import Schedule as Schedule
+from kinvert.loading import load as load
 from kinvert.plan import Plan as Plan
 from kinvert.plan import compile_plan as compile_plan
 from kinvert.roundtrip import RoundTrip as RoundTrip
@@ -51,6 +61,7 @@ __all__ = [
     "Progress",
     "RoundTrip",
     "Rule",
+    "Schedule",
     "Solving",
     "Stepwise",
     "Stop",
@@ -65,9 +76,12 @@ __all__ = [
     "inversion",
     "invert",
     "levels",
+    "load",
     "metrics",
     "models",
     "noise",
+    "pictures",
+    "plot",
     "round_trip",
     "rules",
     "run",

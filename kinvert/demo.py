@@ -22,10 +22,14 @@ from tqdm import tqdm
 
 import kinvert as ki
 from kinvert import models
-from kinvert.bench.report.tables import round_up
+from kinvert.devices import check_device
 from kinvert.files import write_file
 from kinvert.jobs import computing_with
 from kinvert.jsontext import to_json
+from kinvert.plot.page import SPACE, TILE, Page
+from kinvert.plot.style import GREY
+from kinvert.showing.brief import brief_repr
+from kinvert.showing.thumbnails import round_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +71,8 @@ class Demo:
     schedules: dict[str, Tensor]
     trips: dict[str, ki.RoundTrip]
 
+    __repr__ = brief_repr
+
     def table(self) -> list[dict[str, Any]]:
         """Return a row for each sampler; errors and moments are means over the images, `max_error` is the largest.
 
@@ -107,7 +113,7 @@ def run(settings: Settings, progress: bool = False) -> Demo:
     """
     if not settings.samplers:
         raise ValueError(f"samplers must name at least one sampler, e.g. {','.join(SAMPLERS)}")
-    device = _device(settings.device)
+    device = check_device(settings.device)
     denoiser = models.load(settings.model, dtype=getattr(torch, settings.dtype), device=device)
     images, labels = _pick(settings)
     levels = ki.levels.edm(denoiser.sigma_min, denoiser.sigma_max)
@@ -131,13 +137,6 @@ def run(settings: Settings, progress: bool = False) -> Demo:
                 callback=advance,
             )  # fmt: skip
     return Demo(settings, images, labels, schedules, trips)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {error}; use 'cpu'") from error
 
 
 def _pick(settings: Settings) -> tuple[Tensor, Tensor]:
@@ -183,9 +182,8 @@ def save(demo: Demo, folder: Path) -> dict[str, Path]:
 
 # -- picture -----------------------------------------------------------------------------------------------------------
 SHOWN = 5  # images in a row, so that they can still be seen on a page
-TILE, SPACE, LINE = 0.56, 0.05, 0.71  # inches: an image, the space to the next, and from one row to the next
+LINE = 0.71  # inches: from one row to the next
 LEFT, RIGHT, TOP, GAP = 1.4, 0.9, 0.84, 0.36  # inches: margins around, and the gap between, the three blocks of images
-PAPER, INK, GREY, FRAME = "white", "#1a1a1a", "#666666", "#d8d8d8"
 
 
 def draw(demo: Demo) -> Figure:
@@ -197,7 +195,7 @@ def draw(demo: Demo) -> Figure:
     shown = min(SHOWN, len(demo.images))
     block = max(shown, 4) * (TILE + SPACE) - SPACE
     first = max(LEFT, 0.3 + 0.12 * max(map(len, demo.trips)))
-    page = _Page(first + 3 * block + 2 * GAP + RIGHT, TOP + (1 + len(demo.trips)) * LINE + 0.25)
+    page = Page(first + 3 * block + 2 * GAP + RIGHT, TOP + (1 + len(demo.trips)) * LINE + 0.25)
     lefts = [first + k * (block + GAP) for k in range(3)]
     latents = "latent" if demo.settings.normalize else "latent / sigma"
     for left, title in zip(lefts, (latents, "sampled back", "difference"), strict=True):
@@ -220,38 +218,7 @@ def draw(demo: Demo) -> Figure:
         page.tiles(lefts[1], top, back, 1.0, "gray_r")
         page.tiles(lefts[2], top, back - images, limit, "RdBu_r")
         page.text(lefts[2] + shown * (TILE + SPACE) + 0.03, top + TILE / 2, f"s = {limit:g}", color=GREY)
-    return page.figure
-
-
-class _Page:
-    """A figure whose parts are placed in inches from the top left corner."""
-
-    def __init__(self, width: float, height: float) -> None:
-        from matplotlib.figure import Figure  # here, because it takes half as long to import as torch
-
-        self.figure = Figure(figsize=(width, height), facecolor=PAPER)
-        self.width, self.height = width, height
-
-    def text(self, left: float, top: float, words: str, **style: Any) -> None:
-        self.figure.text(
-            left / self.width, 1 - top / self.height, words, **{"fontsize": 10, "color": INK, "va": "center", **style}
-        )
-
-    def image(self, left: float, top: float, width: float, height: float, **image: Any) -> None:
-        place = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
-        ax = self.figure.add_axes(place, xticks=[], yticks=[])
-        ax.spines[:].set(color=FRAME, linewidth=0.6)
-        ax.imshow(**image, aspect="auto", interpolation="nearest")
-
-    def tiles(self, left: float, top: float, images: Tensor, limit: float, cmap: str) -> None:
-        for k, image in enumerate(images[:, 0].numpy()):
-            self.image(left + k * (TILE + SPACE), top, TILE, TILE, X=image, vmin=-limit, vmax=limit, cmap=cmap)
-
-    def scale(self, left: float, top: float, cmap: str, low: str, high: str) -> None:
-        """Draw a bar of the colours between two labelled ends."""
-        self.image(left, top, 1.4, 0.11, X=np.linspace(-1, 1, 256)[None], cmap=cmap)
-        self.text(left, top + 0.23, low, color=GREY)
-        self.text(left + 1.4, top + 0.23, high, ha="right", color=GREY)
+    return page.whole
 
 
 def _headline(settings: Settings) -> str:

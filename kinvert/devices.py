@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["has_float64", "widest"]
+__all__ = ["available", "check_device", "has_float64", "widest"]
 
 _FLOAT64: dict[torch.device, bool] = {}
+
+
+def available() -> list[str]:
+    """Return the names of the devices that answer: the CPU, then every device of each kind that torch knows here."""
+    names = ["cpu"]
+    for module in (torch.cuda, torch.xpu, torch.mps):
+        kind = module.__name__.rpartition(".")[2]
+        count = module.device_count()
+        names += [kind] * bool(count) + [f"{kind}:{i}" for i in range(count)]
+    return names
+
+
+def check_device(name: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ValueError: there is none, or it cannot be used on this machine.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {_first_line(error)}; use 'cpu'") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
 
 
 @torch.compiler.assume_constant_result

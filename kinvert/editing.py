@@ -27,6 +27,7 @@ from kinvert import metrics
 from kinvert.models import EmbeddedDenoiser
 from kinvert.models.classifier import Classifier
 from kinvert.models.classifier import load as load_classifier
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import wide_dtype
 
 __all__ = ["Edit", "change_class", "edit", "edit_metrics", "lpips", "self_interpolation", "slerp"]
@@ -45,6 +46,8 @@ class Edit:
     latent: Tensor
     edited: Tensor
     measured: dict[str, Tensor]
+
+    __repr__ = brief_repr
 
     def __str__(self) -> str:
         took, count = int(self.measured["edit_took"].sum()), len(self.edited)

@@ -1,7 +1,8 @@
 """Invert a folder of images or latents: shard by shard, and resumable.
 
 Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
-("latents", and "memory/<name>" or "noises/<i>" if they belong to the latents), then its rows to `<key>.json`, which
+("latents", "memory/<name>" and "noises/<i>" if they belong to the latents, and the settings, the sampler and the rows),
+then its rows to `<key>.json`, which
 marks it as done. The key is a hash of the settings and of the names and contents of its files. When all shards are
 done, their rows make `manifest.jsonl`: file, index in the file, shard, row in the shard, converged, round_trip_error,
 evaluations and threads.
@@ -17,9 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kinvert.bench.grid import Cell
@@ -31,12 +30,14 @@ from kinvert.checks import is_integer
 from kinvert.files import write_file
 from kinvert.jobs import UnfinishedError, is_done, run_tasks
 from kinvert.jsontext import canonical_json, content_key
+from kinvert.packing import to_tree
+from kinvert.pictures import IMAGES, TENSORS, image_files, pillow, read
+from kinvert.records import write_tree
 from kinvert.tensors import rms
 
-__all__ = ["MANIFEST", "SETTINGS", "Shard", "invert_folder"]
+__all__ = ["MANIFEST", "SETTINGS", "Shard", "as_conditioning", "invert_folder", "try_conditioning"]
 
-IMAGES = (".png", ".jpg", ".jpeg")
-LATENTS = (".safetensors", ".npy", ".pt")
+LATENTS = tuple(ending for ending in TENSORS if ending != ".latent")  # in the unit of a VAE that is not known here
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
 
 
@@ -73,22 +74,28 @@ class Shard:
 
     def run(self, folder: Path) -> None:
         """Invert the files, and write the latents, then the rows."""
-        problem = problem_of(self.cell.model, 1, 0, self.cell.dtype)
+        problem = problem_of(self.cell.model, 1, 0, self.cell.dtype, self.cell.device)
         batches = [_read(self.source / name, problem) for name, _ in self.files]
         x = torch.cat(batches).to(problem.images)
-        positive, negative = _tensors(self.positive), _tensors(self.negative) or None
+        positive = as_conditioning(dict(self.positive), x.device)
+        negative = as_conditioning(dict(self.negative), x.device) or None
         guidance = {"cfg": self.cell.cfg, "positive": positive, "negative": negative}
         setup = replace(setup_of(self.cell, problem), guidance=guidance, max_evals=self.max_evals)
         with isolated(self.cell):
             threads = torch.get_num_threads()
             found = apply_method(self.cell.method, setup, x)
             restored, _ = restore(setup, found)
-        tensors = {"latents": found.latent, **{f"memory/{name}": value for name, value in found.memory.items()}}
-        tensors |= {f"noises/{i}": value for i, value in enumerate(found.noises)}
-        contents = save({name: value.cpu().contiguous() for name, value in tensors.items()})
-        write_file(folder / f"{self.key}.safetensors", contents)
         errors = rms((restored - x).float()).tolist()
         rows = [row | {"threads": threads} for row in self._rows([len(batch) for batch in batches], found, errors)]
+        tree = {
+            "latents": found.latent,
+            "memory": dict(found.memory),
+            "noises": list(found.noises),
+            "settings": self.settings,
+            "sampler": to_tree(found.sampler or setup.sampler),
+            "rows": rows,
+        }
+        write_tree(folder / f"{self.key}.safetensors", "shard", tree)
         write_file(folder / f"{self.key}.json", (canonical_json({"key": self.key, "rows": rows}) + "\n").encode())
 
     def _rows(self, lengths: list[int], found: MethodResult, errors: list[float]) -> list[dict[str, Any]]:
@@ -127,9 +134,9 @@ def invert_folder(
     """Invert every image and latent of a folder, and of the folders in it.
 
     Args:
-        source: a folder of images (PNG, JPEG; values from 0 to 255 become -1 to 1) or of latents (.safetensors with
-            one tensor, .npy, .pt), each of the shape of the model's images, or a batch of them. Other files are left
-            alone.
+        source: a folder of images (PNG, JPEG, WebP; values from 0 to 255 become -1 to 1) or of latents (.safetensors
+            with one tensor, .npy, .npz, .pt), each of the shape of the model's images, or a batch of them. Other files
+            are left alone.
         folder: where the shards and `manifest.jsonl` go.
         cell: the model and how to invert; its question, its count and the seed of its images have no meaning here.
         positive, negative: conditioning, a number or a string for each keyword of the denoiser, for all files alike.
@@ -155,7 +162,10 @@ def invert_folder(
     conditioning = _check_conditioning("positive", positive or {}), _check_conditioning("negative", negative or {})
     check_threads(threads, [cell])
     cell = replace(cell, question="reconstruction", count=1)
-    files, unread = _readable_files(source, folder, problem_of(cell.model, 1, 0, cell.dtype))
+    problem = problem_of(cell.model, 1, 0, cell.dtype, cell.device)
+    files, unread = _readable_files(source, folder, problem)
+    for name, values in zip(("positive", "negative"), conditioning, strict=True):
+        try_conditioning(problem, name, values)
     total = len(files) + len(unread)
     complaint = f"{len(unread)} of {total} are not done; the others are, and in {MANIFEST}:\n" + "\n".join(unread)
     if not files:
@@ -165,7 +175,7 @@ def invert_folder(
         for i in range(0, len(files), shard_size)
     ]
     _check_settings(folder, shards[0].settings)
-    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress)
+    run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress, unit="shard")
     if not all(is_done(folder, shard.key) for shard in shards):
         return []
     rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
@@ -192,14 +202,11 @@ def _files(source: Path, folder: Path) -> list[Path]:
     if not source.is_dir():
         raise ValueError(f"source must be a folder of images or latents, got {str(source)!r}, which is none")
     out = folder.resolve()
-    found = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in (*IMAGES, *LATENTS)]
-    found = [path for path in found if path.is_file() and out not in path.resolve().parents]
+    found = [path for path in image_files(source, (*IMAGES, *LATENTS)) if out not in path.resolve().parents]
     if not found:
-        raise ValueError(
-            f"there are no images or latents in {str(source)!r}; it takes {', '.join((*IMAGES, *LATENTS))}"
-        )
+        raise ValueError(f"there are no images or latents in {str(source)!r} but the results")
     if any(path.suffix.lower() in IMAGES for path in found):
-        _pillow()  # before the work
+        pillow()  # before the work
     return found
 
 
@@ -213,11 +220,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         except OSError as error:
             raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     before = json.loads(path.read_text())
-    for key, value in json.loads(canonical_json(settings)).items():
-        if before.get(key) != value:
+    now = json.loads(canonical_json(settings))
+    for key in before | now:
+        if before.get(key) != now.get(key):
             raise ValueError(
-                f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {value!r}; choose "
-                "another folder"
+                f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {now.get(key)!r}; "
+                "choose another folder"
             )
 
 
@@ -229,20 +237,36 @@ def _check_conditioning(name: str, values: Mapping[str, Any]) -> tuple[tuple[str
     return tuple(sorted(values.items()))
 
 
-def _tensors(values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+def as_conditioning(values: Mapping[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return conditioning for every item: numbers become tensors with one row."""
-    return {key: value if isinstance(value, str) else torch.tensor([value]) for key, value in values}
+    return {k: value if isinstance(value, str) else torch.tensor([value], device=device) for k, value in values.items()}
+
+
+def try_conditioning(problem: Problem, name: str, values: tuple[tuple[str, Any], ...]) -> None:
+    """Evaluate the model once before the work; raise ValueError if it does not take the conditioning."""
+    if not values:
+        return
+    x, sigma = problem.images[:1], torch.full((1,), problem.levels.sigma_max, device=problem.images.device)
+    try:
+        with torch.no_grad():
+            problem.denoiser(x, sigma.to(x.dtype), **as_conditioning(dict(values), x.device))
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in values)
+        raise ValueError(f"the model does not take {name} {given}: {type(error).__name__}: {error}") from error
 
 
 def _read(path: Path, problem: Problem) -> Tensor:
     """Read the images or latents of a file, shape (n, *event)."""
     event = tuple(problem.images.shape[1:])
-    try:
-        x = _read_image(path, event) if path.suffix.lower() in IMAGES else _read_latents(path)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    channels = None
+    if path.suffix.lower() in IMAGES:
+        channels = event[0] if len(event) == 3 and event[0] in (1, 3) else None
+        if channels is None:
+            raise ValueError(
+                f"cannot read {path}: the model takes {event}, which is no grey or RGB image; pass latents as "
+                ".safetensors"
+            )
+    x = read(path, channels=channels, dtype=torch.float64 if channels else None)
     if tuple(x.shape) == event:
         x = x[None]
     if tuple(x.shape[1:]) != event or not len(x):
@@ -250,42 +274,3 @@ def _read(path: Path, problem: Problem) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{path} has NaN or infinite values")
     return x
-
-
-def _read_image(path: Path, event: tuple[int, ...]) -> Tensor:
-    mode = {1: "L", 3: "RGB"}.get(event[0] if len(event) == 3 else 0)
-    if mode is None:
-        raise ValueError(f"the model takes {event}, which is no grey or RGB image; pass latents as .safetensors")
-    with _pillow().open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"its mode is {image.mode}; convert it to 8 bits a channel")
-        pixels = np.array(image.convert(mode), dtype=np.float64)
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).movedim(-1, 0) / 127.5 - 1.0
-
-
-def _read_latents(path: Path) -> Tensor:
-    loaded: Any
-    if path.suffix.lower() == ".safetensors":
-        tensors = load_file(path)
-        if len(tensors) != 1:
-            raise ValueError(f"it must hold one tensor, it has {', '.join(tensors) or 'none'}")
-        loaded = next(iter(tensors.values()))
-    elif path.suffix.lower() == ".npy":
-        loaded = torch.from_numpy(np.load(path, allow_pickle=False))
-    else:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
-        raise TypeError(
-            f"it must hold a floating point tensor, it has {getattr(loaded, 'dtype', type(loaded).__name__)}"
-        )
-    return loaded
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading images needs Pillow, which is not here: pip install 'kinvert[cli]'"
-        ) from error
-    return Image

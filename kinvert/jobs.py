@@ -15,71 +15,31 @@ not, a single process leaves torch's threads as they are, and `workers` share th
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
 import os
+import signal
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from kinvert.checks import is_integer
+from kinvert.stops import keeping, raising_stops
+from kinvert.tasks import (
+    Failure,
+    Task,
+    UnfinishedError,
+    complaint,
+    computing_with,
+    do_tasks,
+    import_modules,
+    is_done,
+)
+from kinvert.workers import do_in_processes
 
 __all__ = ["Task", "UnfinishedError", "computing_with", "import_modules", "is_done", "run_tasks", "submit"]
-
-
-class Task(Protocol):
-    """A piece of work. `str(task)` says what it is."""
-
-    @property
-    def key(self) -> str:
-        """Its name, a hash of its content."""
-
-    def run(self, folder: Path) -> None:
-        """Do it, and leave `<key>.json` in the folder: whole, and after all other files."""
-
-
-class UnfinishedError(RuntimeError):
-    """Some tasks were not done; the message says which and why. The same run again does what is left."""
-
-
-def is_done(folder: Path, key: str) -> bool:
-    """Tell whether the task with that key has left its result in the folder."""
-    return (folder / f"{key}.json").exists()
-
-
-def import_modules(names: Iterable[str]) -> None:
-    """Import modules that register samplers, methods or problems; the current folder is searched too.
-
-    Raises:
-        ValueError: a module cannot be imported.
-    """
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # a console script does not look here
-        sys.path.append(str(Path.cwd()))
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def computing_with(threads: int | None) -> Iterator[None]:
-    """Set torch's number of threads inside the `with` block, for operations in this process; None leaves it."""
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(before)
 
 
 def run_tasks(
@@ -90,8 +50,11 @@ def run_tasks(
     threads: int | None = None,
     imports: Sequence[str] = (),
     progress: bool = False,
+    unit: str = "cell",
 ) -> None:
     """Do the tasks that are not done yet.
+
+    Ctrl-C raises `Stopped`, a KeyboardInterrupt that says how many are kept.
 
     Args:
         tasks: what to do.
@@ -101,6 +64,7 @@ def run_tasks(
             worker its share of them, at least one. A task may still choose for itself.
         imports: modules that register what the tasks need, imported in every process.
         progress: show a bar with the time left, on stderr.
+        unit: what a task is called.
 
     Raises:
         ValueError: workers is not a positive int, or more than 1 under torchrun; the folder cannot be written.
@@ -115,13 +79,29 @@ def run_tasks(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
-    if workers > 1:
-        _run_in_processes(tasks, folder, workers, threads, imports, progress)
-        return
+    import_modules(imports)
+
+    def kept() -> str:
+        found = sum(is_done(folder, task.key) for task in tasks)
+        return f"{found} of {len(tasks)} {unit}s are kept in {folder}; the same command goes on"
+
     # Shares go by position, not by what is left: the other processes may have begun already.
-    failures = _work(tasks[rank::world], folder, imports, threads, progress and rank == 0)
+    mine = tasks[rank::world]
+    left = [task for task in mine if not is_done(folder, task.key)]
+    shown = progress and rank == 0
+    with (
+        raising_stops(signal.SIGINT),
+        keeping(kept),
+        tqdm(total=len(mine), initial=len(mine) - len(left), unit=unit, disable=None if shown else True) as bar,
+    ):
+        if workers > 1:
+            # The share of threads does not depend on what is left, so that a resumed run computes with the same number.
+            each = threads or max(1, torch.get_num_threads() // workers)
+            failures = do_in_processes(left, folder, workers=workers, threads=each, imports=imports, bar=bar)
+        else:
+            failures = _do_here(left, folder, threads, bar)
     if failures:
-        raise UnfinishedError(_complaint(failures, len(tasks)))
+        raise UnfinishedError(complaint(failures, len(tasks)))
 
 
 def submit(
@@ -158,7 +138,7 @@ def submit(
     executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=cluster)
     executor.update_parameters(name="kinvert", **parameters)
     jobs: list[Any] = executor.map_array(
-        _worker,
+        _serve,
         *zip(*((list(tasks[r::workers]), folder, tuple(imports), threads) for r in range(workers)), strict=True),
     )
     return jobs
@@ -175,76 +155,19 @@ def _place_in_group() -> tuple[int, int]:
     return rank, world
 
 
-def _run_in_processes(
-    tasks: Sequence[Task], folder: Path, workers: int, threads: int | None, imports: Sequence[str], progress: bool
-) -> None:
-    """Do what is left in `workers` processes of this machine."""
-    left = [task for task in tasks if not is_done(folder, task.key)]
-    context = multiprocessing.get_context("spawn")
-    shares = [left[r::workers] for r in range(min(workers, len(left)))]
-    # The share of threads does not depend on what is left, so that a resumed run computes with the same number.
-    each = threads or max(1, torch.get_num_threads() // workers)
-    processes = [context.Process(target=_worker, args=(share, folder, tuple(imports), each)) for share in shares]
-    _wait(processes, tasks, folder, progress)
-    failures = [f"{task}" for task in left if not is_done(folder, task.key)]
-    if failures:
-        ends = ", ".join(str(process.exitcode) for process in processes)
-        raise UnfinishedError(_complaint(failures, len(tasks)) + f"\nexit codes of the workers: {ends}")
-
-
-def _work(
-    tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int | None, progress: bool
-) -> list[str]:
-    """Do tasks in this process, and return which failed and why."""
-    import_modules(imports)
+def _do_here(tasks: Sequence[Task], folder: Path, threads: int | None, bar: tqdm[Any]) -> list[Failure]:
+    """Do tasks in this process, and return the failures."""
     failures = []
-    with computing_with(threads):
-        done = {task.key for task in tasks if is_done(folder, task.key)}
-        initial = sum(task.key in done for task in tasks)
-        with tqdm(total=len(tasks), initial=initial, unit="cell", disable=None if progress else True) as bar:
-            for task in tasks:
-                if task.key in done:
-                    continue
-                if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
-                    break  # nobody waits any more, and another run may have begun
-                try:
-                    task.run(folder)
-                except Exception as error:  # the others can still be done
-                    failures.append(f"{task}: {type(error).__name__}: {error}")
-                bar.update()
+    for failure in do_tasks(tasks, folder, threads):
+        failures += [] if failure is None else [failure]
+        bar.update()
     return failures
 
 
-def _worker(tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int | None) -> None:
-    """Do tasks in a process of their own, which ends with the failures as its message."""
-    failures = _work(tasks, folder, imports, threads, progress=False)
+def _serve(tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int | None) -> None:
+    """Do tasks in a job of Slurm, which ends with the failures as its message."""
+    import_modules(imports)
+    left = [task for task in tasks if not is_done(folder, task.key)]
+    failures = [failure for failure in do_tasks(left, folder, threads) if failure is not None]
     if failures:
-        sys.exit("\n".join(failures))
-
-
-def _wait(processes: Sequence[BaseProcess], tasks: Sequence[Task], folder: Path, progress: bool) -> None:
-    """Start the processes and count the files that they leave: a pipe would break if one of them is killed."""
-
-    def done() -> int:
-        return sum(is_done(folder, task.key) for task in tasks)
-
-    try:
-        for process in processes:
-            process.start()
-        with tqdm(total=len(tasks), initial=done(), unit="cell", disable=None if progress else True) as bar:
-            while any(process.is_alive() for process in processes):
-                time.sleep(0.2)
-                bar.update(done() - bar.n)
-            bar.update(done() - bar.n)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-            if process.pid is not None:
-                process.join()
-
-
-def _complaint(failures: Sequence[str], total: int) -> str:
-    shown = "\n".join(f"  {failure}" for failure in failures[:10])
-    more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
-    return f"{len(failures)} of {total} are not done; the same command again does what is left:\n{shown}{more}"
+        sys.exit(complaint(failures, len(tasks)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from kinvert.checks import check_number
 from kinvert.devices import widest
+from kinvert.showing.brief import brief, never_fails
+from kinvert.showing.charts import curve
+from kinvert.showing.html import card, html_never_fails, paragraph, table
 
-__all__ = ["INFINITE_SIGMA", "Levels", "as_array", "log_uniform", "widen"]
+__all__ = ["INFINITE_SIGMA", "Levels", "as_array", "check_levels", "log_uniform", "widen"]
 
 # The value that hosts use for the infinite sigma at 0 percent of sampling.
 INFINITE_SIGMA = 999999999.9
@@ -52,6 +55,11 @@ class Levels(ABC):
     kind: ClassVar[str]
     coordinates: ClassVar[Literal["ve", "flow"]] = "ve"
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "__repr__" not in vars(cls):  # else each dataclass gets one with its fields alone
+            cls.__repr__ = Levels.__repr__  # type: ignore[method-assign]
+
     def __post_init__(self) -> None:
         s = self.sigmas
         if s.dtype != torch.float64 or s.device.type != "cpu" or s.ndim != 1 or len(s) < 2:
@@ -69,6 +77,36 @@ class Levels(ABC):
     def sigma_max(self) -> float:
         """The last entry of the table."""
         return float(self.sigmas[-1])
+
+    @never_fails
+    def __repr__(self) -> str:
+        """Return the number of levels, their range and what is not at its default, in one line."""
+        options = [f"{name}={brief(value)}" for name, value in self._options()]
+        return f"{type(self).__name__}({', '.join([f'{len(self.sigmas)} levels', self._span(), *options])})"
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        first, last = (brief(float(self.timestep(sigma))) for sigma in (self.sigma_min, self.sigma_max))
+        rows = [
+            ("kind", self.kind),
+            ("levels", len(self.sigmas)),
+            ("range", self._span()),
+            ("time of the network", f"{first} to {last}"),
+            *((name, brief(getattr(self, name))) for name in ("sigma_data", *dict(self._options()))),
+        ]
+        places = [round(k * (len(self.sigmas) - 1) / 49) for k in range(50)]
+        table_of_levels = self.sigmas.detach()[places].tolist()
+        drawn = curve(table_of_levels, [f"level {place}" for place in places], x_label="50 of the levels: place")
+        return card(repr(self), table((), dict(rows).items()), paragraph("the levels"), drawn)
+
+    def _span(self) -> str:
+        unit = "flow time" if self.coordinates == "flow" else "sigma"
+        return f"{unit} {self.sigma_min:.4g} to {self.sigma_max:.4g}"
+
+    def _options(self) -> list[tuple[str, object]]:
+        """Return the fields that a repr shows and that are not at their default, by name."""
+        shown = [(f.name, getattr(self, f.name), f.default) for f in fields(self) if f.repr]
+        return [(name, value) for name, value, default in shown if value != default]
 
     @abstractmethod
     def timestep(self, sigma: Tensor | float, quantize: bool = True) -> Tensor:
@@ -98,6 +136,21 @@ def as_array(name: str, values: Tensor | np.ndarray | Sequence[float]) -> np.nda
     if array.ndim != 1 or len(array) < 2:
         raise ValueError(f"{name} must be 1-D with 2 values or more, got shape {array.shape}")
     return array
+
+
+def check_levels(levels: object) -> Levels:
+    """Return `levels`, or say what to pass.
+
+    Raises:
+        TypeError: it is not a `Levels`.
+    """
+    if not isinstance(levels, Levels):
+        raise TypeError(
+            f"levels must be the network's levels, got {type(levels).__name__}; pass ki.levels.stable_diffusion(), "
+            "from_alphas_cumprod(...) or from_betas(...) for eps, v and x0, edm(0.002, 80, 0.5) for EDM, flow(3.0) for "
+            "flow models; schedules by bounds need none in ki.schedules, e.g. karras(20, sigma_min, sigma_max)"
+        )
+    return levels
 
 
 def log_uniform(sigma_min: float, sigma_max: float) -> Tensor:

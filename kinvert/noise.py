@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kinvert.brownian import Brownian
 from kinvert.checks import check_beside, check_integer, check_number, has_values, is_integer, plain
+from kinvert.showing.brief import brief_repr
 from kinvert.streams import NoiseFunction, Seed, check_seeds, derived_seed, empty_noise, generator_seeds
 from kinvert.tensors import wide_dtype
 
@@ -93,6 +94,8 @@ class Replay:
     """Noise tensors that are played back in order. Build it with `replay`."""
 
     tensors: tuple[Tensor, ...]
+
+    __repr__ = brief_repr
 
     def bind(self, x: Tensor) -> NoiseFunction:
         """Return a function that gives the tensors from the first one on, in x's dtype and on its device."""

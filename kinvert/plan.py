@@ -18,13 +18,17 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kinvert._moved import renamed
 from kinvert.checks import describe
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
+from kinvert.plancard import plan_card, plan_line
 from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import Rule, StepBuilder
+from kinvert.showing.brief import never_fails
+from kinvert.showing.html import html_never_fails
 
 __all__ = [
     "Interval",
@@ -93,6 +97,11 @@ class Step:
         """Whether the new x depends on the old state through the denoiser only."""
         return not any(symbol.kind == "state" for symbol, _ in self.x)
 
+    @never_fails
+    def __repr__(self) -> str:
+        sizes = f"{len(self.stages)} evaluations, {len(self.noises)} noises"
+        return f"Step({self.index}: sigma {self.sigma:.4g} to {self.sigma_next:.4g}, {sizes})"
+
     def __str__(self) -> str:
         lines = [f"step {self.index}: sigma {self.sigma:.6g} -> {self.sigma_next:.6g}"]
         for r, (a, b) in enumerate(self.noises):
@@ -126,6 +135,17 @@ class Plan:
     def evaluations(self) -> int:
         """The number of denoiser evaluations of one run."""
         return sum(len(step.stages) for step in self.steps)
+
+    def save(self, path: Path | str) -> None:
+        """Write the Plan as JSON that can be read, with exact numbers; `ki.load` returns an equal Plan.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        from kinvert.planfile import plan_tree  # which imports this module
+        from kinvert.records import write_json
+
+        write_json(path, "plan", plan_tree(self))
 
     @property
     def stage_levels(self) -> tuple[float, ...]:
@@ -186,6 +206,15 @@ class Plan:
     @functools.cached_property
     def _hash(self) -> int:
         return hash((self.rule, self.sigmas))  # the steps follow from these two
+
+    @never_fails
+    def __repr__(self) -> str:
+        """Return the rule and the size of a run in one line."""
+        return plan_line(self)
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        return plan_card(self)
 
     def __str__(self) -> str:
         head = f"{self.rule!r}: {len(self.steps)} steps, {self.evaluations} evaluations, {self.draws} draws of noise"

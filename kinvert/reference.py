@@ -33,6 +33,7 @@ from kinvert.engine.contract import check_state
 from kinvert.inversion import invert
 from kinvert.plan import as_schedule
 from kinvert.rules import Rule
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import rms
 
 __all__ = ["SMALLEST_RTOL", "ErrorSplit", "solve_ode", "split_error"]
@@ -114,6 +115,8 @@ class ErrorSplit:
     solver: Tensor
     round_off: Tensor
     converged: Tensor
+
+    __repr__ = brief_repr
 
     @classmethod
     def of(cls, latent: Tensor, fine: Tensor, exact: Tensor, ode: Tensor, converged: Tensor) -> ErrorSplit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +20,21 @@ from kinvert.inversion import Inversion, extract_noise, invert
 from kinvert.inversion.baselines import BASELINES
 from kinvert.levels import FlowTimes
 from kinvert.noise import Noise
+from kinvert.packing import moved
+from kinvert.records import write_tree
 from kinvert.rules import Rule
 from kinvert.sampling import Normalize, dropped_steps, sample, unsample
+from kinvert.showing.brief import never_fails, read_numbers, size
+from kinvert.showing.html import card, html_never_fails, report
+from kinvert.showing.thumbnails import thumbnails
 from kinvert.tensors import wide_dtype
 
-__all__ = ["METHODS", "RoundTrip", "round_trip"]
+__all__ = ["METHODS", "RoundTrip", "round_trip", "unit_latent"]
 
 
 @dataclass(frozen=True, eq=False)
 class RoundTrip:
-    """Data -> latent -> data, measured. `print` gives a short report.
+    """Data -> latent -> data, measured. `print` gives a short report, a notebook shows it with pictures.
 
     Attributes:
         latent: what the way up found, shape (batch, *event).
@@ -55,6 +61,39 @@ class RoundTrip:
     latent_std: Tensor
     data_range: float = 2.0
 
+    @never_fails
+    def __repr__(self) -> str:
+        """Return size, cost and quality in one line; the device is read once."""
+        parts = [size(self.latent), f"through sigma {self.sigma:.4g}", f"{self.evaluations} evaluations"]
+        numbers = read_numbers(lambda: (self.psnr.median(), self.max_error.max()), beside=self.psnr)
+        if numbers is not None:
+            parts.append("psnr {:.1f} dB in the median, largest error {:.2g}".format(*numbers))
+        return f"RoundTrip({', '.join(parts)})"
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        labels = [f"{decibels:.1f} dB" for decibels in self.psnr.tolist()]
+        return card(
+            repr(self),
+            report(str(self)),
+            thumbnails("latent / sigma", unit_latent(self), 3.0, labels),
+            thumbnails("sampled back", self.reconstruction, None, labels),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write it to a safetensors file, which `ki.load` reads.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        write_tree(path, "round_trip", {f.name: getattr(self, f.name) for f in fields(self)})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RoundTrip:
+        """Return it on another device; `dtype` is that of `latent` and `reconstruction`, measures stay as they are."""
+        states = ("latent", "reconstruction")
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return RoundTrip(**{name: moved(v, device, dtype if name in states else None) for name, v in values.items()})
+
     def __str__(self) -> str:
         """Return a short report."""
         lines = [
@@ -65,6 +104,19 @@ class RoundTrip:
             mean, low, high = (float(value) for value in (values.mean(), values.min(), values.max()))
             lines.append(f"  {f.name:<12} mean {mean:.4g}, from {low:.4g} to {high:.4g}")
         return "\n".join([*lines, f"  psnr is in dB for a data range of {self.data_range:g}"])
+
+
+def unit_latent(trip: RoundTrip) -> Tensor:
+    """Return the latent of a round trip in units of its noise level, whether or not it was normalized.
+
+    A normalized latent has that unit already. Which of the two it is follows from the standard deviation of
+    `latent / sigma`, which was measured.
+    """
+    latent = trip.latent.detach()
+    flat = latent.reshape(len(latent), -1).to(wide_dtype(latent.dtype))
+    size, known = flat.std(1, correction=0).nanmedian(), trip.latent_std.nanmedian()
+    normalized = (size - known).abs() < (size / trip.sigma - known).abs()
+    return torch.where(normalized, latent, latent / trip.sigma)
 
 
 METHODS: tuple[str, ...] = ("unsample", "invert", "extract_noise", *BASELINES)

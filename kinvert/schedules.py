@@ -31,8 +31,10 @@ from torch import Tensor
 
 from kinvert._moved import renamed
 from kinvert.checks import check_choice, check_integer, check_number, is_number, suggestion
+from kinvert.levelbase import check_levels
 from kinvert.levels import FlowTimes, Levels
 from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
+from kinvert.showing.registry import Registry
 
 __all__ = [
     "ALIGN_YOUR_STEPS",
@@ -58,6 +60,8 @@ __all__ = [
 
 # Samplers whose schedule is built with one more step and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
+MOST_STEPS = 1_000_000
+"""Steps of a schedule, at most: its levels are 64-bit numbers, and a Plan has some dozens of numbers for each."""
 # A lowest training level up to this value counts as 0: no 0 is appended after it.
 ZERO = 1e-5
 # The published 10-step schedules (11 sigmas), by model.
@@ -187,7 +191,7 @@ def simple(steps: int, levels: Levels) -> Tensor:
 
     n = M is the whole table; n > M repeats values.
     """
-    n, table = _steps(steps), _checked(levels).sigmas
+    n, table = _steps(steps), check_levels(levels).sigmas
     skip = len(table) / n
     return _with_zero(table[[len(table) - 1 - int(j * skip) for j in range(n)]])
 
@@ -201,7 +205,7 @@ def ddim_uniform(steps: int, levels: Levels) -> Tensor:
 
     Source: Song et al., Denoising Diffusion Implicit Models (2021), arXiv 2010.02502.
     """
-    n, table = _steps(steps), _checked(levels).sigmas
+    n, table = _steps(steps), check_levels(levels).sigmas
     ends_at_zero = float(table[1]) <= ZERO
     stride = max(len(table) // (n + ends_at_zero), 1)
     sigmas = table[1::stride].flip(0)
@@ -220,7 +224,7 @@ def beta(steps: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> T
     """
     from scipy import special  # here, because importing it takes a tenth of the time of importing torch
 
-    n, table = _steps(steps), _checked(levels).sigmas
+    n, table = _steps(steps), check_levels(levels).sigmas
     alpha, beta = check_number("alpha", alpha, above=0), check_number("beta", beta, above=0)
     quantiles = special.betaincinv(alpha, beta, 1 - np.arange(n) / n)
     index = np.rint(quantiles * (len(table) - 1)).astype(np.int64)
@@ -257,7 +261,7 @@ def linear_quadratic(
             part would pass below 0 and come back.
     """
     n = _steps(steps)
-    sigma_max = check_number("levels", levels, above=0) if is_number(levels) else _checked(levels).sigma_max
+    sigma_max = check_number("levels", levels, above=0) if is_number(levels) else check_levels(levels).sigma_max
     if n == 1:
         return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
     k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
@@ -309,16 +313,24 @@ def _entries(
     return {f.__name__: ScheduleEntry(f.__name__, f, needs) for f in functions}
 
 
-SCHEDULES: dict[str, ScheduleEntry] = (
+SCHEDULES: Registry[ScheduleEntry] = Registry(
     _entries("levels", simple, sgm_uniform, normal, ddim_uniform, beta, beta57, linear_quadratic)
     | _entries("bounds", karras, exponential, polyexponential, laplace, kl_optimal)
-    | _entries("nothing", vp, ays)
+    | _entries("nothing", vp, ays),
+    what="schedules",
+    place="ki.SCHEDULES",
 )
 REGISTRIES["schedule"] = SCHEDULES
 
 
 def schedule(
-    name: str, steps: int, levels: Levels, *, sampler: object = None, denoise: float | None = 1.0, **options: Any
+    name: str,
+    steps: int,
+    levels: Levels | None = None,
+    *,
+    sampler: object = None,
+    denoise: float | None = 1.0,
+    **options: Any,
 ) -> Tensor:
     """Build the schedule that hosts make from a name, a number of steps and the model.
 
@@ -330,7 +342,7 @@ def schedule(
     Args:
         name: a key of `SCHEDULES`.
         steps: number of steps.
-        levels: the model's noise levels.
+        levels: the model's noise levels, which every schedule of a model needs.
         sampler: the name of a sampler, or an object with the attribute `name`.
         denoise: fraction of the schedule to run, from its low-noise end.
         **options: options of the schedule's function, e.g. rho.
@@ -340,11 +352,11 @@ def schedule(
 
     Raises:
         ValueError: an unknown name, steps or options out of range, or denoise outside (0, 1].
-        TypeError: levels is not a Levels, or the schedule does not have an option.
+        TypeError: levels is missing or not a Levels, with what to pass, or the schedule does not have an option.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
-    entry, steps, levels = SCHEDULES[name], _steps(steps), _checked(levels)
+    entry, steps, levels = SCHEDULES[name], _steps(steps), check_levels(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
     denoise = 1.0 if denoise is None else check_number("denoise", denoise)
@@ -367,7 +379,12 @@ def schedule(
 
 
 def _steps(n: object, name: str = "steps") -> int:
-    return check_integer(name, n, fix="pass e.g. 20")
+    steps = check_integer(name, n, fix="pass e.g. 20")
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"{name} must be at most {MOST_STEPS}, got {steps}; the levels alone would take {steps * 8e-9:,.1f} GB"
+        )
+    return steps
 
 
 def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
@@ -375,15 +392,6 @@ def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
     if low >= high:
         raise ValueError(f"sigma_min must be below sigma_max, got {low} >= {high}; swap them")
     return low, high
-
-
-def _checked(levels: object) -> Levels:
-    if not isinstance(levels, Levels):
-        raise TypeError(
-            f"levels must be a kinvert.levels.Levels, got {type(levels).__name__}; "
-            "build one, e.g. levels.stable_diffusion()"
-        )
-    return levels
 
 
 def _sampler_name(sampler: object) -> str | None:
@@ -398,7 +406,7 @@ def _sampler_name(sampler: object) -> str | None:
 
 
 def _time_range(levels: Levels) -> tuple[float, float]:
-    table = _checked(levels).sigmas
+    table = check_levels(levels).sigmas
     return float(levels.timestep(table[-1])), float(levels.timestep(table[0]))
 
 

@@ -2,11 +2,17 @@
 
 What is pinned hides what breaks elsewhere. KINVERT_TEST_THREADS=0 leaves torch's threads as they are, any other number
 sets them: `make test-threads` runs the suite so.
+
+Ctrl-C is ignored in what a shell starts in the background. Tests press it, so they start with Python's own handler.
 """
 
 import os
+import signal
 
 import torch
 
 if threads := int(os.environ.get("KINVERT_TEST_THREADS", "1")):
     torch.set_num_threads(threads)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

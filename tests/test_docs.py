@@ -151,6 +151,13 @@ def hook() -> types.ModuleType:
     return module
 
 
+def test_long_lines_of_outputs_wrap_on_the_site() -> None:
+    """Outputs of prose are marked, tables are not; a block that is not run is a block of Python."""
+    short, long = f"```text\n{'a' * 100}\n```\n", f"```text\na\n{'b ' * 51}\n```\n"
+    page = hook().on_page_markdown(f"{short}{long}```python notest\nx = 1\n```\n")
+    assert page == short + long.replace("```text", "```{ .text .prose }", 1) + "```python\nx = 1\n```\n"
+
+
 def test_every_sampler_and_schedule_is_listed() -> None:
     for page, names in (("samplers.md", ki.SAMPLERS), ("schedules.md", ki.SCHEDULES)):
         text = hook().on_page_markdown((ROOT / "docs" / page).read_text())
@@ -169,6 +176,14 @@ def test_the_table_of_inversions_is_what_was_measured() -> None:
                 name = f"{base}({options})" if options else base
                 cells = f"| `{name}` | {row['steps']} | {row['cfg']:g} | {row['converged']} of {row['samples']} |"
                 assert cells in text, cells
+
+
+def test_the_tables_of_choices_are_what_was_measured() -> None:
+    text = hook().on_page_markdown((ROOT / "docs" / "choosing.md").read_text())
+    assert "<!--" not in text
+    trips = json.loads((ROOT / "benchmarks" / "results" / "round_trip.json").read_text())["samplers"]
+    for name in hook().CHOICES:
+        assert f"| `{name}` | {trips[name]['psnr']['20']:.0f} dB | {trips[name]['psnr']['50']:.0f} dB |" in text
 
 
 def test_the_table_of_baselines_is_what_was_measured() -> None:
@@ -240,7 +255,8 @@ def test_the_architecture_is_read_off_the_code() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r"(?:: |- )(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert nav == {str(page.relative_to(ROOT / "docs")) for page in DOCS}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    assert nav == {str(page.relative_to(ROOT / "docs")) for page in DOCS} | notebooks
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
 PUBLIC = {
     "kinvert": """
-        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Solving Stepwise Stop
+        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Schedule Solving Stepwise Stop
         __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels
-        metrics models noise
+        load metrics models noise pictures plot
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.adapters.comfyui": """
@@ -34,6 +34,14 @@ PUBLIC = {
     "kinvert.adapters.diffusers": """
         Inverted KinvertScheduler PipelineDenoiser Unsampled decode denoiser encode extract_noise invert round_trip
         unsample
+    """,
+    "kinvert.adapters.k_diffusion": """
+        BatchedBrownianTree BrownianTreeNoiseSampler CompVisDenoiser CompVisVDenoiser Denoiser DiscreteEpsDDPMDenoiser
+        DiscreteSchedule DiscreteVDDPMDenoiser OpenAIDenoiser VDenoiser append_dims append_zero default_noise_sampler
+        external get_ancestral_step get_sigmas_exponential get_sigmas_karras get_sigmas_polyexponential get_sigmas_vp
+        sample_dpm_2 sample_dpm_2_ancestral sample_dpm_adaptive sample_dpm_fast sample_dpmpp_2m sample_dpmpp_2m_sde
+        sample_dpmpp_2s_ancestral sample_dpmpp_3m_sde sample_dpmpp_sde sample_euler sample_euler_ancestral sample_heun
+        sample_lms sampling to_d utils
     """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
@@ -87,6 +95,12 @@ PUBLIC = {
     "kinvert.noise": """
         Brownian Clipped Noise NoiseFunction NoiseSource Replay White bind brownian clipped default_noise derived_seed
         replay white
+    """,
+    "kinvert.pictures": """
+        IMAGES TENSORS image_files open_image pillow read save_image write
+    """,
+    "kinvert.plot": """
+        coefficients contraction convergence differences images latents schedules
     """,
     "kinvert.reference": """
         SMALLEST_RTOL ErrorSplit solve_ode split_error

@@ -308,7 +308,7 @@ NAN, INF = math.nan, math.inf
         (lambda: schedules.ays(5, "sd51"), ValueError, "unknown model 'sd51'; did you mean 'sd15'"),
         (lambda: schedules.beta(5, SD, alpha=0), ValueError, "alpha"),
         (lambda: schedules.beta(5, SD, beta=NAN), ValueError, "beta"),
-        (lambda: schedules.normal(5, SD.sigmas), TypeError, "levels must be .* got Tensor; build"),
+        (lambda: schedules.normal(5, SD.sigmas), TypeError, "levels must be .* got Tensor; pass"),
         (lambda: schedules.linear_quadratic(5, None), TypeError, "levels .* got NoneType"),
         (lambda: schedules.linear_quadratic(5, 0.0), ValueError, "levels must be positive and finite, got 0.0"),
         (lambda: schedules.linear_quadratic(5, SD, linear_steps=5), ValueError, "below n = 5"),
@@ -331,3 +331,9 @@ NAN, INF = math.nan, math.inf
 def test_errors_name_the_argument_the_value_and_the_fix(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["karras", "ays", "simple"])
+def test_a_schedule_without_levels_says_what_to_pass(name):
+    with pytest.raises(TypeError, match=r"got NoneType; pass ki\.levels\.stable_diffusion.*edm.*flow.*karras\("):
+        schedule(name, 20)

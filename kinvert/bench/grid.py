@@ -9,6 +9,7 @@ samplers, methods or problems of the user's own. The presets are such files, in 
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -17,15 +18,20 @@ from typing import Any
 
 import kinvert as ki
 from kinvert.bench.methods import METHODS
-from kinvert.bench.problems import find_problem
+from kinvert.bench.problems import find_problem, most_images
 from kinvert.checks import check_choice, check_integer, check_number, unknown
+from kinvert.devices import check_device
 from kinvert.jobs import import_modules
 from kinvert.jsontext import content_key
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_sampler, unknown_schedule
+from kinvert.schedules import MOST_STEPS
 
-__all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "describe", "preset", "read_grid", "unique"]
+__all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "check_size", "describe", "preset", "read_grid", "unique"]
 
+MOST_CELLS = 100_000  # of a grid: at a second each, a day
+MOST_SAMPLES = 100_000  # of a cell: its record has each of them as text
+MOST_SEEDS = 2**62  # generators of torch take 64 bits, and images, latents and noises have seeds near this one
 QUESTIONS = ("reconstruction", "recovery")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PRESETS = Path(__file__).parent / "presets"
@@ -50,6 +56,7 @@ class Cell:
         dtype: floating point format of the states and of the model.
         seed: seed of the images, latents and noises.
         count: number of samples.
+        device: where to compute, e.g. "cuda".
 
     Raises:
         ValueError, TypeError: an unknown name, with the nearest known one; a number that cannot work.
@@ -66,6 +73,7 @@ class Cell:
     dtype: str = "float64"
     seed: int = 0
     count: int = 8
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         find_problem(self.model)
@@ -74,12 +82,22 @@ class Cell:
             *(("schedule", ki.SCHEDULES), ("dtype", DTYPES)),
         )
         for name, known in named:
-            if getattr(self, name) not in known:
+            got = getattr(self, name)
+            if not isinstance(got, str) or got not in known:
                 elsewhere = {"sampler": unknown_sampler, "schedule": unknown_schedule}
-                got = getattr(self, name)
                 raise ValueError(elsewhere[name](got) if name in elsewhere else unknown(name, got, known))
-        for name, low in (("steps", 1), ("seed", 0), ("count", 1)):
-            object.__setattr__(self, name, check_integer(name, getattr(self, name), low))
+        images = most_images(self.model)
+        limits = (
+            *(("steps", 1, MOST_STEPS, ""), ("seed", 0, MOST_SEEDS, "")),
+            ("count", 1, images or MOST_SAMPLES, f", the images there are of {self.model}" if images else ""),
+        )
+        for name, low, high, fix in limits:
+            value = check_integer(name, getattr(self, name), low)
+            if value > high:
+                raise ValueError(f"{name} must be at most {high}{fix}, got {value}")
+            object.__setattr__(self, name, value)
+        if self.device != "cpu":  # what needs no check is not checked, because there may be many cells
+            object.__setattr__(self, "device", str(check_device(self.device)))
         object.__setattr__(self, "cfg", check_number("cfg", self.cfg, fix=CFG_FIX))
         object.__setattr__(self, "options", self._canonical_options())
 
@@ -98,8 +116,11 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"options": dict(self.options)}
+        """The fields, ready for JSON; the device only if it is not the CPU."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"options": dict(self.options)}
+        if self.device == "cpu":
+            del found["device"]
+        return found
 
     @property
     def key(self) -> str:
@@ -115,7 +136,8 @@ class Grid:
     """Lists of settings; iterate over it for the cells that all their combinations make.
 
     Attributes:
-        model, question, method, schedule, steps, cfg, dtype, seed, count: values of the field of `Cell`, or one.
+        model, question, method, schedule, steps, cfg, dtype, seed, count, device: values of the field of `Cell`, or
+            one.
         sampler: names, or mappings `{"name": ..., option: value, ...}` for samplers with options.
     """
 
@@ -129,12 +151,23 @@ class Grid:
     dtype: Any = field(default=("float64",))
     seed: Any = field(default=(0,))
     count: Any = field(default=(8,))
+    device: Any = field(default=("cpu",))
 
     def __iter__(self) -> Iterator[Cell]:
-        names = [f.name for f in fields(self)]
-        for values in itertools.product(*(_listed(name, getattr(self, name)) for name in names)):
-            settings = dict(zip(names, values, strict=True))
+        check_size(self.size)
+        lists = self._lists
+        for values in itertools.product(*lists.values()):
+            settings = dict(zip(lists, values, strict=True))
             yield Cell(**settings | _sampler(settings["sampler"]))
+
+    @property
+    def size(self) -> int:
+        """The number of combinations."""
+        return math.prod(map(len, self._lists.values()))
+
+    @property
+    def _lists(self) -> dict[str, list[Any]]:
+        return {f.name: _listed(f.name, getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> Grid:
@@ -144,6 +177,8 @@ class Grid:
             ValueError: a key is not a setting; the model is missing.
         """
         known = [f.name for f in fields(cls)]
+        if not isinstance(table, Mapping):
+            raise ValueError(f"a grid must be a table of settings, e.g. model = 'gaussian', got {table!r}")
         for key in table:
             if key not in known:
                 hint = "; an option belongs to its sampler: sampler = [{name = ..., option = ...}]"
@@ -166,6 +201,8 @@ def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
         raise ValueError(f"cannot read the grid {str(path)!r}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a grid of names, numbers and lists") from error
     imports = table.pop("imports", [])
     blocks = table.pop("grid", None) if isinstance(table.get("grid"), list) else None
     try:
@@ -175,6 +212,7 @@ def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
             raise ValueError(f"the key {next(iter(table))!r} stands outside of the blocks [[grid]]; move it into them")
         import_modules(imports)
         grids = [Grid.of(block) for block in ([table] if blocks is None else blocks)]
+        check_size(sum(grid.size for grid in grids))
         return unique(itertools.chain.from_iterable(grids)), tuple(imports)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{path}: {error}") from error
@@ -197,11 +235,26 @@ def describe(settings: Mapping[str, Any]) -> str:
     return (
         "{model} {question} {method} {sampler}{options} {schedule} {steps} steps cfg {cfg:g} {dtype} seed {seed} "
         "count {count}"
-    ).format_map({**settings, "options": options})
+    ).format_map({**settings, "options": options}) + (f" on {settings['device']}" if "device" in settings else "")
+
+
+def check_size(cells: int) -> None:
+    """Raise ValueError if a grid has more cells than can be measured."""
+    if cells > MOST_CELLS:
+        raise ValueError(
+            f"a grid must have at most {MOST_CELLS:,} cells, got {cells:,}, which would take "
+            f"{cells / 86400:,.0f} days at a second each; shorten its lists, or split it into several"
+        )
 
 
 def unique(cells: Iterable[Cell]) -> list[Cell]:
-    """Return each cell once, in the order of first appearance."""
+    """Return each cell once, in the order of first appearance.
+
+    Raises:
+        TypeError: what was given are no cells.
+    """
+    if not isinstance(cells, Iterable) or isinstance(cells, (str, Mapping)):
+        raise TypeError(f"cells must be a Grid or a list of Cells, got {cells!r}; for a file use read_grid(path)")
     return list(dict.fromkeys(cells))
 
 

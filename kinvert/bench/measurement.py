@@ -32,7 +32,7 @@ import kinvert as ki
 from kinvert import metrics
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, MethodResult, Setup, apply_method, generate, restore, sees_states
-from kinvert.bench.problems import Problem, is_built_in, make_problem
+from kinvert.bench.problems import Problem, is_built_in, make_problem, on_device
 from kinvert.editing import change_class
 from kinvert.jobs import computing_with
 from kinvert.models import EmbeddedDenoiser
@@ -57,7 +57,7 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with isolated(cell):
         record = {"key": cell.key, "cell": cell.settings, "metrics": {}, "versions": versions(), **dict.fromkeys(names)}
         try:
-            problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
+            problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype, cell.device)
             run = run_cell(cell, problem)
             values = _metrics(cell, problem, run)
         except (ValueError, TypeError, NotImplementedError) as error:  # the last is torch's, for a dtype
@@ -140,9 +140,10 @@ def run_cell(cell: Cell, problem: Problem) -> CellRun:
 
 
 @lru_cache(maxsize=4)
-def problem_of(model: str, count: int, seed: int, dtype: str) -> Problem:
+def problem_of(model: str, count: int, seed: int, dtype: str, device: str = "cpu") -> Problem:
     """Return the problem of a cell, and keep it for the next cells."""
-    return make_problem(model, count, seed, getattr(torch, dtype))
+    problem = make_problem(model, count, seed, getattr(torch, dtype))
+    return problem if device == "cpu" else on_device(problem, device)
 
 
 def setup_of(cell: Cell, problem: Problem) -> Setup:
@@ -250,7 +251,8 @@ def _distances_to_truth(cell: Cell, run: CellRun) -> dict[str, Tensor]:
     plan, (high, low) = run.setup.plan, (run.setup.sigmas[0], run.setup.sigmas[-1])
     if plan is None or plan.is_stochastic:
         return {}
-    ode_cell = Cell(model=cell.model, cfg=cell.cfg, dtype=cell.dtype, seed=cell.seed, count=cell.count)
+    kept = ("model", "cfg", "dtype", "seed", "count", "device")
+    ode_cell = Cell(**{name: getattr(cell, name) for name in kept})
     if cell.question == "recovery":
         return {"distance_to_ode": rms(run.image.double() - _solve_down(ode_cell, high, low))}
     ode, (exact, known) = _solve_up(ode_cell, low, high), _exact_inverse(replace(cell, method="invert"))
@@ -268,8 +270,8 @@ def _distances_to_truth(cell: Cell, run: CellRun) -> dict[str, Tensor]:
 
 def _wide_problem(cell: Cell) -> Problem:
     """Return the problem in float64, with images that are rounded to the cell's dtype."""
-    narrow = problem_of(cell.model, cell.count, cell.seed, cell.dtype)
-    return replace(problem_of(cell.model, cell.count, cell.seed, "float64"), images=narrow.images.double())
+    narrow = problem_of(cell.model, cell.count, cell.seed, cell.dtype, cell.device)
+    return replace(problem_of(cell.model, cell.count, cell.seed, "float64", cell.device), images=narrow.images.double())
 
 
 # The ODE and the exact inverse are the same for many cells. `ode_cell` has the settings that the ODE depends on.
@@ -284,7 +286,7 @@ def _solve_up(ode_cell: Cell, low: float, high: float) -> Tensor:
 def _solve_down(ode_cell: Cell, high: float, low: float) -> Tensor:
     """Solve the ODE from the latents of a recovery down to images."""
     problem = _wide_problem(ode_cell)
-    narrow = problem_of(ode_cell.model, ode_cell.count, ode_cell.seed, ode_cell.dtype)
+    narrow = problem_of(ode_cell.model, ode_cell.count, ode_cell.seed, ode_cell.dtype, ode_cell.device)
     latent = _starting_latent(ode_cell, narrow.images, high)
     return solve_ode(problem.denoiser, latent, high, low, **_guidance(ode_cell, problem))
 

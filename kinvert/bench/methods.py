@@ -28,6 +28,8 @@ from kinvert.inversion.verdict import ROWS
 from kinvert.noise import derived_seed
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
+from kinvert.showing.brief import brief_repr
+from kinvert.showing.registry import Registry
 
 __all__ = [
     "ITERATING",
@@ -87,6 +89,8 @@ class Setup:
     memory: Memory = field(default_factory=dict)
     states: dict[float, Tensor] = field(default_factory=dict)
 
+    __repr__ = brief_repr
+
     @property
     def plan(self) -> Plan | None:
         """The Plan of the sampler on the schedule; None for a sampler that has no Plan there."""
@@ -125,6 +129,8 @@ class MethodResult:
     memory: Memory = field(default_factory=dict)
     noises: tuple[Tensor, ...] = ()
     sampler: Rule | None = None
+
+    __repr__ = brief_repr
 
 
 Method = Callable[[Setup, Tensor], Tensor | ki.Inversion | MethodResult]
@@ -209,31 +215,35 @@ def _direct_inversion(setup: Setup, x: Tensor) -> MethodResult:
     return replace(_as_result(result, setup), sampler=rule)
 
 
-METHODS: dict[str, Method] = {
-    "unsample": _unsample,  # the sampler, run up the schedule
-    "ddim_clean": _ddim_clean,  # Euler upwards, the slope at the cleaner end of each step: what a flipped schedule does
-    "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
-    "picard": _invert("picard"),  # the published fixed point
-    "invert": _invert("auto"),  # exact, or reported as not exact
-    "invert_1": _limited(1),  # the same with a limit: evaluations of each step on the way up, and a run to check
-    "invert_3": _limited(3),
-    "invert_6": _limited(6),
-    "invert_10": _limited(10),
-    "reversible": _reversible,  # closed form, with the auxiliary state
-    "reversible_alone": _without_memory,  # the latent alone is kept
-    "extract_noise": _extract_noise("independent"),
-    "extract_noise_chain": _extract_noise("chain"),
-    "easyinv": _baseline("easyinv"),
-    "rf_inversion": _baseline("rf_inversion"),
-    "rf_solver": _baseline("rf_solver", "rf_solver"),
-    "fireflow": _baseline("fireflow", "fireflow"),
-    "aidi": _baseline("aidi"),
-    "aidi_anderson": _baseline("aidi_anderson"),
-    "renoise": _baseline("renoise"),
-    "dpm_solver_1": _baseline("dpm_solver_1"),
-    "dpm_solver_2": _baseline("dpm_solver_2", "dpmpp_2m"),
-    "direct_inversion": _direct_inversion,
-}
+METHODS: Registry[Method] = Registry(
+    {
+        "unsample": _unsample,  # the sampler, run up the schedule
+        "ddim_clean": _ddim_clean,  # Euler upwards, the cleaner end's slope: what a flipped schedule does
+        "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
+        "picard": _invert("picard"),  # the published fixed point
+        "invert": _invert("auto"),  # exact, or reported as not exact
+        "invert_1": _limited(1),  # the same with a limit: evaluations of each step on the way up, and a run to check
+        "invert_3": _limited(3),
+        "invert_6": _limited(6),
+        "invert_10": _limited(10),
+        "reversible": _reversible,  # closed form, with the auxiliary state
+        "reversible_alone": _without_memory,  # the latent alone is kept
+        "extract_noise": _extract_noise("independent"),
+        "extract_noise_chain": _extract_noise("chain"),
+        "easyinv": _baseline("easyinv"),
+        "rf_inversion": _baseline("rf_inversion"),
+        "rf_solver": _baseline("rf_solver", "rf_solver"),
+        "fireflow": _baseline("fireflow", "fireflow"),
+        "aidi": _baseline("aidi"),
+        "aidi_anderson": _baseline("aidi_anderson"),
+        "renoise": _baseline("renoise"),
+        "dpm_solver_1": _baseline("dpm_solver_1"),
+        "dpm_solver_2": _baseline("dpm_solver_2", "dpmpp_2m"),
+        "direct_inversion": _direct_inversion,
+    },
+    what="methods",
+    place="bench.METHODS",
+)
 """Name -> method. Each published baseline of `kinvert.inversion.baselines` is one line."""
 ITERATING = ("picard", "invert")
 """The methods that `max_evals` bounds."""

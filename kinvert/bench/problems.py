@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -28,8 +28,19 @@ from torch import Tensor
 from kinvert import levels, models
 from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
+from kinvert.showing.registry import Registry
 
-__all__ = ["PROBLEMS", "ByLabel", "Problem", "ProblemFunction", "find_problem", "is_built_in", "make_problem"]
+__all__ = [
+    "PROBLEMS",
+    "ByLabel",
+    "Problem",
+    "ProblemFunction",
+    "find_problem",
+    "is_built_in",
+    "make_problem",
+    "most_images",
+    "on_device",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +142,30 @@ def make_problem(name: str, count: int, seed: int, dtype: torch.dtype) -> Proble
     return problem
 
 
+def most_images(model: str) -> int | None:
+    """Return how many images a model that comes with kinvert has; None if there is no limit, or nobody knows."""
+    return len(models.held_out(_IMAGES_OF[model])[0]) if model in _IMAGES_OF and is_built_in(model) else None
+
+
+def on_device(problem: Problem, device: torch.device | str) -> Problem:
+    """Return the problem on a device: its images, its conditioning, and the denoiser if that is a module.
+
+    A denoiser that is no module is taken as it is: it sees states on the device.
+    """
+    denoiser = problem.denoiser
+    return replace(
+        problem,
+        denoiser=denoiser.to(device) if isinstance(denoiser, torch.nn.Module) else denoiser,
+        images=problem.images.to(device),
+        positive=_moved(problem.positive, device),
+        negative=None if problem.negative is None else _moved(problem.negative, device),
+    )
+
+
+def _moved(values: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
 class ByLabel:
     """A denoiser made of one denoiser for each label and a last one for no label."""
 
@@ -182,14 +217,19 @@ def _embedded(name: str) -> ProblemFunction:
     return problem
 
 
-PROBLEMS: dict[str, ProblemFunction] = {
-    "gaussian": _gaussian,
-    "mixture": _mixture,
-    "digits_exact": _digits_exact,
-    "digits": _embedded("digits"),
-    "mnist": _embedded("mnist"),
-}
+PROBLEMS: Registry[ProblemFunction] = Registry(
+    {
+        "gaussian": _gaussian,
+        "mixture": _mixture,
+        "digits_exact": _digits_exact,
+        "digits": _embedded("digits"),
+        "mnist": _embedded("mnist"),
+    },
+    what="problems",
+    place="bench.PROBLEMS",
+)
 """Name -> function. Add your own by `PROBLEMS["mine"] = function`."""
+_IMAGES_OF = {"digits_exact": "digits", "digits": "digits", "mnist": "mnist"}
 
 
 def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

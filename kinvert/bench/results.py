@@ -17,15 +17,46 @@ from kinvert.checks import is_number
 from kinvert.files import write_file
 from kinvert.jobs import is_done
 from kinvert.jsontext import canonical_json, content_key, from_canonical_json
+from kinvert.showing.brief import brief, never_fails
+from kinvert.showing.html import card, html_never_fails, paragraph, table
 
-__all__ = ["MERGED", "Comparison", "Difference", "Record", "compare", "load", "merge", "read"]
+__all__ = ["MERGED", "Comparison", "Difference", "Record", "Records", "compare", "load", "merge", "read"]
 
 Record = dict[str, Any]
 MERGED = "results.jsonl"
+SHOWN = 50  # records in the table of a notebook
+
+
+class Records(list[Record]):
+    """A list of records that shows itself in one line, and in a notebook as a table."""
+
+    @never_fails
+    def __repr__(self) -> str:
+        failed = sum(record["error"] is not None for record in self)
+        parts = [f"{len(self)} records", *([f"{failed} failed"] if failed else [])]
+        for name in ("model", "method", "sampler", "steps"):
+            values = [str(value) for value in sorted({record["cell"][name] for record in self})]
+            parts.append(f"{name} {', '.join(values if len(values) <= 4 else [*values[:3], '...', values[-1]])}")
+        return f"Records({'; '.join(parts)})"
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        names = ("model", "question", "method", "sampler", "schedule", "steps", "cfg", "dtype", "seed")
+        rows = [(*(record["cell"][name] for name in names), _outcome(record)) for record in self[:SHOWN]]
+        rest = f"the first {SHOWN}; kinvert.bench.report shows them all" if len(self) > SHOWN else ""
+        return card(repr(self), table((*names, "NMSE (dB)"), rows), paragraph("", rest) if rest else "")
+
+
+def _outcome(record: Record) -> str:
+    """Return the median error of a record, or why it failed, in a few words."""
+    if record["error"] is not None:
+        return brief(str(record["error"]))
+    values = record["metrics"].get("nmse_db") or ()
+    return f"{statistics.median(values):.1f}" if values else ""
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
-def load(*places: Path | str) -> list[Record]:
+def load(*places: Path | str) -> Records:
     """Read the records of folders of results, and of `results.jsonl` files, sorted by key; each cell is taken once.
 
     Raises:
@@ -43,7 +74,7 @@ def load(*places: Path | str) -> list[Record]:
                     "`kinvert bench compare`"
                 )
             records[key], origin[key] = record, path
-    return [records[key] for key in sorted(records)]
+    return Records(records[key] for key in sorted(records))
 
 
 def read(path: Path) -> Record:

@@ -51,7 +51,7 @@ def run(
     threads: int | None = None,
     imports: Sequence[str] = (),
     progress: bool = False,
-) -> list[dict[str, Any]]:
+) -> results.Records:
     """Measure the cells that the folder does not have yet, and merge everything that it has into `results.jsonl`.
 
     Args:
@@ -78,7 +78,7 @@ def run(
     run_tasks(tasks, folder, workers=workers, threads=threads, imports=imports, progress=progress)
     keys = [task.key for task in tasks]
     results.merge(folder, keys)
-    return [results.read(folder / f"{key}.json") for key in sorted(keys) if is_done(folder, key)]
+    return results.Records(results.read(folder / f"{key}.json") for key in sorted(keys) if is_done(folder, key))
 
 
 def submit_cells(

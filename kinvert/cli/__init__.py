@@ -10,14 +10,14 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command line needs {error.name}, which is not here: pip install 'kinvert[cli]'") from error
 
-from kinvert.cli import benchmark, listings, pipelines, runs
+from kinvert.cli import benchmark, doctor, listings, pipelines, runs, sampling, showing
 from kinvert.cli.groups import main
 
 __all__ = ["main"]
 
 _COMMANDS = (
-    *(runs.demo, pipelines.unsample, runs.invert, pipelines.sample),
-    *(listings.samplers, listings.schedules, listings.plan, benchmark.bench_group),
+    *(runs.demo, pipelines.unsample, runs.invert, sampling.sample, showing.show),
+    *(listings.samplers, listings.schedules, listings.plan, benchmark.bench_group, doctor.doctor),
 )
 for _command in _COMMANDS:
     main.add_command(_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import click
 from click.core import ParameterSource
 
 from kinvert import bench
-from kinvert.adapters.diffusers.pictures import image_files
-from kinvert.bench.grid import describe
+from kinvert.bench.grid import describe, unique
+from kinvert.cli import completion
 from kinvert.cli.groups import WithDefault
 from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
 from kinvert.cli.pipelines import call_options
 from kinvert.console import print_lines, print_table
 from kinvert.jobs import import_modules
+from kinvert.pictures import image_files
 
 __all__ = ["bench_group"]
 
@@ -26,21 +28,24 @@ __all__ = ["bench_group"]
 def bench_group() -> None:
     """Measure how well samplers run backwards, on a grid of settings.
 
-    `kinvert bench [GRID.toml]` runs a grid, or a preset, as `kinvert bench run` does. A run that was stopped goes on
-    where it was when the same command is given again.
+    `kinvert bench [GRID.toml]` runs a grid, or a preset, as `kinvert bench run` does; `kinvert bench run
+    --help` lists its options. A run that was stopped goes on where it was when the same command is given again.
     """
 
 
 OF_PIPELINES = (
-    *("images", "prompt", "negative_prompt", "guidance_scale", "height", "width", "device"),
-    *("samplers", "methods", "schedule", "steps", "count", "dtype"),
+    *("images", "prompt", "negative_prompt", "guidance_scale", "height", "width"),
+    *("samplers", "methods", "schedule", "steps", "count"),
 )
 
 
 @bench_group.command("run")
 @click.argument("grid", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--preset", metavar="NAME", help="A grid that comes with kinvert: quick (a minute), budgets, standard or full."
+    "--preset",
+    metavar="NAME",
+    shell_complete=completion.presets,
+    help="A grid that comes with kinvert: quick (a minute), budgets, standard or full.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, one file for each cell."
@@ -51,14 +56,35 @@ OF_PIPELINES = (
 @click.option("--model", metavar="DIR", help="Measure a pipeline of diffusers in a directory, on --images.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of the images for --model.")
 @call_options
-@click.option("--samplers", default="euler,dpmpp_2m", metavar="NAME,...", help="For --model: see `kinvert samplers`.")
 @click.option(
-    "--methods", default="unsample,invert", metavar="NAME,...", help=f"For --model: {', '.join(bench.METHODS)}."
+    "--samplers",
+    default="euler,dpmpp_2m",
+    metavar="NAME,...",
+    shell_complete=completion.samplers,
+    help="For --model: see `kinvert samplers`.",
 )
-@click.option("--schedule", default="karras", metavar="NAME", help="For --model: see `kinvert schedules`.")
+@click.option(
+    "--methods",
+    default="unsample,invert",
+    metavar="NAME,...",
+    shell_complete=completion.methods,
+    help=f"For --model: {', '.join(bench.METHODS)}.",
+)
+@click.option(
+    "--schedule",
+    default="karras",
+    metavar="NAME",
+    shell_complete=completion.schedules,
+    help="For --model: see `kinvert schedules`.",
+)
 @click.option("--steps", default="20", metavar="N,...", help="For --model: numbers of steps.")
 @click.option("--count", type=int, default=4, help="For --model: number of images.")
-@click.option("--dtype", type=click.Choice(bench.DTYPES), default="float32", help="For --model: floating point format.")
+@click.option(
+    "--dtype",
+    type=click.Choice(bench.DTYPES),
+    show_default="float32 for --model, otherwise that of the grid",
+    help="Floating point format of all cells.",
+)
 @pairs("slurm", "Submit --workers jobs to Slurm, with this parameter of submitit, e.g. timeout_min=60; repeatable.")
 @click.pass_context
 def run(
@@ -88,6 +114,8 @@ def run(
     else:
         _check_ungiven(ctx)
         cells, more = (bench.preset(preset or "quick"), ()) if grid is None else bench.read_grid(grid)
+        instead = {name: given[name] for name in ("device", "dtype") if _is_given(ctx, name)}
+        cells = unique(replace(cell, **instead) for cell in cells)
     how: dict[str, Any] = {"workers": workers, "threads": threads, "imports": (*imports, *more)}
     if slurms:
         jobs = bench.submit_cells(cells, out, **how, **parse_pairs("--slurm", slurms))
@@ -121,7 +149,7 @@ def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
         method=listed["methods"],
         schedule=given["schedule"],
         steps=[int(steps) if steps.isdigit() else steps for steps in listed["steps"]],
-        dtype=given["dtype"],
+        dtype=given["dtype"] or "float32",
         count=given["count"],
     )
     return list(grid)
@@ -129,8 +157,12 @@ def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
 
 def _check_ungiven(ctx: click.Context) -> None:
     for name in OF_PIPELINES:
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if _is_given(ctx, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --model DIR; a grid has its own settings")
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 @bench_group.command("compare")

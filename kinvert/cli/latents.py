@@ -1,29 +1,29 @@
 """A latent in a file, with everything that the way back needs.
 
 The file is safetensors: "latents" is the state of kinvert at the first noise level, shape (1, *event); auxiliary state
-is in "memory/<name>", noises are in "noises/<i>". The rest is JSON in the metadata "kinvert".
+is in "memory/<name>", noises are in "noises/<i>". The rest is JSON in the metadata "kinvert", see `kinvert.records`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 
 import kinvert as ki
 from kinvert.coordinates import Coordinates
-from kinvert.files import write_file
 from kinvert.jsontext import canonical_json
+from kinvert.packing import from_fields
+from kinvert.records import KEY, check_kind, header_of, known_entries, read_tree, write_tree
 
-__all__ = ["LatentFile", "Record"]
+__all__ = ["KIND", "LatentFile", "Record"]
 
-KEY = "kinvert"
+KIND = "latent"
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,8 @@ class LatentFile:
         Raises:
             ValueError: it cannot be written.
         """
-        tensors = {"latents": self.latent, **{f"memory/{name}": value for name, value in self.memory.items()}}
-        tensors |= {f"noises/{i}": value for i, value in enumerate(self.noises)}
-        metadata = {KEY: canonical_json(asdict(self.record))}
-        contents = save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, contents)
-        except OSError as error:
-            raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another --out") from error
+        tree = {"latents": self.latent, "memory": dict(self.memory), "noises": list(self.noises)}
+        write_tree(path, KIND, tree | {"record": asdict(self.record)})
 
     @classmethod
     def load(cls, path: Path) -> LatentFile:
@@ -105,22 +98,28 @@ class LatentFile:
         Raises:
             ValueError: another file.
         """
-        tensors, noises = {}, {}
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    tensors[name] = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {str(path)!r} as a file of latents: {error}") from error
-        known = [f.name for f in fields(Record)]
-        given = json.loads(metadata[KEY]) if KEY in metadata else {}
-        if "latents" not in tensors or sorted(given) != sorted(known):
-            raise ValueError(
-                f"{str(path)!r} does not say how its latent was made: it was not written by `kinvert unsample` or "
-                "`kinvert invert` of this version"
-            )
-        given |= {name: tuple(given[name]) for name in ("sigmas", "image", "size", "limits")}
-        noises = {int(name[7:]): value for name, value in tensors.items() if name.startswith("noises/")}
-        memory = {name[7:]: value for name, value in tensors.items() if name.startswith("memory/")}
-        return cls(tensors["latents"], Record(**given), memory, tuple(noises[i] for i in sorted(noises)))
+        header = header_of(path)
+        if header is None:
+            return _of_version_0(path)
+        entries = {"latents": True, "memory": False, "noises": False, "record": True}
+        what, tree = repr(str(path)), read_tree(path, check_kind(path, header, KIND))
+        tree = known_entries(what, tree, entries)
+        record = from_fields(Record, tree["record"], what)
+        return cls(tree["latents"], record, tree.get("memory", {}), tuple(tree.get("noises", ())))
+
+
+def _of_version_0(path: Path) -> LatentFile:
+    """Read a file of kinvert 0.1.0, whose metadata is the record alone."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        given = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    if "latents" not in tensors or "verb" not in given:
+        raise ValueError(
+            f"{str(path)!r} does not say how its latent was made: it was not written by `kinvert unsample` or "
+            "`kinvert invert`"
+        )
+    given |= {name: tuple(given[name]) for name in ("sigmas", "image", "size", "limits")}
+    noises = {int(name[7:]): value for name, value in tensors.items() if name.startswith("noises/")}
+    memory = {name[7:]: value for name, value in tensors.items() if name.startswith("memory/")}
+    record = from_fields(Record, given, repr(str(path)))
+    return LatentFile(tensors["latents"], record, memory, tuple(noises[i] for i in sorted(noises)))

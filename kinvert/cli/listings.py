@@ -10,12 +10,15 @@ import click
 
 import kinvert as ki
 from kinvert import analysis
+from kinvert.cli import completion
 from kinvert.cli.options import LEVELS, as_json, model_levels, pairs, parse_pairs
 from kinvert.console import print_notes, print_table
 from kinvert.jsontext import to_json
 from kinvert.sampling import rising_schedule
 
 __all__ = ["plan", "samplers", "schedules"]
+
+MOST_LINES = 10_000  # steps of a printed plan
 
 
 @click.command()
@@ -63,8 +66,10 @@ def schedules(steps: int, model: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("sampler")
-@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.argument("sampler", shell_complete=completion.samplers)
+@click.option(
+    "--schedule", default="karras", metavar="NAME", shell_complete=completion.schedules, help="See `kinvert schedules`."
+)
 @click.option("--steps", type=int, default=5, help="Number of steps.")
 @model_levels
 @click.option("--rising", is_flag=True, help="Up the schedule, as unsampling runs.")
@@ -74,6 +79,8 @@ def plan(sampler: str, schedule: str, steps: int, model: str, rising: bool, opti
 
     These are all operations of SAMPLER on a schedule: evaluations of the denoiser and linear combinations.
     """
+    if steps > MOST_LINES:
+        raise ValueError(f"--steps must be at most {MOST_LINES} for a plan that is read, got {steps}")
     rule = ki.sampler(sampler, **parse_pairs("--option", options))
     levels = LEVELS[model]()
     if levels.kind == "flow":

@@ -9,11 +9,13 @@ from typing import Any
 import click
 
 import kinvert as ki
+from kinvert.cli import completion
 
 __all__ = [
     "LEVELS",
     "as_json",
     "check_matplotlib",
+    "device",
     "imports",
     "model_levels",
     "pairs",
@@ -32,6 +34,13 @@ LEVELS: dict[str, Callable[[], ki.levels.Levels]] = {
 }
 model_levels = click.option(
     "--model", type=click.Choice(list(LEVELS)), default="sd15", help="Whose noise levels; sd3 and flux have flow times."
+)
+device = click.option(
+    "--device",
+    default="cpu",
+    metavar="NAME",
+    shell_complete=completion.devices,
+    help="Where to compute, e.g. cuda or cuda:1.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 workers = click.option("--workers", type=int, default=1, help="Processes on this machine; or start it with torchrun.")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.adapters.diffusers.pictures import image_files, open_image, save_image
 from kinvert.bench import DTYPES
 from kinvert.checks import check_choice, check_count
+from kinvert.cli import completion
 from kinvert.cli.latents import LatentFile, Record
-from kinvert.cli.options import pairs, parse_pairs
+from kinvert.cli.options import device, pairs, parse_pairs
 from kinvert.console import print_lines
 from kinvert.coordinates import settle
 from kinvert.files import write_file
@@ -28,11 +28,13 @@ from kinvert.inversion.back import WayBack
 from kinvert.jobs import UnfinishedError
 from kinvert.jsontext import canonical_json
 from kinvert.levels import FlowTimes
+from kinvert.pictures import image_files, open_image
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_schedule
+from kinvert.stops import keeping
 from kinvert.tensors import wide_dtype
 
-__all__ = ["Wish", "call_options", "invert_files", "is_directory", "sample", "unsample", "wish_of"]
+__all__ = ["Opened", "Wish", "call_options", "image_of", "invert_files", "is_directory", "unsample", "wish_of"]
 
 CALL = ("prompt", "negative_prompt", "guidance_scale", "height", "width")
 SUFFIX = ".safetensors"
@@ -53,7 +55,7 @@ def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--guidance-scale", type=float, help="Guidance by the pipeline; by default as it has it."),
             click.option("--height", type=int, help="Resize to this height, in pixels."),
             click.option("--width", type=int, help="Resize to this width, in pixels."),
-            click.option("--device", default="cpu", help="Where to compute, e.g. cuda."),
+            device,
         )
     ):
         command = option(command)
@@ -231,22 +233,23 @@ def invert_files(wish: Wish, source: Path, out: Path) -> list[dict[str, Any]]:
     """
     paths, alone = image_files(source), source.is_file() and out.suffix == SUFFIX
     opened, rows, failures = None, list[dict[str, Any]](), list[str]()
-    for path in paths:
-        name = path.name if source.is_file() else path.relative_to(source).as_posix()
-        place = out if alone else out / f"{name}{SUFFIX}"
-        try:
-            record = _done(place, wish, path)
-            if record is None:
-                opened = opened or Opened(wish.model, wish.device, wish.dtype)
-                file = latent_of(opened, wish, path)
-                file.save(place)
-                record = file.record
-        except ValueError as error:
-            if len(paths) == 1 or opened is None:
-                raise
-            failures.append(f"  {name}: {error}")
-            continue
-        rows.append({"file": name, "latent": place.name if alone else f"{name}{SUFFIX}", **record.result})
+    with keeping(lambda: f"{len(rows)} of {len(paths)} latents are kept in {out}; the same command goes on"):
+        for path in paths:
+            name = path.name if source.is_file() else path.relative_to(source).as_posix()
+            place = out if alone else out / f"{name}{SUFFIX}"
+            try:
+                record = _done(place, wish, path)
+                if record is None:
+                    opened = opened or Opened(wish.model, wish.device, wish.dtype)
+                    file = latent_of(opened, wish, path)
+                    file.save(place)
+                    record = file.record
+            except ValueError as error:
+                if len(paths) == 1 or opened is None:
+                    raise
+                failures.append(f"  {name}: {error}")
+                continue
+            rows.append({"file": name, "latent": place.name if alone else f"{name}{SUFFIX}", **record.result})
     if not alone:
         write_file(out / MANIFEST, "".join(canonical_json(row) + "\n" for row in rows).encode())
     if failures:
@@ -287,9 +290,16 @@ def wish_of(model: str, given: Mapping[str, Any], options: Sequence[str]) -> Wis
 @click.option("--model", required=True, metavar="DIR", help="Directory of a pipeline of diffusers.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File of the latent, .safetensors.")
 @call_options
-@click.option("--sampler", default="euler", metavar="NAME", help="See `kinvert samplers`.")
+@click.option(
+    "--sampler", default="euler", metavar="NAME", shell_complete=completion.samplers, help="See `kinvert samplers`."
+)
 @pairs("option", "Option of the sampler, e.g. eta=0; repeatable.")
-@click.option("--schedule", metavar="NAME", help="See `kinvert schedules`; by default the pipeline's own levels.")
+@click.option(
+    "--schedule",
+    metavar="NAME",
+    shell_complete=completion.schedules,
+    help="See `kinvert schedules`; by default the pipeline's own levels.",
+)
 @click.option("--steps", type=int, default=30, help="Number of steps.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", help="Floating point format of the networks.")
 def unsample(image: Path, model: str, out: Path, options: Sequence[str], **given: Any) -> None:
@@ -305,26 +315,3 @@ def unsample(image: Path, model: str, out: Path, options: Sequence[str], **given
     wish = wish_of(model, given, options)
     latent_of(Opened(model, wish.device, wish.dtype), wish, image).save(out)
     print_lines(f"wrote {out}", f"next: kinvert sample {out} --out again.png")
-
-
-@click.command()
-@click.argument("latent", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The image, e.g. edited.png.")
-@click.option("--prompt", help="Another prompt, to edit the image; by default that of the latent.")
-@click.option("--negative-prompt", help="Another negative prompt.")
-@click.option("--guidance-scale", type=float, help="Another guidance scale.")
-@click.option("--model", metavar="DIR", help="Directory of the model, if it was moved.")
-@click.option("--device", default="cpu", help="Where to compute, e.g. cuda.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Floating point format; by default that of the latent.")
-def sample(latent: Path, out: Path, model: str | None, device: str, dtype: str | None, **given: Any) -> None:
-    """Sample a LATENT down to an image.
-
-    It is one that `kinvert unsample` or `kinvert invert` wrote.
-
-    With the same prompt it is the image that the latent was made of, with another one an edit of it.
-    """
-    file = LatentFile.load(latent)
-    call = {**file.record.call, **{name: value for name, value in given.items() if value is not None}}
-    opened = Opened(model or file.record.model, device, dtype or file.record.dtype)
-    save_image(image_of(opened, file, call), out)
-    print_lines(f"wrote {out}")

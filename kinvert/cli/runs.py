@@ -10,7 +10,8 @@ from click.core import ParameterSource
 
 from kinvert import bench, models
 from kinvert import demo as demos
-from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
+from kinvert.cli import completion
+from kinvert.cli.options import check_matplotlib, device, imports, pairs, parse_pairs, threads, workers
 from kinvert.cli.pipelines import call_options, invert_files, is_directory, wish_of
 from kinvert.console import print_lines, print_notes, print_table
 from kinvert.folder import MANIFEST, invert_folder
@@ -32,17 +33,24 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     help="Embedded denoiser; its images have 8x8 or 28x28 pixels.",
 )
 @click.option(
-    "--samplers", default=",".join(demos.SAMPLERS), callback=_names, metavar="NAME,...", help="See `kinvert samplers`."
+    "--samplers",
+    default=",".join(demos.SAMPLERS),
+    callback=_names,
+    metavar="NAME,...",
+    shell_complete=completion.samplers,
+    help="See `kinvert samplers`.",
 )
 @click.option("--steps", type=int, default=20, help="Steps in each direction.")
-@click.option("--schedule", default="karras", metavar="NAME", help="See `kinvert schedules`.")
+@click.option(
+    "--schedule", default="karras", metavar="NAME", shell_complete=completion.schedules, help="See `kinvert schedules`."
+)
 @click.option(
     "--cfg", type=float, default=1.0, help="Guidance towards the image's label, in both directions; 1 is none."
 )
 @click.option("--count", type=int, default=8, help="Number of images, one of each class in turn.")
 @click.option("--normalize", is_flag=True, help="Give the latents mean 0 and standard deviation 1, as the node does.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Floating point format.")
-@click.option("--device", default="cpu", help="Where to compute, e.g. cuda.")
+@device
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default="demo", help="Folder for the three files."
 )
@@ -52,8 +60,8 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 def demo(out: Path, as_json: bool, **options: Any) -> None:
     """Unsample images, sample them back, and measure.
 
-    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. The
-    numbers are printed and written to OUT/demo-MODEL.json, the images to demo-MODEL.npz, a picture to demo-MODEL.png.
+    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. It prints
+    a table, and writes three files to OUT: the table (.json), the images and latents (.npz), and a picture (.png).
     """
     check_matplotlib()
     try:
@@ -86,26 +94,38 @@ def _print_demo(outcome: demos.Demo) -> None:
     )
 
 
-OF_PIPELINES = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "device", "tol")
+OF_PIPELINES = ("prompt", "negative_prompt", "guidance_scale", "height", "width", "tol")
 OF_OTHERS = ("cfg", "positives", "negatives", "seed", "shard_size", "workers", "threads", "imports")
 
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the latents, or the file of one."
+)
 @click.option(
     "--model",
     default="mnist",
     metavar="NAME|DIR",
+    shell_complete=completion.problems,
     help="An embedded model, an entry point module:function, or the directory of a pipeline of diffusers.",
 )
-@click.option("--sampler", default="euler", metavar="NAME", help="See `kinvert samplers`.")
+@click.option(
+    "--sampler", default="euler", metavar="NAME", shell_complete=completion.samplers, help="See `kinvert samplers`."
+)
 @pairs("option", "Option of the sampler, e.g. eta=0.5; repeatable.")
-@click.option("--method", default="invert", metavar="NAME", help="How to invert: " + ", ".join(bench.METHODS) + ".")
+@click.option(
+    "--method",
+    default="invert",
+    metavar="NAME",
+    shell_complete=completion.methods,
+    help="How to invert: " + ", ".join(bench.METHODS) + ".",
+)
 @click.option(
     "--schedule",
     default="karras",
     metavar="NAME",
+    shell_complete=completion.schedules,
     help="See `kinvert schedules`; for a pipeline by default its own levels.",
 )
 @click.option("--steps", type=int, default=20, help="Number of steps.")
@@ -154,6 +174,7 @@ def invert(ctx: click.Context, source: Path, out: Path, imports: tuple[str, ...]
     print_lines(
         f"{len(rows)} latents are in {out}" + (f", {sum(claimed)} of them converged" if claimed else ""),
         f"their files and rows are listed in {out / MANIFEST}",
+        f"next: kinvert sample {out} --out images",
     )
 
 

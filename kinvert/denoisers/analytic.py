@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kinvert import torch_hooks
 from kinvert.denoisers.protocol import broadcasts, expand, working_dtype
+from kinvert.showing.brief import brief_repr
 
 __all__ = ["Dataset", "Gaussian", "GaussianMixture"]
 
@@ -99,6 +100,8 @@ class Gaussian:
     std: Tensor | float
     _parameters: tuple[Tensor, Tensor] = field(init=False, repr=False)
     _cache: _Cache = field(init=False, repr=False, default_factory=dict)
+
+    __repr__ = brief_repr
 
     def __post_init__(self) -> None:
         parameters = _parameter("mean", self.mean), _parameter("std", self.std, low=0.0)
@@ -175,6 +178,8 @@ class GaussianMixture:
     _parameters: tuple[Tensor, Tensor, Tensor] = field(init=False, repr=False)
     _cache: _Cache = field(init=False, repr=False, default_factory=dict)
 
+    __repr__ = brief_repr
+
     def __post_init__(self) -> None:
         means, std = _parameter("means", self.means), _parameter("std", self.std, low=0.0)
         if means.ndim < 1:
@@ -243,6 +248,8 @@ class Dataset:
     coordinates: ClassVar[Literal["ve"]] = "ve"
     points: Tensor = field(repr=False)
     _mixture: GaussianMixture = field(init=False, repr=False)
+
+    __repr__ = brief_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_mixture", GaussianMixture(self.points, 0.0))

@@ -47,6 +47,7 @@ from kinvert.denoisers.buffers import keep
 from kinvert.denoisers.cfg import Linear, PerStep, StepCfg, settled_cfg
 from kinvert.denoisers.dtypes import call
 from kinvert.denoisers.protocol import Denoiser, Guided, check_output, take_rows, working_dtype
+from kinvert.showing.brief import brief_repr
 
 __all__ = ["Guidance", "guide"]
 
@@ -84,6 +85,8 @@ class Guidance:
     pair: bool
     batch: int | None = None  # rows that the conditioning is settled for; None: each call settles it
     model: Model = field(default=Model(), repr=False)
+
+    __repr__ = brief_repr
 
     @property
     def coordinates(self) -> Coordinates | None:

@@ -31,6 +31,7 @@ from kinvert.denoisers.protocol import (
     take_rows,
     working_dtype,
 )
+from kinvert.showing.brief import brief_repr
 
 __all__ = ["Masked", "resize_mask"]
 
@@ -146,6 +147,8 @@ class Masked:
     background: Tensor = field(repr=False)
     noise: Tensor | None = field(default=None, repr=False)
     coordinates: Coordinates | None = None
+
+    __repr__ = brief_repr
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mask", resize_mask(self.mask, self.background))

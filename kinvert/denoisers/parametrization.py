@@ -14,7 +14,10 @@ with `sd = sigma_data` (1 for DDPM levels):
     x0           1 / sqrt(sigma² + sd²)     0                         1
     velocity     1 / (1 + sigma)            1 / (1 + sigma)           -sigma / (1 + sigma)
 
-The last line is a rectified flow `x_t = (1 - t) x0 + t eps` seen in variance-exploding coordinates,
+Below the lowest level of a table, x0 keeps the slope `(x - D) / sigma` of that level: with w = sigma / sigma_min,
+c_skip = 1 - w and c_out = w. An image denoised for sigma_min would be 1 / w times too far from x.
+
+The last line of the table is a rectified flow `x_t = (1 - t) x0 + t eps` seen in variance-exploding coordinates,
 `t = sigma / (1 + sigma)` and `x_t = x / (1 + sigma)`; in its own coordinates it is `1, 1, -sigma` with `sigma = t`.
 
 The network gets `c_in x` in `dtype`: by default the dtype of its first floating point parameter if it is a module, else
@@ -30,7 +33,7 @@ Source: Liu et al., Flow Straight and Fast: Learning to Generate and Transfer Da
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -77,6 +80,8 @@ class Preconditioned:
     quantize: bool = True
     coordinates: Coordinates | None = None
     dtype: torch.dtype | None = None
+    _lowest: float | None = field(default=None, init=False, repr=False, compare=False)
+    """The level below which the network is told the end of its table; None if its times have no end."""
 
     def __post_init__(self) -> None:
         checked_dtype(self.dtype)
@@ -102,6 +107,8 @@ class Preconditioned:
         if kind is not None and flow != (kind == "flow"):
             fix = "pass kinvert.levels.flow() or None" if flow else "use from_velocity"
             raise ValueError(f"levels of a {kind} model do not fit from_{self.prediction}; {fix}")
+        if kind in ("discrete", "table"):
+            object.__setattr__(self, "_lowest", cast("Levels", self.levels).sigma_min)  # read here, not in a run
 
     def __repr__(self) -> str:
         option = "coordinates" if self.prediction == "velocity" else "quantize"
@@ -142,7 +149,8 @@ class Preconditioned:
             return c_in, data**2 / variance, -sigma * data * c_in
         if self.prediction == "edm":
             return c_in, data**2 / variance, sigma * data * c_in
-        return c_in, 0.0, 1.0
+        known = 1.0 if self._lowest is None else (sigma / self._lowest).clamp(max=1)
+        return c_in, 1 - known, known
 
     def _timestep(self, sigma: Tensor) -> Tensor:
         """Return the network's time, shape (batch,)."""
@@ -213,6 +221,8 @@ def from_x0(
     model: Callable[..., Tensor], levels: Levels, quantize: bool = True, *, dtype: torch.dtype | None = None
 ) -> Preconditioned:
     """Make a denoiser from a network that predicts the data: `D = model(x / sqrt(sigma² + sd²), t)`.
+
+    Below the lowest level of a table (where a run upwards starts) the slope is that of the lowest level.
 
     Arguments and errors as in `from_eps`.
     """

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import wide_dtype
 
 __all__ = ["Denoiser", "Guided", "broadcasts", "check_output", "expand", "working_dtype"]
@@ -33,6 +34,9 @@ class Guided(NamedTuple):
 
     denoised: Tensor
     uncond: Tensor
+
+    def __repr__(self) -> str:
+        return brief_repr(self)
 
 
 class Denoiser(Protocol):

@@ -8,6 +8,7 @@ the state, and on the whole batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from kinvert.plan import Interval, compile_step
 from kinvert.rules.adaptive import DPMAdaptive
 from kinvert.tensors import wide_dtype
 
-__all__ = ["AdaptiveInfo", "ends", "run_adaptive"]
+__all__ = ["AdaptiveInfo", "Trial", "ends", "run_adaptive"]
 
 MAX_TRIALS = 10_000
 X, NOISE = Form.of(State("x")), Form.of(NoiseSymbol(0))
@@ -52,6 +53,27 @@ class AdaptiveInfo:
     memory: int = 1
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What `watch` is told after every trial step. The tensors are copies.
+
+    Attributes:
+        sigma: where the run stands now; the level of the trial if it was rejected.
+        x: the state there.
+        denoised: what the denoiser returned at the beginning of the trial.
+        error: the error, in units of what rtol and atol allow.
+        h: the signed width in -log sigma that the controller proposes next.
+        info: the cost so far.
+    """
+
+    sigma: float
+    x: Tensor
+    denoised: Tensor
+    error: float
+    h: float
+    info: AdaptiveInfo
+
+
 def run_adaptive(
     solver: DPMAdaptive,
     denoiser: Denoiser,
@@ -59,6 +81,7 @@ def run_adaptive(
     sigmas: object,
     noise: Noise | None = None,
     callback: Callback | None = None,
+    watch: Callable[[Trial], None] | None = None,
 ) -> tuple[Tensor, AdaptiveInfo]:
     """Run from `x` at `sigmas[0]` to the last positive noise level of the schedule, in steps that it chooses.
 
@@ -69,6 +92,7 @@ def run_adaptive(
         sigmas: noise levels, 1-D, falling or rising; only the ends count. With a single positive level x is returned.
         noise: source for eta > 0; None draws white noise. Drawn once an accepted step.
         callback: called with a `Progress` after every accepted step.
+        watch: called with a `Trial` after every trial step.
 
     Returns:
         The final state, of x's shape, dtype and device, and an `AdaptiveInfo`.
@@ -98,7 +122,8 @@ def run_adaptive(
         down, up = _split(solver, sigma, target, last)
         step = compile_step(solver, (sigma, down), 0, {"x": X})
         levels = stage_sigmas([stage.sigma for stage in step.stages], x)
-        state, seen = advance(step, denoiser, {"x": x}, draw, levels, watched=callback is not None)
+        watched = callback is not None or watch is not None
+        state, seen = advance(step, denoiser, {"x": x}, draw, levels, watched=watched)
         error = _error(solver, state, low_before)
         if control.accepts(error, sigma, target, trials):
             low_before, x = state["low"], state["x"]
@@ -108,6 +133,9 @@ def run_adaptive(
             if callback is not None and seen is not None:
                 callback(Progress(accepted, sigma, target, *seen, evaluations=solver.order * trials))
             accepted, sigma = accepted + 1, target
+        if watch is not None and seen is not None:
+            info = AdaptiveInfo(trials, solver.order * trials, accepted, trials - accepted)
+            watch(Trial(sigma, x.clone(), seen[1], error, control.h, info))
     info = AdaptiveInfo(trials, solver.order * trials, accepted, trials - accepted)
     return x if trials else x.clone(), info
 

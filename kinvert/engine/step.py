@@ -16,6 +16,7 @@ from kinvert.engine.kernels import outlives
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Step
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import wide_dtype
 
 __all__ = ["Callback", "Memory", "OpenStep", "Progress", "advance", "combine", "draw_noises", "stage_sigmas"]
@@ -41,6 +42,8 @@ class Progress:
     x: Tensor
     denoised: Tensor
     evaluations: int
+
+    __repr__ = brief_repr
 
 
 Callback = Callable[[Progress], None]

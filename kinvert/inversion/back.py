@@ -20,11 +20,13 @@ from kinvert.denoisers import Cfg, Denoiser, Masked, expand, guide, step_cfg
 from kinvert.engine import Callback, Progress, advance, check_state, run_state, stage_sigmas
 from kinvert.flowtimes import FlowTimes
 from kinvert.noise import replay
+from kinvert.packing import refuse_unsaved
 from kinvert.parts import in_parts
 from kinvert.plan import Plan, Step, compile_plan
 from kinvert.ready import with_bar
 from kinvert.rules import Rule
 from kinvert.sampling import sample
+from kinvert.showing.brief import brief_repr
 
 __all__ = ["Steering", "WayBack", "sample_embedded", "steer"]
 
@@ -37,6 +39,8 @@ class Steering:
 
     eta: float
     until: float = 0.0
+
+    __repr__ = brief_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,8 @@ class WayBack:
     image: Tensor | None = None
     steering: Steering | None = None
 
+    __repr__ = brief_repr
+
     def __post_init__(self) -> None:
         for name in ("mask", "image"):
             value = getattr(self, name)
@@ -82,6 +88,8 @@ class WayBack:
         max_batch: int | None = None,
     ) -> Tensor:
         """Sample the latent with what belongs to it; see `Inversion.sample`."""
+        for name in ("cfg", "positive", "negative"):
+            refuse_unsaved(name, getattr(self, name))
         guidance: dict[str, Any] = {"cfg": self.cfg, "positive": self.positive, "negative": self.negative}
         sigmas = FlowTimes(self.sigmas) if self.coordinates == "flow" else self.sigmas
         if self.steering is not None and self.image is not None:

@@ -14,6 +14,7 @@ from kinvert.inversion.problem import Reason
 from kinvert.inversion.result import Inversion, WayBack
 from kinvert.inversion.verdict import image_size
 from kinvert.plan import Plan
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import rms, wide_dtype
 
 __all__ = ["Found", "certify"]
@@ -53,6 +54,8 @@ class Found:
     contraction: Tensor | None = None
     amplification: float | None = None
     floor: Tensor | None = None
+
+    __repr__ = brief_repr
 
 
 def certify(plan: Plan, x: Tensor, tol: float, found: Found, back: WayBack, region: Tensor | None = None) -> Inversion:

@@ -14,8 +14,8 @@ from kinvert.inversion.problem import Reason
 from kinvert.inversion.reversible import invert_reversible
 from kinvert.inversion.solvers import Auto, Solver
 from kinvert.inversion.task import Task
-from kinvert.inversion.telling import warn_user
 from kinvert.plan import Plan
+from kinvert.telling import warn_user
 
 __all__ = ["ClosedForm"]
 

@@ -24,13 +24,13 @@ from kinvert.inversion.result import Inversion
 from kinvert.inversion.routes import choose
 from kinvert.inversion.solvers import Solver
 from kinvert.inversion.task import Task, default_runs
-from kinvert.inversion.telling import warn_user
 from kinvert.inversion.verdict import ROWS, check_guidance, check_rows, rounding_note, tolerance
 from kinvert.inversion.watching import Watcher, looking_on
 from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import Rule
+from kinvert.telling import warn_user
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
 

@@ -19,6 +19,7 @@ from kinvert.engine import run
 from kinvert.inversion.couplings import Couplings, couplings
 from kinvert.inversion.watching import Watch
 from kinvert.plan import Plan
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import per_sample, rms
 
 __all__ = ["Guess", "Judge", "Problem", "Reason", "Root", "Search"]
@@ -111,6 +112,8 @@ class Problem:
     floor: Tensor | None = field(default=None, repr=False)
     watch: Watch = field(default_factory=Watch, repr=False)
 
+    __repr__ = brief_repr
+
     def call(self, u: Tensor, index: Tensor) -> tuple[Tensor, int | Tensor]:
         """Return F(u) of the samples `index`, and the evaluations that it took of each."""
         return self.function(u, index), self.cost
@@ -172,6 +175,8 @@ class Guess:
     inputs: Tensor | None = None
     reached: Tensor | None = None
 
+    __repr__ = brief_repr
+
     def take(self, index: Tensor) -> Guess:
         """Return the guess of the samples `index`."""
         parts = (self.u, self.denoised, self.inputs, self.reached)
@@ -199,6 +204,8 @@ class Root:
     reason: Tensor
     reached: Tensor | None = None
     floor: Tensor | None = None
+
+    __repr__ = brief_repr
 
 
 class Search:

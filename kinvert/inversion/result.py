@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +14,19 @@ from kinvert import metrics
 from kinvert.denoisers import Cfg, Denoiser
 from kinvert.engine import Callback
 from kinvert.inversion.back import WayBack
+from kinvert.inversion.card import inversion_card, inversion_line
 from kinvert.inversion.problem import Reason
+from kinvert.records import write_tree
 from kinvert.sampling import tell_needs
+from kinvert.showing.brief import never_fails
+from kinvert.showing.html import html_never_fails
 
 __all__ = ["Inversion", "WayBack"]
 
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """A latent with its certificate; `print` gives a short report.
+    """A latent with its certificate; `print` gives a short report, a notebook shows it with pictures.
 
     Attributes:
         latent: the state at the noisiest level, shape (batch, *event), that the sampler maps to the given image.
@@ -117,6 +122,39 @@ class Inversion:
                 callback=callback, progress=progress, max_batch=max_batch,
             )  # fmt: skip
 
+    def save(self, path: Path | str) -> None:
+        """Write everything to a safetensors file, which `ki.load` reads; nothing is pickled.
+
+        It holds the latent and what belongs to it, the certificate, the sampler with its options, the levels, `cfg`,
+        the mask, the steering and the conditioning. Tensors, numbers and strings are kept exactly, a guidance of
+        `kinvert.guidance` by its parameters. Other objects and functions of your own are kept as a description, and
+        `sample` then asks for them.
+
+        Args:
+            path: the file to create or replace; `.safetensors` is the usual ending.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        from kinvert.inversion.stored import inversion_tree  # which imports this module
+
+        write_tree(path, "inversion", inversion_tree(self))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Inversion:
+        """Return the inversion on another device, or in another dtype.
+
+        Args:
+            device: where all its tensors go; None leaves them.
+            dtype: of the latent, of what belongs to it and of floating point conditioning; None leaves them. The
+                numbers of the certificate stay as they were measured, and a note in `warnings` says so.
+
+        Raises:
+            TypeError: a dtype that is no floating point format of states.
+        """
+        from kinvert.inversion.stored import moved_inversion
+
+        return moved_inversion(self, device, dtype)
+
     @classmethod
     def join(cls, parts: Sequence[Inversion]) -> Inversion:
         """Join inversions of the parts of a batch into the one of the whole."""
@@ -138,6 +176,15 @@ class Inversion:
             reasons=tuple(reason for part in parts for reason in part.reasons),
             warnings=tuple(dict.fromkeys(note for part in parts for note in part.warnings)),
         )
+
+    @never_fails
+    def __repr__(self) -> str:
+        """Return size, run and verdict in one line."""
+        return inversion_line(self)
+
+    @html_never_fails
+    def _repr_html_(self) -> str:
+        return inversion_card(self)
 
     def __str__(self) -> str:
         """Return a short report."""

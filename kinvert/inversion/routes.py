@@ -23,6 +23,7 @@ from kinvert.inversion.step_by_step import StepByStep
 from kinvert.inversion.task import Task
 from kinvert.inversion.whole_run import WholeRun
 from kinvert.plan import Plan
+from kinvert.showing.registry import Registry
 
 __all__ = ["METHODS", "ROUTES", "Route", "choose", "register_method"]
 
@@ -57,9 +58,11 @@ class Route(Protocol):
 
 
 ROUTES: tuple[Route, ...] = (ClosedForm(), StepByStep(), WholeRun())
-METHODS: dict[str, Callable[[], Solver]] = {
-    name: make for route in reversed(ROUTES) for name, make in route.methods.items()
-}
+METHODS: Registry[Callable[[], Solver]] = Registry(
+    {name: make for route in reversed(ROUTES) for name, make in route.methods.items()},
+    what="root finders",
+    place="ki.inversion.METHODS",
+)
 """Every root finder by name; "auto" is each route's own first choice."""
 
 

@@ -23,6 +23,7 @@ from kinvert.inversion.solvers import NewtonKrylov, Solver
 from kinvert.inversion.watching import Watch
 from kinvert.noise import white
 from kinvert.plan import Plan, Step
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import per_sample, rms
 
 __all__ = [
@@ -65,6 +66,8 @@ class Trajectory:
     evaluations: Tensor
     reasons: Tensor | None = None
     noise: Tensor | None = None
+
+    __repr__ = brief_repr
 
 
 def invert_steps(

@@ -17,6 +17,7 @@ from kinvert.inversion.solvers.newton import smallest_singular_value
 from kinvert.inversion.verdict import Widened, image_size
 from kinvert.inversion.watching import UNLIMITED, Watch
 from kinvert.plan import Plan
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import is_half, rms
 
 __all__ = ["RUNS", "UNLIMITED", "Task", "default_runs", "measure_fold"]
@@ -60,6 +61,8 @@ class Task:
     watch: Watch = field(default_factory=Watch)
     limited: bool = False
     check: bool = True
+
+    __repr__ = brief_repr
 
     @cached_property
     def wide(self) -> Tensor:

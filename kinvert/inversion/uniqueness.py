@@ -34,6 +34,7 @@ from kinvert.inversion.verdict import tolerance
 from kinvert.noise import white
 from kinvert.plan import Plan, compile_plan
 from kinvert.rules import Rule
+from kinvert.showing.brief import brief_repr
 from kinvert.tensors import rms
 
 __all__ = ["Preimages", "preimages"]
@@ -54,6 +55,8 @@ class Preimages:
 
     inversions: tuple[Inversion, ...]
     evaluations: int
+
+    __repr__ = brief_repr
 
     @property
     def latents(self) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from kinvert.checks import is_number
 from kinvert.denoisers import BoundDenoiser, Guidance, Guided, refuse_history
 from kinvert.engine import stage_sigmas
-from kinvert.inversion.telling import warn_user
 from kinvert.noise import white
+from kinvert.telling import warn_user
 from kinvert.tensors import rms, wide_dtype
 
 __all__ = [

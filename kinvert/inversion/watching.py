@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kinvert.engine import Callback, Progress
-from kinvert.inversion.telling import warn_user
 from kinvert.plan import Plan
+from kinvert.telling import warn_user
 
 __all__ = ["UNLIMITED", "Bars", "Solving", "Stop", "Watch", "Watcher", "looking_on"]
 

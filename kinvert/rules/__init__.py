@@ -38,6 +38,7 @@ from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoste
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
 from kinvert.rules.seeds import Seeds2, Seeds3
 from kinvert.rules.tableau import TABLEAUS, RungeKutta, Tableau
+from kinvert.showing.registry import Registry
 
 __all__ = [
     "BDIA",
@@ -125,8 +126,14 @@ class SamplerEntry:
         """The first sentence of the rule's docstring."""
         return (self.rule.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
 
+    @property
+    def source(self) -> str:
+        """The first paper that the rule's docstring names, or ""."""
+        after = (self.rule.__doc__ or "").partition("Source: ")[2]
+        return " ".join(after.partition("\n\n")[0].partition("Source: ")[0].split())
 
-SAMPLERS: dict[str, SamplerEntry] = {}
+
+SAMPLERS: Registry[SamplerEntry] = Registry(what="samplers", place="ki.SAMPLERS")
 REGISTRIES["sampler"] = SAMPLERS
 
 

@@ -70,26 +70,22 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "ddimcfgpp": Meaning("euler_cfg_pp"),
     "dpmpp": Meaning("dpmpp_2m"),
     "dpmpp2s": Meaning("dpmpp_2s_ancestral", "eta=0", note=_PAIRS),
-    "dpmpp3m": Meaning("dpmpp_3m_sde", "eta=0"),
     "lmsd": Meaning("lms"),
     "plms": Meaning("ipndm", note=_LOW_START),
     "restart": Meaning(note=_ABSENT),
     "tcd": Meaning(note=_ABSENT),
     # classes of diffusers
-    "cosinedpmsolvermultistep": Meaning("dpmpp_2m_sde", schedule="exponential"),
-    "ddiminverse": Meaning(
-        "euler", note="it runs upwards with ki.unsample and ki.invert; ki.rules.DDIMInverse() is that rule"
+    "cosinedpmsolvermultistep": Meaning(
+        "dpmpp_2m_sde", schedule="exponential", note="the levels are ki.levels.edm(0.3, 500.0, 1.0)"
     ),
     "ddimparallel": Meaning("ddim"),
     "ddpmparallel": Meaning("ddpm"),
-    "deismultistep": Meaning(
-        "deis", note="it is a polynomial in another variable here, so that results differ a little"
-    ),
+    "deismultistep": Meaning("deis", "max_order=2, variable='log_sigma', lower_order_final=True"),
     "dpmsolver": Meaning("dpmpp_2m", note="it is the ++ form, in the denoised image"),
     "dpmsolvermultistep": Meaning(
         "dpmpp_2m",
         note="with solver_type='heun' it is 'res_multistep', with algorithm_type='sde-dpmsolver++' 'dpmpp_2m_sde', "
-        "with solver_order=3 ki.sampler('dpmpp_3m_sde', eta=0), with solver_order=1 'euler'",
+        "with solver_order=3 'dpmpp_3m', with solver_order=1 'euler'",
     ),
     "dpmsolvermultistepinverse": Meaning("dpmpp_2m", note="it runs upwards with ki.unsample and ki.invert"),
     "dpmsolversde": Meaning("dpmpp_sde"),

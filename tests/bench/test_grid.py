@@ -57,6 +57,17 @@ def test_grid_is_the_product_of_its_lists() -> None:
         ({"schedule": "karas"}, "did you mean 'karras'?"),
         ({"dtype": "float46"}, "did you mean 'float64'?"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"seed": 2**70}, "seed must be at most 4611686018427387904, got 1180591620717411303424"),
+        (
+            {"model": "digits", "count": 1_000_000},
+            "count must be at most 40, the images there are of digits, got 1000000",
+        ),
+        ({"count": 1_000_000}, "count must be at most 100000, got 1000000"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ({"model": ["gaussian"]}, "unknown model ['gaussian']"),
+        ({"method": ["unsample"]}, "unknown method ['unsample']"),
+        ({"schedule": ["karras"]}, "'karras'"),
+        ({"sampler": {"name": "euler"}}, "'euler'"),
         ({"steps": 2.5}, "steps must be an int, got 2.5"),
         ({"count": True}, "count must be an int, got True"),
         ({"cfg": "7"}, "cfg must be a number, got '7'"),
@@ -79,6 +90,16 @@ def test_cells_refuse(settings: dict[str, Any], message: str) -> None:
         ("model = 'gaussian'\noptions = {gamma = 1}", "an option belongs to its sampler"),
         ("model = 'gaussian'\nsteps = []", "steps is an empty list"),
         ("model = 'gaussian'\nsampler = [{gamma = 0.5}]", "sampler must be a name or a table"),
+        ("model = [['gaussian']]", "unknown model ['gaussian']"),
+        ("model = 'gaussian'\nmethod = [['unsample']]", "unknown method ['unsample']"),
+        ("model = 'gaussian'\nsampler = [{name = 'bdia', gamma = [0.5]}]", "gamma must be a float, got [0.5]"),
+        ("grid = [1, 2]", "a grid must be a table of settings, e.g. model = 'gaussian', got 1"),
+        ("grid = 3", "unknown key of a grid 'grid'"),
+        ("model = " + 5000 * "[" + 5000 * "]", "is nested too deeply for a grid"),
+        (
+            f"model = 'gaussian'\nseed = {list(range(2000))}\nsteps = {list(range(1, 1001))}",
+            "got 2,000,000, which would",
+        ),
         ("steps = 3\n[[grid]]\nmodel = 'gaussian'", "'steps' stands outside of the blocks"),
         ("imports = 'own'\nmodel = 'gaussian'", "imports must be a list"),
         ("imports = ['no_such_module']\nmodel = 'gaussian'", "cannot import 'no_such_module': ModuleNotFoundError"),
@@ -94,7 +115,7 @@ def test_cells_refuse(settings: dict[str, Any], message: str) -> None:
 def test_grid_files_refuse(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
     path.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         bench.read_grid(path)
     assert str(path) in str(error.value) and message in str(error.value)
 
@@ -118,6 +139,24 @@ def test_presets(name: str) -> None:
     assert {cell.model for cell in grid} == set(PROBLEMS)
     methods = {cell.method for cell in (*grid, *bench.preset("budgets"))}
     assert methods == set(METHODS) or name == "quick"
+
+
+def test_what_are_no_cells_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"cells must be a Grid or a list of Cells, got 3; for a file use read_grid"):
+        bench.run(3, "nowhere")  # type: ignore[arg-type]
+
+
+def test_a_grid_of_too_many_cells_is_refused_before_the_first() -> None:
+    grid = bench.Grid("gaussian", seed=list(range(10**5)), steps=list(range(1, 10**4)))
+    with pytest.raises(ValueError, match=r"at most 100,000 cells, got 999,900,000, which would take 11,573 days"):
+        next(iter(grid))
+
+
+def test_the_device_is_a_setting_only_if_it_is_not_the_cpu() -> None:
+    on = Cell(**SMALL, device="meta")
+    assert on.settings == {**Cell(**SMALL).settings, "device": "meta"} and on.key != Cell(**SMALL).key
+    assert str(on) == f"{Cell(**SMALL)} on meta"
+    assert [cell.device for cell in cells(device=["cpu", "meta"])] == ["cpu", "meta"]
 
 
 def test_unknown_presets_are_refused() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kinvert.bench import PROBLEMS
+from kinvert.bench.measurement import problem_of
 from kinvert.bench.problems import make_problem
 
 
@@ -18,6 +19,14 @@ def test_problems(name: str, dtype: torch.dtype) -> None:
     sigma = torch.full((3,), 2.0, dtype=dtype)
     for conditioning in (problem.positive, problem.negative or {}):
         assert problem.denoiser(problem.images, sigma, **conditioning).dtype == dtype
+
+
+def test_a_problem_moves_to_a_device() -> None:
+    problem = problem_of("digits", 2, 0, "float32", "meta")
+    assert problem.images.is_meta and problem.positive["label"].is_meta and problem.negative["label"].is_meta
+    assert all(parameter.is_meta for parameter in problem.denoiser.parameters())
+    assert not problem_of("digits", 2, 0, "float32").images.is_meta
+    assert problem_of("gaussian", 2, 0, "float32", "meta").negative is None
 
 
 def test_labels_choose_the_denoiser() -> None:

@@ -60,6 +60,16 @@ def test_commands_refuse(args: list[str], message: str, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_dtype_and_device_stand_for_those_of_the_grid(tmp_path: Path) -> None:
+    grid, out = tmp_path / "grid.toml", tmp_path / "out"
+    grid.write_text("model = 'gaussian'\nsteps = 2\ncount = 2\ndtype = ['float64', 'float32']\n")
+    assert "1 of 1 cells" in command("bench", grid, "--dtype", "float32", "--device", "cpu", "--out", out).output
+    assert [record["cell"]["dtype"] for record in bench.load(out)] == ["float32"]
+    assert "2 of 2 cells" in command("bench", grid, "--out", out).output
+    refused = command("bench", grid, "--device", "abacus", "--out", out)
+    assert refused.exit_code == 2 and "device 'abacus' cannot be used here" in " ".join(refused.stderr.split())
+
+
 def test_unfinished_runs_end_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "unsample", lambda job, x: 1 / 0)
     grid = tmp_path / "grid.toml"

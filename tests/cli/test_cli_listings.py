@@ -68,6 +68,8 @@ def test_schedules_json_has_the_noise_levels() -> None:
 
 def test_schedules_refuse() -> None:
     assert "steps must be at least 1, got 0" in fails("schedules", "--steps", "0")
+    said = fails("schedules", "--steps", "100000000")
+    assert "got 100000000; the levels alone would take 0.8 GB" in said
 
 
 def test_plan_prints_the_plan() -> None:
@@ -86,6 +88,7 @@ def test_plan_prints_the_plan() -> None:
         (["euler", "--option", "s_chrn=1"], "did you mean 's_churn'?"),
         (["euler", "--option", "s_churn"], "--option must be KEY=VALUE"),
         (["euler", "--model", "flux"], "flux has flow times"),
+        (["euler", "--steps", "10001"], "--steps must be at most 10000 for a plan that is read, got 10001"),
         (["dpmpp_2m_sde", "--rising"], "negative variance"),
         ([], "Missing argument 'SAMPLER'"),
     ],

@@ -143,6 +143,12 @@ def test_invert_passes_its_options_on(source: Path, tmp_path: Path) -> None:
         (["--sampler", "heun", "--option", "s_chrun=1"], "did you mean 's_churn'?"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--cfg", "nan"], "cfg must be finite, got nan"),
+        (
+            ["--positive", "label=abc", "--model", "digits"],
+            "the model does not take positive label='abc': ValueError: label",
+        ),
+        (["--negative", "lable=1", "--model", "digits"], "the model does not take negative lable=1: TypeError:"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--positive", "label=null"], "positive must have a finite number or a string for 'label', got None"),
         (
             ["--method", "aidi", "--max-evals", "30"],

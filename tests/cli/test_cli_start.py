@@ -30,7 +30,8 @@ def test_version() -> None:
 
 def test_module_and_command_are_the_same() -> None:
     result = subprocess.run([sys.executable, "-m", "kinvert", "--help"], capture_output=True, text=True, check=True)
-    assert result.stdout == succeeds("--help").replace("Usage: main", "Usage: kinvert")
+    expected = succeeds("--help").replace("Usage: main", "Usage: kinvert")
+    assert result.stdout.split() == expected.split()  # lines break where the terminal ends
 
 
 @pytest.mark.parametrize("args", [["samplers"], ["--help"]])

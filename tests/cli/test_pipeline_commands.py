@@ -21,6 +21,7 @@ from pipelines import build
 import kinvert as ki
 import kinvert.adapters.diffusers as kd
 from kinvert.bench import Cell, load
+from kinvert.cli import pipelines, sampling
 from kinvert.cli.latents import LatentFile
 from kinvert.cli.pipelines import is_directory
 
@@ -87,6 +88,16 @@ def test_invert_of_a_folder_goes_on_and_its_latents_go_back(directory: Path, pho
     pipe = build("sd15")
     want = np.array(kd.decode(pipe, kd.encode(pipe, Image.open(photos / "more" / "b.png")))[0]).astype(float)
     assert np.abs(pixels(tmp_path / "b.png") - want).max() <= 1
+    assert "2 images are in" in succeeds("sample", tmp_path, "--out", tmp_path / "images")
+    assert np.array_equal(pixels(tmp_path / "images" / "more" / "b.png"), pixels(tmp_path / "b.png"))
+    succeeds("sample", tmp_path, "--prompt", "cat", "--out", tmp_path / "edited")
+    assert not np.array_equal(pixels(tmp_path / "edited" / "a.png"), pixels(tmp_path / "images" / "a.png"))
+    assert "is one file, and there are 2 images" in fails("sample", tmp_path, "--out", tmp_path / "all.png")
+    said = succeeds("show", tmp_path)
+    assert "latents of a pipeline" in said and "2 of 2 converged" in said and "prompt 'a cat'" in said
+    assert "for pipelines" not in said and "--cfg is for other models" in fails(
+        "sample", tmp_path, "--cfg", "2", *args[-2:]
+    )
 
 
 def test_a_flow_model_and_a_schedule_of_kinvert(photos: Path, tmp_path: Path) -> None:
@@ -165,6 +176,26 @@ def test_other_refusals(directory: Path, photos: Path, tmp_path: Path) -> None:
 
     save_file({"latents": torch.zeros(1, 4, 8, 8)}, latent)
     assert "does not say how its latent was made" in fails("sample", latent, "--out", tmp_path / "x.png")
+
+
+def test_a_stop_says_how_many_latents_are_kept(
+    directory: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter([pipelines.latent_of, interrupted])
+    monkeypatch.setattr(pipelines, "latent_of", lambda *args: next(calls)(*args))
+    args = ["--model", directory, *CAT, "--sampler", "bdia", "--tol", "1e-3", "--out", tmp_path]
+    result = run("invert", photos, *args)
+    assert result.exit_code == 130 and "Traceback" not in result.stderr
+    said = " ".join(result.stderr.split())
+    assert said.endswith(f"Stopped: 1 of 2 latents are kept in {tmp_path}; the same command goes on.")
+    monkeypatch.setattr(sampling, "image_of", interrupted)
+    result = run("sample", tmp_path / "a.png.safetensors", "--out", tmp_path / "x.png")
+    assert result.exit_code == 130 and "Stopped: 0 images are in" in result.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_missing_extras_and_too_little_memory_are_told(

@@ -212,6 +212,19 @@ def test_inputs_are_not_modified_and_gradients_flow() -> None:
     torch.testing.assert_close(x.grad, gain.expand_as(x), rtol=1e-12, atol=0)
 
 
+def test_below_the_table_x0_keeps_the_slope_of_its_end() -> None:
+    """A run upwards starts there: an image denoised for the lowest level is too far away for a lower one."""
+    denoiser = from_x0(lambda x, t: 0.5 * x, DDPM)
+    x = draw((2, 3), 0.5, 2.0)[0]
+    low = DDPM.sigma_min
+
+    def slope(sigma: float) -> torch.Tensor:
+        return (x - denoiser(x, x.new_full((2,), sigma))) / sigma
+
+    torch.testing.assert_close(slope(1e-4), slope(low), rtol=1e-3, atol=0)  # but for c_in
+    assert float((slope(1e-4) - slope(1e-6)).abs().max()) < 1e-3 * float(slope(low).abs().max())
+
+
 class NoHostReads(TorchDispatchMode):
     """Fails where a tensor's value is read back, which on a GPU waits for it."""
 

@@ -107,11 +107,13 @@ class PipelineDenoiser:
     def check_event(self, x: Tensor) -> None:
         """Raise ValueError if x is no batch of the pipeline's latents."""
         if self.event is not None and tuple(x.shape[1:]) != self.event:
-            name = type(self.network.pipe).__name__
+            name, known = type(self.network.pipe).__name__, host.parameters_of(self.network.pipe)
+            fix = "give the call height= and width= of the image, or encode the image in that size"
+            if "height" not in known:
+                fix = "encode the sound by kd.encode, or give the call the length of the sound"
             raise ValueError(
                 f"latents must have the shape that {name} gives them in this call, "
-                f"(batch, {', '.join(map(str, self.event))}), got {tuple(x.shape)}; give the call height= and width= "
-                "of the image, or encode the image in that size"
+                f"(batch, {', '.join(map(str, self.event))}), got {tuple(x.shape)}; {fix}"
             )
 
 

@@ -265,6 +265,6 @@ class PipelineNetwork:
         if given.shape != x.shape or not torch.equal(given, x.to(given)):
             raise ValueError(
                 f"{name} changes the latents that it is given, as pipelines from image to image do; use the pipeline "
-                "from text to image of the same model: its from_pipe(pipe)"
+                "from text to image of the same model: its from_pipe(pipe); leave out an image or a sound to start from"
             )
         return output

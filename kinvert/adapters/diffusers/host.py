@@ -7,8 +7,9 @@ Of the library:
 | `SchedulerMixin`, `ConfigMixin` | the base classes of `KinvertScheduler`: `config`, saving and loading |
 | `BaseOutput` | what `step` returns |
 | `randn_tensor` | noise from one generator, or from a list of them, on any device |
+| `BrownianTreeNoiseSampler` | the noise of Stable Audio's scheduler, which it takes from torchsde |
 | `getattr(diffusers, name)` | the class of a saved scheduler |
-| `DiffusionPipeline.from_pretrained(DIR, local_files_only=True)` | the command line |
+| `DiffusionPipeline.from_pretrained(DIR, local_files_only=True, dtype=)` | the command line |
 
 Of the user's scheduler:
 
@@ -39,6 +40,7 @@ Of a pipeline:
 | `pipe.vae` and its `encode`, `decode`, `config` | `kd.encode`, `kd.decode` |
 | `pipe._execution_device`, `pipe._pack_latents` | where it runs; whether it packs its latents as Flux does |
 | `pipe.vae_scale_factor`, `pipe.vae_scale_factor_temporal` | pixels a cell, frames a latent |
+| `vae.hop_length`, `vae.config.sampling_rate`, `vae.config.audio_channels`, `transformer.config.sample_size` | sounds |
 
 Of a scheduler, all of them are public, and pipelines depend on them.
 """
@@ -47,7 +49,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +66,7 @@ except ImportError as error:
 
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, deprecation_utils
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "final_alphas",
     "first_noise",
     "frames_per_latent",
+    "is_sound",
     "is_video",
     "loaded",
     "network_dtype",
@@ -99,8 +102,10 @@ __all__ = [
     "parameters_of",
     "parameters_of_network",
     "randn_tensor",
+    "samples_of_sound",
     "scaling_of",
     "takes_latents",
+    "tree_noise",
     "unconditional",
     "vae_of",
 ]
@@ -129,8 +134,7 @@ def built(name: str, config: Mapping[str, Any]) -> Any:
 
 def loaded(directory: str, dtype: torch.dtype) -> Any:
     """Load a pipeline from a directory, from its files alone."""
-    name = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"  # since 0.42
-    return diffusers.DiffusionPipeline.from_pretrained(directory, local_files_only=True, **{name: dtype})
+    return diffusers.DiffusionPipeline.from_pretrained(directory, local_files_only=True, dtype=dtype)
 
 
 def options_of(scheduler: Any) -> dict[str, Any]:
@@ -168,6 +172,20 @@ def noise_scales(scheduler: Any, timesteps: Iterable[float]) -> list[float]:
     return [float(scheduler.tau_func(t)) for t in timesteps]
 
 
+def tree_noise(scheduler: Any, like: Tensor, generator: Any) -> Callable[[float, float], Tensor]:
+    """Return the noise of Stable Audio's scheduler: `(sigma_from, sigma_to) -> unit noise` of the shape of `like`.
+
+    It is a Brownian path, whose seed is the one that the generator began with, wherever it stands.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    several = isinstance(generator, Sequence)
+    seed = [one.initial_seed() for one in generator] if several else generator and generator.initial_seed()
+    low, high = (option(scheduler, name) for name in ("sigma_min", "sigma_max"))
+    noise: Callable[[float, float], Tensor] = BrownianTreeNoiseSampler(like, low, high, seed)
+    return noise
+
+
 def first_noise(scheduler: Any) -> float:
     """Return what the pipeline multiplies unit noise by; 1 for the schedulers of flow models, which have none."""
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
@@ -199,7 +217,7 @@ def takes_latents(pipe: Any) -> bool:
 
 def belongs_to_rows(name: str) -> bool:
     """Tell whether an argument of a pipeline's call has an entry for each image: prompts, their embeddings, labels."""
-    return "prompt" in name or name == "class_labels"
+    return "prompt" in name or name in ("attention_mask", "class_labels", "negative_attention_mask")
 
 
 def copied(pipe: Any, scheduler: Any) -> Any:
@@ -295,6 +313,37 @@ def is_video(pipe: Any) -> bool:
     """Tell whether the VAE of a pipeline encodes videos."""
     vae = getattr(pipe, "vae", None)
     return vae is not None and any(isinstance(part, nn.Conv3d) for part in vae.modules())
+
+
+def is_sound(pipe: Any) -> bool:
+    """Tell whether a pipeline makes sounds.
+
+    Raises:
+        ValueError: from latents whose scale or length is not known here.
+    """
+    vae = getattr(pipe, "vae", None)
+    parts = [] if vae is None else vae.modules()
+    layers = [part for part in parts if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    if hasattr(pipe, "vocoder"):
+        raise ValueError(
+            f"{type(pipe).__name__} makes sounds of spectrograms, which kinvert does not; encode by pipe.vae.encode("
+            "spectrogram).latent_dist.mode() * pipe.vae.config.scaling_factor, and decode by the pipeline's own methods"
+        )
+    if not layers or not all(isinstance(part, nn.Conv1d) for part in layers):
+        return False
+    if "initial_audio_waveforms" not in parameters_of(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} scales or cuts its sounds in its own way, which kinvert does not know; encode and "
+            "decode with the pipeline's own methods"
+        )
+    return True
+
+
+def samples_of_sound(pipe: Any) -> tuple[int, int, int]:
+    """Return the channels, the samples and the samples a second of the sounds that a pipeline makes."""
+    vae = pipe.vae
+    samples = int(pipe.transformer.config.sample_size) * int(vae.hop_length)
+    return int(vae.config.audio_channels), samples, int(vae.config.sampling_rate)
 
 
 def frames_per_latent(pipe: Any) -> int:

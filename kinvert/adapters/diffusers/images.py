@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kinvert.adapters.diffusers import host
+from kinvert.adapters.diffusers.sounds import decode_sound, encode_sound
 from kinvert.checks import check_choice, check_finite, describe
 from kinvert.tensors import wide_dtype
 
@@ -38,17 +39,23 @@ def encode(pipe: Any, image: Any, *, height: int | None = None, width: int | Non
         image: a PIL image or a list of them; an array (batch, H, W, 3) or (H, W, 3); a tensor (batch, 3, H, W) or
             (3, H, W). Arrays and tensors hold bytes, or floats from 0 to 1, as diffusers returns them. For a pipeline
             of videos: a list of the frames of one video, an array (batch, frames, H, W, 3) or a tensor
-            (batch, frames, 3, H, W).
+            (batch, frames, 3, H, W). For Stable Audio: samples, an array or a tensor (batch, channels, samples) or
+            (channels, samples), from -1 to 1, at the rate `pipe.vae.sampling_rate`.
         height, width: resize PIL images to this size. All images must have sides that the VAE can divide.
 
     Returns:
         Latents in the dtype of the VAE, on the pipeline's device. An image is encoded to the mean of the VAE's
-        distribution, so that the same image has the same latents.
+        distribution, so that the same image has the same latents. A sound that is shorter than those of the pipeline
+        ends in silence.
 
     Raises:
-        TypeError, ValueError: something else; values out of range; sides or numbers of frames that the VAE would cut
-            off; a pipeline whose latents are packed in another way than Flux's.
+        TypeError, ValueError: something else; values out of range; sides, numbers of frames or samples that the
+            pipeline would cut off; a pipeline whose latents are packed or scaled in a way that is not known.
     """
+    if host.is_sound(pipe):
+        if height is not None or width is not None:
+            raise ValueError("height and width resize images; leave them out for a sound")
+        return encode_sound(pipe, image)
     vae, video = host.vae_of(pipe), host.is_video(pipe)
     pixels = 2 * _pixels(image, height, width, video) - 1
     if vae is None:
@@ -65,23 +72,29 @@ def encode(pipe: Any, image: Any, *, height: int | None = None, width: int | Non
 
 @torch.no_grad()
 def decode(
-    pipe: Any, latents: Tensor, *, height: int | None = None, width: int | None = None, output_type: str = "pil"
+    pipe: Any, latents: Tensor, *, height: int | None = None, width: int | None = None, output_type: str | None = None
 ) -> Any:
-    """Return the images of latents, as the pipeline itself decodes them.
+    """Return the images, the videos or the sounds of latents, as the pipeline itself decodes them.
 
     Args:
         pipe: a pipeline of diffusers.
         latents: what `pipe(output_type="latent")` or `kd.encode` returns.
         height, width: the size of the image, for pipelines with packed latents only, which do not say it.
         output_type: "pil": a list of PIL images (of lists of frames for videos); "np": an array (batch, H, W, 3); "pt":
-            a tensor (batch, 3, H, W) in float32, both from 0 to 1. Videos have frames after the batch.
+            a tensor (batch, 3, H, W) in float32, both from 0 to 1. Videos have frames after the batch. Sounds are "pt"
+            or "np", (batch, channels, samples). None takes "pil" for images and videos, "pt" for sounds.
 
     Raises:
         TypeError, ValueError: latents that do not fit, or that decode to NaN.
     """
+    sound = host.is_sound(pipe)
+    if output_type is None:
+        output_type = "pt" if sound else "pil"
     check_choice("output_type", output_type, OUTPUTS)
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         raise TypeError(f"latents must be a floating point tensor, got {describe(latents)}")
+    if sound:
+        return decode_sound(pipe, latents, output_type)
     vae, video = host.vae_of(pipe), host.is_video(pipe)
     z = _unpack(latents, pipe, height, width) if host.packs(pipe) else latents
     if vae is not None:

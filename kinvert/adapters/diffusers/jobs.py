@@ -26,6 +26,7 @@ from kinvert.denoisers.dtypes import checked_dtype
 from kinvert.roundtrip import METHODS
 from kinvert.rules import Rule
 from kinvert.sampling import offset_for
+from kinvert.showing.brief import brief_repr
 
 __all__ = ["Inverted", "Unsampled", "extract_noise", "invert", "round_trip", "unsample"]
 
@@ -48,6 +49,9 @@ class Inverted(NamedTuple):
     latents: Tensor
     scheduler: KinvertScheduler
 
+    def __repr__(self) -> str:
+        return brief_repr(self)
+
 
 class Unsampled(NamedTuple):
     """What `unsample` returns.
@@ -59,6 +63,9 @@ class Unsampled(NamedTuple):
 
     latents: Tensor
     scheduler: KinvertScheduler
+
+    def __repr__(self) -> str:
+        return brief_repr(self)
 
 
 def invert(

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import kinvert as ki
-from kinvert.adapters.diffusers.host import class_name, noise_scales, option
+from kinvert.adapters.diffusers.host import class_name, noise_scales, option, tree_noise
+from kinvert.adapters.diffusers.running import PathMaker
 from kinvert.adapters.diffusers.timetable import Timetable, space_of
 from kinvert.rules import Flow, Rule, SASolver
 
-__all__ = ["draws_every_step", "on_levels", "own_rule", "uses_pair"]
+__all__ = ["draws_every_step", "on_levels", "own_path", "own_rule", "uses_pair"]
 
 
-NO_LENGTH = "karras, exponential, beta or flow sigmas, whose last step has no length"
+NO_LENGTH = "these sigmas, whose last step has no length"
 
 
 def own_rule(scheduler: Any) -> Rule:
@@ -82,6 +84,11 @@ def draws_every_step(scheduler: Any) -> bool:
     return class_name(scheduler) == "SASolverScheduler"
 
 
+def own_path(scheduler: Any) -> PathMaker | None:
+    """Return what makes a scheduler's noise of the state and the generator; None if it draws step by step."""
+    return partial(tree_noise, scheduler) if class_name(scheduler) == "CosineDPMSolverMultistepScheduler" else None
+
+
 def _ddim(scheduler: Any) -> Rule:
     return ki.sampler("euler_cfg_pp" if uses_pair(scheduler) else "euler")
 
@@ -107,12 +114,16 @@ def _flow_euler(scheduler: Any) -> Rule | str:
 
 def _dpm(scheduler: Any) -> Rule | str:
     """DPM-Solver++ of one step, two or three, with and without noise."""
-    kind, order = option(scheduler, "algorithm_type"), option(scheduler, "solver_order")
+    kind, order = option(scheduler, "algorithm_type", "sde-dpmsolver++"), option(scheduler, "solver_order")
     if not kind.endswith("dpmsolver++"):
         return f" with algorithm_type={kind!r}"
     if option(scheduler, "euler_at_final") and option(scheduler, "final_sigmas_type") != "zero":
         return " with euler_at_final=True, whose last step has order 1 in runs of any length"
     eta, lower = float(kind.startswith("sde")), bool(option(scheduler, "lower_order_final"))
+    if _repeats_last(scheduler):  # it is the step of no length that has order 1
+        if order > 2 and lower:
+            return f" of order 3 with {NO_LENGTH}"
+        lower = False
     solver = option(scheduler, "solver_type")
     if order == 1:
         rule = ki.sampler("euler_ancestral" if eta else "euler")
@@ -133,10 +144,8 @@ def _unipc(scheduler: Any) -> Rule | str:
         return " with disable_corrector or solver_p"
     lower, order = bool(option(scheduler, "lower_order_final")), option(scheduler, "solver_order")
     zero = option(scheduler, "final_sigmas_type") == "zero"
-    if not zero and any(option(scheduler, f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta", "flow")):
-        return (
-            " with final_sigmas_type='sigma_min' and these sigmas, whose last step has no length but corrects the state"
-        )
+    if _repeats_last(scheduler):
+        return f" with final_sigmas_type='sigma_min' and {NO_LENGTH} but corrects the state"
     if zero and not lower:
         return " with lower_order_final=False and a last level of 0"
     variant = option(scheduler, "solver_type")
@@ -148,7 +157,7 @@ def _unipc(scheduler: Any) -> Rule | str:
 
 def _deis(scheduler: Any) -> Rule | str:
     order, lower = option(scheduler, "solver_order"), bool(option(scheduler, "lower_order_final"))
-    if _repeats_last(scheduler):  # the step of order 1 has no length and is left out
+    if _repeats_last(scheduler):  # as in `_dpm`
         if order > 2 and lower:
             return f" of order 3 with {NO_LENGTH}"
         lower = False
@@ -172,8 +181,15 @@ def _sa(scheduler: Any) -> Rule | str:
 
 
 def _repeats_last(scheduler: Any) -> bool:
-    """Tell whether the last level of DEIS or SA-Solver is there twice."""
-    return any(option(scheduler, f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta", "flow"))
+    """Tell whether the last level of a run is there twice, so that the last step has no length."""
+    if option(scheduler, "final_sigmas_type") == "zero":
+        return False
+    if class_name(scheduler) in ("CosineDPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
+        return True
+    names = ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"]
+    if class_name(scheduler) != "DPMSolverMultistepScheduler":
+        names.append("use_flow_sigmas")
+    return any(option(scheduler, name) for name in names)
 
 
 def _in_log_snr(scheduler: Any, rule: Rule) -> Rule:
@@ -182,6 +198,7 @@ def _in_log_snr(scheduler: Any, rule: Rule) -> Rule:
 
 
 _OWN: dict[str, Callable[[Any], Rule | str]] = {
+    "CosineDPMSolverMultistepScheduler": _dpm,
     "DDIMInverseScheduler": _ddim_inverse,
     "DDIMScheduler": _ddim,
     "DDPMScheduler": _ddpm,

@@ -10,6 +10,7 @@ r"""What a network returned to a scheduler, as a denoised image.
     epsilon of EDM          sd^2 / (sigma^2 + sd^2) sigma sd / sqrt(sigma^2 + sd^2)
     v_prediction of EDM     sd^2 / (sigma^2 + sd^2) -sigma sd / sqrt(sigma^2 + sd^2)
 
+Networks of Stable Audio are scaled as those of EDM.
 After that the image is clipped if the scheduler says so: `clip_sample` to a range, `thresholding` to a quantile of each
 image. Options of other classes that a config still holds do not count.
 
@@ -115,7 +116,7 @@ def read_prediction(scheduler: Any) -> Prediction:
     given = option(scheduler, "prediction_type", "flow_prediction")
     kind = KINDS.get(given)
     data = float(option(scheduler, "sigma_data", 1.0))
-    edm = name.startswith("EDM")
+    edm = name.startswith(("EDM", "CosineDPM"))
     if kind is None or not _fits(kind, space, edm):
         raise ValueError(
             f"{name}: prediction_type={given!r} has no meaning for states in {space} coordinates; use "

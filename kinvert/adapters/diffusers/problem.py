@@ -16,8 +16,8 @@ from kinvert.adapters.diffusers import host
 from kinvert.adapters.diffusers.denoising import denoiser
 from kinvert.adapters.diffusers.directory import levels_of, open_pipeline
 from kinvert.adapters.diffusers.images import encode
-from kinvert.adapters.diffusers.pictures import image_files, open_image
 from kinvert.bench import Problem
+from kinvert.pictures import image_files, open_image
 
 __all__ = ["entry_point", "problem"]
 

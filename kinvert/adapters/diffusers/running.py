@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,11 @@ from kinvert.forms import State
 from kinvert.noise import Noise, NoiseFunction, bind
 from kinvert.plan import Interval, Plan
 
-__all__ = ["GeneratorNoise", "PipelineRun", "SchedulerOutput", "is_entry", "noise_source", "number_of"]
+__all__ = ["GeneratorNoise", "PathMaker", "PipelineRun", "SchedulerOutput", "is_entry", "noise_source", "number_of"]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+PathMaker = Callable[[Tensor, Generators], NoiseFunction]
+"""Makes the noise of a run of the state and the pipeline's generator."""
 # A difference from the latents that belong to a state, in parts of their size, that is rounding and not another image.
 ROUNDING = 0.02
 
@@ -49,28 +51,32 @@ class GeneratorNoise:
     """Noise from the `generator` that a pipeline hands to `step`, in the order in which diffusers draws it.
 
     Samplers whose steps draw for overlapping intervals get the increments of a Brownian path, with a seed drawn from
-    the generator. With `every_step` a noise is drawn and left in each step that needs none.
+    the generator; `path` makes another. With `every_step` a noise is drawn and left in each step that needs none.
     """
 
-    def __init__(self, plan: Plan, like: Tensor, every_step: bool = False) -> None:
+    def __init__(self, plan: Plan, like: Tensor, every_step: bool = False, path: PathMaker | None = None) -> None:
         self.plan, self.like = plan, like
         self._left = {step.noises[0]: _idle_before(plan, step.index) for step in plan.steps if step.noises}
         self._every_step = every_step
         self.generator: Generators = None
         self._path: NoiseFunction | None = None
-        self._is_path = _overlap([interval for step in plan.steps for interval in step.noises])
+        overlap = _overlap([interval for step in plan.steps for interval in step.noises])
+        self._make = path or (self._brownian if overlap else None)
 
     def __call__(self, sigma_from: float, sigma_to: float) -> Tensor:
         """Return the noise of an interval."""
-        if not self._is_path:
+        if self._make is None:
             for _ in range(self._left.get(Interval(sigma_from, sigma_to), 0) if self._every_step else 0):
                 self._draw()
             return self._draw()
         if self._path is None:
-            given = self.generator
-            seeds = [_seed(one) for one in given] if isinstance(given, Sequence) else _seed(given)
-            self._path = bind(ki.noise.brownian(seeds), self.like, self.plan.noise_levels)
+            self._path = self._make(self.like, self.generator)
         return self._path(sigma_from, sigma_to)
+
+    def _brownian(self, like: Tensor, generator: Generators) -> NoiseFunction:
+        """Return the increments of a path with a seed from the generator."""
+        seeds = [_seed(one) for one in generator] if isinstance(generator, Sequence) else _seed(generator)
+        return bind(ki.noise.brownian(seeds), like, self.plan.noise_levels)
 
     def _draw(self) -> Tensor:
         """Draw unit noise."""
@@ -80,14 +86,16 @@ class GeneratorNoise:
         return drawn
 
 
-def noise_source(plan: Plan, like: Tensor, noises: Sequence[Tensor], every_step: bool) -> Noise | None:
+def noise_source(
+    plan: Plan, like: Tensor, noises: Sequence[Tensor], every_step: bool, path: PathMaker | None
+) -> Noise | None:
     """Return the noise of a run: given tensors, or those of the pipeline's generator; None if it draws none.
 
     Raises:
         ValueError: another number of tensors than the run draws.
     """
     if not noises:
-        return GeneratorNoise(plan, like, every_step) if plan.is_stochastic else None
+        return GeneratorNoise(plan, like, every_step, path) if plan.is_stochastic else None
     if len(noises) != plan.draws:
         raise ValueError(f"noises: {plan.rule.name} draws {plan.draws} on this schedule, got {len(noises)}")
     return ki.noise.replay(noises)
@@ -106,6 +114,7 @@ class PipelineRun:
         noises: the noises to draw; none for those of the generator.
         generator: the pipeline's.
         every_step: draw in each step, as the scheduler itself does.
+        path: makes the noise, if the scheduler itself does not draw it step by step.
         unit: what the pipeline will multiply the result of a run upwards by.
     """
 
@@ -122,6 +131,7 @@ class PipelineRun:
         generator: Generators,
         unit: float,
         every_step: bool,
+        path: PathMaker | None,
     ) -> None:
         if state is not None:
             if step > min(course.starts.values()):  # the steps before that evaluate nothing
@@ -134,7 +144,7 @@ class PipelineRun:
         wide = torch.promote_types(sample.dtype, torch.float32)
         x = sample.to(wide) * course.table.to_x(plan.sigmas[0])
         begin = x if state is None else {name: value.to(x) for name, value in state.items()}
-        self.noise = noise_source(plan, x, noises, every_step)
+        self.noise = noise_source(plan, x, noises, every_step, path)
         self._listen(generator)
         self.run = ki.stepwise(plan, begin, self.noise)
         self._handed = sample.clone() if state is None else self._latents(sample)

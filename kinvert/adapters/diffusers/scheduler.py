@@ -12,17 +12,11 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert.adapters.diffusers.course import Course, check_sampler, course_for, saved_options
-from kinvert.adapters.diffusers.host import (
-    SHARED,
-    ConfigMixin,
-    SchedulerMixin,
-    built,
-    class_name,
-    first_noise,
-)
-from kinvert.adapters.diffusers.own import draws_every_step, on_levels, own_rule, uses_pair
+from kinvert.adapters.diffusers.host import SHARED, ConfigMixin, SchedulerMixin, built, class_name, first_noise
+from kinvert.adapters.diffusers.own import draws_every_step, on_levels, own_path, own_rule, uses_pair
 from kinvert.adapters.diffusers.predictions import read_prediction
 from kinvert.adapters.diffusers.running import Generators, PipelineRun, SchedulerOutput, is_entry, number_of
+from kinvert.adapters.diffusers.start import Start
 from kinvert.adapters.diffusers.timetable import KNOWN, check_known, read_timetable
 from kinvert.rules import Rule
 
@@ -70,8 +64,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
         check_sampler(self._rule, self._pair)
         self._inverse = bool(inverse) or KNOWN[class_name(scheduler)][1].startswith("rising")
         self._above_zero = False
-        self._state: Mapping[str, Tensor] | None = None
-        self._noises: tuple[Tensor, ...] = ()
+        self._start = Start()
         self._course: Course | None = None
         self._run: PipelineRun | None = None
         self._first = 0  # the evaluation that the run began with
@@ -109,7 +102,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
         """Build a saved scheduler again; `from_pretrained` calls it.
 
         Raises:
-            ValueError: a config of another class.
+            ValueError: a config of another class, or of a scheduler with tensors, which are not in its config.
         """
         how = None if config is None else dict(config).get(SAVED)
         if how is None:
@@ -117,14 +110,24 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
                 "config: it is none of a KinvertScheduler; use KinvertScheduler.from_scheduler(pipe.scheduler, "
                 "'dpmpp_2m'), with the scheduler itself"
             )
+        start = kwargs.pop("start", Start())
+        start.check(how.get("tensors", []))
         rest = {name: value for name, value in dict(config).items() if name != SAVED and not name.startswith("_")}
         made = cls(built(how["scheduler"], rest | kwargs), how["sampler"], how["inverse"], **how["options"])
-        made._inverse, made._above_zero = how["inverse"], how["above_zero"]
+        made._inverse, made._above_zero, made._start = how["inverse"], how["above_zero"], start
         made._register()
         return (made, {}) if return_unused_kwargs else made
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, subfolder: str | None = None, *args: Any, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Load a scheduler that `save_pretrained` wrote; one with a state only from a folder of this machine."""
+        start = Start.read(pretrained_model_name_or_path or "", subfolder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, *args, start=start, **kwargs)
+
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save the config; see `SchedulerMixin.save_pretrained`. The state of `begin_with` and `back` is not saved.
+        """Save the config, and the tensors of `begin_with` and `back` in a file beside it.
 
         Raises:
             ValueError: a rule that is not made by a name of `ki.SAMPLERS` and plain options.
@@ -133,6 +136,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"sampler: {self._rule!r} cannot be saved, because no name of ki.SAMPLERS with plain options makes it"
             )
+        self._start.write(save_directory)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def set_timesteps(
@@ -155,10 +159,8 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             TypeError: an argument that the user's scheduler does not take.
             ValueError: levels or a sampler that make no run.
         """
-        given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, **kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
-        if num_inference_steps is not None:
-            given["num_inference_steps"] = num_inference_steps
+        kwargs |= {"timesteps": timesteps, "sigmas": sigmas, "mu": mu, "num_inference_steps": num_inference_steps}
+        given = {name: value for name, value in kwargs.items() if value is not None}
         try:
             self._base.set_timesteps(**given)
         except TypeError as error:
@@ -177,7 +179,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             return sample
         k = self._expected(timestep)
         scale = self._prediction.c_in(course.levels[k])
-        if k == 0 and self._state is None:
+        if k == 0 and self._start.state is None:
             scale *= course.first_scale
         return sample * scale
 
@@ -221,10 +223,11 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
                 pair=self._pair,
                 step=course.starts[k],
                 sample=sample,
-                state=self._state,
-                noises=self._noises,
+                state=self._start.state,
+                noises=self._start.noises,
                 generator=generator,
                 every_step=self._own and draws_every_step(self._base),
+                path=own_path(self._base) if self._own else None,
                 unit=first_noise(self._base) if self._inverse else 1.0,
             )
         latents, denoised = self._run.receive(model_output, sample, generator)
@@ -277,13 +280,12 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
         """Return the latents of a state at the noisiest level, and the scheduler of the run that begins with it."""
         there = copy.deepcopy(self)
         there._inverse, there._above_zero, there._run = False, above_zero, None
-        there._state = dict(state) if len(state) > 1 else None
-        there._noises = tuple(noises)
+        there._start = Start(dict(state) if len(state) > 1 else None, tuple(noises))
         there._register()
         there._compile()
         course = there._course_now()
         x, level = state["x"], course.plan.sigmas[0]
-        if there._state is not None:
+        if there._start.state is not None:
             x, level = ki.stepwise(course.plan, dict(state)).x, course.levels[0]
         return x / course.table.to_x(level) / first_noise(there._base), there
 
@@ -376,7 +378,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             table,
             up=self._inverse,
             above_zero=self._above_zero,
-            started=self._state is not None,
+            started=self._start.state is not None,
             own=self._own,
         )
 
@@ -413,6 +415,7 @@ class KinvertScheduler(SchedulerMixin, ConfigMixin):
             "options": {} if self._own else saved_options(self._rule),
             "inverse": self._inverse,
             "above_zero": self._above_zero,
+            "tensors": [*self._start.tensors],
         }
         kept = {name: value for name, value in self._base.config.items() if not name.startswith("_") and name != SAVED}
         self.register_to_config(**kept, **{SAVED: how})

@@ -2,11 +2,12 @@ r"""The noise levels of a scheduler of diffusers, and the time that its network 
 
 Both are taken from the scheduler after `set_timesteps`, and never derived again. Between them, where a sampler of more
 than one stage evaluates, the time follows from the training levels: the index of the level, linear in ln sigma
-(`kinvert.levels.DiscreteLevels`), `1000 t` for flow models, `ln(sigma) / 4` for EDM.
+(`kinvert.levels.DiscreteLevels`), `1000 t` for flow models, `ln(sigma) / 4` for EDM, `2 atan(sigma) / pi` for Stable
+Audio.
 
 A scheduler keeps its state in one of three *spaces*, which decide what the latents of a pipeline are:
 
-    "ve"    x = x0 + sigma eps                        Euler, Heun, LMS, KDPM2, EDM
+    "ve"    x = x0 + sigma eps                        Euler, Heun, LMS, KDPM2, EDM, Stable Audio
     "vp"    x / sqrt(1 + sigma^2)                     DDIM, DDPM, PNDM, DPM-Solver, UniPC, DEIS, SA-Solver
     "flow"  x_t = (1 - t) x0 + t eps                  flow matching, and DPM-Solver, UniPC, ... with use_flow_sigmas
 """
@@ -31,6 +32,7 @@ Space = Literal["ve", "vp", "flow"]
 Reader = Literal["sigmas", "interleaved", "alphas", "rising sigmas", "rising alphas"]
 
 KNOWN: dict[str, tuple[Space, Reader]] = {
+    "CosineDPMSolverMultistepScheduler": ("ve", "sigmas"),
     "DDIMInverseScheduler": ("vp", "rising alphas"),
     "DDIMScheduler": ("vp", "alphas"),
     "DDPMScheduler": ("vp", "alphas"),
@@ -59,6 +61,8 @@ KNOWN: dict[str, tuple[Space, Reader]] = {
 LARGEST = 1e6
 # Two levels this close, in parts of them, are one: a rule may return a level with rounding.
 SAME = 1e-7
+# The same for levels of a scheduler, which computes the last one twice in float32.
+REPEATED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ def _sigma(alpha: float) -> float:
 
 def _unique(values: list[float]) -> list[float]:
     """Drop values that repeat the one before: stages of a step, or a last step of no length."""
-    return [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return [
+        value for i, value in enumerate(values) if i == 0 or not math.isclose(value, values[i - 1], rel_tol=REPEATED)
+    ]
 
 
 def _between(scheduler: Any, space: Space) -> Callable[[float], float]:
@@ -193,6 +199,8 @@ def _between(scheduler: Any, space: Space) -> Callable[[float], float]:
     count = option(scheduler, "num_train_timesteps")
     if space == "flow":
         return lambda level: level * count
+    if class_name(scheduler) == "CosineDPMSolverMultistepScheduler":
+        return lambda level: 2 * math.atan(level) / math.pi
     if not hasattr(scheduler, "alphas_cumprod") or option(scheduler, "timestep_type") == "continuous":
         return lambda level: math.log(max(level, 1e-12)) / 4
     sigmas = torch.tensor([_sigma(a) for a in alphas_of(scheduler).tolist()], dtype=torch.float64, device="cpu")

@@ -15,16 +15,23 @@ from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("figures need matplotlib, which is not here: pip install 'kinvert[cli]'") from error
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from safetensors.numpy import load_file
+from torch import from_numpy
 
 from kinvert.bench.report import plots
 from kinvert.bench.report.plots import Key, Looks, NothingToDrawError, Panel
-from kinvert.bench.report.tables import median, round_up, text
+from kinvert.bench.report.tables import median, text
 from kinvert.bench.results import Record
+from kinvert.plot.axes import REFERENCE, Drawing, density, normal_curve
+from kinvert.plot.page import Page
+from kinvert.showing.thumbnails import round_up
 
 __all__ = [
     "FIGURES",
@@ -170,27 +177,20 @@ def distance_to_truth(records: Sequence[Record]) -> Figure:
 
 def latents(records: Sequence[Record]) -> Figure:
     """Distribution and radial spectrum of latent / σ, for the best sampler of each method; grey dashes: noise."""
-    noise: dict[str, Any] = {"color": plots.GREY, "linestyle": (0, (4, 2)), "linewidth": 1.0, "zorder": 5}
 
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
         axes = fig.subplots(2 if _spectra(panel) else 1, 1, squeeze=False)[:, 0]
         lines = []
         for key, group in panel.curves.items():
-            edges, density = _density([record["latent"]["histogram"] for record in group])
-            style = looks.style(key)
-            axes[0].stairs(
-                density, edges, baseline=None, color=style["color"], linestyle=style["linestyle"], linewidth=1
-            )
-            lines.append(Line2D([], [], label=looks.label(key), **looks.style(key)))
-        z = np.linspace(edges[0], edges[-1], 201)
-        axes[0].plot(z, np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi), **noise)
-        axes[0].set(yscale="log", ylim=(5e-4, None), xlabel="latent / σ", ylabel="density")
-        plots.log_ticks(axes[0].yaxis, most=6)
+            histograms = [record["latent"]["histogram"] for record in group]
+            counts, edges = np.sum([found["counts"] for found in histograms], axis=0), histograms[0]["edges"]
+            lines.append(density(axes[0], counts, edges, looks.style(key), looks.label(key)))
+        normal_curve(axes[0], edges[0], edges[-1])
         for key, (frequency, power) in _spectra(panel).items():
             plots.line(axes[1], frequency, power, looks.style(key), "")
             axes[1].set(yscale="log", xlabel="frequency (cycles per pixel)", ylabel="power")
         if len(axes) > 1:
-            axes[1].axhline(1.0, **noise)
+            axes[1].axhline(1.0, **REFERENCE)
             plots.log_ticks(axes[1].yaxis, most=6)
         return lines
 
@@ -212,15 +212,6 @@ def _spectra(panel: Panel) -> dict[Key, tuple[Any, Any]]:
         if spectra:
             found[key] = spectra[0]["frequency"], np.median([spectrum["power"] for spectrum in spectra], axis=0)
     return found
-
-
-def _density(histograms: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Pool histograms into edges and density, with bins twice as wide if there are few values."""
-    edges = np.array(histograms[0]["edges"])
-    counts = np.sum([histogram["counts"] for histogram in histograms], axis=0)
-    if counts.sum() < 4000 and len(counts) % 2 == 0:
-        edges, counts = edges[::2], counts.reshape(-1, 2).sum(1)
-    return edges, np.maximum(counts / counts.sum() / np.diff(edges), 1e-9)
 
 
 def pareto(records: Sequence[Record]) -> Figure:
@@ -267,14 +258,15 @@ def reconstructions(records: Sequence[Record]) -> Figure:
     """Images, their latents, what was sampled back, and the difference, for records whose arrays are there.
 
     `record["arrays"]` is the path of a safetensors file with `image`, `latent` and `restored`, (count, channels, H, W);
-    the first channel is drawn. Latents are scaled to three standard deviations, differences to the limit behind them.
+    channels are shown as `kinvert.showing.thumbnails` says. Latents are scaled to three standard deviations,
+    differences to the limit behind them.
     """
     shown = [record for record in records if record.get("arrays") and record["cell"]["question"] == "reconstruction"]
     found = [_thinned(panel) for panel in plots.panels(shown, most=1000)]
     if not found:
         raise NothingToDrawError("no record has arrays of images")
     looks, heights = Looks.of(found), [0.75 + (1 + len(panel.curves)) * (TILE + 2 * GAP) for panel in found]
-    result = Figure(figsize=(plots.PAGE, sum(heights)))
+    result = Drawing(figsize=(plots.PAGE, sum(heights)))
     parts = result.subfigures(len(found), 1, squeeze=False, height_ratios=heights).flat
     for panel, part, height in zip(found, parts, heights, strict=True):
         part.text(0.05 / plots.PAGE, 1 - 0.05 / height, plots.title(panel, looks), fontsize=8, va="top")
@@ -292,18 +284,16 @@ def _thinned(panel: Panel, most: int = 8) -> Panel:
 
 
 def _strips(panel: Panel, fig: SubFigure, height: float) -> None:
-    def place(left: float, row: float) -> tuple[float, float]:
-        return left / plots.PAGE, 1 - (0.6 + row * (TILE + 2 * GAP)) / height
+    page = Page(plots.PAGE, height, fig)
+
+    def top(row: float) -> float:
+        return 0.6 + row * (TILE + 2 * GAP)
 
     def words(left: float, row: float, label: str, **style: Any) -> None:
-        fig.text(*place(left, row + 0.5), label, va="center", **{"fontsize": 7} | style)
+        page.text(left, top(row + 0.5), label, **{"fontsize": 7} | style)
 
     def tiles(block: int, row: int, images: np.ndarray, limit: float, colours: str) -> None:
-        for k, image in enumerate(images[:4, 0]):
-            corner = place(TEXT + block * BLOCK + k * (TILE + GAP), row + 1)
-            ax = fig.add_axes((*corner, TILE / plots.PAGE, TILE / height), xticks=[], yticks=[])
-            ax.spines[:].set(visible=True, color=plots.PALE, linewidth=0.5)
-            ax.imshow(image, vmin=-limit, vmax=limit, cmap=colours, interpolation="nearest", aspect="auto")
+        page.tiles(TEXT + block * BLOCK, top(row), from_numpy(images[:4]), limit, colours, TILE, GAP)
 
     for block, name in enumerate(("latent", "sampled back", "difference")):
         words(TEXT + block * BLOCK, -0.8, name)

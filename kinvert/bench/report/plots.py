@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from kinvert.bench.report.tables import evaluations, median, sampler_name
+from kinvert.bench.report.tables import evaluations, median, sampler_name, settings
 from kinvert.bench.results import Record
+from kinvert.plot.axes import Drawing, error_axis, line, log_ticks
+from kinvert.plot.style import (
+    COLOURS,
+    COLUMN,
+    GREY,
+    HIGHEST,
+    LOWEST,
+    MARKERS,
+    PAGE,
+    PALE,
+    STYLE,
+    bounded,
+    free,
+    look,
+    preferred,
+)
 
 __all__ = [
     "COLOURS",
@@ -51,27 +66,7 @@ __all__ = [
     "title",
 ]
 
-COLUMN, PAGE = 3.35, 6.9  # inches: the width of one column of a paper, and of two
-# Okabe and Ito's colours, which stay apart for every kind of colour blindness. Their yellow is too light for lines: two
-# of Tol's colours and a grey stand in for it and add to them. Markers and dashes tell the curves apart without colour.
-COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#888888",
-)  # fmt: skip
-MARKERS, DASHES = "osD^vPX<>*", ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
-INK, GREY, PALE = "#1a1a1a", "#767676", "#e4e4e4"
-LOWEST, HIGHEST = 1e-17, 1e2  # errors outside of this range are drawn at its ends
 MOST = 10  # curves or rows in a panel, as many as there are colours
-STYLE: Any = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "legend.fontsize": 7, "legend.title_fontsize": 7, "legend.frameon": False, "legend.handlelength": 2.6,
-    "legend.columnspacing": 1.2, "legend.labelspacing": 0.25, "font.family": "DejaVu Sans",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.edgecolor": INK,
-    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
-    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "ytick.minor.width": 0.4,
-    "xtick.minor.size": 1.5, "ytick.minor.size": 1.5, "axes.grid": True, "grid.color": PALE, "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.0,
-    "savefig.facecolor": "white", "figure.facecolor": "white", "svg.hashsalt": "kinvert", "svg.fonttype": "path",
-}  # fmt: skip
 HELD = ("schedule", "steps", "cfg", "dtype")
 Key = tuple[str, str]
 
@@ -111,16 +106,16 @@ def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = M
     for record in records:
         if record["error"] is None:
             cell = record["cell"]
-            others = repr({name: cell[name] for name in HELD if name not in free})
+            others = repr({name: settings(record)[name] for name in HELD if name not in free})
             groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
     found = []
     for (model, question), combinations in sorted(groups.items()):
         shown = [_curves(group, free, points) for _, group in sorted(combinations.items())]
         best = max(shown, key=_worth)
         if best:
-            cell = next(iter(best.values()))[0]["cell"]
+            common = settings(next(iter(best.values()))[0])
             kept = dict(list(best.items())[:most])
-            held = {name: cell[name] for name in HELD if name not in free}
+            held = {name: common[name] for name in HELD if name not in free}
             found.append(Panel(model, question, held, kept, len(best) - len(kept)))
     return found
 
@@ -133,11 +128,6 @@ def error(records: Sequence[Record]) -> float:
     """
     value = median([decibels for record in records for decibels in record["metrics"].get("nmse_db", ())])
     return bounded(10 ** (min(value, 1000.0) / 20))
-
-
-def bounded(value: float) -> float:
-    """Return the value, moved into the range that is drawn; NaN stays."""
-    return value if math.isnan(value) else min(max(value, LOWEST), HIGHEST)
 
 
 def by_value(group: Sequence[Record], name: str) -> dict[Any, list[Record]]:
@@ -161,12 +151,15 @@ class Looks:
 
     @classmethod
     def of(cls, found: Sequence[Panel]) -> Looks:
-        """Give each curve the first number that no curve beside it in a panel has, the most frequent curve first."""
+        """Give each curve its preferred number, or the next that no curve beside it in a panel has.
+
+        The most frequent curve chooses first.
+        """
         keys = Counter(key for panel in found for key in panel.curves)
         numbers: dict[Key, int] = {}
         for key, _ in sorted(keys.items(), key=lambda item: (-item[1], item[0])):
             beside = {numbers.get(other) for panel in found if key in panel.curves for other in panel.curves}
-            numbers[key] = next(k for k in count() if k not in beside)
+            numbers[key] = free(preferred(*key), beside)
         methods, samplers = (tuple(sorted(set(names))) for names in zip(*keys, strict=True))
         return cls(methods, samplers, numbers)
 
@@ -177,9 +170,7 @@ class Looks:
 
     def style(self, key: Key, **other: Any) -> dict[str, Any]:
         """Return the arguments of `plot` for a curve, with the caller's own added."""
-        k = self.numbers[key]
-        looks = {"color": COLOURS[k % 10], "marker": MARKERS[k % 10], "linestyle": DASHES[k % 4]}
-        return {**looks, "markersize": 4.5 if looks["marker"] == "*" else 3.5, **other}
+        return look(self.numbers[key]) | other
 
     def common(self) -> list[str]:
         """Return what all curves have in common, for a title."""
@@ -216,7 +207,7 @@ def figure(
     lines = [-(-len(names) // across) for names in labels]
     lines = [max(lines[k - k % columns : k - k % columns + columns]) for k in range(len(found))]  # equal in a row
     rows = [max(map(height, found[k : k + columns])) + 0.13 * lines[k] for k in range(0, len(found), columns)]
-    result = Figure(figsize=(COLUMN if columns == 1 else PAGE, sum(rows)))
+    result = Drawing(figsize=(COLUMN if columns == 1 else PAGE, sum(rows)))
     parts = result.subfigures(len(rows), columns, squeeze=False, height_ratios=rows).flat
     for panel, part, room in zip(found, parts, lines, strict=False):
         handles = [*draw(panel, part, looks)]
@@ -234,12 +225,6 @@ def title(panel: Panel, looks: Looks) -> str:
     if panel.left_out:
         held.append(f"best {len(panel.curves)} of {len(panel.curves) + panel.left_out}")
     return f"{panel.model}: {panel.question}\n" + ", ".join([*looks.common(), *held])
-
-
-def line(ax: Axes, x: Any, y: Any, style: dict[str, Any], label: str) -> Line2D:
-    """Draw a curve; a point that is NaN is left out."""
-    (drawn,) = ax.plot(x, y, label=label, **style)
-    return drawn
 
 
 def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line2D]:
@@ -263,12 +248,6 @@ def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line
     return handles
 
 
-def error_axis(ax: Axes, label: str = "relative error") -> None:
-    """Make the y-axis logarithmic, for errors."""
-    ax.set(yscale="log", ylabel=label)
-    log_ticks(ax.yaxis)
-
-
 def count_ticks(ax: Axes, values: Iterable[float]) -> None:
     """Make the x-axis logarithmic, for counts, with labels at the values that stand far enough apart."""
     first, *others = sorted(values)
@@ -279,18 +258,6 @@ def count_ticks(ax: Axes, values: Iterable[float]) -> None:
     ax.set_xscale("log")
     ax.set_xticks(kept, [f"{value:.0f}" for value in kept])
     ax.xaxis.set_minor_locator(NullLocator())
-
-
-def log_ticks(axis: Any, most: int = 8) -> None:
-    """Label powers of ten; on an axis of less than two decades, 1, 2 and 5 times powers of ten."""
-    low, high = axis.get_view_interval()
-    if high < 100 * low:
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=most))
-        axis.set_major_formatter("{x:g}")
-    else:
-        axis.set_major_locator(LogLocator(numticks=most))
-        axis.set_minor_locator(NullLocator())
 
 
 def order(steps: Sequence[float], errors: Sequence[float], dtype: str) -> float:

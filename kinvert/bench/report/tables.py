@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kinvert.bench.results import Record
+from kinvert.showing.thumbnails import round_up
 
 __all__ = [
     "COLUMNS",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 SETTINGS = ("model", "question", "method", "sampler", "schedule", "steps", "cfg", "dtype")
-"""The settings that tell rows apart; "sampler" includes its options."""
+"""The settings that tell rows apart; "sampler" includes its options, "dtype" a device that is not the CPU."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def rows(records: Iterable[Record]) -> list[Row]:
 
 def settings(record: Record) -> dict[str, Any]:
     """Return the values of `SETTINGS` of a record."""
-    return {name: record["cell"][name] for name in SETTINGS} | {"sampler": sampler_name(record["cell"])}
+    cell = record["cell"]
+    dtype = f"{cell['dtype']} on {cell['device']}" if "device" in cell else cell["dtype"]
+    return {name: cell[name] for name in SETTINGS} | {"sampler": sampler_name(cell), "dtype": dtype}
 
 
 def sampler_name(cell: dict[str, Any]) -> str:
@@ -163,14 +166,6 @@ def text(value: float | None, spec: str) -> str:
 def plain(value: Any) -> str:
     """Return a setting as text, floats without zeros at the end."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def round_up(value: float) -> float:
-    """Return the next of 1, 2, 5 or 10 times a power of ten, for a scale that can be read; 1 if there is none."""
-    if not 0 < value < math.inf:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

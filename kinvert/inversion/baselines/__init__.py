@@ -32,6 +32,7 @@ from kinvert.inversion.baselines.iterative import Averaged, aidi, dpm_solver_inv
 from kinvert.inversion.baselines.steered import rf_inversion, steer
 from kinvert.inversion.baselines.stored import direct_inversion, null_text, sample_null_text
 from kinvert.inversion.result import Inversion
+from kinvert.showing.registry import Registry
 
 __all__ = [
     "BASELINES",
@@ -53,20 +54,24 @@ __all__ = [
 
 Baseline = TypeVar("Baseline", bound=Callable[..., Inversion])
 
-BASELINES: dict[str, Callable[..., Inversion]] = {
-    "ddim_clean": functools.partial(ddim_inversion, at="clean"),
-    "ddim_noisy": ddim_inversion,
-    "easyinv": easyinv,
-    "rf_inversion": rf_inversion,
-    "rf_solver": rf_solver,
-    "fireflow": fireflow,
-    "aidi": aidi,
-    "aidi_anderson": functools.partial(aidi, window=3),
-    "renoise": renoise,
-    "dpm_solver_1": dpm_solver_inversion,
-    "dpm_solver_2": functools.partial(dpm_solver_inversion, order=2),
-    "direct_inversion": direct_inversion,
-}
+BASELINES: Registry[Callable[..., Inversion]] = Registry(
+    {
+        "ddim_clean": functools.partial(ddim_inversion, at="clean"),
+        "ddim_noisy": ddim_inversion,
+        "easyinv": easyinv,
+        "rf_inversion": rf_inversion,
+        "rf_solver": rf_solver,
+        "fireflow": fireflow,
+        "aidi": aidi,
+        "aidi_anderson": functools.partial(aidi, window=3),
+        "renoise": renoise,
+        "dpm_solver_1": dpm_solver_inversion,
+        "dpm_solver_2": functools.partial(dpm_solver_inversion, order=2),
+        "direct_inversion": direct_inversion,
+    },
+    what="published inversions",
+    place="ki.inversion.baselines.BASELINES",
+)
 """Name -> function, for every baseline that takes any conditioning; `null_text` needs one that can be optimised."""
 
 

@@ -59,8 +59,9 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shi
 ROUNDING = (
     "diffusers computes the coefficients of DEIS in float32; with its levels in float64 the difference is below 1e-12"
 )
-SMALL = "both compute in float32, and (x - D) / sigma loses digits at the small levels"
-LARGE = "EulerDiscreteScheduler makes its steps in float32, and the first level is 4096"
+LAST = {"final_sigmas_type": "sigma_min"}
+SMALL = "rounding of float32: each is 6e-6 from the same run in float64, where they differ by 2e-14"
+LARGE = "the first level is 4096, where diffusers rounds to float32; in float64 they differ by 4e-14"
 
 EULER = [
     *(sd("EulerDiscreteScheduler", timestep_spacing=spacing) for spacing in ("linspace", "leading", "trailing")),
@@ -107,10 +108,14 @@ DPM = [
     *(sd("DPMSolverMultistepScheduler", n, final_sigmas_type="sigma_min") for n in (6, 20)),
     sd("DPMSolverMultistepScheduler", use_karras_sigmas=True),
     sd("DPMSolverMultistepScheduler", use_lu_lambdas=True),
+    *(sd("DPMSolverMultistepScheduler", **{f"use_{k}": True}, **LAST) for k in ("beta_sigmas", "lu_lambdas")),
+    *(sd("DPMSolverMultistepScheduler", n, use_karras_sigmas=True, **LAST) for n in (6, 20)),
+    sd("DPMSolverMultistepScheduler", solver_type="heun", use_exponential_sigmas=True, **LAST),
     sd("DPMSolverMultistepScheduler", thresholding=True, sample_max_value=3.0),
     *(sd("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=order) for order in (1, 2)),
     sd("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_type="heun"),
     *(sd("DPMSolverMultistepInverseScheduler", n, solver_order=o) for n, o in ((6, 1), (6, 2), (20, 2), (6, 3))),
+    sd("DPMSolverMultistepInverseScheduler", use_karras_sigmas=True, solver_type="heun"),
     Case("DPMSolverMultistepScheduler", {}, "pixart"),
 ]
 MULTISTEP = [
@@ -139,8 +144,21 @@ EDM = [
     Case("EDMEulerScheduler", {"sigma_schedule": "exponential"}, "sdxl"),
     *(Case("EDMDPMSolverMultistepScheduler", {"prediction_type": k}, "sdxl") for k in ("epsilon", "v_prediction")),
     Case("EDMDPMSolverMultistepScheduler", {"solver_order": 3}, "sdxl"),
+    Case("EDMDPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, "sdxl"),
+    Case("EDMDPMSolverMultistepScheduler", {}, "stable_audio"),
 ]
-CASES = [*EULER, *HEUN, *DDIM, *DPM, *MULTISTEP, *FLOWS, *EDM]
+COSINE = [
+    Case("CosineDPMSolverMultistepScheduler", options, "stable_audio", n)
+    for n, options in (
+        (6, {}),
+        (20, {}),
+        (6, {"solver_order": 1}),
+        (6, {"solver_type": "heun", "sigma_schedule": "karras"}),
+        (6, {"prediction_type": "epsilon", "sigma_data": 0.5}),
+    )
+]
+"""Stable Audio, with the noise of torchsde."""
+CASES = [*EULER, *HEUN, *DDIM, *DPM, *MULTISTEP, *FLOWS, *EDM, *(COSINE if pipelines.HAS_TORCHSDE else [])]
 
 
 class Refused(NamedTuple):
@@ -157,6 +175,11 @@ REFUSED = [
     Refused("DDPMScheduler", {"variance_type": "fixed_large"}, "variance_type='fixed_large'"),
     Refused("DEISMultistepScheduler", {"use_karras_sigmas": True, "solver_order": 3}, "last step has no length"),
     Refused("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "does not vanish"),
+    Refused(
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True, "solver_order": 3, "final_sigmas_type": "sigma_min"},
+        "last step has no length",
+    ),
     Refused("DPMSolverMultistepScheduler", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}, "any length"),
     Refused("DPMSolverSinglestepScheduler", {}, "take turns in their order"),
     Refused("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling=True"),

@@ -7,6 +7,7 @@ shared by all pipelines of the family: change the scheduler, never the weights. 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    AutoencoderOobleck,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -25,6 +29,9 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -46,6 +53,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+HAS_TORCHSDE = importlib.util.find_spec("torchsde") is not None
+"""Whether the schedulers of diffusers can run that draw noise from torchsde."""
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 """The noise levels of Stable Diffusion, as its schedulers are configured."""
 
@@ -57,6 +67,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "flux": {"prompt": "a cat", "guidance_scale": 3.5, "height": 16, "width": 16, "max_sequence_length": 8},
     "pixart": GUIDED | {"max_sequence_length": 8, "use_resolution_binning": False, "clean_caption": False},
     "wan": GUIDED | {"num_frames": 5, "height": 32, "width": 32, "max_sequence_length": 8},
+    "stable_audio": {"prompt": "a cat", "negative_prompt": "a dog", "guidance_scale": 3.0},
     "ddpm": {},
 }
 """What a call of each family needs beside the number of steps, for the smallest image."""
@@ -68,6 +79,7 @@ EVENTS = {
     "flux": (16, 16),
     "pixart": (4, 8, 8),
     "wan": (4, 2, 4, 4),
+    "stable_audio": (3, 16),
     "ddpm": (3, 8, 8),
 }
 """The shape of one latent of each family, as `pipe(latents=...)` takes it for `CALLS`."""
@@ -90,8 +102,12 @@ def noise_for(family: str, batch: int = 1, seed: int = 0) -> torch.Tensor:
 def latents_of(pipe: Any, family: str, steps: int = 6, **call: Any) -> torch.Tensor:
     """Run a pipeline from `noise_for(family)`, or from `latents`, to the latents of its image."""
     call = {"latents": noise_for(family), "num_inference_steps": steps, "output_type": "latent"} | CALLS[family] | call
-    out = pipe(**call)
-    return out.frames if hasattr(out, "frames") else out.images
+    return result_of(pipe(**call))
+
+
+def result_of(out: Any) -> Any:
+    """What a call of a pipeline returned: images, videos or sounds."""
+    return next(getattr(out, name) for name in ("images", "frames", "audios") if hasattr(out, name))
 
 
 def clip_words() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -298,6 +314,38 @@ def wan_parts() -> dict[str, Any]:
 
 
 @_parts
+def stable_audio_parts() -> dict[str, Any]:
+    transformer = StableAudioDiTModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        num_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        num_key_value_attention_heads=2,
+        cross_attention_dim=4,
+        cross_attention_input_dim=4,
+        time_proj_dim=8,
+        global_states_input_dim=8,
+    )
+    sounds = AutoencoderOobleck(
+        encoder_hidden_size=6,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 2],
+        decoder_channels=3,
+        decoder_input_channels=3,
+        sampling_rate=16,
+    )
+    return {
+        "transformer": transformer,
+        "vae": sounds,
+        "text_encoder": t5(),
+        "tokenizer": t5_tokenizer(),
+        "projection_model": StableAudioProjectionModel(32, conditioning_dim=4, min_value=0, max_value=32),
+    }
+
+
+@_parts
 def ddpm_parts() -> dict[str, Any]:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     return {
@@ -330,6 +378,12 @@ def _wan() -> Any:
     return WanPipeline(**wan_parts(), scheduler=UniPCMultistepScheduler(**flow))
 
 
+def _stable_audio() -> Any:
+    """With the scheduler of the published model, or the nearest that does not need torchsde."""
+    kind = CosineDPMSolverMultistepScheduler if HAS_TORCHSDE else EDMDPMSolverMultistepScheduler
+    return StableAudioPipeline(**stable_audio_parts(), scheduler=kind(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0))
+
+
 _FAMILIES: dict[str, Callable[[], Any]] = {
     "sd15": _sd15,
     "sdxl": _sdxl,
@@ -337,5 +391,6 @@ _FAMILIES: dict[str, Callable[[], Any]] = {
     "flux": _flux,
     "pixart": lambda: PixArtAlphaPipeline(**pixart_parts(), scheduler=DPMSolverMultistepScheduler()),
     "wan": _wan,
+    "stable_audio": _stable_audio,
     "ddpm": lambda: DDPMPipeline(**ddpm_parts(), scheduler=DDPMScheduler()),
 }

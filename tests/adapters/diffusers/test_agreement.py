@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import types
 import warnings
 from typing import Any
 
@@ -66,6 +69,26 @@ def test_where_diffusers_rounds_its_coefficients_float64_agrees(steps: int) -> N
     torch.testing.assert_close(
         drives.drive(KinvertScheduler.from_scheduler(base), x, steps), theirs, rtol=0, atol=1e-11
     )
+
+
+@pytest.mark.parametrize("options", [{"prediction_type": "sample"}, agreement.V | agreement.ZERO])
+def test_euler_differs_by_rounding_alone(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`EulerDiscreteScheduler.step` casts its state to float32, here to float64."""
+    base = diffusers.EulerDiscreteScheduler(**pipelines.SD, **options)
+    pipe, made = pipelines.build("sd15"), dict[tuple[str, bool], torch.Tensor]()
+    for wide in (False, True):
+        if wide:
+            there = importlib.import_module(type(base).__module__)
+            monkeypatch.setattr(there, "torch", types.SimpleNamespace(**vars(torch) | {"float32": torch.float64}))
+            for name in ("unet", "text_encoder"):
+                setattr(pipe, name, copy.deepcopy(getattr(pipe, name)).double())
+        x = pipelines.noise_for("sd15").to(torch.float64 if wide else torch.float32)
+        for name, scheduler in (("theirs", copy.deepcopy(base)), ("ours", KinvertScheduler.from_scheduler(base))):
+            pipe.scheduler = scheduler
+            made[name, wide] = pipelines.latents_of(pipe, "sd15", latents=x).double()
+    off = {key: float((value - made["theirs", True]).abs().max() / value.abs().max()) for key, value in made.items()}
+    assert off["ours", True] < 1e-10
+    assert off["theirs", False] > 1e-6 and off["ours", False] < 2 * off["theirs", False]
 
 
 def test_unipc_bh1_to_zero_is_nan_in_diffusers_and_finite_here() -> None:

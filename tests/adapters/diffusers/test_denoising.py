@@ -42,6 +42,7 @@ SCHEDULERS: dict[str, tuple[str, Any]] = {
     "flux": ("flux", None),
     "pixart": ("pixart", DPMSolverMultistepScheduler(solver_order=1)),
     "wan": ("wan", FlowMatchEulerDiscreteScheduler(shift=3.0)),
+    "stable audio": ("stable_audio", EDMEulerScheduler(sigma_min=0.3, sigma_max=500.0, sigma_data=1.0)),
 }
 """Pipelines whose own method is Euler's: of a family, with a scheduler; None is that of the family."""
 

@@ -29,3 +29,5 @@ def test_the_example_inverts_edits_and_reports(
     assert "converged        1 of 1" in report and "the pipeline itself: error of the latents" in report
     made = {path.name for path in (tmp_path / "edited").iterdir()}
     assert made == {"restored.png", "edited.png", "latents.safetensors", "scheduler", "report.txt"}
+    saved = {path.name for path in (tmp_path / "edited" / "scheduler").iterdir()}
+    assert ("kinvert_state.safetensors" in saved) == ("--noises" in options)

@@ -15,7 +15,8 @@ from pipelines import CALLS, EVENTS, build, latents_of, noise_for
 
 from kinvert.adapters.diffusers.images import decode, encode
 
-PIPELINES = [family for family in CALLS if family != "ddpm"]
+IMAGES = [family for family in CALLS if family != "stable_audio"]
+PIPELINES = [family for family in IMAGES if family != "ddpm"]
 
 
 def size_of(family: str) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def test_latents_are_scaled_as_the_vae_says_and_back(
     assert torch.allclose(decode(pipe, found, output_type="pt", **size), image, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", CALLS)
+@pytest.mark.parametrize("family", IMAGES)
 def test_an_image_of_any_kind_has_the_same_latents(family: str) -> None:
     pipe = build(family)
     pictures = decode(pipe, noise_for(family), output_type="pil", **size_of(family))
