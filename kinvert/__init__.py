@@ -25,6 +25,9 @@ from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
+from kinvert.edits import Edited as Edited
+from kinvert.edits import edit as edit
+from kinvert.edits import slerp as slerp
 from kinvert.engine import Progress as Progress
 from kinvert.engine import Stepwise as Stepwise
 from kinvert.engine import graphs as graphs
@@ -55,6 +58,7 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULES",
     "Denoiser",
+    "Edited",
     "Guided",
     "Inversion",
     "Plan",
@@ -69,6 +73,7 @@ __all__ = [
     "analysis",
     "compile_plan",
     "denoisers",
+    "edit",
     "extract_noise",
     "flow_sampler",
     "graphs",
@@ -89,6 +94,7 @@ __all__ = [
     "sampler",
     "schedule",
     "schedules",
+    "slerp",
     "stepwise",
     "unsample",
 ]

@@ -79,7 +79,7 @@ class Sketch:
         m = like.numel()
         self.size, self.more, self.signs = min(m, SKETCH), -m % SKETCH, None
         if m > SKETCH:
-            signs = torch.randint(2, (m,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+            signs = torch.randint(2, (m,), generator=torch.Generator().manual_seed(0), dtype=torch.int8, device="cpu")
             self.signs = (2 * signs - 1).to(like.device)
 
     def __call__(self, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from kinvert import torch_hooks
 from kinvert.checks import check_callback, has_values, plain
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.dtypes import explain
-from kinvert.engine.contract import check_coordinates, check_memory, check_plan, warn_if_rising_drowns
+from kinvert.engine.contract import check_coordinates, check_memory, check_plan, check_room, warn_if_rising_drowns
 from kinvert.engine.draws import noise_for
 from kinvert.engine.fused import fused_loop
 from kinvert.engine.step import Callback, Memory
@@ -94,6 +94,7 @@ def run_state(
     check_coordinates(plan, denoiser)
     state = {name: plain(value) for name, value in state.items()}
     x = state["x"]
+    check_room(x, plan)
     draw = noise_for(plan, noise, x)
     if torch.compiler.is_compiling():
         return _plain_loop(plan, denoiser, state, draw, callback)

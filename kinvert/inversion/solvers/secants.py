@@ -112,7 +112,7 @@ class Secants:
         denoiser = self.denoiser if every else self.whole.take(self.index[rows])
         moved, own = self.sketch(u) - self.sY[rows, k], self.rows(k)
         self.sY[rows, k] += moved
-        out = denoiser(u.to(self.dtype).reshape(-1, *self.shape), self.sigmas[k, : len(u)])
+        out = denoiser(u.to(self.dtype).reshape(-1, *self.shape), self.sigmas[k, : len(u)].clone())
         tiny = torch.finfo(self.dtype).tiny
         size = moved.norm(dim=1, keepdim=True).clamp(min=tiny)
         if slots is not None:
@@ -135,7 +135,7 @@ class Secants:
         denoiser, sigma = self.whole.take(self.index[rows]), self.sigmas[k, : len(rows)]
         total = torch.zeros_like(y)
         for weight, u in ((-2, y), (1, y + e), (1, y - e)):
-            out = denoiser(u.reshape(-1, *self.shape), sigma)
+            out = denoiser(u.reshape(-1, *self.shape), sigma.clone())
             total = total + weight * self._outputs(out)[0].flatten(1).to(total.dtype)
         return rms(total).to(length.dtype)
 
