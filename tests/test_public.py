@@ -90,7 +90,7 @@ PUBLIC = {
         patch_correlation psnr radial_spectrum reconstruction_metrics skew spectrum_slope ssim std
     """,
     "kinvert.models": """
-        NAMES EmbeddedDenoiser held_out load
+        NAMES EmbeddedDenoiser held_out load variants
     """,
     "kinvert.noise": """
         Brownian Clipped Noise NoiseFunction NoiseSource Replay White bind brownian clipped default_noise derived_seed
