@@ -53,7 +53,7 @@ def held_out(name: str) -> tuple[Tensor, Tensor]:
 
 
 def variants(name: str = "emoji") -> Tensor:
-    """Return the held-out pictures by what they show and by class: equal pictures but for the class.
+    """Return the held-out pictures by what they show and by class: equal pictures but for skin and hair.
 
     So `variants()[i, b]` is the true answer to the edit of `variants()[i, a]` from class a to class b.
 
