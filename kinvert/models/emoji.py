@@ -1,8 +1,8 @@
 """Read the pictures of Noto Emoji that the model "emoji" learns from.
 
 The npm package `emoji-datasource-google` holds them as 64x64 PNG files, with a table `emoji.json` that says what each
-shows. 323 pictures of people and hands come in the neutral yellow and in five skin tones. Hair goes with the tone in many
-of them; all else is equal. So an edit of the tone has a true answer. The tones are the classes. Two people in one
+shows. 323 pictures of people and hands come in the neutral yellow and in five skin tones. Hair goes with the tone in
+many of them; all else is equal. So an edit of the tone has a true answer. The tones are the classes. Two people in one
 picture have the same tone here.
 
 Each picture is put on white and reduced to 32x32. Some people and hands are held out in all their tones and genders.
