@@ -122,9 +122,9 @@ def draw(made: dict[str, Tensor], shown: tuple[int, ...]) -> None:
     rows = (
         ("picture", "the old tone", "picture"),
         ("truth", "the new tone", "truth"),
-        ("invert", "heun, cfg 1", "invert heun 0 1"),
-        ("unsample", "heun, cfg 1", "unsample heun 0 1"),
-        ("noise", "heun, cfg 1", "noise heun 4 1"),
+        ("invert", "euler", "invert euler 0 1"),
+        ("unsample", "heun", "unsample heun 0 1"),
+        ("noise", "heun, σ 1.7", "noise heun 6 1"),
     )
     page = Page(1.3 + 0.67 * len(shown) + 0.05, 0.1 + 0.7 * len(rows))
     for k, (name, how, key) in enumerate(rows):
