@@ -142,6 +142,7 @@ def run(settings: Settings, progress: bool = False) -> Demo:
     if not settings.samplers:
         raise ValueError(f"samplers must name at least one sampler, e.g. {','.join(SAMPLERS)}")
     device = check_device(settings.device)
+    classifier.check_judged(settings.model)
     denoiser = models.load(settings.model, dtype=getattr(torch, settings.dtype), device=device)
     images, labels = _pick(settings)
     levels = ki.levels.edm(denoiser.sigma_min, denoiser.sigma_max)

@@ -21,7 +21,7 @@ import kinvert as ki
 from kinvert import metrics
 from kinvert.edits import slerp
 from kinvert.models import EmbeddedDenoiser
-from kinvert.models.classifier import Classifier
+from kinvert.models.classifier import Classifier, check_judged
 from kinvert.models.classifier import load as load_classifier
 from kinvert.showing.brief import brief_repr
 
@@ -64,7 +64,7 @@ def edit(
     """Invert images with their labels, sample the latents with other labels, and measure the edits.
 
     Args:
-        denoiser: an embedded model, from `ki.models.load`.
+        denoiser: an embedded model that has a classifier, "digits" or "mnist", from `ki.models.load`.
         image: shape (batch, 1, H, W), in [-1, 1].
         label: the classes of the images, int64, shape (batch,).
         target: the classes to give them, int64, shape (batch,).
@@ -77,11 +77,12 @@ def edit(
         An `Edit`.
 
     Raises:
-        ValueError: an unknown method; as `change_class`, `ki.unsample` and `ki.invert`.
+        ValueError: an unknown method, or a model without a classifier; as `change_class`, `ki.unsample` and
+            `ki.invert`.
     """
     if method not in ("unsample", "invert"):
         raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
-    _check_target(target, image)
+    _check(denoiser, target, image)
     done = ki.edit(
         denoiser, image, sigmas, sampler=sampler, method=method, cfg=cfg, source={"label": label},
         target={"label": target}, negative={"label": torch.full_like(target, denoiser.null_label)},
@@ -112,9 +113,9 @@ def change_class(
         An `Edit`.
 
     Raises:
-        ValueError: the target does not have one class for each image; as `ki.sample`.
+        ValueError: the target does not have one class for each image, or the model has no classifier; as `ki.sample`.
     """
-    _check_target(target, image)
+    _check(denoiser, target, image)
     edited = ki.sample(
         denoiser, latent, sigmas, sampler=sampler, cfg=cfg, noise=noise, positive={"label": target},
         negative={"label": torch.full_like(target, denoiser.null_label)},
@@ -122,7 +123,8 @@ def change_class(
     return _measured(denoiser, latent, edited, image, target)
 
 
-def _check_target(target: Tensor, image: Tensor) -> None:
+def _check(denoiser: EmbeddedDenoiser, target: Tensor, image: Tensor) -> None:
+    check_judged(denoiser.name)
     if target.shape != image.shape[:1]:
         raise ValueError(f"target must be one class an image, shape ({len(image)},), got {tuple(target.shape)}")
 

@@ -22,6 +22,11 @@ def test_demo_takes_one_image_of_each_class_in_turn() -> None:
     assert len({image.numpy().tobytes() for image in outcome.images}) == 12
 
 
+def test_demo_needs_a_classifier() -> None:
+    with pytest.raises(ValueError, match="model 'emoji' has no classifier"):
+        demo.run(demo.Settings("emoji", ("euler",), steps=2, count=1))
+
+
 def test_picture_with_perfect_copy_and_long_name() -> None:
     outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=1, invert=False))
     trip = outcome.trips["euler"]

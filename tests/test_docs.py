@@ -233,6 +233,15 @@ def test_the_table_of_guidance_is_what_was_measured() -> None:
         assert shown in text, row
 
 
+def test_the_table_of_true_edits_is_what_was_measured() -> None:
+    text = (ROOT / "docs" / "editing.md").read_text()
+    for row in json.loads((ROOT / "benchmarks" / "results" / "true_edits.json").read_text())["rows"]:
+        error, closer = row["rms"], row["closer"]
+        low, high = error["interval"]
+        assert f" {error['mean']:.3f} ({low:.3f} to {high:.3f}) |" in text, row
+        assert row["method"] == "no edit" or f"| {closer['mean']:.0%}, {row['closer_far']:.0%}," in text, row
+
+
 def test_the_table_of_comfyui_is_what_was_measured() -> None:
     text = hook().on_page_markdown((ROOT / "docs" / "comfyui.md").read_text())
     assert "<!--" not in text

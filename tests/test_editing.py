@@ -82,6 +82,11 @@ def test_bad_edits() -> None:
         edit(denoiser, images, labels, labels, SIGMAS, method="wish")
     with pytest.raises(ValueError, match=r"target must be one class an image, shape \(2,\), got \(1,\)"):
         edit(denoiser, images, labels, labels[:1], SIGMAS)
+    colour, pictures = models.load("emoji"), models.held_out("emoji")[0][:2]
+    with pytest.raises(ValueError, match=r"model 'emoji' has no classifier; kinvert\.models\.variants has the true"):
+        edit(colour, pictures, labels, labels, SIGMAS)
+    with pytest.raises(ValueError, match="model 'emoji' has no classifier"):
+        change_class(colour, pictures, pictures, labels, SIGMAS)
 
 
 # -- walks -------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ PUBLIC = {
         tpr_at_fpr
     """,
     "kinvert.models": """
-        NAMES EmbeddedDenoiser held_out load
+        NAMES EmbeddedDenoiser held_out load variants
     """,
     "kinvert.noise": """
         Brownian Clipped Noise NoiseFunction NoiseSource Replay White bind brownian clipped default_noise derived_seed

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from kinvert.bench.problems import Problem, is_built_in, make_problem, on_device
 from kinvert.editing import change_class
 from kinvert.fidelity import is_image
 from kinvert.jobs import computing_with
-from kinvert.models import EmbeddedDenoiser
+from kinvert.models import EmbeddedDenoiser, classifier
 from kinvert.noise import derived_seed
 from kinvert.reference import ErrorSplit, solve_ode
 from kinvert.tensors import rms
@@ -235,13 +235,18 @@ def _metrics(cell: Cell, problem: Problem, run: CellRun) -> dict[str, list[float
         pair = run.result.double() / sigma, run.latent.double() / sigma
         values = {"mse": metrics.mse(*pair), "nmse_db": metrics.nmse(*pair), "max_error": metrics.max_error(*pair)}
     values |= metrics.latent_metrics(run.found.latent, sigma, run.image)
-    if cell.question == "reconstruction" and isinstance(problem.denoiser, EmbeddedDenoiser):
+    if cell.question == "reconstruction" and _is_judged(problem.denoiser):
         values |= _edit_metrics(problem.denoiser, problem.positive["label"], run)
     if not is_image(run.image, SSIM_WINDOW):
         values = {name: value for name, value in values.items() if name not in ("ssim", "edit_ssim")}
     if problem.exact:
         values |= _distances_to_truth(cell, run)
     return {name: value.tolist() for name, value in values.items()}
+
+
+def _is_judged(denoiser: Any) -> TypeGuard[EmbeddedDenoiser]:
+    """Return whether a classifier can tell how an edit went."""
+    return isinstance(denoiser, EmbeddedDenoiser) and denoiser.name in classifier.NAMES
 
 
 def _edit_metrics(denoiser: EmbeddedDenoiser, label: Tensor, run: CellRun) -> dict[str, Tensor]:

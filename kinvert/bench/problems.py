@@ -237,12 +237,13 @@ PROBLEMS: Registry[ProblemFunction] = Registry(
         "digits_exact": _digits_exact,
         "digits": _embedded("digits"),
         "mnist": _embedded("mnist"),
+        "emoji": _embedded("emoji"),
     },
     what="problems",
     place="bench.PROBLEMS",
 )
 """Name -> function. Add your own by `PROBLEMS["mine"] = function`."""
-_IMAGES_OF = {"digits_exact": "digits", "digits": "digits", "mnist": "mnist"}
+_IMAGES_OF = {"digits_exact": "digits", "digits": "digits", "mnist": "mnist", "emoji": "emoji"}
 
 
 def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

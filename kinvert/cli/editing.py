@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import kinvert as ki
-from kinvert import models
 from kinvert.bench import DTYPES
 from kinvert.bench.measurement import problem_of
 from kinvert.bench.problems import Problem, is_built_in
@@ -28,6 +27,7 @@ from kinvert.edits import METHODS
 from kinvert.folder import as_conditioning, read_states, try_conditioning
 from kinvert.folderback import image_name, write_images
 from kinvert.jobs import import_modules
+from kinvert.models import classifier
 from kinvert.pictures import IMAGES, image_files, read, write
 from kinvert.stops import keeping
 from kinvert.tasks import computing_with
@@ -194,7 +194,7 @@ def _places(source: Path, job: _Job) -> list[_Place]:
     places = []
     for path in image_files(source):
         states = read_states(path, job.problem)
-        if job.model in models.NAMES and float(states.mean()) > 0:
+        if job.model in classifier.NAMES and float(states.mean()) > 0:
             warn_user(f"{path} is mostly light, and the digits of {job.model!r} are light strokes on black; invert it")
         name = path.name if source.is_file() else path.relative_to(source).as_posix()
         places += [_Place(state, path, name, i) for i, state in enumerate(states)]

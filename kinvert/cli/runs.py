@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kinvert import bench, models
+from kinvert import bench
 from kinvert import demo as demos
 from kinvert.cli import completion
 from kinvert.cli.options import check_matplotlib, device, imports, pairs, parse_pairs, threads, workers
@@ -18,6 +18,7 @@ from kinvert.console import print_lines, print_notes, print_table
 from kinvert.folder import MANIFEST, invert_folder
 from kinvert.jobs import import_modules
 from kinvert.jsontext import to_json
+from kinvert.models import classifier
 
 __all__ = ["demo", "invert"]
 
@@ -29,7 +30,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.command()
 @click.option(
     "--model",
-    type=click.Choice(models.NAMES),
+    type=click.Choice(classifier.NAMES),
     default="mnist",
     help="Embedded denoiser; its images have 8x8 or 28x28 pixels.",
 )

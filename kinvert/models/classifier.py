@@ -1,4 +1,4 @@
-"""Which digit an image shows: a small classifier for each embedded model, to measure whether an edit worked.
+"""Which digit an image shows: a small classifier for each model of digits, to measure whether an edit worked.
 
 `load("digits")(images)` returns logits. The classifiers saw the images that the denoisers were trained on
 (`kinvert.models.train_classifier`), and none of `kinvert.models.held_out`; `data/NOTICE.md` says whose images these
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from kinvert.checks import check_choice
 from kinvert.models.stored import load_module
 
-__all__ = ["Architecture", "Classifier", "load"]
+__all__ = ["NAMES", "Architecture", "Classifier", "check_judged", "load"]
+
+NAMES = ("digits", "mnist")
+"""The models that have a classifier."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ class Classifier(nn.Module):
         return self.head(self.dropout(h.flatten(1)))
 
 
+def check_judged(name: str) -> None:
+    """Raise ValueError if a model has no classifier."""
+    if name == "emoji":
+        raise ValueError("model 'emoji' has no classifier; kinvert.models.variants has the true answers to its edits")
+    check_choice("model", name, NAMES)
+
+
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Classifier:
     """Return a trained classifier, in eval mode and with frozen parameters.
 
@@ -78,6 +89,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device 
         device: where the parameters go.
 
     Raises:
-        ValueError: an unknown name, or a dtype that is not floating point.
+        ValueError: an unknown name, "emoji", which has no classifier, or a dtype that is not floating point.
     """
+    check_judged(name)
     return load_module("classifiers", name, lambda sizes: Classifier(Architecture(**sizes)), dtype, device)

@@ -37,7 +37,7 @@ class Architecture:
 
     name: str
     shape: tuple[int, int, int]
-    """`(1, H, W)`."""
+    """`(channels, H, W)` of one image."""
     sigma_data: float
     channels: tuple[int, int]
     """Channels at full and at half resolution."""
@@ -99,7 +99,7 @@ class UNet(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         full, half = arch.channels
-        emb, pixels = arch.embedding, arch.patch**2
+        emb, pixels = arch.embedding, arch.shape[0] * arch.patch**2
         # Powers of two are exact in every dtype, and low ones keep D smooth in sigma.
         self.register_buffer("frequencies", 2.0 ** torch.arange(-1, 5))
         self.noise = nn.Linear(12, emb)
@@ -117,7 +117,7 @@ class UNet(nn.Module):
         self.head = _zeroed(nn.Conv2d(full, pixels, 3, padding=1))
 
     def forward(self, x: Tensor, noise: Tensor, label: Tensor) -> Tensor:
-        """Map an image (batch, 1, H, W), `ln(sigma) / 4` (batch,) and a label (batch,) to an image."""
+        """Map an image (batch, C, H, W), `ln(sigma) / 4` (batch,) and a label (batch,) to an image."""
         angles = noise[:, None] * self.frequencies
         e = self.noise(torch.cat((angles.cos(), angles.sin()), dim=1)) + self.label(label)
         e = silu(self.mix(silu(e)))
@@ -139,7 +139,7 @@ class EmbeddedDenoiser(nn.Module):
 
     Attributes:
         name: the data that it was trained on.
-        shape: `(1, H, W)` of one image.
+        shape: `(channels, H, W)` of one image.
         sigma_data, sigma_min, sigma_max: root mean square of the data, and the range of sigma to use it in.
         num_classes, null_label: labels are `0 .. num_classes - 1`; `null_label` stands for "no label".
     """
@@ -156,7 +156,7 @@ class EmbeddedDenoiser(nn.Module):
         """Denoise.
 
         Args:
-            x: `x0 + sigma * eps`, shape `(batch, 1, H, W)`, with `x0` in [-1, 1], in the model's dtype.
+            x: `x0 + sigma * eps`, shape `(batch, channels, H, W)`, with `x0` in [-1, 1], in the model's dtype.
             sigma: noise level, shape `(batch,)`. Outside [sigma_min / 2, 5 sigma_max] `F` is told the nearest end; at 0
                 the result is `x`.
             label: classes, int64, shape `(batch,)`, or one int for all; `null_label`, like `None`, means unconditional.

@@ -15,7 +15,7 @@ from kinvert.checks import check_choice
 
 __all__ = ["NAMES", "load_module", "read"]
 
-NAMES = ("digits", "mnist")
+NAMES = ("digits", "mnist", "emoji")
 """The models that come with the package."""
 
 _Module = TypeVar("_Module", bound=nn.Module)

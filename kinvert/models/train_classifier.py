@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def train(name: str, out: Path, seed: int = 0, iterations: int = 4000, held: int
     """Train and return a classifier; save it to `out/classifiers` and print its accuracy on held-out images."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
-    images, labels = recipe.read()
+    images, labels, _, _ = recipe.read()
     x = images.float() * (2 / recipe.maximum) - 1
     kept, test = split(labels, held)
     model = Classifier(ARCHITECTURES[name])
@@ -43,7 +43,7 @@ def train(name: str, out: Path, seed: int = 0, iterations: int = 4000, held: int
     for i in range(iterations):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (i + 1) / 100) * (1 + math.cos(math.pi * i / iterations)) / 2
         pick = kept[torch.randint(len(kept), (batch,))]
-        x0 = augmented(x[pick], share=0.8)
+        x0 = augmented(x[pick], replace(recipe, augment=0.8))
         x0 = x0 + 0.1 * torch.rand(batch, 1, 1, 1) * torch.randn_like(x0)
         loss = cross_entropy(model(x0), labels[pick], label_smoothing=0.02)
         optimizer.zero_grad()

@@ -121,6 +121,11 @@ def test_small_images_have_no_ssim(model: str, names: set[str]) -> None:
     assert {"ssim", "edit_ssim"} & found.keys() == names and "edit_mse" in found
 
 
+def test_pictures_in_colour_have_ssim_and_nobody_judges_their_edits() -> None:
+    found = measured(model="emoji", steps=1, count=1, dtype="float32")["metrics"]
+    assert "ssim" in found and not any(name.startswith("edit") for name in found)
+
+
 @pytest.mark.parametrize(
     "settings", [{"method": "invert"}, {"method": "extract_noise", "sampler": "euler_ancestral"}], ids=str
 )

@@ -20,7 +20,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", classifier.NAMES)
 def test_classifiers_know_images_they_never_saw(name: str) -> None:
     images, labels = models.held_out(name)
     model = classifier.load(name)
@@ -31,7 +31,7 @@ def test_classifiers_know_images_they_never_saw(name: str) -> None:
     assert (model(images + 0.1 * torch.randn_like(images)).argmax(1) == labels).sum().item() >= 38
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", classifier.NAMES)
 def test_classifiers_judge_samples_of_the_denoiser(name: str) -> None:
     denoiser, label = models.load(name), torch.arange(10)
     x = ki.sample(
@@ -58,6 +58,8 @@ def test_bad_calls_of_classifiers() -> None:
         classifier.load("digits", dtype=torch.int64)
     with pytest.raises(ValueError, match="unknown model 'cifar'; it must be one of digits, mnist"):
         classifier.load("cifar")
+    with pytest.raises(ValueError, match=r"'emoji' has no classifier; kinvert\.models\.variants has the true answers"):
+        classifier.load("emoji")
     model = classifier.load("digits")
     for images in (noise(1, 1, 8, 9, dtype=torch.float32), noise(1, 1, 8, 8)):
         with pytest.raises(ValueError, match=r"images must be torch.float32 of shape \(batch, 1, 8, 8\)"):

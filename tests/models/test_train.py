@@ -15,10 +15,9 @@ PACKAGE = Path(models.__file__).parent
 
 def test_training_repeats_itself_and_spares_the_held_out_images(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    from kinvert.models.train import RECIPES, split, train
+    from kinvert.models.train import RECIPES, train
 
-    _, labels = RECIPES["digits"].read()
-    kept, held = split(labels)
+    _, labels, kept, held = RECIPES["digits"].read()
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(len(labels)))
     for folder in ("first", "second"):
         train("digits", tmp_path / folder, seed=3, iterations=2)
