@@ -53,6 +53,10 @@ MAX_VALUES = 4096
 EXACT_TRACE = 256
 """Values of an event up to which the trace is summed exactly, if `probes` is None."""
 PROBES = 8
+NO_GRAPH = (
+    "the denoiser's result does not depend on x in its graph; it has to be differentiable: no torch.no_grad(), "
+    "inference mode or detach() inside"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,9 +238,16 @@ def _pieces(plan: Plan) -> list[Plan]:
 
 def _derivative(piece: Plan, bound: BoundDenoiser, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the derivative of a piece of a run, shape (batch, n, n), and the state after it."""
+
+    def watched(state: Tensor, sigma: Tensor) -> Any:
+        out: Any = bound(state, sigma)
+        if not (out.denoised if isinstance(out, Guided) else out).requires_grad:  # the state itself has a graph
+            raise ValueError(NO_GRAPH)
+        return out
+
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        end = run(piece, bound, leaf)
+        end = run(piece, watched, leaf)
         outputs = end.flatten(1)
         n = outputs.shape[1]
         rows = [_grad(outputs[:, j].sum(), leaf).flatten(1) for j in range(n)]
@@ -253,10 +264,7 @@ def _grad(value: Tensor, leaf: Tensor, v: Tensor | None = None) -> Tensor:
         (found,) = torch.autograd.grad(value, leaf, v, retain_graph=True, allow_unused=True)
         if found is not None:
             return found
-    raise ValueError(
-        "the denoiser's result does not depend on x in its graph; it has to be differentiable: no torch.no_grad(), "
-        "inference mode or detach() inside"
-    )
+    raise ValueError(NO_GRAPH)
 
 
 def _log_normal(z: Tensor, std: float) -> Tensor:
