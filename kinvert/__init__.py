@@ -25,6 +25,9 @@ from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
+from kinvert.density import LogProb as LogProb
+from kinvert.density import dequantize as dequantize
+from kinvert.density import log_prob as log_prob
 from kinvert.engine import Progress as Progress
 from kinvert.engine import Stepwise as Stepwise
 from kinvert.engine import graphs as graphs
@@ -57,6 +60,7 @@ __all__ = [
     "Denoiser",
     "Guided",
     "Inversion",
+    "LogProb",
     "Plan",
     "Progress",
     "RoundTrip",
@@ -69,6 +73,7 @@ __all__ = [
     "analysis",
     "compile_plan",
     "denoisers",
+    "dequantize",
     "extract_noise",
     "flow_sampler",
     "graphs",
@@ -77,6 +82,7 @@ __all__ = [
     "invert",
     "levels",
     "load",
+    "log_prob",
     "metrics",
     "models",
     "noise",

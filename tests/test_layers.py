@@ -48,7 +48,7 @@ LAYERS = [
     {"packing", "parts", "ready"},
     {"sampling"},
     {"inversion"},
-    {"roundtrip", "reference"},
+    {"roundtrip", "reference", "density"},
     {"loading"},
     {"plot"},
     {"models"},

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
 PUBLIC = {
     "kinvert": """
-        SAMPLERS SCHEDULES Denoiser Guided Inversion Plan Progress RoundTrip Rule Schedule Solving Stepwise Stop
-        __version__ analysis compile_plan denoisers extract_noise flow_sampler graphs guidance inversion invert levels
-        load metrics models noise pictures plot
+        SAMPLERS SCHEDULES Denoiser Guided Inversion LogProb Plan Progress RoundTrip Rule Schedule Solving Stepwise Stop
+        __version__ analysis compile_plan denoisers dequantize extract_noise flow_sampler graphs guidance inversion invert levels
+        load log_prob metrics models noise pictures plot
         round_trip rules run sample sampler schedule schedules stepwise unsample
     """,
     "kinvert.adapters.comfyui": """
