@@ -1,5 +1,5 @@
 # Three commands on a fresh machine with Python 3.11 or newer:
-#   make demo    unsample real images, sample them back, measure, draw (demo/)
+#   make demo    real images to noise and back, edited, measured, drawn (demo/)
 #   make bench   measure how well samplers run backwards, about a minute, and report (bench/, report/report.html)
 #   make test    lint, types and tests
 # Others: make test-slow, make docs, make clean; and to run everything in other surroundings, an hour or so each:
@@ -22,6 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/cli
 	$(BIN)/kinvert demo --out demo
+	@echo 'The command is $(BIN)/kinvert; . $(BIN)/activate puts it on the path.'
 
 bench: $(VENV)/cli
 	$(BIN)/kinvert bench --preset quick --workers 2 --out bench

@@ -28,6 +28,9 @@ from kinvert.denoisers import Guided as Guided
 from kinvert.density import LogProb as LogProb
 from kinvert.density import dequantize as dequantize
 from kinvert.density import log_prob as log_prob
+from kinvert.edits import Edited as Edited
+from kinvert.edits import edit as edit
+from kinvert.edits import slerp as slerp
 from kinvert.engine import Progress as Progress
 from kinvert.engine import Stepwise as Stepwise
 from kinvert.engine import graphs as graphs
@@ -58,6 +61,7 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULES",
     "Denoiser",
+    "Edited",
     "Guided",
     "Inversion",
     "LogProb",
@@ -74,6 +78,7 @@ __all__ = [
     "compile_plan",
     "denoisers",
     "dequantize",
+    "edit",
     "extract_noise",
     "flow_sampler",
     "graphs",
@@ -95,6 +100,7 @@ __all__ = [
     "sampler",
     "schedule",
     "schedules",
+    "slerp",
     "stepwise",
     "unsample",
 ]

@@ -107,7 +107,7 @@ def weak_order(
 ) -> float:
     r"""Measure the weak order of a sampler for data N(0, std^2): how fast the error of the variance falls with steps.
 
-    The error is `|Var x / (std^2 + sigma_N^2) - 1|` at the end of the schedule of Karras et al. from 10 to 0.1, computed
+    The error is `|Var x / (std^2 + sigma_N^2) - 1|` at the end of the Karras schedule from 10 to 0.1, computed
     without drawing anything, and the order is the slope of its logarithm. A weak order is that of expectations of
     the result; for a sampler without noise it is its order. It is an upper bound: it looks at one expectation.
 

@@ -13,7 +13,7 @@ import difflib
 import math
 import numbers
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, TypeGuard
 
 import torch
@@ -23,6 +23,7 @@ from kinvert.torch_hooks import is_fake
 
 __all__ = [
     "FLOATS",
+    "MOST_STEPS",
     "check_beside",
     "check_callback",
     "check_choice",
@@ -32,6 +33,7 @@ __all__ = [
     "check_dense",
     "check_finite",
     "check_integer",
+    "check_length",
     "check_number",
     "check_positive",
     "check_values",
@@ -48,6 +50,9 @@ __all__ = [
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of states."""
+
+MOST_STEPS = 1_000_000
+"""Steps of a schedule, at most: a Plan takes about a kilobyte for each, or more."""
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -136,6 +141,17 @@ def check_positive(name: str, value: object) -> float:
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
     return float(value)
+
+
+def check_length(name: str, values: object) -> None:
+    """Raise ValueError if a schedule has more than `MOST_STEPS` steps; its values are not read."""
+    shape = getattr(values, "shape", None)
+    steps = (math.prod(shape) if shape is not None else len(values) if isinstance(values, Sized) else 0) - 1
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"{name} must have at most {MOST_STEPS} steps, got {steps}; a Plan of so many would take "
+            f"{steps * 1e-6:,.0f} GB or more"
+        )
 
 
 def check_decreasing(name: str, values: Sequence[float], hint: str = "") -> None:

@@ -1,10 +1,11 @@
-r"""The demo: unsample images that an embedded denoiser never saw, sample them back, measure, draw.
+r"""The demo: take images that an embedded denoiser never saw to noise, sample them back, edit them, measure, draw.
 
-`run` computes, `Demo.table` returns the numbers, `draw` makes the picture and `save` writes all three files. The
-picture needs matplotlib: `pip install 'kinvert[cli]'`.
+`run` computes, `Demo.table` returns the numbers, `draw` makes the picture and `save` writes all files. The picture
+needs matplotlib: `pip install 'kinvert[cli]'`.
 
 Every sampler gets the schedule that a host would give it (`ki.schedule(..., sampler=name)`), the labels of the images
-as positive conditioning, and the null label as negative.
+as positive conditioning, and the null label as negative. One more row is exact: `EXACT`, inverted. Every latent is also
+sampled as the class five further on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from kinvert.devices import check_device
 from kinvert.files import write_file
 from kinvert.jobs import computing_with
 from kinvert.jsontext import to_json
+from kinvert.models import classifier
+from kinvert.pictures import write
 from kinvert.plot.page import SPACE, TILE, Page
 from kinvert.plot.style import GREY
 from kinvert.showing.brief import brief_repr
@@ -34,14 +37,21 @@ from kinvert.showing.thumbnails import round_up
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SAMPLERS", "Demo", "Settings", "draw", "run", "save"]
+__all__ = ["EDIT_CFG", "EXACT", "SAMPLERS", "Demo", "Settings", "draw", "run", "save"]
 
-SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m")
+SAMPLERS = ("euler", "heun", "dpm_2", "dpmpp_2m")
+EXACT = "euler"
+"""The sampler of the row "invert"."""
+EDIT_CFG = 2.0
+"""Guidance towards the new class."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a demo. `steps` is the number that was asked for; some schedules make another number of steps."""
+    """The settings of a demo. `steps` is the number that was asked for; some schedules make another number of steps.
+
+    `invert` is whether to invert exactly too; None does so without guidance, with which it may take minutes.
+    """
 
     model: str = "mnist"
     samplers: tuple[str, ...] = SAMPLERS
@@ -50,6 +60,7 @@ class Settings:
     cfg: float = 1.0
     count: int = 8
     normalize: bool = False
+    invert: bool | None = None
     dtype: Literal["float32", "float64"] = "float32"
     device: str = "cpu"
 
@@ -62,7 +73,8 @@ class Demo:
         settings: the settings of the demo.
         images: held-out images in [-1, 1], shape (count, 1, H, W).
         labels: their classes, shape (count,).
-        schedules, trips: by sampler, the noise levels and the measured round trip.
+        schedules, trips: by sampler, the noise levels and the measured round trip; "invert" is that of `EXACT`.
+        edited: the same latents sampled as `targets`, shape (count, 1, H, W) each.
     """
 
     settings: Settings
@@ -70,18 +82,33 @@ class Demo:
     labels: Tensor
     schedules: dict[str, Tensor]
     trips: dict[str, ki.RoundTrip]
+    edited: dict[str, Tensor]
 
     __repr__ = brief_repr
 
-    def table(self) -> list[dict[str, Any]]:
-        """Return a row for each sampler; errors and moments are means over the images, `max_error` is the largest.
+    @property
+    def targets(self) -> Tensor:
+        """The classes of the edits, shape (count,): each is five further on."""
+        return (self.labels + 5) % 10
 
-        `mse`, `psnr` (dB, a range of 2) and `max_error` compare the reconstruction with the image; `latent_mean` and
-        `latent_std` are of `latent / sigma`, 0 and 1 for pure noise.
+    @property
+    def example(self) -> int:
+        """The place of an image to edit by oneself: a three, if there is one."""
+        return [*self.labels.tolist(), 3].index(3) % len(self.labels)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a row for each trip; errors and moments are means over the images, `max_error` is the largest.
+
+        `method` is "unsample" or "invert"; `evaluations` are those of the round trip. `mse`, `psnr` (dB, a range of 2)
+        and `max_error` compare the reconstruction with the image; `latent_mean` and `latent_std` are of `latent /
+        sigma`, 0 and 1 for pure noise. `edits_took` is the number of edited images that the classifier of
+        `kinvert.models.classifier` reads as the new class.
         """
+        judge = classifier.load(self.settings.model, dtype=torch.float64)
         return [
             {
-                "sampler": name,
+                "sampler": EXACT if name == "invert" else name,
+                "method": "invert" if name == "invert" else "unsample",
                 "steps": len(self.schedules[name]) - 1,
                 "evaluations": trip.evaluations,
                 "mse": float(trip.mse.mean()),
@@ -90,6 +117,7 @@ class Demo:
                 "sigma": trip.sigma,
                 "latent_mean": float(trip.latent_mean.mean()),
                 "latent_std": float(trip.latent_std.mean()),
+                "edits_took": int((judge(self.edited[name].cpu().double()).argmax(1) == self.targets).sum()),
             }
             for name, trip in self.trips.items()
         ]
@@ -102,7 +130,7 @@ class Demo:
 
 @computing_with(1)  # the networks are so small that more threads are slower
 def run(settings: Settings, progress: bool = False) -> Demo:
-    """Unsample held-out images with each sampler and sample them back.
+    """Take held-out images to noise with each sampler, sample them back, and sample them as another class.
 
     Args:
         settings: what to do; the images are one of each class in turn.
@@ -121,22 +149,27 @@ def run(settings: Settings, progress: bool = False) -> Demo:
         name: ki.schedule(settings.schedule, settings.steps, levels, sampler=ki.sampler(name))
         for name in settings.samplers
     }
+    exact = settings.cfg == 1 if settings.invert is None else settings.invert
+    if exact and settings.steps > 1:
+        schedules["invert"] = ki.schedule(settings.schedule, settings.steps, levels, sampler=ki.sampler(EXACT))[:-1]
     x, label = images.to(device, getattr(torch, settings.dtype)), labels.to(device)
-    trips = {}
-    total = sum(2 * (len(sigmas) - 1) for sigmas in schedules.values())
+    null = {"label": torch.full_like(label, denoiser.null_label)}
+    demo = Demo(settings, images, labels, schedules, {}, {})
+    total = sum((2 if name == "invert" else 3) * (len(sigmas) - 1) for name, sigmas in schedules.items())
     with tqdm(total=total, unit="step", leave=False, disable=None if progress else True) as bar:
-
-        def advance(_: object) -> None:
-            bar.update()
-
+        shared: dict[str, Any] = {"negative": null, "callback": lambda _: bar.update()}
         for name, sigmas in schedules.items():
             bar.set_description(name)
-            trips[name] = ki.round_trip(
-                denoiser, x, sigmas, sampler=name, cfg=settings.cfg, normalize=settings.normalize,
-                positive={"label": label}, negative={"label": torch.full_like(label, denoiser.null_label)},
-                callback=advance,
+            shared["sampler"] = EXACT if name == "invert" else name
+            normalize = settings.normalize and name != "invert"
+            demo.trips[name] = trip = ki.round_trip(
+                denoiser, x, sigmas, method="invert" if name == "invert" else "unsample", normalize=normalize,
+                cfg=settings.cfg, positive={"label": label}, **shared,
             )  # fmt: skip
-    return Demo(settings, images, labels, schedules, trips)
+            latent = trip.latent * trip.sigma if normalize else trip.latent
+            target = {"label": demo.targets.to(device)}
+            demo.edited[name] = ki.sample(denoiser, latent, sigmas, cfg=EDIT_CFG, positive=target, **shared)
+    return demo
 
 
 def _pick(settings: Settings) -> tuple[Tensor, Tensor]:
@@ -151,19 +184,20 @@ def _pick(settings: Settings) -> tuple[Tensor, Tensor]:
 
 # -- files -------------------------------------------------------------------------------------------------------------
 def save(demo: Demo, folder: Path) -> dict[str, Path]:
-    """Write `demo-<model>.png`, `.npz` and `.json` to `folder`; a reader never sees half a file.
+    """Write `demo-<model>.png`, `.npz` and `.json`, and a digit to edit, to `folder`; a reader never sees half a file.
 
-    The npz holds `images`, `labels`, and for each sampler `<sampler>/latent` and `<sampler>/reconstruction` (count, 1,
-    H, W) and `<sampler>/sigmas`.
+    The npz holds `images`, `labels`, and for each trip `<name>/latent`, `<name>/reconstruction` and `<name>/edited`
+    (count, 1, H, W) and `<name>/sigmas`. The digit is `images[demo.example]`, as `kinvert edit` reads it.
 
     Returns:
-        The paths by suffix: "png", "npz", "json".
+        The paths: "png", "npz", "json", "digit".
     """
     arrays = {"images": demo.images, "labels": demo.labels}
     for name, trip in demo.trips.items():
         arrays |= {
             f"{name}/latent": trip.latent,
             f"{name}/reconstruction": trip.reconstruction,
+            f"{name}/edited": demo.edited[name],
             f"{name}/sigmas": demo.schedules[name],
         }
     numpy: dict[str, Any] = {key: value.cpu().numpy() for key, value in arrays.items()}
@@ -177,53 +211,58 @@ def save(demo: Demo, folder: Path) -> dict[str, Path]:
     paths = {suffix: folder / f"demo-{demo.settings.model}.{suffix}" for suffix in contents}
     for suffix, path in paths.items():
         write_file(path, contents[suffix])
+    paths["digit"] = folder / f"digit-{demo.settings.model}-{int(demo.labels[demo.example])}.png"
+    write(demo.images[demo.example], paths["digit"])
     return paths
 
 
 # -- picture -----------------------------------------------------------------------------------------------------------
-SHOWN = 5  # images in a row, so that they can still be seen on a page
+SHOWN = 4  # images in a row, so that they can still be seen on a page
 LINE = 0.71  # inches: from one row to the next
-LEFT, RIGHT, TOP, GAP = 1.4, 0.9, 0.84, 0.36  # inches: margins around, and the gap between, the three blocks of images
+LEFT, TOP, GAP = 1.4, 0.84, 0.36  # inches: margins around, and the gap between, the blocks of images
 
 
 def draw(demo: Demo) -> Figure:
-    """Draw the picture: a row for each sampler with latents, reconstructions and differences; the originals on top.
+    """Draw the picture: a row for each trip with latents, reconstructions, differences and edits; the originals on top.
 
-    It shows the first `SHOWN` images; its numbers are those of the table, over all images. The last column gives the
-    error `s` at which the colours of its row end; one pixel in a hundred lies beyond.
+    It shows the first `SHOWN` images; its numbers are those of the table, over all images. Below its title the third
+    block has the error `s` at which the colours of each row end; one pixel in a hundred lies beyond.
     """
     shown = min(SHOWN, len(demo.images))
     block = max(shown, 4) * (TILE + SPACE) - SPACE
     first = max(LEFT, 0.3 + 0.12 * max(map(len, demo.trips)))
-    page = Page(first + 3 * block + 2 * GAP + RIGHT, TOP + (1 + len(demo.trips)) * LINE + 0.25)
-    lefts = [first + k * (block + GAP) for k in range(3)]
+    page = Page(first + 4 * block + 3 * GAP + 0.12, TOP + (1 + len(demo.trips)) * LINE + 0.25)
+    lefts = [first + k * (block + GAP) for k in range(4)]
     latents = "latent" if demo.settings.normalize else "latent / sigma"
-    for left, title in zip(lefts, (latents, "sampled back", "difference"), strict=True):
+    digits = ", ".join(str(int(label)) for label in demo.targets[:shown])
+    for left, title in zip(lefts, (latents, "sampled back", "difference", f"edited: {digits}"), strict=True):
         page.text(left, 0.62, title, fontsize=13, weight="bold")
     page.text(0.12, 0.22, _headline(demo.settings), color=GREY)
-    page.scale(lefts[0], TOP + 0.14, "gray", "-3", "3")
+    page.scale(lefts[0], TOP + 0.14, "gray_r", "-3", "3")
     page.scale(lefts[2], TOP + 0.14, "RdBu_r", "-s", "s")
+    page.scale(lefts[3], TOP + 0.14, "gray_r", "-1", "1, ink")
     page.text(lefts[1] - 0.1, TOP + TILE / 2, "original", ha="right", fontsize=12)
     images = demo.images[:shown].double()
-    page.tiles(lefts[1], TOP, images, 1.0, "gray_r")
-    for i, row in enumerate(demo.table(), start=1):
+    page.tiles(lefts[1], TOP, images, 1.0)
+    for i, (row, (name, trip)) in enumerate(zip(demo.table(), demo.trips.items(), strict=True), start=1):
         top = TOP + i * LINE + 0.15
-        trip = demo.trips[row["sampler"]]
         latent, back = trip.latent[:shown].cpu().double(), trip.reconstruction[:shown].cpu().double()
         limit = round_up(float((back - images).abs().quantile(0.99)))
-        page.text(0.12, top + 0.08, row["sampler"], fontsize=13, weight="bold")
+        page.text(0.12, top + 0.08, name, fontsize=13, weight="bold")
         page.text(0.12, top + 0.3, f"{row['psnr']:.1f} dB", fontsize=12)
         page.text(0.12, top + 0.5, f"{row['evaluations']} evaluations", color=GREY)
-        page.tiles(lefts[0], top, latent if demo.settings.normalize else latent / trip.sigma, 3.0, "gray")
-        page.tiles(lefts[1], top, back, 1.0, "gray_r")
+        normalized = demo.settings.normalize and name != "invert"
+        page.tiles(lefts[0], top, latent if normalized else latent / trip.sigma, 3.0)
+        page.tiles(lefts[1], top, back, 1.0)
         page.tiles(lefts[2], top, back - images, limit, "RdBu_r")
-        page.text(lefts[2] + shown * (TILE + SPACE) + 0.03, top + TILE / 2, f"s = {limit:g}", color=GREY)
+        page.text(lefts[2] + block, top + TILE + 0.075, f"s = {limit:.2g}", color=GREY, ha="right", fontsize=8)
+        page.tiles(lefts[3], top, demo.edited[name][:shown].cpu(), 1.0)
     return page.whole
 
 
 def _headline(settings: Settings) -> str:
     latents = ", latents normalized" if settings.normalize else ""
     return (
-        f"{settings.model}: images that the denoiser never saw, unsampled and sampled back, "
-        f"{settings.steps} steps each way ({settings.schedule}, cfg {settings.cfg:g}{latents})"
+        f"{settings.model}: images that the denoiser never saw, to noise and back in {settings.steps} steps each way "
+        f"({settings.schedule}, cfg {settings.cfg:g}{latents}), and edited"
     )

@@ -1,10 +1,13 @@
-"""What a device can do, found once by trying: its name would say nothing about the next model or version."""
+"""What a device can do, found by trying: its name would say nothing about the next model or version."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
-__all__ = ["available", "check_device", "has_float64", "widest"]
+__all__ = ["available", "check_device", "has_float64", "memory_limit", "widest"]
 
 _FLOAT64: dict[torch.device, bool] = {}
 
@@ -47,6 +50,21 @@ def has_float64(device: torch.device) -> bool:
         except (TypeError, RuntimeError):
             _FLOAT64[device] = False
     return _FLOAT64[device]
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that all processes of this machine, or of this container, may take together, with swap.
+
+    None if that is not known: on systems that do not tell it as Linux does.
+    """
+    limits: list[int] = []
+    with suppress(OSError, ValueError, KeyError):
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        sizes = {words[0]: int(words[1]) * 1024 for words in lines}
+        limits.append(sizes["MemTotal:"] + sizes["SwapTotal:"])
+    with suppress(OSError, ValueError):  # "max" if there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)
 
 
 def widest(device: torch.device) -> torch.dtype:

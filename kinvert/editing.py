@@ -1,17 +1,12 @@
-r"""Edit images through their latents: change the class of an image, and walk between latents.
+r"""Measures of edits: whether the class of an image changed and how much of it stayed, and walks between latents.
 
 An exact inversion can return a latent that samples back to its image but is of no other use. Two tests show it:
 
 * *Edits*: invert an image with its label, and sample the latent with another label. A small classifier tells whether
   the edit took; MSE and SSIM tell how much of the image stayed. Only both together mean something: a latent that
   forgot the image takes every edit, and a latent that ignores the label keeps everything.
-* *Walks*: between latents u and v at the angle w, `slerp(u, v, t) = (sin((1 - t) w) u + sin(t w) v) / sin w` keeps the
-  norm that noise is likely to have; a straight line does not. *Self-interpolation* walks from the true latent of a
-  sample to the recovered one, and measures whether all points on the way give the same image.
-
-Source: Shoemake, Animating Rotation with Quaternion Curves (1985), doi 10.1145/325165.325242 (slerp).
-Source: Hertz, Mokady, Tenenbaum, Aberman, Pritch and Cohen-Or, Prompt-to-Prompt Image Editing with Cross Attention
-Control (2022), arXiv 2208.01626 (another condition for sampling than for inversion).
+* *Walks*: *self-interpolation* walks by `slerp` from the true latent of a sample to the recovered one, and measures
+  whether all points on the way give the same image.
 """
 
 from __future__ import annotations
@@ -24,11 +19,11 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import metrics
+from kinvert.edits import slerp
 from kinvert.models import EmbeddedDenoiser
 from kinvert.models.classifier import Classifier
 from kinvert.models.classifier import load as load_classifier
 from kinvert.showing.brief import brief_repr
-from kinvert.tensors import wide_dtype
 
 __all__ = ["Edit", "change_class", "edit", "edit_metrics", "lpips", "self_interpolation", "slerp"]
 
@@ -75,8 +70,7 @@ def edit(
         target: the classes to give them, int64, shape (batch,).
         sigmas: the sampling schedule, decreasing; for "invert" it ends above 0.
         sampler: the sampler of both directions.
-        method: how to go up, without guidance: "unsample" or "invert". If the sampler is algebraically reversible, the
-            latent is sampled without its auxiliary state.
+        method: how to go up, without guidance: "unsample" or "invert".
         cfg: guidance towards the new class on the way down.
 
     Returns:
@@ -87,12 +81,12 @@ def edit(
     """
     if method not in ("unsample", "invert"):
         raise ValueError(f"method must be 'unsample' or 'invert', got {method!r}")
-    up: dict[str, Any] = {"sampler": sampler, "positive": {"label": label}}
-    if method == "invert":
-        latent = ki.invert(denoiser, image, sigmas, **up).latent
-    else:
-        latent = ki.unsample(denoiser, image, sigmas, **up)
-    return change_class(denoiser, latent, image, target, sigmas, sampler=sampler, cfg=cfg)
+    _check_target(target, image)
+    done = ki.edit(
+        denoiser, image, sigmas, sampler=sampler, method=method, cfg=cfg, source={"label": label},
+        target={"label": target}, negative={"label": torch.full_like(target, denoiser.null_label)},
+    )  # fmt: skip
+    return _measured(denoiser, done.latent, done.image, image, target)
 
 
 def change_class(
@@ -120,12 +114,20 @@ def change_class(
     Raises:
         ValueError: the target does not have one class for each image; as `ki.sample`.
     """
-    if target.shape != image.shape[:1]:
-        raise ValueError(f"target must be one class an image, shape ({len(image)},), got {tuple(target.shape)}")
+    _check_target(target, image)
     edited = ki.sample(
         denoiser, latent, sigmas, sampler=sampler, cfg=cfg, noise=noise, positive={"label": target},
         negative={"label": torch.full_like(target, denoiser.null_label)},
     )  # fmt: skip
+    return _measured(denoiser, latent, edited, image, target)
+
+
+def _check_target(target: Tensor, image: Tensor) -> None:
+    if target.shape != image.shape[:1]:
+        raise ValueError(f"target must be one class an image, shape ({len(image)},), got {tuple(target.shape)}")
+
+
+def _measured(denoiser: EmbeddedDenoiser, latent: Tensor, edited: Tensor, image: Tensor, target: Tensor) -> Edit:
     classifier = load_classifier(denoiser.name, dtype=edited.dtype, device=edited.device)
     return Edit(latent, edited, edit_metrics(edited, image, target, classifier))
 
@@ -151,36 +153,6 @@ def edit_metrics(edited: Tensor, image: Tensor, target: Tensor, classifier: Clas
         "edit_mse": metrics.mse(edited, image),
         "edit_ssim": metrics.ssim(edited, image),
     }
-
-
-def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
-    """Interpolate spherically from `a` (t = 0) to `b` (t = 1), each sample by its own angle.
-
-    The angle is the one between the samples as vectors. Their norms are interpolated too.
-
-    Args:
-        a: shape (batch, *event).
-        b: the same shape.
-        t: a number, or one number for each sample, shape (batch,).
-
-    Raises:
-        ValueError: the shapes differ; two samples point in opposite directions, so that many great circles are
-            shortest; a sample is 0 and has no direction.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be equal, (batch, *event)")
-    flat = [x.reshape(len(x), -1).to(wide_dtype(x.dtype)) for x in (a, b)]
-    u, v = (x / x.norm(dim=1, keepdim=True) for x in flat)
-    # Half angles by differences: the arc cosine loses half the digits near 0 and pi.
-    angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
-    if bad := (~(angle < torch.pi - 1e-4)).nonzero().flatten().tolist():
-        raise ValueError(f"a and b must not be 0 nor point in opposite directions, as samples {bad} do")
-    t = torch.as_tensor(t, dtype=angle.dtype, device=angle.device).expand(len(a))
-    same = angle == 0
-    sine = torch.where(same, 1.0, angle.sin())
-    first = torch.where(same, 1 - t, ((1 - t) * angle).sin() / sine)
-    second = torch.where(same, t, (t * angle).sin() / sine)
-    return (first[:, None] * flat[0] + second[:, None] * flat[1]).reshape(a.shape).to(a.dtype)
 
 
 def self_interpolation(

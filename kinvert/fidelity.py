@@ -151,6 +151,6 @@ def check_images(name: str, x: Tensor, side: int) -> None:
 
 def _window(side: int) -> Tensor:
     size = min(11, side - 1 + side % 2)
-    offsets = torch.arange(size, dtype=torch.float64) - size // 2
+    offsets = torch.arange(size, dtype=torch.float64, device="cpu") - size // 2
     weights = torch.exp(-0.5 * (offsets / (1.5 * size / 11)) ** 2)
     return weights / weights.sum()

@@ -2,10 +2,10 @@
 
 Files are taken in the order of their names, `shard_size` at a time. A shard's latents go to `<key>.safetensors`
 ("latents", "memory/<name>" and "noises/<i>" if they belong to the latents, and the settings, the sampler and the rows),
-then its rows to `<key>.json`, which
-marks it as done. The key is a hash of the settings and of the names and contents of its files. When all shards are
-done, their rows make `manifest.jsonl`: file, index in the file, shard, row in the shard, converged, round_trip_error,
-evaluations and threads.
+then its rows to `<key>.json`, which marks it as done, with the length and the checksum of the latents: a shard that is
+damaged or gone is computed again. The key is a hash of the settings and of the names and contents of its files. When
+all shards are done, their rows make `manifest.jsonl`: file, index in the file, shard, row in the shard, converged,
+round_trip_error, evaluations and threads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -27,15 +28,17 @@ from kinvert.bench.methods import ITERATING, MethodResult, apply_method, restore
 from kinvert.bench.problems import Problem
 from kinvert.bench.runner import check_threads
 from kinvert.checks import is_integer
-from kinvert.files import write_file
-from kinvert.jobs import UnfinishedError, is_done, run_tasks
+from kinvert.files import make_folder, write_file
+from kinvert.jobs import UnfinishedError, is_done, kept_in, run_tasks
 from kinvert.jsontext import canonical_json, content_key
 from kinvert.packing import to_tree
 from kinvert.pictures import IMAGES, TENSORS, image_files, pillow, read
-from kinvert.records import write_tree
+from kinvert.records import header_of, tree_bytes
+from kinvert.resultfiles import check_data, read_result, set_aside, write_result
+from kinvert.telling import warn_user
 from kinvert.tensors import rms
 
-__all__ = ["MANIFEST", "SETTINGS", "Shard", "as_conditioning", "invert_folder", "try_conditioning"]
+__all__ = ["MANIFEST", "SETTINGS", "Shard", "as_conditioning", "invert_folder", "read_states", "try_conditioning"]
 
 LATENTS = tuple(ending for ending in TENSORS if ending != ".latent")  # in the unit of a VAE that is not known here
 MANIFEST, SETTINGS = "manifest.jsonl", "settings.json"
@@ -75,7 +78,10 @@ class Shard:
     def run(self, folder: Path) -> None:
         """Invert the files, and write the latents, then the rows."""
         problem = problem_of(self.cell.model, 1, 0, self.cell.dtype, self.cell.device)
-        batches = [_read(self.source / name, problem) for name, _ in self.files]
+        for name, digest in self.files:
+            if _digest(self.source / name) != digest:
+                raise ValueError(f"{name} was changed since the run began; the same command takes it as it is now")
+        batches = [read_states(self.source / name, problem) for name, _ in self.files]
         x = torch.cat(batches).to(problem.images)
         positive = as_conditioning(dict(self.positive), x.device)
         negative = as_conditioning(dict(self.negative), x.device) or None
@@ -95,8 +101,24 @@ class Shard:
             "sampler": to_tree(found.sampler or setup.sampler),
             "rows": rows,
         }
-        write_tree(folder / f"{self.key}.safetensors", "shard", tree)
-        write_file(folder / f"{self.key}.json", (canonical_json({"key": self.key, "rows": rows}) + "\n").encode())
+        write_result(folder, self.key, {"key": self.key, "rows": rows}, tree_bytes("shard", tree))
+
+    def check(self, folder: Path) -> None:
+        """Raise ValueError if the rows or the latents are damaged."""
+        self.rows(folder)
+        check_data(folder / f"{self.key}.safetensors", read_result(folder / f"{self.key}.json"))
+
+    def rows(self, folder: Path) -> list[dict[str, Any]]:
+        """Read the rows that `run` wrote.
+
+        Raises:
+            ValueError: they are damaged, or those of other files.
+        """
+        record = read_result(folder / f"{self.key}.json")
+        rows: list[dict[str, Any]] = record.get("rows", [])
+        if record.get("key") != self.key or {row["file"] for row in rows} != {name for name, _ in self.files}:
+            raise ValueError("its rows are those of other files")
+        return rows
 
     def _rows(self, lengths: list[int], found: MethodResult, errors: list[float]) -> list[dict[str, Any]]:
         places = [(name, i) for (name, _), length in zip(self.files, lengths, strict=True) for i in range(length)]
@@ -178,8 +200,9 @@ def invert_folder(
     run_tasks(shards, folder, workers=workers, threads=threads, imports=imports, progress=progress, unit="shard")
     if not all(is_done(folder, shard.key) for shard in shards):
         return []
-    rows = [row for shard in shards for row in json.loads((folder / f"{shard.key}.json").read_text())["rows"]]
-    write_file(folder / MANIFEST, "".join(canonical_json(row) + "\n" for row in rows).encode())
+    rows = [row for shard in shards for row in shard.rows(folder)]
+    with kept_in(folder, shards, "shard"):
+        write_file(folder / MANIFEST, "".join(canonical_json(row) + "\n" for row in rows).encode())
     if unread:
         raise UnfinishedError(complaint)
     return rows
@@ -190,11 +213,16 @@ def _readable_files(source: Path, folder: Path, problem: Problem) -> tuple[list[
     files, unread = [], []
     for path in _files(source, folder):
         try:
-            _read(path, problem)
-            files.append((path.relative_to(source).as_posix(), sha256(path.read_bytes()).hexdigest()[:16]))
-        except ValueError as error:
-            unread.append(f"  {error}")
+            read_states(path, problem)
+            files.append((path.relative_to(source).as_posix(), _digest(path)))
+        except Exception as error:  # whatever a reader raises costs this file alone
+            said = str(error) or type(error).__name__
+            unread.append(f"  {said}" if str(path) in said else f"  cannot read {path}: {said}")
     return files, unread
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _files(source: Path, folder: Path) -> list[Path]:
@@ -212,21 +240,51 @@ def _files(source: Path, folder: Path) -> list[Path]:
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of the latents to the folder; refuse a folder whose latents have other settings."""
-    path = folder / SETTINGS
-    if not path.exists() or not any(folder.glob("*.safetensors")):
+    now = json.loads(canonical_json(settings))
+    before = _recall_settings(folder)
+    if before is None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(path, (canonical_json(settings) + "\n").encode())
+            make_folder(folder)
+            write_file(folder / SETTINGS, (canonical_json(settings) + "\n").encode())
         except OSError as error:
             raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
-    before = json.loads(path.read_text())
-    now = json.loads(canonical_json(settings))
+        return
     for key in before | now:
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"{str(folder)!r} holds latents that were made with {key}={before.get(key)!r}, got {now.get(key)!r}; "
                 "choose another folder"
             )
+
+
+def _recall_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the latents that a folder holds; None if there are none, or nobody knows.
+
+    They are in a file of their own. If that is damaged, those that a shard has are taken.
+
+    Warns:
+        RuntimeWarning: the file is damaged, and set aside.
+    """
+    path, shards = folder / SETTINGS, sorted(folder.glob("*.safetensors"))
+    if not shards:
+        return None
+    if path.exists():
+        try:
+            found = json.loads(path.read_bytes())
+            if isinstance(found, dict):
+                return found
+            why = f"it holds {type(found).__name__}"
+        except (OSError, ValueError, RecursionError) as error:
+            why = str(error)
+        warn_user(f"{path} is damaged ({why}); it is set aside as {set_aside(path)}, and written again")
+    for shard in shards:
+        with suppress(ValueError, KeyError, TypeError):
+            header = header_of(shard)
+            if header is not None and header.kind == "shard":
+                settings: dict[str, Any] = header.content["settings"]
+                write_file(path, (canonical_json(settings) + "\n").encode())
+                return settings
+    return None
 
 
 def _check_conditioning(name: str, values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -255,8 +313,12 @@ def try_conditioning(problem: Problem, name: str, values: tuple[tuple[str, Any],
         raise ValueError(f"the model does not take {name} {given}: {type(error).__name__}: {error}") from error
 
 
-def _read(path: Path, problem: Problem) -> Tensor:
-    """Read the images or latents of a file, shape (n, *event)."""
+def read_states(path: Path, problem: Problem) -> Tensor:
+    """Return the images or latents of a file, shape (n, *event).
+
+    Raises:
+        ValueError: a file that cannot be read, or that is none of this problem, with its name.
+    """
     event = tuple(problem.images.shape[1:])
     channels = None
     if path.suffix.lower() in IMAGES:

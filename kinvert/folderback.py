@@ -24,10 +24,12 @@ from kinvert.folder import SETTINGS, as_conditioning, try_conditioning
 from kinvert.packing import from_tree, moved
 from kinvert.pictures import write
 from kinvert.records import check_kind, header_of, known_entries, read_tree
+from kinvert.resultfiles import check_data, read_result
 from kinvert.rules import Rule
 
 __all__ = ["StoredShard", "find_shards", "image_name", "open_shard", "sample_shards", "write_images"]
 
+FIX = "the `kinvert invert` that wrote it computes it again"
 ENTRIES = {"latents": True, "memory": False, "noises": False, "settings": True, "sampler": False, "rows": True}
 
 
@@ -69,12 +71,29 @@ def find_shards(source: Path | str) -> list[Path]:
     return sorted(found, key=lambda path: str(_rows_beside(path)[0]["file"]))
 
 
+def _record_beside(path: Path) -> dict[str, Any]:
+    """Read the record of a shard."""
+    place = path.with_suffix(".json")
+    try:
+        record = read_result(place)
+        _ = record["rows"][0]["file"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"cannot read {str(place)!r}: it is damaged, {error}; {FIX}") from error
+    return record
+
+
 def open_shard(path: Path) -> StoredShard:
     """Read a shard.
 
     Raises:
         ValueError: another file; a file that is damaged.
     """
+    if path.with_suffix(".json").is_file():
+        record = _record_beside(path)
+        try:
+            check_data(path, record)
+        except ValueError as error:
+            raise ValueError(f"cannot read {str(path)!r}: {error}; {FIX}") from error
     header = header_of(path)
     if header is None:
         return _of_version_0(path)
@@ -109,7 +128,7 @@ def _of_version_0(path: Path) -> StoredShard:
 
 
 def _rows_beside(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(path.with_suffix(".json").read_text())["rows"]
+    rows: list[dict[str, Any]] = _record_beside(path)["rows"]
     return rows
 
 

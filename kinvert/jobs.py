@@ -18,7 +18,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kinvert.checks import is_integer
+from kinvert.files import is_without_room, make_folder, remove_leftovers
 from kinvert.stops import keeping, raising_stops
 from kinvert.tasks import (
     Failure,
@@ -36,10 +38,11 @@ from kinvert.tasks import (
     do_tasks,
     import_modules,
     is_done,
+    undone,
 )
 from kinvert.workers import do_in_processes
 
-__all__ = ["Task", "UnfinishedError", "computing_with", "import_modules", "is_done", "run_tasks", "submit"]
+__all__ = ["Task", "UnfinishedError", "computing_with", "import_modules", "is_done", "kept_in", "run_tasks", "submit"]
 
 
 def run_tasks(
@@ -52,7 +55,7 @@ def run_tasks(
     progress: bool = False,
     unit: str = "cell",
 ) -> None:
-    """Do the tasks that are not done yet.
+    """Do the tasks that are not done yet. A result that is damaged is not done: it is told of, and computed again.
 
     Ctrl-C raises `Stopped`, a KeyboardInterrupt that says how many are kept.
 
@@ -68,7 +71,10 @@ def run_tasks(
 
     Raises:
         ValueError: workers is not a positive int, or more than 1 under torchrun; the folder cannot be written.
-        UnfinishedError: tasks failed, or processes ended early.
+        UnfinishedError: tasks failed, or processes ended early; no room is left on the disk, with what is kept.
+
+    Warns:
+        RuntimeWarning: damaged results.
     """
     rank, world = _place_in_group()
     if not is_integer(workers) or workers < 1:
@@ -76,32 +82,49 @@ def run_tasks(
     if workers > 1 and world > 1:
         raise ValueError(f"workers must be 1 under torchrun, which started {world} processes, got {workers}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another folder") from error
     import_modules(imports)
+
+    # Shares go by position, not by what is left: the other processes may have begun already.
+    mine, shown = tasks[rank::world], progress and rank == 0
+    with raising_stops(signal.SIGINT), kept_in(folder, tasks, unit):
+        left = undone(mine, folder)
+        with tqdm(total=len(mine), initial=len(mine) - len(left), unit=unit, disable=None if shown else True) as bar:
+            if workers > 1:
+                # The share of threads does not depend on what is left, so that a resumed run has the same number.
+                each = threads or max(1, torch.get_num_threads() // workers)
+                failures = do_in_processes(left, folder, workers=workers, threads=each, imports=imports, bar=bar)
+            else:
+                failures = _do_here(left, folder, threads, bar)
+    if failures:
+        raise UnfinishedError(complaint(failures, len(tasks)))
+
+
+@contextmanager
+def kept_in(folder: Path, tasks: Sequence[Task], unit: str) -> Iterator[None]:
+    """Let a stop and a full disk in this context say how many results are kept, and delete what killed processes left.
+
+    Raises:
+        Stopped: for a KeyboardInterrupt.
+        UnfinishedError: no room is left on the disk.
+    """
 
     def kept() -> str:
         found = sum(is_done(folder, task.key) for task in tasks)
         return f"{found} of {len(tasks)} {unit}s are kept in {folder}; the same command goes on"
 
-    # Shares go by position, not by what is left: the other processes may have begun already.
-    mine = tasks[rank::world]
-    left = [task for task in mine if not is_done(folder, task.key)]
-    shown = progress and rank == 0
-    with (
-        raising_stops(signal.SIGINT),
-        keeping(kept),
-        tqdm(total=len(mine), initial=len(mine) - len(left), unit=unit, disable=None if shown else True) as bar,
-    ):
-        if workers > 1:
-            # The share of threads does not depend on what is left, so that a resumed run computes with the same number.
-            each = threads or max(1, torch.get_num_threads() // workers)
-            failures = do_in_processes(left, folder, workers=workers, threads=each, imports=imports, bar=bar)
-        else:
-            failures = _do_here(left, folder, threads, bar)
-    if failures:
-        raise UnfinishedError(complaint(failures, len(tasks)))
+    remove_leftovers(folder)
+    try:
+        with keeping(kept):
+            yield
+    except Exception as error:
+        if not is_without_room(error):
+            raise
+        raise UnfinishedError(f"no room is left on the disk: {kept()} once there is some ({error})") from error
+    finally:
+        remove_leftovers(folder)
 
 
 def submit(
@@ -167,7 +190,7 @@ def _do_here(tasks: Sequence[Task], folder: Path, threads: int | None, bar: tqdm
 def _serve(tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int | None) -> None:
     """Do tasks in a job of Slurm, which ends with the failures as its message."""
     import_modules(imports)
-    left = [task for task in tasks if not is_done(folder, task.key)]
+    left = undone(tasks, folder)
     failures = [failure for failure in do_tasks(left, folder, threads) if failure is not None]
     if failures:
         sys.exit(complaint(failures, len(tasks)))

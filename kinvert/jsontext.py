@@ -31,8 +31,15 @@ def canonical_json(data: Any) -> str:
 
 
 def from_canonical_json(text: str | bytes) -> Any:
-    """Return the data that `canonical_json` wrote; the strings "inf", "-inf" and "nan" become floats."""
-    return _restore_floats(json.loads(text))
+    """Return the data that `canonical_json` wrote; the strings "inf", "-inf" and "nan" become floats.
+
+    Raises:
+        ValueError: it is no JSON: the bare words NaN and Infinity, which Python writes, are none.
+    """
+    try:
+        return _restore_floats(json.loads(text, parse_constant=_refuse))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def content_key(content: Any) -> str:
@@ -42,6 +49,10 @@ def content_key(content: Any) -> str:
         ValueError: a number in `content` is not finite.
     """
     return hashlib.sha256(_compact(content).encode()).hexdigest()[:16]
+
+
+def _refuse(word: str) -> float:
+    raise ValueError(f"the word {word} is no JSON")
 
 
 def _compact(data: Any) -> str:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from kinvert._moved import moved_names
-from kinvert.checks import check_number
+from kinvert.checks import check_choice, check_integer, check_number
 from kinvert.flowtimes import FlowTimes
 from kinvert.levelbase import INFINITE_SIGMA, Levels, as_array, log_uniform, widen
 from kinvert.timetables import TableLevels, VDiffusionLevels, from_table, v_diffusion
@@ -56,6 +56,7 @@ __all__ = [
     "from_alphas_cumprod",
     "from_betas",
     "from_table",
+    "resolution_mu",
     "stable_diffusion",
     "v_diffusion",
     "ve_to_flow",
@@ -273,12 +274,39 @@ def flow(shift: float = 1.0, multiplier: float = 1000.0) -> FlowLevels:
 def flux(mu: float = 1.15) -> FlowLevels:
     """Return Flux levels: s(t) = e^mu / (e^mu + 1/t - 1), i.e. the shift e^mu; 10000 levels, time t = s.
 
-    mu is linear in the number of tokens (16 x 16 pixels each): 0.5 at 256 tokens and 1.15 at 4096.
+    mu is linear in the number of tokens (16 x 16 pixels each): 0.5 at 256 tokens and 1.15 at 4096; see `resolution_mu`.
 
     Raises:
         ValueError: mu is not finite.
     """
     return _flow_levels(math.exp(check_number("mu", mu)), 1.0, 10000)
+
+
+def resolution_mu(model: str, tokens: int, steps: int | None = None) -> float:
+    """Return the `mu` of `flux` for the resolution of an image or a video, as its model's own pipeline has it.
+
+    Args:
+        model: "flux": a line through 0.5 at 256 tokens and 1.15 at 4096. "ltxv" (LTX-Video): a line through 0.95 at
+            1024 and 2.05 at 4096. "flux2": `m_10 = 8.73809524e-5 tokens + 1.89833333` at 10 steps, `m_200 = 1.6927e-4
+            tokens + 0.45666666` at 200, and linear in the steps; `m_200` for more than 4300 tokens.
+        tokens: patches of the image: 16 x 16 pixels each for Flux; frames times height times width of the latent for
+            LTX-Video.
+        steps: number of steps, for "flux2".
+
+    Raises:
+        ValueError: an unknown model, or "flux2" without steps.
+    """
+    check_choice("model", model, ("flux", "flux2", "ltxv"))
+    tokens = check_integer("tokens", tokens, fix="pass e.g. 4096")
+    if model != "flux2":
+        (low, first), (high, last) = {"flux": ((256, 0.5), (4096, 1.15)), "ltxv": ((1024, 0.95), (4096, 2.05))}[model]
+        return first + (last - first) * (tokens - low) / (high - low)
+    if steps is None:
+        raise ValueError("flux2 needs the number of steps: resolution_mu('flux2', tokens, steps=20)")
+    few, many = 8.73809524e-5 * tokens + 1.89833333, 1.6927e-4 * tokens + 0.45666666
+    if tokens > 4300:
+        return many
+    return few + (many - few) * (check_integer("steps", steps, fix="pass e.g. 20") - 10) / 190
 
 
 def _flow_levels(shift: float, multiplier: float, count: int) -> FlowLevels:

@@ -19,12 +19,12 @@ from torch.nn.functional import pad
 
 from kinvert.devices import has_float64, widest
 
-__all__ = ["PIECE", "Sketch", "combine", "combine_wide", "gram", "ridged", "singular_values", "solve"]
+__all__ = ["LEAST", "PIECE", "Sketch", "combine", "combine_wide", "gram", "ridged", "singular_values", "solve"]
 
 PIECE = 2**16
 """Columns that a product takes at once, so that its intermediate results stay small beside the rows."""
 FEW, LEAST = 4, 256
-"""Rows that the intermediate results of `combine_wide` take, and the columns that it takes at least at once."""
+"""Rows that the intermediate results of `combine_wide` take, and the columns that are taken at least at once."""
 SKETCH = 509
 """Numbers in a sketch; a prime."""
 
@@ -79,7 +79,7 @@ class Sketch:
         m = like.numel()
         self.size, self.more, self.signs = min(m, SKETCH), -m % SKETCH, None
         if m > SKETCH:
-            signs = torch.randint(2, (m,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+            signs = torch.randint(2, (m,), generator=torch.Generator().manual_seed(0), dtype=torch.int8, device="cpu")
             self.signs = (2 * signs - 1).to(like.device)
 
     def __call__(self, values: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def ks(z: Tensor, per: Per = "sample") -> Tensor:
     """
     values = _values(z, per).sort(-1).values
     n = values.shape[-1]
-    below, rank = torch.special.ndtr(values), torch.arange(n + 1, dtype=torch.float64) / n
+    below, rank = torch.special.ndtr(values), torch.arange(n + 1, dtype=torch.float64, device="cpu") / n
     return torch.maximum(rank[1:] - below, below - rank[:-1]).amax(-1)
 
 
@@ -106,7 +106,7 @@ def anderson(z: Tensor, per: Per = "sample") -> Tensor:
     values = _values(z, per).sort(-1).values
     n = values.shape[-1]
     tails = torch.special.log_ndtr(values) + torch.special.log_ndtr(-values.flip(-1))
-    return -n - ((2 * torch.arange(n, dtype=torch.float64) + 1) * tails).sum(-1) / n
+    return -n - ((2 * torch.arange(n, dtype=torch.float64, device="cpu") + 1) * tails).sum(-1) / n
 
 
 def dagostino(z: Tensor, per: Per = "sample") -> Tensor:
@@ -126,7 +126,7 @@ def dagostino(z: Tensor, per: Per = "sample") -> Tensor:
     values = _values(z, per)
     if values.shape[-1] < 20:
         raise ValueError(f"dagostino needs at least 20 values per {per}, got {values.shape[-1]}")
-    statistic = torch.full(values.shape[:-1], math.nan, dtype=torch.float64)
+    statistic = torch.full(values.shape[:-1], math.nan, dtype=torch.float64, device="cpu")
     varied = _central_moments(values)[0] > 0  # scipy warns about the others
     statistic[varied] = torch.from_numpy(normaltest(values[varied].numpy(), axis=-1).statistic)
     return statistic
@@ -179,7 +179,7 @@ def patch_correlation(z: Tensor, patch: int | None = None, pairs: int = 20) -> T
     if not is_integer(patch) or not 2 <= patch <= side:
         raise ValueError(f"patch must be an int from 2 to {side}, the shorter side of z, got {patch!r}")
     values = torch.where(_flat(z)[:, None, None, None], math.nan, _values(z, "sample").reshape(z.shape))
-    upper = torch.triu_indices(patch**2, patch**2, offset=1)
+    upper = torch.triu_indices(patch**2, patch**2, offset=1, device="cpu")
     strongest = []
     for sample in values:  # one at a time: the windows hold each pixel patch^2 times
         windows = sample.unfold(1, patch, 1).unfold(2, patch, 1).reshape(-1, patch**2)
@@ -233,7 +233,7 @@ def radial_spectrum(z: Tensor) -> tuple[Tensor, Tensor]:
     count = min(z.shape[2:]) // 2
     totals = spectrum.new_zeros(len(z), count + 2).index_add(1, rings, spectrum)
     power = totals / torch.bincount(rings, minlength=count + 2)
-    return torch.arange(1, count + 1, dtype=torch.float64) / min(z.shape[2:]), power[:, 1:-1]
+    return torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / min(z.shape[2:]), power[:, 1:-1]
 
 
 def spectrum_slope(z: Tensor) -> Tensor:
@@ -321,5 +321,5 @@ def _rings(z: Tensor) -> Tensor:
     """Return the ring of each frequency of `fft2`, shape (H * W,): ring 0 is the mean, the last one the corners."""
     check_images("z", z, 4)
     side = min(z.shape[2:])
-    y, x = (torch.fft.fftfreq(n, dtype=torch.float64) for n in z.shape[2:])
+    y, x = (torch.fft.fftfreq(n, dtype=torch.float64, device="cpu") for n in z.shape[2:])
     return (torch.hypot(y[:, None], x) * side).round().long().clamp(max=side // 2 + 1).flatten()

@@ -8,7 +8,6 @@ state, without sampling and without any error but rounding.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -16,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kinvert.analysis import brownian_covariance
+from kinvert.caches import sized_cache
 from kinvert.coordinates import Coordinates, flow_sampler
 from kinvert.forms import Form
-from kinvert.plan import Plan
+from kinvert.plan import KEPT, Plan, plan_size
 from kinvert.rules import Flow
 
 __all__ = ["Moments", "check_flow_spread", "check_kept", "gaussian_law", "gaussian_moments"]
@@ -88,8 +88,8 @@ def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
     Warns:
         RuntimeWarning: a rule in flow time without `Flow` diverges.
     """
-    what = None if plan is None or coordinates == "ve" else _fault(plan)
-    if plan is None or what is None:
+    what = "" if plan is None or coordinates == "ve" else _fault(plan)
+    if plan is None or not what:
         return
     name, high = plan.rule.name, max(plan.sigmas)
     fix = (
@@ -105,16 +105,16 @@ def check_flow_spread(plan: Plan | None, coordinates: Coordinates) -> None:
     raise ValueError(f"{name} through Flow {what}: its steps are in sigma = t / (1 - t), up to {sigma:.3g}; {fix}")
 
 
-@functools.lru_cache(maxsize=128)
-def _fault(plan: Plan) -> str | None:
-    """Describe the result of a Plan in flow time for Gaussian data N(1, 1), or return None if it follows their law."""
+@sized_cache(KEPT, lambda _, plan: plan_size(plan))
+def _fault(plan: Plan) -> str:
+    """Describe the result of a Plan in flow time for Gaussian data N(1, 1); return "" if it follows their law."""
     wanted = gaussian_law(plan.sigmas[-1], 1.0, coordinates="flow")
     found = gaussian_moments(plan, 1.0, coordinates="flow")
     if found.std > 2.0 * wanted.std:
         return f"makes unit Gaussian data {found.std / wanted.std:.3g} times too wide on this schedule"
     if abs(found.mean - wanted.mean) > wanted.std:
         return f"moves the mean of Gaussian data from {wanted.mean:.3g} to {found.mean:.3g} on this schedule"
-    return None
+    return ""
 
 
 def check_kept(plan: Plan | None, coordinates: Coordinates) -> None:

@@ -174,7 +174,7 @@ def brownian(seed: int | Sequence[int] | None = None, depth: int | None = None) 
 
 def _as_seed(seed: Any) -> Seed:
     if seed is None:
-        drawn = torch.randint(2**63 - 1, ())
+        drawn = torch.randint(2**63 - 1, (), device="cpu")
         return int(drawn.item()) if has_values(drawn) else 0  # no value if every new tensor is fake or on meta
     many = not isinstance(seed, str) and isinstance(seed, Sequence | np.ndarray) and np.ndim(seed) == 1
     seeds = tuple(seed) if many else (seed,)

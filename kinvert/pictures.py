@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kinvert.checks import describe
-from kinvert.files import write_file
+from kinvert.checks import check_dense, check_values, describe
+from kinvert.files import make_folder, write_file
 from kinvert.telling import warn_user
 
 __all__ = ["IMAGES", "TENSORS", "image_files", "open_image", "pillow", "read", "save_image", "write"]
@@ -55,7 +55,8 @@ def image_files(source: Path | str, endings: Sequence[str] = IMAGES) -> list[Pat
         return [source]
     if not source.is_dir():
         raise ValueError(f"there is no file or folder {str(source)!r}")
-    found = [path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix.lower() in endings]
+    named = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in endings]
+    found = [path for path in named if path.is_file() or not path.exists()]  # a link to nowhere cannot be read
     if not found:
         what = "images" if tuple(endings) == IMAGES else "images or latents"
         raise ValueError(f"there are no {what} in {str(source)!r}; it takes {', '.join(endings)}")
@@ -89,11 +90,14 @@ def read(path: Path | str, *, channels: int | None = None, dtype: torch.dtype | 
         return _pixels(path, channels).to(dtype or torch.float32)
     try:
         found = _tensor(path)
+        found = found.to(dtype or found.dtype)
+        check_values("the tensor", found, "it is to be read")
+        check_dense("the tensor", found)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever the readers raise
-        raise ValueError(f"cannot read {path}: {error}") from error
-    return found.to(dtype or found.dtype)
+        raise ValueError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
+    return found.detach()
 
 
 def open_image(path: Path | str, mode: str | None = "RGB") -> Any:
@@ -122,8 +126,8 @@ def open_image(path: Path | str, mode: str | None = "RGB") -> Any:
             lost += ["its transparency"] if _is_transparent(turned) else []
             given = "L" if turned.mode in ("1", "L", "LA") else "RGB"
             colours = turned.convert(given)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # whatever the reader of a format raises
+        raise ValueError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
     result = colours.convert(mode or given)
     if result.mode == "L" and given == "RGB" and not np.array_equal(np.array(result.convert("RGB")), np.array(colours)):
         lost += ["its colours"]
@@ -244,7 +248,7 @@ def _bytes_of(x: Tensor, path: Path) -> bytes | Callable[[BinaryIO], Any]:
     if ending == ".latent":
         if x.ndim < 3:
             raise ValueError(f"a latent of ComfyUI has the shape (batch, channels, ...), got {tuple(x.shape)}")
-        return save({SAMPLES: x, MARK: torch.empty(0)})
+        return save({SAMPLES: x, MARK: torch.empty(0, device="cpu")})
     if ending == ".pt":
         return lambda file: torch.save(x.clone(), file)
     if x.dtype == torch.bfloat16:
@@ -259,7 +263,7 @@ def _bytes_of(x: Tensor, path: Path) -> bytes | Callable[[BinaryIO], Any]:
 
 def _put(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_file(path, content)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot write {str(path)!r}: {getattr(error, 'strerror', None) or error}") from error

@@ -17,16 +17,18 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kinvert._moved import renamed
-from kinvert.checks import describe
+from kinvert.caches import sized_cache
+from kinvert.checks import MOST_STEPS, check_length, describe
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.plancard import plan_card, plan_line
 from kinvert.rules import sampler as resolve_sampler
 from kinvert.rules.base import Rule, StepBuilder
+from kinvert.rules.identity import code_of
 from kinvert.showing.brief import never_fails
 from kinvert.showing.html import html_never_fails
 
@@ -40,6 +42,10 @@ __all__ = [
     "compile_plan",
     "compile_step",
 ]
+
+
+KEPT = 2**24
+"""Bytes of Plans that are cached."""
 
 
 class Interval(NamedTuple):
@@ -86,11 +92,15 @@ class Step:
     x: Form
     memory: tuple[tuple[str, Form], ...] = ()
 
+    @property
+    def rows(self) -> list[Form]:
+        """All rows: the inputs of the evaluations, the new x, and the remembered values."""
+        return [*(stage.input for stage in self.stages), self.x, *(form for _, form in self.memory)]
+
     @functools.cached_property
     def reads(self) -> frozenset[str]:
         """The names of the values of the old state, including x, that the step depends on."""
-        rows = [*(stage.input for stage in self.stages), self.x, *(form for _, form in self.memory)]
-        return frozenset(str(symbol.key) for row in rows for symbol, _ in row if symbol.kind == "state")
+        return frozenset(str(symbol.key) for row in self.rows for symbol, _ in row if symbol.kind == "state")
 
     @property
     def forgets_x(self) -> bool:
@@ -232,38 +242,39 @@ def compile_plan(sampler: str | Rule, sigmas: Any) -> Plan:
             or sequence on any device. The first must be positive, the last may be 0.
 
     Returns:
-        The Plan; equal arguments give the same, cached object.
+        The Plan. For samplers of kinvert equal arguments give the same, cached object. A rule of your own is compiled
+        at every call, because its code may have changed, or what its code depends on.
 
     Raises:
         ValueError: a schedule that is not strictly monotone, not finite or too short; a step that the rule cannot make.
         TypeError: sigmas that are not numbers, or a rule that is not linear.
     """
     rule = resolve_sampler(sampler)
-    coordinates = None
+    coordinates: Literal["flow"] | None = None
     if getattr(sigmas, "coordinates", None) == "flow":
         from kinvert.coordinates import flow_sampler  # here, because it tries rules by compiling them
 
         rule, coordinates = flow_sampler(rule), "flow"
-    return _compile(rule, _identity(rule), as_schedule(sigmas), coordinates)
+    schedule, code = as_schedule(sigmas), code_of(rule)
+    return _compile(rule, schedule, coordinates) if code is None else _compiled(rule, schedule, coordinates, code)
 
 
-def _identity(rule: Rule) -> tuple[object, ...]:
-    """Return the part of the cache key in which equal rules can differ: their names and their code.
-
-    Equal rules may carry different public names, and each Plan reports its own. A notebook may define a class again
-    with other code.
-    """
-    methods = [value for cls in type(rule).__mro__ for value in vars(cls).values()]
-    code = tuple([f.__code__ for method in methods if hasattr(f := getattr(method, "fget", method), "__code__")])
-    values = [getattr(rule, f.name) for f in fields(rule)]
-    return rule.name, code, *[_identity(value) for value in values if isinstance(value, Rule)]
+def plan_size(plan: Plan) -> int:
+    """Estimate the memory of a Plan, in bytes, from measurements of ten samplers."""
+    rows = [row for step in plan.steps for row in step.rows]
+    return 128 * (sum(map(len, rows)) + 2 * len(rows) + 2 * len(plan.steps))
 
 
-@functools.lru_cache(maxsize=128)
-def _compile(
-    rule: Rule, identity: tuple[object, ...], sigmas: tuple[float, ...], coordinates: Literal["flow"] | None
+@sized_cache(KEPT, lambda plan, *_: plan_size(plan))
+def _compiled(
+    rule: Rule, sigmas: tuple[float, ...], coordinates: Literal["flow"] | None, code: tuple[object, ...]
 ) -> Plan:
-    """Compile a rule; `identity` is part of the cache key only."""
+    """Compile a rule; `code` is part of the cache key only."""
+    return _compile(rule, sigmas, coordinates)
+
+
+def _compile(rule: Rule, sigmas: tuple[float, ...], coordinates: Literal["flow"] | None) -> Plan:
+    """Compile a rule."""
     rule, sigmas = rule.prepare(sigmas)
     auxiliary = tuple(name for name, _ in compile_auxiliary(rule, sigmas[0]).memory)
     steps = []
@@ -361,6 +372,7 @@ def _rename(form: Form, names: dict[Symbol, Symbol]) -> Form:
 
 def as_schedule(sigmas: Any) -> tuple[float, ...]:
     """Check a schedule and return it as floats on the host; see `compile_plan`."""
+    check_length("sigmas", sigmas)
     try:
         values = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
     except (RuntimeError, NotImplementedError, AttributeError):  # the last is torch 2.4 for a fake tensor
@@ -370,7 +382,8 @@ def as_schedule(sigmas: Any) -> tuple[float, ...]:
         ) from None
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"sigmas must be a 1-D sequence of noise levels, got {describe(sigmas)}")
-    values = list(values)
+    values = list(itertools.islice(values, MOST_STEPS + 2))  # a generator may never end
+    check_length("sigmas", values)
     try:
         levels = tuple(_number(v) for v in values)
     except (TypeError, ValueError, RuntimeError):

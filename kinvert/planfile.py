@@ -19,7 +19,7 @@ from kinvert.checks import is_number, unknown
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.plan import Interval, Plan, Stage, Step
 from kinvert.records import known_entries
-from kinvert.rules import SAMPLERS, Rule, Tableau
+from kinvert.rules import SAMPLERS, PhiTableau, Rule, Tableau
 from kinvert.rules.base import options_of
 
 __all__ = ["plan_of", "plan_tree", "rule_of", "rule_tree"]
@@ -47,6 +47,8 @@ def _option_tree(value: Any) -> Any:
     if isinstance(value, Tableau):
         rows = [[str(c) for c in row] for row in value.a]
         return {"name": value.name, "order": value.order, "a": rows, "b": [str(c) for c in value.b]}
+    if isinstance(value, PhiTableau):
+        return {"name": value.name, "order": value.order, "phi": value.rows}
     return value if value is None or isinstance(value, (bool, str)) or is_number(value) else repr(value)
 
 
@@ -103,6 +105,8 @@ def _option_of(value: Any, what: str) -> Any:
         return value
     if "class" in value:
         return rule_of(value, what)
+    if "phi" in value:
+        return PhiTableau(value["name"], value["order"], value["phi"])
     rows = tuple(tuple(map(Fraction, row)) for row in value["a"])
     return Tableau(value["name"], value["order"], rows, tuple(map(Fraction, value["b"])))
 

@@ -15,6 +15,7 @@ it does not know; a file with a newer major version is an error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -29,27 +30,33 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kinvert.checks import check_dense, check_values, is_integer, is_number, plain
-from kinvert.files import write_file
+from kinvert.files import make_folder, write_file
 from kinvert.flowtimes import FlowTimes
 from kinvert.telling import warn_user
 
 __all__ = [
     "KEY",
     "VERSION",
+    "DamagedError",
     "Header",
     "Tagged",
     "check_kind",
     "header_of",
     "known_entries",
     "read_tree",
+    "tree_bytes",
     "write_json",
     "write_tree",
 ]
 
-KEY = "kinvert"
+KEY, SEAL = "kinvert", "sha256"
 VERSION = (1, 0)
 """The version that this kinvert writes."""
 _FORMATS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
+
+
+class DamagedError(ValueError):
+    """A file is cut off, or has other content than was written."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,14 @@ class Header:
         version: of the file, (major, minor).
         versions: of the programs that wrote it, by name.
         content: the tree as JSON has it.
+        checksum: of the content and the tensors; None in a JSON file, which may be edited.
     """
 
     kind: str
     version: tuple[int, int]
     versions: Mapping[str, str]
     content: Any
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,15 @@ def write_tree(path: Path | str, kind: str, tree: Any) -> None:
         TypeError: something in the tree that a file cannot hold, with its place.
         ValueError: the file cannot be written.
     """
+    _put(path, tree_bytes(kind, tree))
+
+
+def tree_bytes(kind: str, tree: Any) -> bytes:
+    """Return the content of the file that `write_tree` writes; equal trees give equal bytes."""
     packer = _Packer()
     content = packer.pack(tree, ())
-    _put(path, save(packer.tensors, {KEY: _json_text(kind, content), "format": "pt"}))
+    text = _json_text(kind, content, {SEAL: _checksum(content, packer.tensors)})
+    return save(packer.tensors, {KEY: text})  # of one entry, because safetensors writes several in any order
 
 
 def write_json(path: Path | str, kind: str, tree: Any) -> None:
@@ -100,7 +115,7 @@ def write_json(path: Path | str, kind: str, tree: Any) -> None:
     content = packer.pack(tree, ())
     if packer.tensors:
         raise TypeError(f"a JSON file holds no tensors, and {next(iter(packer.tensors))} is one")
-    _put(path, (_json_text(kind, content, indent=1) + "\n").encode())
+    _put(path, (_json_text(kind, content, {}, indent=1) + "\n").encode())
 
 
 def _put(path: Path | str, contents: bytes) -> None:
@@ -111,26 +126,36 @@ def _put(path: Path | str, contents: bytes) -> None:
     """
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_file(path, contents)
     except OSError as error:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
 
 
-def _json_text(kind: str, content: Any, indent: int | None = None) -> str:
+def _json_text(kind: str, content: Any, more: Mapping[str, str], indent: int | None = None) -> str:
     """Return a packed tree with its header as JSON; floats are written so that they are read back exactly."""
     from kinvert import __version__  # here, because the package is not imported whole when this module is
 
     versions = {KEY: __version__, "torch": torch.__version__}
-    head = {"kind": kind, "version": list(VERSION), "versions": versions, "content": content}
+    head = {"kind": kind, "version": list(VERSION), "versions": versions, **more, "content": content}
     return json.dumps(head, allow_nan=False, indent=indent, ensure_ascii=False)
+
+
+def _checksum(content: Any, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a packed tree and of its tensors, which are on the CPU."""
+    found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def header_of(path: Path | str) -> Header | None:
     """Return what a file of kinvert says of itself, or None for a safetensors or JSON file of another program.
 
     Raises:
-        ValueError: the file is missing, damaged, or neither safetensors nor JSON; a newer major version.
+        ValueError: the file is missing, damaged (a `DamagedError`), or neither safetensors nor JSON; a newer major
+            version.
     """
     path = Path(path)
     try:
@@ -142,7 +167,7 @@ def header_of(path: Path | str) -> Header | None:
     except OSError as error:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise DamagedError(
             f"cannot read {str(path)!r}: it is no safetensors file, or it is damaged or cut off ({error})"
         ) from error
     return None if text is None else _parsed(path, text)
@@ -159,7 +184,7 @@ def _parsed(path: Path, text: str) -> Header | None:
     try:
         head = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"cannot read {str(path)!r}: its JSON is damaged or cut off ({error})") from error
+        raise DamagedError(f"cannot read {str(path)!r}: its JSON is damaged or cut off ({error})") from error
     if not isinstance(head, dict) or not {"kind", "version", "content"} <= head.keys():
         return None
     version = head["version"]
@@ -171,26 +196,30 @@ def _parsed(path: Path, text: str) -> Header | None:
             f"{str(path)!r} has the file version {version[0]}.{version[1]}, made by kinvert {versions.get(KEY, '?')}, "
             f"and this kinvert reads up to {VERSION[0]}: pip install -U kinvert"
         )
-    return Header(str(head["kind"]), (version[0], version[1]), versions, head["content"])
+    return Header(str(head["kind"]), (version[0], version[1]), versions, head["content"], head.get(SEAL))
 
 
 def read_tree(path: Path | str, header: Header) -> Any:
     """Return the tree of a file, with its tensors on the CPU.
 
     Raises:
-        ValueError: a tensor of the tree is missing, or the file is damaged.
+        ValueError: a tensor of the tree is missing, or the file is damaged (a `DamagedError`).
     """
     path, tensors = Path(path), dict[str, Tensor]()
     try:
         if not _is_json(path):
             with safe_open(path, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
+    except SafetensorError as error:
+        raise DamagedError(f"cannot read {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    if header.checksum is not None and header.checksum != _checksum(header.content, tensors):
+        raise DamagedError(f"cannot read {str(path)!r}: it is damaged, its checksum is that of other content")
     try:
         return _unpack(header.content, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: it is damaged, {type(error).__name__}: {error}") from error
+        raise DamagedError(f"cannot read {str(path)!r}: it is damaged, {type(error).__name__}: {error}") from error
 
 
 def check_kind(path: Path | str, header: Header | None, kind: str) -> Header:

@@ -22,10 +22,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_beside, check_decreasing, check_finite, check_integer, check_number, has_values, plain
+from kinvert.checks import check_decreasing, check_integer, check_number, has_values
 from kinvert.coordinates import settle
 from kinvert.denoisers import Cfg, Denoiser, Masked, guide, refuse_history, step_cfg
 from kinvert.engine import Callback
+from kinvert.engine.binding import kept_outside
 from kinvert.engine.contract import check_state, rounding, warn_if_drowned
 from kinvert.moments import check_flow_spread, check_kept
 from kinvert.noise import Noise
@@ -54,27 +55,36 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def without_graph(verb: Callable[P, R]) -> Callable[P, R]:
+def without_graph(instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a verb run without gradients; it warns, with the way to get gradients, if x requires them."""
 
-    @functools.wraps(verb)
-    def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
-        x = args[1] if len(args) > 1 else kwargs.get("x")
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            warnings.warn(
-                f"x requires grad, but {verb.__name__} keeps no graph: for gradients use "
-                "ki.run(ki.compile_plan(sampler, sigmas), denoiser, x), with ki.denoisers.guide for the conditioning; "
-                "else pass x.detach()",
-                UserWarning,
-                stacklevel=2,
-            )
-        with torch.no_grad():
-            return verb(*args, **kwargs)
+    def wrap(verb: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(verb)
+        def run_verb(*args: P.args, **kwargs: P.kwargs) -> R:
+            x = args[1] if len(args) > 1 else kwargs.get("x")
+            if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+                warnings.warn(
+                    f"x requires grad, but {verb.__name__} keeps no graph: for gradients use {instead}; else pass "
+                    "x.detach()",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            with torch.no_grad():
+                return verb(*args, **kwargs)
 
-    return run_verb
+        return run_verb
+
+    return wrap
 
 
-@without_graph
+RUN = "ki.run(ki.compile_plan(sampler, sigmas), denoiser, x), which takes cfg, positive, negative and mask too"
+RUN_UP = (
+    "ki.run(ki.compile_plan(sampler, sigmas.flip(0)), denoiser, x), for sigmas that end above 0, which takes cfg, "
+    "positive, negative and mask too"
+)
+
+
+@without_graph(RUN)
 def sample(
     denoiser: Denoiser,
     x: Tensor,
@@ -95,7 +105,8 @@ def sample(
 ) -> Tensor:
     """Sample: run a sampler down a schedule, from `x` at noise level `sigmas[0]` to `sigmas[-1]`.
 
-    The result keeps no graph; `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x)` is differentiable.
+    The result keeps no graph. `ki.run(ki.compile_plan(sampler, sigmas), denoiser, x, ...)` is the differentiable way,
+    with `noise`, `cfg`, `positive`, `negative` and the mask as here.
 
     Args:
         denoiser: `denoiser(x, sigma, **conditioning) -> denoised`; sigma has shape (batch,).
@@ -146,20 +157,11 @@ def sample(
     scales = step_cfg(cfg, schedule)
     guided = guide(denoiser, scales, positive, negative, pair=job.is_guided, batch=len(x), coordinates=coordinates)
     denoise = in_parts(guided, x, max_batch, graph)
-    if mask is not None:
-        if latent is None:
-            raise ValueError("mask was given without latent; pass the clean latent that the kept region shows")
-        latent = _like_x("latent", latent, x)
-        signal = latent if coordinates == "ve" else (1 - schedule[0]) * latent
-        kept = _mask_noise(mask_noise, x, signal, schedule[0])  # of x itself, wherever the sampler starts
-        denoise = Masked(denoise, mask, latent, noise=kept, coordinates=coordinates)
-    elif latent is not None or mask_noise is not None:
-        name = "mask_noise" if latent is None else "latent"
-        raise ValueError(f"{name} was given without mask; pass the mask of what to sample, or leave {name} out")
+    denoise = kept_outside(denoise, x, schedule[0], coordinates, mask, latent, mask_noise)
     return job.run_checked(denoise, x, noise, job.with_bar(callback, "sample") if progress else callback)
 
 
-@without_graph
+@without_graph(RUN_UP)
 def unsample(
     denoiser: Denoiser,
     x: Tensor,
@@ -185,7 +187,7 @@ def unsample(
     entry (so that it starts above 0), and the last `end_at_step` steps are dropped. Sample the result back with
     `sample(denoiser, latent, sigmas[end_at_step:], ...)`. In flow time the offset is left out where it would exceed
     t = 1, which is a level like any other; if it is more than the node's 1e-4, x is scaled to the time at which the run
-    starts, `x_t = (1 - t) x`. The result keeps no graph, see `sample`.
+    starts, `x_t = (1 - t) x`. The result keeps no graph; `ki.run` with a Plan of a rising schedule is differentiable.
 
     Args:
         denoiser, cfg, positive, negative, callback, progress, max_batch, graph: as in `sample`.
@@ -320,28 +322,6 @@ def _check_keeps_last(rule: Rule, rising: tuple[float, ...]) -> None:
             f"{rule.name} discards its last step on a schedule that does not end in 0, so its latent would belong to "
             f"sigma {rising[-2]:g}; use ki.sampler({rule.name!r}, eta=0), which keeps it"
         )
-
-
-def _like_x(name: str, value: Any, x: Tensor) -> Tensor:
-    """Return `value`, a finite floating point tensor of x's shape, as a plain tensor, or raise."""
-    if isinstance(value, Tensor):
-        check_beside(name, value, x)
-    if not isinstance(value, Tensor) or value.shape != x.shape:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} must be a tensor of x's shape {tuple(x.shape)}, got {got}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}; convert it, e.g. {name}.to(x)")
-    check_finite(name, value)
-    return plain(value)
-
-
-def _mask_noise(given: Tensor | None, x: Tensor, signal: Tensor, sigma: float) -> Tensor:
-    """Return the noise of the kept region: the given one, or what x has there beside the signal."""
-    if given is not None:
-        return _like_x("mask_noise", given, x)
-    warn_if_drowned(x, sigma, "the noise of the kept region, (x - latent) / sigma,", "or give mask_noise", stacklevel=5)
-    wide = wide_dtype(x.dtype)
-    return (x.to(wide) - signal.to(wide)) / sigma
 
 
 def _normalize(latent: Tensor, how: Normalize, sigma: float) -> Tensor:

@@ -30,11 +30,23 @@ import torch
 from torch import Tensor
 
 from kinvert._moved import renamed
-from kinvert.checks import check_choice, check_integer, check_number, is_number, suggestion
+from kinvert.checks import check_choice, check_number, is_number, suggestion
 from kinvert.levelbase import check_levels
-from kinvert.levels import FlowTimes, Levels
+from kinvert.levels import Levels
 from kinvert.rules.names import REGISTRIES, unknown_sampler, unknown_schedule
 from kinvert.showing.registry import Registry
+from kinvert.spacings import (
+    between,
+    bong_tangent,
+    check_steps,
+    leading,
+    linspace,
+    logit_normal,
+    schedule_of,
+    shift_terminal,
+    trailing,
+    with_zero,
+)
 
 __all__ = [
     "ALIGN_YOUR_STEPS",
@@ -44,24 +56,27 @@ __all__ = [
     "ays",
     "beta",
     "beta57",
+    "bong_tangent",
     "ddim_uniform",
     "exponential",
     "karras",
     "kl_optimal",
     "laplace",
+    "leading",
     "linear_quadratic",
+    "logit_normal",
     "normal",
     "polyexponential",
     "schedule",
     "sgm_uniform",
+    "shift_terminal",
     "simple",
+    "trailing",
     "vp",
 ]
 
 # Samplers whose schedule is built with one more step and then loses its second-to-last sigma.
 DISCARD_PENULTIMATE = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
-MOST_STEPS = 1_000_000
-"""Steps of a schedule, at most: its levels are 64-bit numbers, and a Plan has some dozens of numbers for each."""
 # A lowest training level up to this value counts as 0: no 0 is appended after it.
 ZERO = 1e-5
 # The published 10-step schedules (11 sigmas), by model.
@@ -81,9 +96,9 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022), arXiv 2206.00364,
     eq. 5.
     """
-    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
+    n, (low, high) = check_steps(steps), _bounds(sigma_min, sigma_max)
     rho = check_number("rho", rho, above=0)
-    return _between(_linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho, low, high)
+    return between(linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho, low, high)
 
 
 @renamed(n="steps")
@@ -98,9 +113,9 @@ def polyexponential(steps: int, sigma_min: float, sigma_max: float, rho: float =
 
     `ln sigma_j = ln sigma_min + (1 - u_j)^rho ln(sigma_max / sigma_min)`.
     """
-    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
-    ramp = _linspace(1, 0, n) ** check_number("rho", rho, above=0)
-    return _between(low * (ramp * math.log(high / low)).exp(), low, high)
+    n, (low, high) = check_steps(steps), _bounds(sigma_min, sigma_max)
+    ramp = linspace(1, 0, n) ** check_number("rho", rho, above=0)
+    return between(low * (ramp * math.log(high / low)).exp(), low, high)
 
 
 @renamed(n="steps")
@@ -113,8 +128,8 @@ def vp(steps: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1
     2011.13456.
     """
     beta_d, beta_min = check_number("beta_d", beta_d, above=0), check_number("beta_min", beta_min, above=0)
-    t = _linspace(1, check_number("eps_s", eps_s, above=0, below=1), _steps(steps))
-    return _with_zero((beta_d * t**2 / 2 + beta_min * t).expm1().sqrt())
+    t = linspace(1, check_number("eps_s", eps_s, above=0, below=1), check_steps(steps))
+    return with_zero((beta_d * t**2 / 2 + beta_min * t).expm1().sqrt())
 
 
 @renamed(n="steps")
@@ -126,9 +141,9 @@ def laplace(steps: int, sigma_min: float, sigma_max: float, mu: float = 0.0, bet
 
     Source: Hang et al., Improved Noise Schedule for Diffusion Training (2024), arXiv 2407.03297.
     """
-    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
+    n, (low, high) = check_steps(steps), _bounds(sigma_min, sigma_max)
     mu, beta = check_number("mu", mu), check_number("beta", beta, above=0)
-    offset = 0.5 - _linspace(0, 1, n)
+    offset = 0.5 - linspace(0, 1, n)
     log = mu - beta * offset.sign() * (1 - 2 * offset.abs() + 1e-5).log()
     return log.exp().clamp(low, high)
 
@@ -143,8 +158,8 @@ def kl_optimal(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
 
     Source: Sabour et al., Align Your Steps: Optimizing Sampling Schedules in Diffusion Models (2024), arXiv 2404.14507.
     """
-    n, (low, high) = _steps(steps), _bounds(sigma_min, sigma_max)
-    return _between(_linspace(math.atan(high), math.atan(low), n).tan(), low, high)
+    n, (low, high) = check_steps(steps), _bounds(sigma_min, sigma_max)
+    return between(linspace(math.atan(high), math.atan(low), n).tan(), low, high)
 
 
 @renamed(n="steps")
@@ -157,9 +172,9 @@ def ays(steps: int, model: str = "sd15") -> Tensor:
     """
     check_choice("model", model, ALIGN_YOUR_STEPS)
     table = np.log(ALIGN_YOUR_STEPS[model])
-    at = np.linspace(0, 1, _steps(steps) + 1)
+    at = np.linspace(0, 1, check_steps(steps) + 1)
     sigmas = torch.from_numpy(np.exp(np.interp(at, np.linspace(0, 1, len(table)), table)))
-    return _with_zero(sigmas[:-1])
+    return with_zero(sigmas[:-1])
 
 
 @renamed(n="steps")
@@ -169,10 +184,10 @@ def normal(steps: int, levels: Levels) -> Tensor:
     If the last of them is 0 already (sigma <= 1e-5), there are n + 1 values and no other 0. Flow levels with a shift
     apply it twice at the low end, as in the hosts, since their two maps are not inverse.
     """
-    n, (start, end) = _steps(steps), _time_range(levels)
+    n, (start, end) = check_steps(steps), _time_range(levels)
     if abs(float(levels.sigma(end))) <= ZERO:
-        return _of(levels, levels.sigma(_linspace(start, end, n + 1)))
-    return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n))))
+        return schedule_of(levels, levels.sigma(linspace(start, end, n + 1)))
+    return schedule_of(levels, with_zero(levels.sigma(linspace(start, end, n))))
 
 
 @renamed(n="steps")
@@ -181,8 +196,8 @@ def sgm_uniform(steps: int, levels: Levels) -> Tensor:
 
     It does not contain sigma_min.
     """
-    n, (start, end) = _steps(steps), _time_range(levels)
-    return _of(levels, _with_zero(levels.sigma(_linspace(start, end, n + 1)[:-1])))
+    n, (start, end) = check_steps(steps), _time_range(levels)
+    return schedule_of(levels, with_zero(levels.sigma(linspace(start, end, n + 1)[:-1])))
 
 
 @renamed(n="steps")
@@ -191,9 +206,9 @@ def simple(steps: int, levels: Levels) -> Tensor:
 
     n = M is the whole table; n > M repeats values.
     """
-    n, table = _steps(steps), check_levels(levels).sigmas
+    n, table = check_steps(steps), check_levels(levels).sigmas
     skip = len(table) / n
-    return _with_zero(table[[len(table) - 1 - int(j * skip) for j in range(n)]])
+    return with_zero(table[[len(table) - 1 - int(j * skip) for j in range(n)]])
 
 
 @renamed(n="steps")
@@ -205,11 +220,11 @@ def ddim_uniform(steps: int, levels: Levels) -> Tensor:
 
     Source: Song et al., Denoising Diffusion Implicit Models (2021), arXiv 2010.02502.
     """
-    n, table = _steps(steps), check_levels(levels).sigmas
+    n, table = check_steps(steps), check_levels(levels).sigmas
     ends_at_zero = float(table[1]) <= ZERO
     stride = max(len(table) // (n + ends_at_zero), 1)
     sigmas = table[1::stride].flip(0)
-    return sigmas if ends_at_zero else _with_zero(sigmas)
+    return sigmas if ends_at_zero else with_zero(sigmas)
 
 
 @renamed(n="steps")
@@ -224,12 +239,12 @@ def beta(steps: int, levels: Levels, alpha: float = 0.6, beta: float = 0.6) -> T
     """
     from scipy import special  # here, because importing it takes a tenth of the time of importing torch
 
-    n, table = _steps(steps), check_levels(levels).sigmas
+    n, table = check_steps(steps), check_levels(levels).sigmas
     alpha, beta = check_number("alpha", alpha, above=0), check_number("beta", beta, above=0)
     quantiles = special.betaincinv(alpha, beta, 1 - np.arange(n) / n)
     index = np.rint(quantiles * (len(table) - 1)).astype(np.int64)
     kept = np.diff(index, prepend=-1) != 0
-    return _with_zero(table[torch.from_numpy(index[kept])])
+    return with_zero(table[torch.from_numpy(index[kept])])
 
 
 @renamed(n="steps")
@@ -260,11 +275,11 @@ def linear_quadratic(
         ValueError: linear_steps >= n > 1, or threshold_noise outside (0, 2 k / (n + k)): from there on the quadratic
             part would pass below 0 and come back.
     """
-    n = _steps(steps)
+    n = check_steps(steps)
     sigma_max = check_number("levels", levels, above=0) if is_number(levels) else check_levels(levels).sigma_max
     if n == 1:
-        return _of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
-    k = n // 2 if linear_steps is None else _steps(linear_steps, "linear_steps")
+        return schedule_of(levels, torch.tensor([sigma_max, 0.0], dtype=torch.float64, device="cpu"))
+    k = n // 2 if linear_steps is None else check_steps(linear_steps, "linear_steps")
     if k >= n:
         raise ValueError(f"linear_steps must be below n = {n}, got {k}; leave it out for n // 2")
     theta = check_number("threshold_noise", threshold_noise, above=0, below=2 * k / (n + k))
@@ -272,7 +287,7 @@ def linear_quadratic(
     a, b = delta / (k * m**2), theta / k - 2 * delta / m**2
     j = torch.arange(n, dtype=torch.float64, device="cpu")
     y = torch.where(j < k, j * theta / k, a * j**2 + b * j + a * k**2)
-    return _of(levels, _with_zero(sigma_max * (1 - y)))
+    return schedule_of(levels, with_zero(sigma_max * (1 - y)))
 
 
 @dataclass(frozen=True)
@@ -315,6 +330,7 @@ def _entries(
 
 SCHEDULES: Registry[ScheduleEntry] = Registry(
     _entries("levels", simple, sgm_uniform, normal, ddim_uniform, beta, beta57, linear_quadratic)
+    | _entries("levels", leading, trailing, logit_normal, bong_tangent)
     | _entries("bounds", karras, exponential, polyexponential, laplace, kl_optimal)
     | _entries("nothing", vp, ays),
     what="schedules",
@@ -356,7 +372,7 @@ def schedule(
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(unknown_schedule(name))
-    entry, steps, levels = SCHEDULES[name], _steps(steps), check_levels(levels)
+    entry, steps, levels = SCHEDULES[name], check_steps(steps), check_levels(levels)
     for option in options.keys() - entry.options.keys():
         raise TypeError(f"{name} has no option {option!r}; {suggestion(option, entry.options)}")
     denoise = 1.0 if denoise is None else check_number("denoise", denoise)
@@ -375,16 +391,7 @@ def schedule(
         ) from error
     if discard:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    return _of(levels, sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :])
-
-
-def _steps(n: object, name: str = "steps") -> int:
-    steps = check_integer(name, n, fix="pass e.g. 20")
-    if steps > MOST_STEPS:
-        raise ValueError(
-            f"{name} must be at most {MOST_STEPS}, got {steps}; the levels alone would take {steps * 8e-9:,.1f} GB"
-        )
-    return steps
+    return schedule_of(levels, sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :])
 
 
 def _bounds(sigma_min: float, sigma_max: float) -> tuple[float, float]:
@@ -408,23 +415,3 @@ def _sampler_name(sampler: object) -> str | None:
 def _time_range(levels: Levels) -> tuple[float, float]:
     table = check_levels(levels).sigmas
     return float(levels.timestep(table[-1])), float(levels.timestep(table[0]))
-
-
-def _linspace(start: float, end: float, n: int) -> Tensor:
-    return torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
-
-
-def _between(sigmas: Tensor, low: float, high: float) -> Tensor:
-    """Set the ends to the bounds exactly, so that rounding does not move a flow time of 1, and append 0."""
-    sigmas[-1] = low
-    sigmas[0] = high
-    return _with_zero(sigmas)
-
-
-def _of(levels: Levels | float, sigmas: Tensor) -> Tensor:
-    """Return the schedule, as `FlowTimes` if the levels are flow times."""
-    return FlowTimes(sigmas) if getattr(levels, "coordinates", "ve") == "flow" else sigmas
-
-
-def _with_zero(sigmas: Tensor) -> Tensor:
-    return torch.cat([sigmas, sigmas.new_zeros(1)])

@@ -15,7 +15,22 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Failure", "Task", "UnfinishedError", "complaint", "computing_with", "do_tasks", "import_modules", "is_done"]
+from kinvert.files import is_without_room
+from kinvert.resultfiles import set_aside
+from kinvert.telling import warn_user
+
+__all__ = [
+    "Failure",
+    "Task",
+    "UnfinishedError",
+    "complaint",
+    "computing_with",
+    "do_tasks",
+    "import_modules",
+    "is_done",
+    "tell_of_damage",
+    "undone",
+]
 
 SHOWN = 10  # failures in a message
 FRAMES = 6  # lines of a traceback in a message
@@ -30,6 +45,9 @@ class Task(Protocol):
 
     def run(self, folder: Path) -> None:
         """Do it, and leave `<key>.json` in the folder: whole, and after all other files."""
+
+    def check(self, folder: Path) -> None:
+        """Raise ValueError if the result that it left in the folder is not whole, with the reason."""
 
 
 class UnfinishedError(RuntimeError):
@@ -56,6 +74,35 @@ def is_done(folder: Path, key: str) -> bool:
     return (folder / f"{key}.json").exists()
 
 
+def undone(tasks: Iterable[Task], folder: Path) -> list[Task]:
+    """Return the tasks whose results are not there, or are damaged; tell of those, and set their records aside.
+
+    Warns:
+        RuntimeWarning: results that are damaged.
+    """
+    left, damaged = [], []
+    for task in tasks:
+        path = folder / f"{task.key}.json"
+        if path.exists():
+            try:
+                task.check(folder)
+                continue
+            except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+                damaged.append(f"{task}: {error}; see {set_aside(path)}")
+        left.append(task)
+    tell_of_damage(damaged, "and computed again")
+    return left
+
+
+def tell_of_damage(damaged: Sequence[str], what: str) -> None:
+    """Tell which results were damaged, and `what` happens to them."""
+    if damaged:
+        are = "damaged result is" if len(damaged) == 1 else "damaged results are"
+        lines = [f"{len(damaged)} {are} set aside, {what}:", *damaged[:SHOWN]]
+        lines += [f"and {len(damaged) - SHOWN} more"] * (len(damaged) > SHOWN)
+        warn_user("\n  ".join(lines))
+
+
 def import_modules(names: Iterable[str]) -> None:
     """Import modules that register samplers, methods or problems; the current folder is searched too.
 
@@ -73,14 +120,17 @@ def import_modules(names: Iterable[str]) -> None:
 
 @contextmanager
 def computing_with(threads: int | None) -> Iterator[None]:
-    """Set torch's number of threads inside the `with` block, for operations in this process; None leaves it."""
+    """Set torch's number of threads inside the `with` block, for operations in this process; None leaves it.
+
+    The number is set back, also if something else changed it.
+    """
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         yield
     finally:
-        if threads is not None:
+        if torch.get_num_threads() != before:
             torch.set_num_threads(before)
 
 
@@ -94,15 +144,23 @@ def do_tasks(
         folder: where their results go.
         threads: as in `computing_with`.
         begun: is told the index of each task before it is done.
+
+    Raises:
+        Exception: a task found no room on the disk, see `kinvert.files.is_without_room`: nothing else can be done.
     """
     with computing_with(threads):
         for index, task in enumerate(tasks):
             if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
                 return  # nobody waits any more, and another run may have begun
+            if is_done(folder, task.key) and not undone([task], folder):  # by another run in the same folder
+                yield None
+                continue
             begun(index)
             try:
                 task.run(folder)
             except (Exception, SystemExit) as error:  # the others can still be done
+                if is_without_room(error):
+                    raise
                 why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
                 yield Failure(str(task), why, _lines_of(error.__traceback__))
             else:

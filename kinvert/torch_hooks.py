@@ -125,7 +125,10 @@ def version(x: Tensor) -> int | None:
 
 
 def total_version(tensors: Sequence[Tensor]) -> int | None:
-    """Return a number that grows with every write into one of the tensors; None if unknown, and in inference mode."""
+    """Return a number that grows with every write into one of the tensors, 0 if they are as they were made.
+
+    None if unknown, and in inference mode.
+    """
     try:
         return sum([x._version for x in tensors])
     except (AttributeError, RuntimeError):

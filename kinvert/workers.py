@@ -7,10 +7,13 @@ with the rest of its share.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import multiprocessing
+import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +25,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from kinvert.files import is_without_room
 from kinvert.stops import holding_ctrl_c
 from kinvert.tasks import Failure, Task, do_tasks, import_modules, is_done
 
@@ -29,6 +33,7 @@ __all__ = ["do_in_processes", "serve"]
 
 PAUSE = 0.2  # seconds between two looks at the workers
 PATIENCE = 5.0  # seconds that a worker has to end when it is told to
+FULL = 74  # exit status of a worker that found no room on the disk; EX_IOERR of sysexits.h
 DEATHS = 3  # in a row, after which nobody goes on with a share
 
 
@@ -50,6 +55,9 @@ def do_in_processes(
         threads: torch's threads in each.
         imports: modules that each imports first.
         bar: is moved on as results appear.
+
+    Raises:
+        OSError: a worker found no room on the disk; the others are ended too.
     """
     left = {task.key for task in tasks}
     with TemporaryDirectory(prefix="kinvert-") as notes:
@@ -108,6 +116,8 @@ class _Worker:
         self.failures += [Failure(str(self.share[i]), why, where) for kind, i, why, where in events if kind == "failed"]
         if events and events[-1][0] == "ended":
             return False
+        if status == FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._bury(_end_in_words(status or 0), events)
         if self.share:
             self.start()
@@ -145,7 +155,16 @@ class _Worker:
 
 
 def serve(tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int, notes: Path) -> None:
-    """Do tasks in a process of their own, and keep notes."""
+    """Do tasks in a process of their own, and keep notes; end with status `FULL` if there is no room on the disk."""
+    try:
+        _serve(tasks, folder, imports, threads, notes)
+    except Exception as error:
+        if not is_without_room(error):
+            raise
+        sys.exit(FULL)
+
+
+def _serve(tasks: Sequence[Task], folder: Path, imports: Sequence[str], threads: int, notes: Path) -> None:
     with notes.with_suffix(".jsonl").open("w", buffering=1) as file, notes.with_suffix(".fault").open("w") as faults:
         faulthandler.enable(faults, all_threads=False)
 

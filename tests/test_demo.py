@@ -10,22 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from kinvert import demo
+import kinvert as ki
+from kinvert import demo, models
 from kinvert.jsontext import to_json
+from kinvert.models import classifier
 
 
 def test_demo_takes_one_image_of_each_class_in_turn() -> None:
-    outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=12))
+    outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=12, invert=False))
     assert outcome.labels.tolist() == [*range(10), 0, 1]
     assert len({image.numpy().tobytes() for image in outcome.images}) == 12
 
 
 def test_picture_with_perfect_copy_and_long_name() -> None:
-    outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=1))
+    outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=1, invert=False))
     trip = outcome.trips["euler"]
     perfect = replace(trip, reconstruction=outcome.images, psnr=trip.psnr + torch.inf)
     name = "a_sampler_with_a_very_long_name"
-    outcome = replace(outcome, trips={name: perfect}, schedules={name: outcome.schedules["euler"]})
+    schedules, edited = {name: outcome.schedules["euler"]}, {name: outcome.edited["euler"]}
+    outcome = replace(outcome, trips={name: perfect}, schedules=schedules, edited=edited)
     figure = demo.draw(outcome)
     figure.draw_without_rendering()
     boxes = {text.get_text(): text.get_window_extent() for text in figure.texts}
@@ -34,10 +37,44 @@ def test_picture_with_perfect_copy_and_long_name() -> None:
     assert json.loads(to_json(outcome.report()))["table"][0]["psnr"] is None
 
 
+def test_the_exact_row_and_the_edits_are_those_of_the_library() -> None:
+    settings = demo.Settings("digits", ("heun",), steps=4, count=4)
+    outcome = demo.run(settings)
+    denoiser, sigmas = models.load("digits"), outcome.schedules["invert"]
+    assert sigmas[-1] > 0 and list(outcome.trips) == ["heun", "invert"]
+    found = ki.invert(denoiser, outcome.images, sigmas, positive={"label": outcome.labels})
+    assert bool(found.converged.all())
+    torch.testing.assert_close(outcome.trips["invert"].latent, found.latent)
+    assert float(outcome.trips["invert"].max_error.max()) < 1e-3
+    none = {"label": torch.full((4,), denoiser.null_label)}
+    target = {"label": torch.tensor([5, 6, 7, 8])}
+    edited = found.sample(denoiser, cfg=demo.EDIT_CFG, positive=target, negative=none)
+    torch.testing.assert_close(outcome.edited["invert"], edited)
+    took = classifier.load("digits")(edited).argmax(1) == target["label"]
+    assert outcome.table()[1]["edits_took"] == int(took.sum()) and outcome.table()[1]["sampler"] == "euler"
+    assert list(demo.run(replace(settings, invert=False)).trips) == ["heun"]
+    assert list(demo.run(replace(settings, cfg=2.0)).trips) == ["heun"]
+    assert list(demo.run(replace(settings, steps=1)).trips) == ["heun"]
+
+
+def test_edits_of_normalized_latents_are_the_same() -> None:
+    plain, normalized = (
+        demo.run(demo.Settings("digits", ("heun",), steps=6, count=2, normalize=n, invert=False)) for n in (False, True)
+    )
+    assert normalized.trips["heun"].latent.std() == pytest.approx(1.0, abs=0.05)
+    assert (normalized.edited["heun"] - plain.edited["heun"]).abs().mean() < 0.3
+
+
+def test_the_example_is_a_three_if_there_is_one() -> None:
+    outcome = demo.run(demo.Settings("digits", ("euler",), steps=1, count=5))
+    assert outcome.example == 3
+    assert demo.run(demo.Settings("digits", ("euler",), steps=1, count=2)).example in (0, 1)
+
+
 def test_a_demo_never_leaves_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "demo-digits.png"
     kept.write_text("the picture from before")
-    outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=1))
+    outcome = demo.run(demo.Settings("digits", ("euler",), steps=2, count=1, invert=False))
 
     class Broken:
         def savefig(self, file: Any, **_: Any) -> None:

@@ -66,6 +66,7 @@ DETERMINISTIC = {name for name in ki.SAMPLERS if name == "dpm_adaptive" or not k
 # Too wide at few steps: the first step up, from 1e-4, is long in log t.
 WIDE_UP = {
     "uni_pc": 0.2, "uni_pc_bh2": 6.0, "exp_heun_2_x0": 0.2, "res_4s_krogstad": 0.3, "res_5s_hochbruck-ostermann": 7.0,
+    "etdrk3": 0.1, "etdrk4": 0.2, "strehmel_weiner": 0.3,
 }  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from kinvert.bench import Cell
 from kinvert.denoisers import guide
 from kinvert.engine import run_state
 from kinvert.folder import invert_folder
+from kinvert.folderback import open_shard
 from kinvert.plan import compile_plan
 
 SIGMAS = ki.schedules.karras(4, 0.02, 80.0)[:-1]
@@ -175,6 +178,71 @@ def test_killed_worker_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         sys.modules.pop("suicidal", None)
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut short", "other bytes", "edited rows", "rows cut short"])
+def test_a_damaged_shard_is_computed_again(damage: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = invert_folder(source, out, CELL, shard_size=2)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    path, note = out / rows[2]["shard"], (out / rows[2]["shard"]).with_suffix(".json")
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut short":
+        path.write_bytes(before[path][:-5])
+    elif damage == "other bytes":
+        path.write_bytes(before[path][:-1] + bytes([before[path][-1] ^ 1]))
+    elif damage == "edited rows":
+        note.write_bytes(before[note].replace(b'"row":1', b'"row":0'))
+    else:
+        note.write_bytes(before[note][:-5])
+    with pytest.raises(ValueError, match=r"cannot read .*`kinvert invert` that wrote it computes it again"):
+        open_shard(path)
+    with pytest.warns(
+        RuntimeWarning, match=r"1 damaged result is set aside, and computed again:\n  c\.png to more/a\.png"
+    ):
+        assert invert_folder(source, out, CELL, shard_size=2) == rows
+    assert before.items() <= {path: path.read_bytes() for path in out.iterdir()}.items()
+    assert invert_folder(source, out, CELL, shard_size=2) == rows  # without a warning
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "a list", "a folder"])
+def test_damaged_settings_are_those_of_the_shards(damage: str, source: Path, tmp_path: Path) -> None:
+    out, how = tmp_path / "out", {"positive": {"label": 3}}
+    rows = invert_folder(source, out, CELL, **how)
+    path = out / "settings.json"
+    before = path.read_bytes()
+    for positive in ({"label": 3}, {"label": 4}):
+        path.unlink()
+        if damage == "a folder":
+            path.mkdir()
+        elif damage != "gone":
+            path.write_bytes(before[:-5] if damage == "cut short" else b"[]")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if positive == how["positive"]:
+                assert invert_folder(source, out, CELL, **how) == rows
+            else:
+                with pytest.raises(ValueError, match="made with positive={'label': 3}, got {'label': 4}"):
+                    invert_folder(source, out, CELL, positive=positive)
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == (damage != "gone") and all("settings.json is damaged" in words for words in said)
+        assert path.read_bytes() == before
+        for aside in out.glob("*.damaged"):
+            aside.rmdir() if aside.is_dir() else aside.unlink()
+
+
+def test_a_file_that_changes_during_the_run_is_no_result(source: Path, tmp_path: Path) -> None:
+    """The latents would belong to another content than the key of their shard says."""
+
+    def change(setup: Any, x: torch.Tensor) -> Any:
+        Image.fromarray(PIXELS[7]).save(source / "more" / "d.png")
+        return bench.METHODS["unsample"](setup, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.METHODS, "changing", change)
+        with pytest.raises(bench.UnfinishedError, match=r"1 of 3 are not done.*\n.*more/d\.png was changed since"):
+            invert_folder(source, tmp_path / "out", replace(CELL, method="changing"), shard_size=2)
+
+
 def test_later_files_are_added(source: Path, tmp_path: Path) -> None:
     first = invert_folder(source, tmp_path / "out", CELL, shard_size=2)
     Image.fromarray(PIXELS[7]).save(source / "z.png")
@@ -203,6 +271,50 @@ def test_bad_files_do_not_spoil_their_shard(source: Path, tmp_path: Path) -> Non
     with pytest.raises(bench.UnfinishedError, match=r"(?s)2 of 5 are not done; the others are.*c\.png.*a\.png"):
         invert_folder(source, tmp_path / "out", CELL)
     assert [row["file"] for row in manifest(tmp_path / "out")] == ["a.png", "b.PNG", "more/d.png"]
+
+
+def write_odd_files(folder: Path) -> dict[str, str]:
+    """Write files that cannot be inverted, and return what is to be said of each."""
+    x = torch.zeros(1, 8, 8)
+    torch.save(x.to_sparse(), folder / "sparse.pt")
+    torch.save(x.to("meta"), folder / "meta.pt")
+    torch.save(torch.nested.nested_tensor([x[0], x[0]], layout=torch.jagged), folder / "nested.pt")
+    torch.save(x.to(torch.float8_e4m3fn), folder / "float8.pt")
+    torch.save(x.to(torch.complex64), folder / "complex.pt")
+    torch.save(torch.nn.Linear(1, 1), folder / "module.pt")
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 8, 8), }\n"
+    (folder / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    (folder / "empty.npz").write_bytes(b"PK")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "bomb.png")
+    content = (folder / "bomb.png").read_bytes()
+    size = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + content[24:29]
+    (folder / "bomb.png").write_bytes(content[:12] + size + zlib.crc32(size).to_bytes(4, "big") + content[33:])
+    (folder / "nowhere.png").symlink_to(folder / "gone.png")
+    return {
+        "sparse.pt": "dense tensor, got torch.sparse_coo", "meta.pt": "no values (meta or fake)",
+        "nested.pt": "dense tensor, got nested", "float8.pt": "float8_e4m3fn", "complex.pt": "complex64",
+        "module.pt": "", "huge.npy": "", "empty.npz": "", "bomb.png": "decompression bomb", "nowhere.png": "No such file",
+    }  # fmt: skip
+
+
+def test_odd_files_cost_themselves_alone(source: Path, tmp_path: Path) -> None:
+    odd = write_odd_files(source)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(bench.UnfinishedError, match=f"^{len(odd)} of {5 + len(odd)} are not done") as unfinished,
+    ):
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+        invert_folder(source, tmp_path / "out", CELL)
+    said = str(unfinished.value).splitlines()[1:]
+    for name, why in odd.items():
+        assert any(name in line and why in line for line in said), (name, said)
+    assert [row["file"] for row in manifest(tmp_path / "out")] == [
+        "a.png",
+        "b.PNG",
+        "c.png",
+        "more/a.png",
+        "more/d.png",
+    ]
 
 
 def test_failed_first_run_leaves_the_folder_free(source: Path, tmp_path: Path) -> None:

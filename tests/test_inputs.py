@@ -189,6 +189,7 @@ def test_every_way_up_returns_plain_tensors(name: str) -> None:
     assert is_plain(ki.unsample(spy, IMAGE, SIGMAS, sampler=name, mask=mask, **GUIDED))
 
 
+@pytest.mark.filterwarnings("ignore:x requires grad, but invert")
 @pytest.mark.filterwarnings("ignore:.*not inverted")
 @pytest.mark.filterwarnings("ignore:.*magnifies rounding")
 @pytest.mark.filterwarnings("ignore:.*below the rounding of")

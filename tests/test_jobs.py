@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cells import cells
+from writers import killed_while_it_writes, writing
 
 from kinvert import bench
+from kinvert.bench import METHODS, Setup
 
 
 def test_workers_stop_if_their_parent_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +88,78 @@ def test_slurm_jobs_do_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'kinvert\[slurm\]'"):
         bench.submit_cells(grid, tmp_path, workers=2)
+
+
+FULL = """
+from dataclasses import replace
+from kinvert.bench.problems import PROBLEMS
+
+def full(count, seed, dtype):
+    if seed >= 2:
+        with open("/dev/full", "w") as file:
+            file.write("no room")
+    return replace(PROBLEMS["gaussian"](count, seed, dtype), exact=False)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_ends_the_run_at_once_and_says_what_is_kept(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twelve cells the first two are done, and nothing after the third is tried."""
+    (tmp_path / "devfull.py").write_text(FULL)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(bench.UnfinishedError) as stopped:
+            bench.run(cells(model="devfull:full", seed=list(range(12))), tmp_path / "out", workers=workers, threads=1)
+    finally:
+        sys.modules.pop("devfull", None)
+    assert str(stopped.value) == (
+        f"no room is left on the disk: 2 of 12 cells are kept in {tmp_path / 'out'}; the same command goes on once "
+        "there is some ([Errno 28] No space left on device)"
+    )
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_disk_that_is_full_when_results_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.run(cells(), tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(bench.UnfinishedError, match="no room is left on the disk: 1 of 1 cells are kept in"):
+        bench.run(cells(), tmp_path)
+
+
+def test_what_killed_processes_left_is_taken_away(tmp_path: Path) -> None:
+    killed_while_it_writes(tmp_path / "result.json")
+    with writing(tmp_path / "other.json"):  # a process that lives
+        bench.run(cells(), tmp_path)
+        assert len(list(tmp_path.glob(".*"))) == 1
+    bench.run(cells(), tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_cell_that_another_run_has_done_meanwhile_is_not_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first cell lets a second run do all, as in another process; its damage is noticed too."""
+    calls: list[int] = []
+
+    def slow(setup: Setup, x: torch.Tensor) -> Any:
+        calls.append(setup.seed)
+        if len(calls) == 1:
+            bench.run(grid, tmp_path)
+            (tmp_path / f"{grid[2].key}.json").write_text("{")
+        return METHODS["unsample"](setup, x)
+
+    monkeypatch.setitem(METHODS, "slow", slow)
+    grid = cells(method="slow", seed=[0, 1, 2])
+    with pytest.warns(RuntimeWarning, match="1 damaged result is set aside"):
+        assert len(bench.run(grid, tmp_path)) == 3
+    assert calls == [0, 0, 1, 2, 2]
 
 
 @pytest.mark.slow

@@ -68,6 +68,17 @@ def test_seeds_are_ints(seed: object) -> None:
         ki.noise.white(seed)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("source", [ki.noise.white, ki.noise.brownian])
+def test_seeds_have_64_bits(source: Callable[..., ki.noise.NoiseSource]) -> None:
+    for seed in (-(2**63), 2**64 - 1):
+        draws = [source(given).bind(X)(2.0, 1.0) for given in (seed, seed, [seed] * len(X), 0)]
+        assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[3])
+    for seed in (-(2**63) - 1, 2**64):
+        for given in (seed, [0] * (len(X) - 1) + [seed]):
+            with pytest.raises(ValueError, match="seed must have 64 bits"):
+                source(given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_clipped_noise(dtype: torch.dtype) -> None:
     """Each sample at its own standard deviation; what is inside stays as it was."""

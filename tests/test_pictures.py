@@ -117,6 +117,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         pictures.read(tmp_path / "a.png", channels=2)
 
 
+def test_whatever_a_reader_raises_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses an image with very many pixels by an error of its own kind."""
+    pictures.write(COLOURS, tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
+    with pytest.raises(ValueError, match=r"cannot read .*large\.png: Image size .* decompression bomb"):
+        pictures.read(tmp_path / "large.png")
+
+
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     x = COLOURS.float()
     for value, name, error, message in (

@@ -61,6 +61,7 @@ def test_every_sampler_comes_back_equal(name: str, tmp_path: Path) -> None:
         ki.flow_sampler("ddpm"),
         ki.rules.McCallumFoster(ki.rules.Flow(ki.sampler("dpmpp_3m_sde", eta=0.0))),
         RungeKutta(Tableau("mine", 2, ((), (Fraction(2, 3),)), (Fraction(1, 4), Fraction(3, 4)))),
+        ki.rules.PhiRungeKutta(ki.rules.PhiTableau("mine", 2, "1/2: | 1: 2 p2")),
         ki.rules.DirectInversion(),
     ],
     ids=repr,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kinvert as ki
-from kinvert.records import KEY, Tagged, check_kind, header_of, known_entries, read_tree, write_json, write_tree
+from kinvert.records import (
+    KEY,
+    Tagged,
+    check_kind,
+    header_of,
+    known_entries,
+    read_tree,
+    tree_bytes,
+    write_json,
+    write_tree,
+)
 
 DTYPES = [
     torch.float64,
@@ -151,3 +162,27 @@ def test_a_later_minor_version_is_read(tmp_path: Path) -> None:
         assert known_entries("f", {"x": 1, "new": 2}, {"x": True}) == {"x": 1}
     with pytest.raises(ValueError, match="f has no entry 'y'"):
         known_entries("f", {"x": 1}, {"x": True, "y": True})
+
+
+def test_equal_trees_give_equal_bytes() -> None:
+    tree = {"x": torch.ones(2), "y": [torch.zeros(1), {"z": torch.ones(1)}], "n": 1.5}
+    assert len({tree_bytes("thing", tree) for _ in range(30)}) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_changed_bit_is_noticed(where: float, bit: int) -> None:
+    """Wherever it is: the file is refused, or says that another program or kind wrote it, or holds what was written."""
+    tree = {"x": torch.arange(20.0), "y": [torch.tensor(True), torch.empty(0, 3), 1.5], "z": torch.ones(2) * 1j}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        write_tree(path, "thing", tree)
+        assert same(read_tree(path, check_kind(path, header_of(path), "thing")), tree)
+        content = bytearray(path.read_bytes())
+        content[int(where * len(content))] ^= 1 << bit
+        path.write_bytes(content)
+        try:
+            found = read_tree(path, check_kind(path, header_of(path), "thing"))
+        except ValueError:
+            return
+        assert same(found, tree)

@@ -19,13 +19,12 @@ from typing import Any
 import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem, most_images
-from kinvert.checks import check_choice, check_integer, check_number, unknown
+from kinvert.checks import MOST_STEPS, check_choice, check_integer, check_number, unknown
 from kinvert.devices import check_device
 from kinvert.jobs import import_modules
 from kinvert.jsontext import content_key
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_sampler, unknown_schedule
-from kinvert.schedules import MOST_STEPS
 
 __all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "check_size", "describe", "preset", "read_grid", "unique"]
 

@@ -17,6 +17,7 @@ latent down.
 from __future__ import annotations
 
 import platform
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,15 +35,18 @@ from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, MethodResult, Setup, apply_method, generate, restore, sees_states
 from kinvert.bench.problems import Problem, is_built_in, make_problem, on_device
 from kinvert.editing import change_class
+from kinvert.fidelity import is_image
 from kinvert.jobs import computing_with
 from kinvert.models import EmbeddedDenoiser
 from kinvert.noise import derived_seed
 from kinvert.reference import ErrorSplit, solve_ode
 from kinvert.tensors import rms
+from kinvert.torch_settings import changes, default_settings, loading, read_settings, tell_once
 
 __all__ = ["CellRun", "isolated", "measure", "problem_of", "run_cell", "setup_of", "versions"]
 
 KEPT = 4  # samples whose arrays are kept
+SSIM_WINDOW = 11  # pixels: on images that are smaller than its window, SSIM is not the published measure
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latent / sigma
 
 
@@ -58,8 +62,10 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
         record = {"key": cell.key, "cell": cell.settings, "metrics": {}, "versions": versions(), **dict.fromkeys(names)}
         try:
             problem = problem_of(cell.model, cell.count, cell.seed, cell.dtype, cell.device)
+            settings = read_settings()
             run = run_cell(cell, problem)
             values = _metrics(cell, problem, run)
+            _refuse_changes(settings)
         except (ValueError, TypeError, NotImplementedError) as error:  # the last is torch's, for a dtype
             return record | {"error": str(error)}, {}
     record |= {
@@ -76,18 +82,49 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, arrays if run.image.ndim == 4 else {}
 
 
+def _refuse_changes(before: dict[str, Any]) -> None:
+    """Raise ValueError if the measurement changed settings of torch: it may have done so for the first cell only."""
+    if found := changes(before, read_settings()):
+        raise ValueError(
+            f"the model changed settings of torch while it computed ({'; '.join(found)}), so that its numbers may "
+            "depend on what was computed before; set them back after each evaluation, or leave them alone"
+        )
+
+
 @contextmanager
 def isolated(cell: Cell) -> Iterator[None]:
-    """Isolate a measurement: seeded random numbers, no gradients, no warnings, and the threads that the model takes.
+    """Isolate a measurement: torch's default settings, seeded random numbers, no gradients, no warnings, and threads.
 
     A model that comes with kinvert is computed with one thread. What kinvert's warnings say is in the results.
+
+    Warns:
+        RuntimeWarning: this process has other settings of torch than the defaults.
     """
-    threads = computing_with(1 if is_built_in(cell.model) else None)
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad(), threads:
-        warnings.simplefilter("ignore", RuntimeWarning)
+    before = read_settings()
+    with warnings.catch_warnings(), default_settings() as inside, torch.no_grad():
+        if found := changes(inside, before):
+            tell_once(
+                f"results are computed with the default settings of torch, not with those here ({'; '.join(found)})"
+            )
+        warnings.filterwarnings("ignore", "(?!.*settings of torch)", RuntimeWarning)
         warnings.filterwarnings("ignore", ".torch.jit.script")  # torch's own, at the first forward-mode derivative
-        torch.manual_seed(derived_seed("bench", cell.seed))  # not the stream that the images and latents come from
-        yield
+        with computing_with(1 if is_built_in(cell.model) else None), _seeded("bench", cell.seed):
+            yield
+
+
+@contextmanager
+def _seeded(purpose: str, seed: int) -> Iterator[None]:
+    """Seed all random numbers in the `with` block: not the stream that the images and latents come from."""
+    states, start = (random.getstate(), np.random.get_state()), derived_seed(purpose, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(start)
+        random.seed(start)
+        np.random.seed(start % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def versions() -> dict[str, str]:
@@ -141,8 +178,12 @@ def run_cell(cell: Cell, problem: Problem) -> CellRun:
 
 @lru_cache(maxsize=4)
 def problem_of(model: str, count: int, seed: int, dtype: str, device: str = "cpu") -> Problem:
-    """Return the problem of a cell, and keep it for the next cells."""
-    problem = make_problem(model, count, seed, getattr(torch, dtype))
+    """Return the problem of a cell, and keep it for the next cells: it does not depend on the cell that needs it.
+
+    Settings of torch that its module makes when it is imported, or its function, are set back, with a RuntimeWarning.
+    """
+    with loading(model), _seeded("bench problem", seed):
+        problem = make_problem(model, count, seed, getattr(torch, dtype))
     return problem if device == "cpu" else on_device(problem, device)
 
 
@@ -178,7 +219,9 @@ def _recover(cell: Cell, problem: Problem) -> CellRun:
 
 def _starting_latent(cell: Cell, images: Tensor, sigma: float) -> Tensor:
     """Draw the latent that a recovery starts from, like `images`; it is the same noise in every dtype."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(cell.seed), dtype=torch.float64)
+    noise = torch.randn(
+        images.shape, generator=torch.Generator().manual_seed(cell.seed), dtype=torch.float64, device="cpu"
+    )
     return (sigma * noise).to(images)
 
 
@@ -194,6 +237,8 @@ def _metrics(cell: Cell, problem: Problem, run: CellRun) -> dict[str, list[float
     values |= metrics.latent_metrics(run.found.latent, sigma, run.image)
     if cell.question == "reconstruction" and isinstance(problem.denoiser, EmbeddedDenoiser):
         values |= _edit_metrics(problem.denoiser, problem.positive["label"], run)
+    if not is_image(run.image, SSIM_WINDOW):
+        values = {name: value for name, value in values.items() if name not in ("ssim", "edit_ssim")}
     if problem.exact:
         values |= _distances_to_truth(cell, run)
     return {name: value.tolist() for name, value in values.items()}

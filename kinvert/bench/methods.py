@@ -231,6 +231,8 @@ METHODS: Registry[Method] = Registry(
         "extract_noise": _extract_noise("independent"),
         "extract_noise_chain": _extract_noise("chain"),
         "easyinv": _baseline("easyinv"),
+        "uni_inv": _baseline("uni_inv"),
+        "forward_first": _baseline("forward_first"),
         "rf_inversion": _baseline("rf_inversion"),
         "rf_solver": _baseline("rf_solver", "rf_solver"),
         "fireflow": _baseline("fireflow", "fireflow"),

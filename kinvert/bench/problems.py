@@ -29,6 +29,7 @@ from kinvert import levels, models
 from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
 from kinvert.showing.registry import Registry
+from kinvert.torch_settings import loading
 
 __all__ = [
     "PROBLEMS",
@@ -36,6 +37,7 @@ __all__ = [
     "Problem",
     "ProblemFunction",
     "find_problem",
+    "image_numbers",
     "is_built_in",
     "make_problem",
     "most_images",
@@ -101,7 +103,8 @@ def is_built_in(name: str) -> bool:
 def _imported(name: str, module: str) -> ModuleType:
     """Import the module of an entry point; the message tells a missing module from one that fails to import."""
     try:
-        return importlib.import_module(module)
+        with loading(module):
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
         if module == missing or module.startswith(f"{missing}."):
@@ -147,6 +150,13 @@ def most_images(model: str) -> int | None:
     return len(models.held_out(_IMAGES_OF[model])[0]) if model in _IMAGES_OF and is_built_in(model) else None
 
 
+def image_numbers(model: str, count: int, seed: int) -> list[int] | None:
+    """Return which images of its data set a model that comes with kinvert gets; None if they are drawn, or unknown."""
+    if model not in _IMAGES_OF or count > (available := len(models.held_out(_IMAGES_OF[model])[0])):
+        return None
+    return [int(number) for number in _chosen(available, count, seed)]
+
+
 def on_device(problem: Problem, device: torch.device | str) -> Problem:
     """Return the problem on a device: its images, its conditioning, and the denoiser if that is a module.
 
@@ -181,19 +191,22 @@ class ByLabel:
 
 
 def _gaussian(count: int, seed: int, dtype: torch.dtype) -> Problem:
-    gaussian, bounds = Gaussian(0.0, torch.linspace(0.2, 1.0, 16, dtype=torch.float64)), levels.edm(0.03, 15.0)
+    gaussian, bounds = (
+        Gaussian(0.0, torch.linspace(0.2, 1.0, 16, dtype=torch.float64, device="cpu")),
+        levels.edm(0.03, 15.0),
+    )
     images = _noised(gaussian.sample(count, _generator(seed)), 0.03, seed)
     return Problem(gaussian, images.to(dtype), bounds, exact=True)
 
 
 def _mixture(count: int, seed: int, dtype: torch.dtype) -> Problem:
-    means = torch.randn(6, 16, generator=_generator(0), dtype=torch.float64)
-    stds = torch.tensor([0.3, 0.5, 0.8, 0.4, 0.6, 0.7], dtype=torch.float64)
+    means = torch.randn(6, 16, generator=_generator(0), dtype=torch.float64, device="cpu")
+    stds = torch.tensor([0.3, 0.5, 0.8, 0.4, 0.6, 0.7], dtype=torch.float64, device="cpu")
     classes = [GaussianMixture(means[part], stds[part]) for part in (slice(3), slice(3, 6))]
     generator = _generator(seed)
     draws = torch.stack([one.sample(count, generator) for one in classes], dim=1)
-    label = torch.arange(count) % 2
-    images = _noised(draws[torch.arange(count), label], 0.03, seed)
+    label = torch.arange(count, device="cpu") % 2
+    images = _noised(draws[range(count), label], 0.03, seed)
     denoiser = ByLabel([*classes, GaussianMixture(means, stds)])
     return Problem(denoiser, images.to(dtype), levels.edm(0.03, 15.0), *_labels(label, 2), exact=True)
 
@@ -240,11 +253,11 @@ def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tens
 def _chosen(available: int, count: int, seed: int) -> Tensor:
     if count > available:
         raise ValueError(f"count must be at most {available}, the images there are, got {count}")
-    return torch.randperm(available, generator=_generator(seed))[:count]
+    return torch.randperm(available, generator=_generator(seed), device="cpu")[:count]
 
 
 def _noised(x: Tensor, sigma: float, seed: int) -> Tensor:
-    return x + sigma * torch.randn(x.shape, generator=_generator(seed + 1_000_000), dtype=x.dtype)
+    return x + sigma * torch.randn(x.shape, generator=_generator(seed + 1_000_000), dtype=x.dtype, device="cpu")
 
 
 def _generator(seed: int) -> torch.Generator:

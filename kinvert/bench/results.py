@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kinvert.checks import is_number
+from kinvert.checks import is_integer, is_number
 from kinvert.files import write_file
-from kinvert.jobs import is_done
-from kinvert.jsontext import canonical_json, content_key, from_canonical_json
+from kinvert.jsontext import canonical_json, content_key
+from kinvert.resultfiles import measured, parse_result, read_result, set_aside
 from kinvert.showing.brief import brief, never_fails
 from kinvert.showing.html import card, html_never_fails, paragraph, table
+from kinvert.tasks import is_done, tell_of_damage
 
-__all__ = ["MERGED", "Comparison", "Difference", "Record", "Records", "compare", "load", "merge", "read"]
+__all__ = [
+    "FIX",
+    "MERGED",
+    "Comparison",
+    "Difference",
+    "Record",
+    "Records",
+    "check_record",
+    "compare",
+    "load",
+    "merge",
+    "read",
+]
 
 Record = dict[str, Any]
 MERGED = "results.jsonl"
+FIX = "the `kinvert bench` that measured it sets it aside and computes it again"
 SHOWN = 50  # records in the table of a notebook
 
 
@@ -68,7 +82,7 @@ def load(*places: Path | str) -> Records:
     for place in map(Path, places):
         for path, record in _read_place(place):
             key = record["key"]
-            if key in records and canonical_json(records[key]) != canonical_json(record):
+            if key in records and canonical_json(measured(records[key])) != canonical_json(measured(record)):
                 raise ValueError(
                     f"{origin[key]} and {path} have different results for one cell; load one of them, or see "
                     "`kinvert bench compare`"
@@ -81,12 +95,15 @@ def read(path: Path) -> Record:
     """Read one result file.
 
     Raises:
-        ValueError: the file is damaged, or holds the result of another cell than its name says.
+        ValueError: the file cannot be read, is damaged, or holds the result of another cell than its name says.
     """
-    fix = f"delete it, and the same `kinvert bench` computes it again: rm {path}"
-    record = _parse(path.read_bytes(), path, fix)
-    if record["key"] != path.stem:
-        raise ValueError(f"{path} holds the result of another cell, {record['key']}; {fix}")
+    try:
+        record = read_result(path)
+        check_record(record)
+        if record["key"] != path.stem:
+            raise ValueError(f"it is that of another cell, {record['key']}")
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of its cell, {error}; {FIX}") from error
     return record
 
 
@@ -95,32 +112,102 @@ def merge(folder: Path, keys: Iterable[str]) -> bool:
 
     Returns:
         True if the file was written, False if a result is missing.
+
+    Warns:
+        RuntimeWarning: damaged records, which are set aside.
     """
+    keys = list(keys)
     if not all(is_done(folder, key) for key in keys):
         return False
-    write_file(folder / MERGED, "".join(canonical_json(record) + "\n" for record in load(folder)).encode())
+    records, damaged = [], []
+    for path in _record_files(folder):
+        try:
+            records.append(read(path))
+        except ValueError as error:
+            damaged.append(f"{error}; see {set_aside(path)}")
+    tell_of_damage(damaged, "and the command that measured them computes them again")
+    if not all(is_done(folder, key) for key in keys):
+        return False
+    write_file(folder / MERGED, "".join(canonical_json(record) + "\n" for record in records).encode())
     return True
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("[0-9a-f]*.json")) if len(path.stem) == 16]
 
 
 def _read_place(place: Path) -> Iterable[tuple[Path, Record]]:
     if place.is_dir():
-        return ((path, read(path)) for path in sorted(place.glob("[0-9a-f]*.json")) if len(path.stem) == 16)
+        return ((path, read(path)) for path in _record_files(place))
     if not place.exists():
         raise ValueError(f"there are no results at {str(place)!r}; run `kinvert bench --out {place}` first")
-    fix = "it must have a record on each line, as results.jsonl has"
-    return ((place, _parse(line, place, fix)) for line in place.read_bytes().splitlines())
+    return ((place, _parse(line, place, number)) for number, line in enumerate(place.read_bytes().splitlines(), 1))
 
 
-def _parse(content: bytes, path: Path, fix: str) -> Record:
+def _parse(line: bytes, path: Path, number: int) -> Record:
     try:
-        record = from_canonical_json(content)
-        if not isinstance(record["cell"], dict) or not isinstance(record["metrics"], dict):
-            raise TypeError("its cell and metrics are of the wrong type")
-        if record["key"] != content_key(record["cell"]):
-            raise ValueError("its key is not that of its cell")
-        return dict(record)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result ({type(error).__name__}: {error}); {fix}") from error
+        record = parse_result(line)
+        check_record(record)
+    except ValueError as error:
+        raise ValueError(
+            f"line {number} of {path} is no result, {error}; a file must have a record on each line, as {MERGED} has"
+        ) from error
+    return record
+
+
+# -- the form of a record ----------------------------------------------------------------------------------------------
+_CELL: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("model", "question", "method", "sampler", "schedule", "dtype"), lambda name: isinstance(name, str)
+    ),
+    **dict.fromkeys(("steps", "seed", "count"), is_integer),
+    "cfg": is_number,
+    "options": lambda value: isinstance(value, dict),
+}
+_PAIRS = {"trajectory": ("sigma", "error"), "residuals": ("sigma", "error"), "spectrum": ("frequency", "power")}
+
+
+def check_record(record: Any) -> None:
+    """Raise ValueError if something that a report needs is missing in a record, is cut short or of another type."""
+    try:
+        cell, count = record["cell"], record["cell"]["count"]
+        for name, fits in _CELL.items():
+            _demand(fits(cell[name]), f"the setting {name} of its cell is {cell[name]!r}")
+        _demand(record["key"] == content_key(cell), "its key is not that of its cell")
+        _demand(all(isinstance(version, str) for version in record["versions"].values()), "its versions are no text")
+        for name, values in record["metrics"].items():
+            _demand(_is_list(values, count), f"its metric {name} is no list of {count} numbers")
+        if record["error"] is None:
+            for name in ("inversion_evaluations", "sampling_evaluations"):
+                _demand(_is_list(record[name], count), f"its {name} are no list of {count} numbers")
+        else:
+            _demand(isinstance(record["error"], str), "its error is no text")
+        claims = record["converged"]
+        _demand(claims is None or (_is_list(claims, count, bool)), f"converged is no list of {count} truth values")
+        latent = record["latent"] or {"histogram": {"edges": [0.0], "counts": []}, "spectrum": None}
+        for name, pair in _PAIRS.items():
+            curve = (latent if name == "spectrum" else record)[name]
+            _demand(curve is None or _fits(curve[pair[0]], curve[pair[1]]), f"the lists of its {name} do not fit")
+        edges, counts = (latent["histogram"][name] for name in ("edges", "counts"))
+        _demand(_is_list(edges, len(counts) + 1) and _is_list(counts, len(edges) - 1), "its histogram is cut short")
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"something in it is of the wrong type ({error})") from error
+
+
+def _demand(true: bool, complaint: str) -> None:
+    if not true:
+        raise ValueError(complaint)
+
+
+def _is_list(values: Any, length: int, kind: type = float) -> bool:
+    fits = is_number if kind is float else lambda value: isinstance(value, kind)
+    return isinstance(values, list) and len(values) == length and all(map(fits, values))
+
+
+def _fits(a: Any, b: Any) -> bool:
+    return _is_list(a, len(b)) and _is_list(b, len(a))
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -189,7 +276,7 @@ def compare(a: Path | str, b: Path | str, *, rtol: float = 0.0) -> Comparison:
 
 
 def _differences(a: Record, b: Record, rtol: float) -> Iterable[Difference]:
-    for key in sorted((a.keys() | b.keys()) - {"key", "cell", "versions", "metrics"}):
+    for key in sorted((measured(a).keys() | measured(b).keys()) - {"key", "cell", "versions", "metrics"}):
         if not _close(a.get(key), b.get(key), rtol):
             yield Difference(a["cell"], key, a.get(key), b.get(key))
     for name in sorted(a["metrics"].keys() | b["metrics"].keys()):

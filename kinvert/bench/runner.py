@@ -14,9 +14,8 @@ from kinvert.bench.grid import Cell, unique
 from kinvert.bench.measurement import measure
 from kinvert.bench.problems import is_built_in
 from kinvert.checks import is_integer
-from kinvert.files import write_file
-from kinvert.jobs import is_done, run_tasks, submit
-from kinvert.jsontext import canonical_json
+from kinvert.jobs import is_done, kept_in, run_tasks, submit
+from kinvert.resultfiles import DATA, check_data, write_result
 
 __all__ = ["CellTask", "check_threads", "run", "submit_cells"]
 
@@ -35,9 +34,13 @@ class CellTask:
     def run(self, folder: Path) -> None:
         """Measure, and write the arrays, then the record."""
         record, arrays = measure(self.cell)
-        if arrays:
-            write_file(folder / f"{self.key}.safetensors", save(arrays))
-        write_file(folder / f"{self.key}.json", (canonical_json(record) + "\n").encode())
+        write_result(folder, self.key, record, save(arrays) if arrays else None)
+
+    def check(self, folder: Path) -> None:
+        """Raise ValueError if the record or its arrays are damaged."""
+        record = results.read(folder / f"{self.key}.json")
+        if DATA in record or (folder / f"{self.key}.safetensors").exists():
+            check_data(folder / f"{self.key}.safetensors", record)
 
     def __str__(self) -> str:
         return str(self.cell)
@@ -69,15 +72,21 @@ def run(
         not ready yet.
 
     Raises:
-        ValueError: as `kinvert.jobs.run_tasks`; a damaged file in the folder.
-        UnfinishedError: a cell failed, or a worker ended early. The same call again does what is left.
+        ValueError: as `kinvert.jobs.run_tasks`.
+        UnfinishedError: a cell failed, a worker ended early, or the disk is full. The same call again does what is
+            left.
+
+    Warns:
+        RuntimeWarning: results in the folder that are damaged: of these cells, which are computed again, or of others.
+            Their records are set aside as `<key>.json.damaged`.
     """
     folder, cells = Path(folder), unique(cells)
     check_threads(threads, cells)
     tasks = [CellTask(cell) for cell in cells]
     run_tasks(tasks, folder, workers=workers, threads=threads, imports=imports, progress=progress)
     keys = [task.key for task in tasks]
-    results.merge(folder, keys)
+    with kept_in(folder, tasks, "cell"):
+        results.merge(folder, keys)
     return results.Records(results.read(folder / f"{key}.json") for key in sorted(keys) if is_done(folder, key))
 
 

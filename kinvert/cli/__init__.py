@@ -10,13 +10,13 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command line needs {error.name}, which is not here: pip install 'kinvert[cli]'") from error
 
-from kinvert.cli import benchmark, doctor, listings, pipelines, runs, sampling, showing
+from kinvert.cli import benchmark, doctor, editing, listings, pipelines, runs, sampling, showing
 from kinvert.cli.groups import main
 
 __all__ = ["main"]
 
 _COMMANDS = (
-    *(runs.demo, pipelines.unsample, runs.invert, sampling.sample, showing.show),
+    *(runs.demo, pipelines.unsample, runs.invert, sampling.sample, editing.edit, showing.show),
     *(listings.samplers, listings.schedules, listings.plan, benchmark.bench_group, doctor.doctor),
 )
 for _command in _COMMANDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -189,15 +190,47 @@ def compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
 @bench_group.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Folder of the report.")
-def report(folders: tuple[Path, ...], out: Path) -> None:
+@click.option("--columns", metavar="NAME,...", help="Numbers of the leaderboard, e.g. evaluations,nmse_db,psnr.")
+@click.option(
+    "--where",
+    "wheres",
+    multiple=True,
+    metavar="KEY=VALUE,...",
+    help="Report only cells with this setting, or one of several, e.g. method=unsample,invert; repeatable.",
+)
+@click.option("--top", type=int, metavar="N", help="Rows of the leaderboard for each model and question, the best.")
+def report(folders: tuple[Path, ...], out: Path, columns: str | None, wheres: tuple[str, ...], top: int | None) -> None:
     """Write the report of FOLDERS of results.
 
-    The report is one HTML file, with figures (PNG, SVG) and tables (Markdown, LaTeX) beside it.
+    The report is one HTML file, with figures (PNG, SVG) and tables (Markdown, LaTeX) beside it. --where chooses what
+    all of it is about: model, question, method, sampler, schedule, steps, cfg, dtype. --columns and --top choose what
+    the leaderboard shows.
     """
     check_matplotlib()
-    from kinvert.bench.report import write
+    from kinvert.bench.report import read, write
+    from kinvert.bench.report.headline import headline
+    from kinvert.bench.report.rows import choose, rows
 
-    print_lines(f"wrote {write(folders, out)}")
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    where = _parse_where(wheres)
+    records = read(folders)
+    path = write(records, out, columns=names, where=where, top=top)
+    chosen = choose(records, where)
+    print_lines(f"wrote {path}", *headline(rows(chosen), chosen))
+    first, *_ = (out / "leaderboard.tex").read_text().splitlines() if (out / "leaderboard.tex").exists() else [""]
+    if first.startswith("%"):
+        print_lines(f"leaderboard.tex: {first.removeprefix('% ')}")
+
+
+def _parse_where(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Parse the values of --where; a comma inside the parentheses of a sampler's options does not part values."""
+    found: dict[str, list[str]] = {}
+    for given in texts:
+        key, equals, values = given.partition("=")
+        if not equals:
+            raise ValueError(f"--where must be KEY=VALUE, e.g. method=unsample,invert, got {given!r}")
+        found.setdefault(key.strip(), []).extend(value.strip() for value in re.split(r",(?![^(]*\))", values))
+    return found
 
 
 def _brief(value: Any) -> str:

@@ -73,7 +73,8 @@ def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"{flag} must be KEY=VALUE, e.g. eta=0.5, got {text!r}")
+            example = "eta=0.5" if flag == "--option" else "label=3"
+            raise ValueError(f"{flag} must be KEY=VALUE, e.g. {example}, got {text!r}")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

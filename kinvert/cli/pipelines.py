@@ -21,7 +21,7 @@ from kinvert.cli.latents import LatentFile, Record
 from kinvert.cli.options import device, pairs, parse_pairs
 from kinvert.console import print_lines
 from kinvert.coordinates import settle
-from kinvert.files import write_file
+from kinvert.files import is_without_room, remove_leftovers, write_file
 from kinvert.folder import MANIFEST
 from kinvert.inversion import METHODS
 from kinvert.inversion.back import WayBack
@@ -29,9 +29,12 @@ from kinvert.jobs import UnfinishedError
 from kinvert.jsontext import canonical_json
 from kinvert.levels import FlowTimes
 from kinvert.pictures import image_files, open_image
+from kinvert.records import DamagedError
+from kinvert.resultfiles import set_aside
 from kinvert.rules import Rule
 from kinvert.rules.names import unknown_schedule
 from kinvert.stops import keeping
+from kinvert.tasks import tell_of_damage
 from kinvert.tensors import wide_dtype
 
 __all__ = ["Opened", "Wish", "call_options", "image_of", "invert_files", "is_directory", "unsample", "wish_of"]
@@ -233,10 +236,15 @@ def invert_files(wish: Wish, source: Path, out: Path) -> list[dict[str, Any]]:
     """
     paths, alone = image_files(source), source.is_file() and out.suffix == SUFFIX
     opened, rows, failures = None, list[dict[str, Any]](), list[str]()
-    with keeping(lambda: f"{len(rows)} of {len(paths)} latents are kept in {out}; the same command goes on"):
+
+    def kept() -> str:
+        return f"{len(rows)} of {len(paths)} latents are kept in {out}; the same command goes on"
+
+    with keeping(kept):
         for path in paths:
             name = path.name if source.is_file() else path.relative_to(source).as_posix()
             place = out if alone else out / f"{name}{SUFFIX}"
+            remove_leftovers(place.parent)
             try:
                 record = _done(place, wish, path)
                 if record is None:
@@ -244,8 +252,10 @@ def invert_files(wish: Wish, source: Path, out: Path) -> list[dict[str, Any]]:
                     file = latent_of(opened, wish, path)
                     file.save(place)
                     record = file.record
-            except ValueError as error:
-                if len(paths) == 1 or opened is None:
+            except (OSError, ValueError) as error:  # OSError: an image that is gone since its latent was made
+                if is_without_room(error):
+                    raise UnfinishedError(f"no room is left on the disk: {kept()} once there is some") from error
+                if len(paths) == 1 or (opened is None and isinstance(error, ValueError)):
                     raise
                 failures.append(f"  {name}: {error}")
                 continue
@@ -259,10 +269,14 @@ def invert_files(wish: Wish, source: Path, out: Path) -> list[dict[str, Any]]:
 
 
 def _done(place: Path, wish: Wish, path: Path) -> Record | None:
-    """Return the record of a latent that is there already; raise ValueError if it was made in another way."""
+    """Return the record of a latent that is there already, and whole; raise ValueError if it was made otherwise."""
     if not place.exists():
         return None
-    record, asked = LatentFile.load(place).record, _asked(wish, path, wish.call)
+    try:
+        record, asked = LatentFile.load(place).record, _asked(wish, path, wish.call)
+    except DamagedError as error:
+        tell_of_damage([f"{error}; see {set_aside(place)}"], "and computed again")
+        return None
     known = {name: value for name, value in record.settings.items() if name in asked}
     wanted = json.loads(canonical_json(asked))
     for name in ("height", "width"):  # without them, those of the image

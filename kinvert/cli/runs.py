@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,23 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 )
 @click.option("--count", type=int, default=8, help="Number of images, one of each class in turn.")
 @click.option("--normalize", is_flag=True, help="Give the latents mean 0 and standard deviation 1, as the node does.")
+@click.option(
+    "--invert/--no-invert",
+    default=None,
+    help="Also invert exactly. By default only without guidance, with which it may take minutes.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", help="Floating point format.")
 @device
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default="demo", help="Folder for the three files."
-)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="demo", help="Folder for the files.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON instead of a table; the files are written all the same."
 )
 def demo(out: Path, as_json: bool, **options: Any) -> None:
-    """Unsample images, sample them back, and measure.
+    """Take images to noise and back, edit them, and measure.
 
-    An embedded denoiser takes handwritten digits that it never saw to noise and back, once with each sampler. It prints
-    a table, and writes three files to OUT: the table (.json), the images and latents (.npz), and a picture (.png).
+    An embedded denoiser takes handwritten digits that it never saw to noise and back: unsampled with each sampler, and
+    inverted exactly. Then it makes another digit of each latent. It prints a table, and writes to OUT the table
+    (.json), the images and latents (.npz), a picture (.png), and a digit for `kinvert edit`.
     """
     check_matplotlib()
     try:
@@ -74,16 +79,39 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
         click.echo(to_json(outcome.report()), nl=False)
         return
     _print_demo(outcome)
-    print_lines(*(f"wrote {path}" for path in paths.values()))
+    print_lines(*(f"wrote {path}" for path in paths.values()), *_next(outcome, paths["digit"]))
+
+
+def _next(outcome: demos.Demo, digit: Path) -> list[str]:
+    """Return what to type after the demo."""
+    place, model = outcome.example, outcome.settings.model
+    label, target = int(outcome.labels[place]), int(outcome.targets[place])
+    which = "" if model == "mnist" else f" --model {model}"
+    edited = digit.with_name(f"edited-{model}-{target}.png")
+    return [
+        f"next: kinvert edit {shlex.quote(str(digit))} --from label={label} --to label={target} --cfg 3{which} "
+        f"--out {shlex.quote(str(edited))}"
+    ]
 
 
 def _print_demo(outcome: demos.Demo) -> None:
     rows = [
-        [r["sampler"], r["steps"], r["evaluations"], f"{r['mse']:.3g}", f"{r['psnr']:.1f}", f"{r['max_error']:.2g}",
-         f"{r['latent_mean']:+.3f}", f"{r['latent_std']:.3f}"]
+        [r["sampler"] if r["method"] == "unsample" else f"invert ({r['sampler']})", r["steps"], r["evaluations"],
+         f"{r['mse']:.3g}", f"{r['psnr']:.1f}", f"{r['max_error']:.2g}", f"{r['latent_mean']:+.3f}",
+         f"{r['latent_std']:.3f}", f"{r['edits_took']} of {outcome.settings.count}"]
         for r in outcome.table()
     ]  # fmt: skip
-    columns = ["sampler", "steps", "evaluations", "MSE", "PSNR (dB)", "max error", "latent\nmean", "latent\nstd"]
+    columns = [
+        "sampler",
+        "steps",
+        "evaluations",
+        "MSE",
+        "PSNR (dB)",
+        "max error",
+        "latent\nmean",
+        "latent\nstd",
+        "edits\ntook",
+    ]
     s = outcome.settings
     print_table(
         f"round trip of {s.count} held-out images, {s.model}, {s.schedule}, cfg {s.cfg:g}", columns, rows, numbers=True
@@ -91,6 +119,12 @@ def _print_demo(outcome: demos.Demo) -> None:
     print_notes(
         "Errors are of the image sampled back, in [-1, 1]; PSNR is the mean over the images.",
         "Latents are divided by sigma: pure noise has mean 0 and standard deviation 1.",
+        "invert is exact where it converges, on the schedule without its step to 0; the others go up approximately."
+        if "invert" in outcome.trips
+        else "Samplers go up approximately; --invert adds an exact inversion.",
+        f"An edit samples the latent as the digit five further on, with cfg {demos.EDIT_CFG:g}; "
+        "a classifier says whether it took.",
+        "In the picture black is the larger value: ink in images.",
     )
 
 

@@ -26,7 +26,7 @@ from kinvert.pictures import IMAGES, TENSORS, save_image, write
 from kinvert.records import header_of
 from kinvert.stops import keeping
 
-__all__ = ["sample"]
+__all__ = ["is_one_file", "sample"]
 
 OF_PIPELINES = ("prompt", "negative_prompt", "guidance_scale")
 OF_OTHERS = ("cfg", "positives", "negatives")
@@ -126,7 +126,7 @@ def _check_options(ctx: click.Context, kind: str) -> None:
 def _by_pipeline(source: Path, out: Path, change: Change, paths: list[Path]) -> int:
     """Sample latents of a pipeline of diffusers, each from a file of its own."""
     files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
-    alone = _is_file(out, len(files))
+    alone = is_one_file(out, len(files))
     opened: dict[tuple[str, str], Opened] = {}
     missed = 0
     for path in files:
@@ -151,7 +151,7 @@ def _by_shards(source: Path, out: Path, change: Change, paths: list[Path]) -> in
     found = find_shards(source)
     if not found:
         raise ValueError(f"there are no finished shards in {str(source)!r}; give the kinvert invert command again")
-    alone = _is_file(out, len(open_shard(found[0]).latents) if len(found) == 1 else 2)  # before the work
+    alone = is_one_file(out, len(open_shard(found[0]).latents) if len(found) == 1 else 2)  # before the work
     missed = 0
     for path in found:
         shard = open_shard(path)
@@ -178,7 +178,7 @@ def _by_inversion(source: Path, out: Path, change: Change, paths: list[Path]) ->
     found: Any = ki.load(source)
     dtype = getattr(torch, change.dtype) if change.dtype else found.latent.dtype
     found = found.to(change.device, dtype)
-    alone = _is_file(out, len(found.latent))
+    alone = is_one_file(out, len(found.latent))
     problem = problem_of(change.model, 1, 0, str(dtype).removeprefix("torch."), change.device)
     kept = {name: dict(getattr(found.back, name, None) or {}) for name in ("positive", "negative")}
     for name, given in (("positive", change.positive), ("negative", change.negative)):
@@ -195,7 +195,7 @@ def _by_inversion(source: Path, out: Path, change: Change, paths: list[Path]) ->
     return int((~found.converged).sum())
 
 
-def _is_file(out: Path, count: int) -> bool:
+def is_one_file(out: Path, count: int) -> bool:
     """Tell whether `out` is the name of a file.
 
     Raises:

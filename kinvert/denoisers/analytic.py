@@ -70,7 +70,7 @@ def _variance(std: Tensor, sigma: Tensor) -> Tensor:
 
 def _parameter(name: str, value: Tensor | float, low: float = -math.inf) -> Tensor:
     """Return a finite parameter >= low as a tensor; Python numbers become float64."""
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a float or a floating-point tensor, got {tensor.dtype}; use .float()")
     if not tensor.numel():

@@ -60,4 +60,4 @@ def _is_alone(outputs: list[Any], i: int) -> bool:
     )
 
 
-_ALONE = torch_hooks.count_holders([torch.empty(1)], 0) if torch_hooks.can_count_holders() else (0, 0)
+_ALONE = torch_hooks.count_holders([torch.empty(1, device="cpu")], 0) if torch_hooks.can_count_holders() else (0, 0)

@@ -131,7 +131,8 @@ def run_adaptive(
                 n = checked_noise(draw, Interval(sigma, target), x)
                 x = combine(X + up * NOISE, {State("x"): x, NoiseSymbol(0): n}, x)
             if callback is not None and seen is not None:
-                callback(Progress(accepted, sigma, target, *seen, evaluations=solver.order * trials))
+                denoised = seen[1].clone()  # `watch` is told of it after the callback, which may write into its own
+                callback(Progress(accepted, sigma, target, seen[0], denoised, evaluations=solver.order * trials))
             accepted, sigma = accepted + 1, target
         if watch is not None and seen is not None:
             info = AdaptiveInfo(trials, solver.order * trials, accepted, trials - accepted)

@@ -16,6 +16,8 @@ from kinvert import torch_hooks
 from kinvert.checks import check_beside, check_dense, has_values, plain
 from kinvert.coordinates import FLOW_FIX, VE_FIX, coordinates_of, flow_sampler
 from kinvert.denoisers import Guided
+from kinvert.devices import memory_limit
+from kinvert.engine.kernels import program
 from kinvert.noise import NoiseFunction
 from kinvert.plan import Interval, Plan, Stage, Step
 from kinvert.rules.flow import within_one
@@ -28,6 +30,7 @@ __all__ = [
     "check_outputs",
     "check_plan",
     "check_resumed",
+    "check_room",
     "check_state",
     "checked_noise",
     "checked_output",
@@ -35,6 +38,9 @@ __all__ = [
     "warn_if_drowned",
     "warn_if_rising_drowns",
 ]
+
+LARGE = 2**28
+"""Bytes of a state from which on it is asked whether it fits."""
 
 DROWNED = 1.0
 """The rounding, in units of the noise level, above which a warning is given; see `rounding`."""
@@ -95,7 +101,26 @@ def check_state(x: Any) -> Tensor:
     check_dense("x", x)
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"x must have shape (batch, *event) with at least one sample, got {tuple(x.shape)}")
+    check_room(x)
     return plain(x)
+
+
+def check_room(x: Tensor, plan: Plan | None = None) -> None:
+    """Raise ValueError if a run from x does not fit into the memory of this machine: x, and what the Plan needs.
+
+    The system would end the process in the middle of the work. Devices of their own say at once what does not fit.
+    """
+    size = x.numel() * x.element_size()
+    if torch.compiler.is_compiling() or size < LARGE or x.device.type != "cpu" or not has_values(x):
+        return
+    count = 1 if plan is None else program(plan, half=is_half(x.dtype)).memory
+    limit, held = memory_limit(), x.untyped_storage().nbytes()
+    if limit is not None and held + count * size > limit:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} in {x.dtype} does not fit: a tensor of its size takes {size / 1e9:,.1f} GB, "
+            f"a run needs at least {count} of them besides x, and this machine has {limit / 1e9:,.1f} GB; give fewer "
+            "samples at a time, smaller ones, or a narrower dtype"
+        )
 
 
 def check_memory(plan: Plan, state: dict[str, Tensor]) -> None:

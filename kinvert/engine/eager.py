@@ -56,7 +56,7 @@ class _EagerStep(StepBuilder):
 
     def _evaluate(self, x: Any, sigma: float, guided: bool) -> tuple[Any, Any]:
         stage = Stage(sigma, Form({}), guided)
-        outputs = list(check_outputs(self._denoiser(x, stage_sigmas([sigma], x)[0]), x, stage, self._step))
+        outputs = list(check_outputs(self._denoiser(x, stage_sigmas([sigma], x)[0].clone()), x, stage, self._step))
         keep(outputs)  # the rule may remember them
         return outputs[0], outputs[1]
 

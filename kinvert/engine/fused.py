@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, lerp
 
 from kinvert import torch_hooks
+from kinvert.caches import SizedCache
 from kinvert.denoisers import Denoiser
 from kinvert.denoisers.buffers import keep, lay_out
 from kinvert.engine.contract import check_outputs, checked_noise
@@ -23,17 +23,21 @@ from kinvert.engine.operations import Add, Blend, Kernel, Lerp, Mix, Scale, Sum
 from kinvert.engine.products import Products, blocks_for
 from kinvert.engine.step import Callback, Memory, Progress, stage_sigmas
 from kinvert.noise import NoiseFunction
-from kinvert.plan import Interval, Plan
+from kinvert.plan import Interval, Plan, plan_size
 from kinvert.tensors import is_half, wide_dtype
 
 __all__ = ["FusedRun", "Uploaded", "fused_loop"]
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device, type]
-_LATEST: WeakKeyDictionary[Plan, tuple[_Kind, Uploaded, int | None]] = WeakKeyDictionary()
-"""What the latest run of each Plan uploaded, for which kind of state, and the version of its noise levels then."""
+_LATEST: SizedCache[Plan, tuple[_Kind, Uploaded]] = SizedCache(2**24)
+"""What the latest run of each Plan uploaded, and for which kind of state; it is taken out while a run uses it."""
+
+ROWS = 256
+"""The largest batch for which the noise levels of all evaluations are kept as denoisers get them, shape (batch,). For
+larger ones each is one number, and is expanded for its evaluation."""
 
 StepOnDevice = tuple[StepKernels, tuple[tuple[Call, Tensor], ...]]
-"""The kernels of a step, and its evaluations with their noise levels, shape (batch,)."""
+"""The kernels of a step, and its evaluations with their noise levels, as in `Uploaded.levels`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Uploaded:
     Attributes:
         program: the kernels.
         steps: the steps of the program, with the noise levels of their evaluations.
-        levels: those noise levels, one after the other.
+        levels: those noise levels, one after the other, shape (batch,); (1,) if the batch is larger than `ROWS`.
         matrices: coefficients of each product, shape (blocks, results, terms), the same for all blocks.
         blocks: the number of blocks that a product is computed in; see `products.BLOCK`.
     """
@@ -54,37 +58,53 @@ class Uploaded:
     matrices: tuple[Tensor, ...]
     blocks: int
 
+    @property
+    def nbytes(self) -> int:
+        """The memory of the levels and the coefficients, in bytes."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.levels, *self.matrices[:1]))
+
     @classmethod
     def of(cls, plan: Plan, x: Tensor) -> Uploaded:
         """Upload the numbers for a state like `x`."""
         code = program(plan, half=is_half(x.dtype))
         sigmas = stage_sigmas(plan.stage_levels, x)
+        if len(x) > ROWS:
+            sigmas = sigmas[:, :1]
         levels = tuple([level.clone() for level in sigmas.unbind(0)])  # a compiled network asks where a tensor starts
         rest = iter(levels)
         steps = tuple([(one, tuple([(call, next(rest)) for call in one.calls])) for one in code.steps])
         if not code.matrices:
             return cls(code, steps, levels, (), 1)
         blocks = blocks_for(code, x)
-        lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64)
+        lines = torch.tensor([row for matrix in code.matrices for row in matrix], dtype=torch.float64, device="cpu")
         lines = lines.to(x.dtype).to(x.device)
         matrices = [m.expand(blocks, -1, -1) for m in lines.split([len(matrix) for matrix in code.matrices])]
         return cls(code, steps, levels, tuple(matrices), blocks)
 
 
-def uploaded(plan: Plan, x: Tensor) -> Uploaded:
-    """Return the numbers of a Plan on the device: those of its latest run if they still serve.
+def take_uploaded(plan: Plan, x: Tensor) -> Uploaded:
+    """Return the numbers of a Plan on the device for one run alone: those of an earlier run if they serve and are free.
 
-    They do if the state is alike and no denoiser wrote into its sigma.
+    They serve if the state is alike and no denoiser wrote into its sigma, which it may. So no other run reads them
+    meanwhile, in another thread or inside of the denoiser.
     """
     if torch.is_inference_mode_enabled():  # tensors made in this mode cannot be used outside of it
         return Uploaded.of(plan, x)
-    kind = (x.shape, x.dtype, x.device, type(x))
-    latest = _LATEST.get(plan)
-    version = torch_hooks.total_version
-    if latest is None or latest[0] != kind or latest[2] is None or version(latest[1].levels) != latest[2]:
-        numbers = Uploaded.of(plan, x)
-        latest = _LATEST[plan] = (kind, numbers, version(numbers.levels))
-    return latest[1]
+    kind, numbers = _LATEST.pop(plan) or (None, None)
+    if numbers is None or kind != _kind(x) or torch_hooks.total_version(numbers.levels) != 0:
+        return Uploaded.of(plan, x)
+    return numbers
+
+
+def leave_uploaded(plan: Plan, x: Tensor, numbers: Uploaded) -> None:
+    """Leave the numbers of a run that ended to the next one."""
+    if not torch.is_inference_mode_enabled():
+        _LATEST.put(plan, (_kind(x), numbers), numbers.nbytes + plan_size(plan))
+
+
+def _kind(x: Tensor) -> _Kind:
+    """Return what the numbers on the device depend on besides the Plan."""
+    return x.shape, x.dtype, x.device, type(x)
 
 
 class FusedRun:
@@ -145,6 +165,7 @@ class FusedRun:
         callback: Callback | None = None,
     ) -> None:
         """Make some of the steps in `numbers.steps`. An input that the denoiser keeps is not overwritten."""
+        few = len(self.x) <= ROWS
         values, compute, dtype, shape = self.values, self.compute, self.x.dtype, self.x.shape
         holders, users = torch_hooks.holder_counters()
         for (step, draws, _, update, dead), calls in steps:
@@ -156,7 +177,7 @@ class FusedRun:
                     compute(kernels)
                 x = values[slot]
                 held = holders(x)
-                denoised: Any = denoiser(x, sigma)
+                denoised: Any = denoiser(x, sigma if few else sigma.expand(len(x)).contiguous())
                 uncond: Any = None
                 plain = type(denoised) is Tensor and denoised.dtype is dtype and denoised.shape == shape
                 if not plain or out_uncond is not None:
@@ -255,7 +276,7 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
     state = {name: lay_out(value) for name, value in state.items()}
     x = state["x"]
     version = torch_hooks.version(x)
-    numbers = uploaded(plan, x)
+    numbers = take_uploaded(plan, x)
     fused = FusedRun(numbers, x)
     fused.start(state)
     fused.make_steps(numbers.steps, denoiser, draw, callback)
@@ -264,4 +285,5 @@ def fused_loop(plan: Plan, denoiser: Denoiser, state: Memory, draw: NoiseFunctio
             "the denoiser wrote into x, so that the state and your own tensor changed under the run; let it work on a "
             "copy, e.g. x = x.clone() in front of an operation in place"
         )
+    leave_uploaded(plan, x, numbers)
     return fused.end()

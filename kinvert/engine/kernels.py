@@ -20,14 +20,14 @@ No tensor is met here: `kinvert.engine.fused` runs the kernels.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
 
+from kinvert.caches import sized_cache
 from kinvert.engine.operations import Add, Blend, Kernel, Lerp, Mix, Scale, Sum
 from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
-from kinvert.plan import Interval, Plan, Stage, Step
+from kinvert.plan import KEPT, Interval, Plan, Stage, Step, plan_size
 
 __all__ = ["Call", "Kernel", "Program", "StepKernels", "outlives", "program"]
 
@@ -141,7 +141,7 @@ class _Pool:
         return self.next - self.step
 
 
-@functools.lru_cache(maxsize=64)
+@sized_cache(KEPT, lambda _, plan, *more: plan_size(plan))
 def program(plan: Plan, half: bool = False) -> Program:
     """Return the kernel calls of a Plan: chains alone or, if a row has many terms, products too.
 
@@ -150,12 +150,8 @@ def program(plan: Plan, half: bool = False) -> Program:
         half: the state is in half precision. A lerp computes in float32 and rounds once; longer combinations are
             computed as `Sum`.
     """
-    longest = max(len(form) for step in plan.steps for form in _rows(step))
+    longest = max(len(form) for step in plan.steps for form in step.rows)
     return (_Mixed(plan) if longest > CHAIN and not half else _Chained(plan, half)).program()
-
-
-def _rows(step: Step) -> list[Form]:
-    return [*(stage.input for stage in step.stages), step.x, *(form for _, form in step.memory)]
 
 
 def outlives(step: Step, stage: int) -> bool:

@@ -29,7 +29,7 @@ class Products:
     def __init__(self, code: Program, buffer: Tensor, blocks: int) -> None:
         n, side = code.rows, code.side
         self.side = side
-        self.exact = buffer.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        self.exact = buffer.device.type == "cpu" and _matmuls_are_exact()
         numel = buffer.numel() // n
         flat = buffer.as_strided((n, numel), (numel, 1))
         if self.exact:
@@ -52,3 +52,11 @@ class Products:
         else:
             for line, row in zip(matrix[0].unbind(0), self._results[out != 0], strict=False):
                 torch.mv(rows, line, out=row)
+
+
+def _matmuls_are_exact() -> bool:
+    """Tell whether torch multiplies float32 matrices in float32 on the CPU; False if it cannot say."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # some precisions were set by torch's newer names, torch.backends.<...>.fp32_precision
+        return False

@@ -143,7 +143,10 @@ def combine(form: Form, known: dict[Symbol, Tensor], like: Tensor) -> Tensor:
 
 
 def stage_sigmas(sigmas: Sequence[float], x: Tensor) -> Tensor:
-    """Return noise levels as the denoiser gets them, shape (stages, batch), on x's device: one upload for them all."""
+    """Return noise levels in the dtype of denoisers, shape (stages, batch), on x's device: one upload for them all.
+
+    The samples share the memory of a level, which is one number. A denoiser gets a clone of a row.
+    """
     dtype = wide_dtype(x.dtype)
-    column = torch.tensor(sigmas, dtype=torch.float64).to(dtype).to(x.device)
-    return column[:, None].expand(-1, x.shape[0]).contiguous()
+    column = torch.tensor(sigmas, dtype=torch.float64, device="cpu").to(dtype).to(x.device)
+    return column[:, None].expand(-1, x.shape[0])

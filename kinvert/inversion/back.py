@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kinvert.checks import has_values, is_number, plain
 from kinvert.coordinates import Coordinates, coordinates_of, settle
-from kinvert.denoisers import Cfg, Denoiser, Masked, expand, guide, step_cfg
+from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Masked, expand, guide, step_cfg
 from kinvert.engine import Callback, Progress, advance, check_state, run_state, stage_sigmas
 from kinvert.flowtimes import FlowTimes
 from kinvert.noise import replay
@@ -124,6 +124,16 @@ class WayBack:
         return guide(
             denoiser, cfg, self.positive, self.negative, pair=pair, batch=len(latent), coordinates=self.coordinates
         )
+
+    def bound(self, denoiser: Denoiser, image: Tensor) -> tuple[Plan, BoundDenoiser]:
+        """Return the Plan of the run, and the denoiser with its conditioning and its mask around `image`."""
+        for name in ("cfg", "positive", "negative"):
+            refuse_unsaved(name, getattr(self, name))
+        sigmas = FlowTimes(self.sigmas) if self.coordinates == "flow" else self.sigmas
+        guided: BoundDenoiser = self._bound(denoiser, image, sigmas)
+        if self.mask is not None:
+            guided = Masked(guided, self.mask, image, coordinates=self.coordinates)
+        return compile_plan(self.sampler, self.sigmas), guided
 
     def _sample_pair(
         self, denoiser: Denoiser, latent: Tensor, memory: Mapping[str, Tensor], callback: Callback | None, bar: bool

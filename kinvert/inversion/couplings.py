@@ -9,11 +9,16 @@ and, x_0 eliminated, to equations in which the image x_N is given and the evalua
     Y = a x_N + C D(Y),     a_k = alpha_k / alpha,     C = A - a B^T
 
 A one-step rule couples an evaluation to less noisy ones alone, the memory of a multistep rule to noisier ones too.
+
+The same equations hold for `E = D - c Y` in place of D, with other numbers. If c is near the derivative of D, E varies
+less than D, and the equations stretch what it varies by less: with `G = (1 - C c)^-1`, which solves for Y,
+
+    Y = G a x_N + G C E          x_N (1 - B c G a) = alpha x_0 + (B + B c G C) E
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,6 +63,21 @@ class Couplings:
     def coupling(self) -> float:
         """Return the largest sum of a row of |C|: the most that `Y <- a x_N + C D(Y)` stretches, if D does not."""
         return float(np.abs(self.C).sum(1).max())
+
+    def reduced(self, c: np.ndarray) -> Couplings:
+        """Return the couplings of `D - c Y`; c has shape (k,), and holds for D and U where the Plan is guided.
+
+        Raises:
+            numpy.linalg.LinAlgError: a denoiser `D = c Y` would leave nothing of x_0, or make the equations singular.
+        """
+        k = len(self.a)
+        own, last = self.C.reshape(k, k, -1).sum(2), c * self.B.reshape(k, -1).sum(1)
+        solved = np.linalg.solve(np.eye(k) - own * c, np.column_stack([self.a, self.C]))
+        a, C = solved[:, 0], solved[:, 1:]
+        share = 1.0 - float(last @ a)
+        if share == 0.0:
+            raise np.linalg.LinAlgError("the run forgets where it starts")
+        return replace(self, a=a, C=C, B=(self.B + last @ C) / share, alpha=self.alpha / share)
 
 
 def couplings(plan: Plan) -> Couplings:

@@ -30,6 +30,7 @@ from kinvert.moments import check_flow_spread
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import Rule
+from kinvert.sampling import without_graph
 from kinvert.telling import warn_user
 
 __all__ = ["check_image", "check_invertible", "falling", "invert"]
@@ -37,7 +38,7 @@ __all__ = ["check_image", "check_invertible", "falling", "invert"]
 LAST_STEPS = ("error", "least_change")
 
 
-@torch.no_grad()
+@without_graph("found.differentiable(denoiser, x), which gives the latent its exact gradient")
 def invert(
     denoiser: Denoiser,
     x: Tensor,
@@ -63,7 +64,7 @@ def invert(
 
     Args:
         denoiser, cfg, positive, negative: as in `sample`. The denoiser is a black box: it is called, never
-            differentiated.
+            differentiated. The latent has no graph; `found.differentiable(denoiser, x)` gives it its exact gradient.
         x: image, shape (batch, *event): the state at `sigmas[-1]`.
         sigmas: the decreasing sampling schedule. It must end above 0, e.g. `sigmas[:-1]`: the step to 0 returns the
             denoised image and forgets x. See `last_step`.

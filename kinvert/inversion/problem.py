@@ -34,7 +34,7 @@ class Reason(IntEnum):
 
     Attributes:
         CONVERGED: the tolerance is reached.
-        BUDGET: no evaluations were left.
+        BUDGET: no evaluations were left, or too few for another attempt.
         PRECISION: what is left is rounding, of the state or of the network; only a wider dtype helps.
         FOLD: the derivative is nearly singular, and no state nearby comes closer to the image.
         NOT_FINITE: the denoiser, or the state, is NaN or infinite.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kinvert import metrics
+from kinvert.checks import describe
 from kinvert.denoisers import Cfg, Denoiser
 from kinvert.engine import Callback
 from kinvert.inversion.back import WayBack
@@ -112,15 +113,69 @@ class Inversion:
         Raises:
             ValueError: an `Inversion` that was made by hand and does not know its sampler; as in `ki.sample`.
         """
+        back = self._known_back()
+        with torch.no_grad():
+            return back.with_guidance(cfg, positive, negative).sample(
+                denoiser, self.latent, memory=self.memory, noises=self.noises, embeddings=self.embeddings,
+                callback=callback, progress=progress, max_batch=max_batch,
+            )  # fmt: skip
+
+    def differentiable(
+        self,
+        denoiser: Denoiser,
+        x: Tensor | None = None,
+        *,
+        cfg: Cfg | None = None,
+        positive: Mapping[str, Any] | None = None,
+        negative: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Return the latent with its gradient: with respect to the image, the conditioning and the network.
+
+        The latent solves `sample(latent) = x`, so the implicit function theorem gives its exact derivative there,
+        whichever method found it. The backward pass solves linear equations by GMRES, to the `tolerance` of the
+        inversion; each of its products is a pass backwards through the evaluations of a step, for multistep samplers
+        of the run. A reversible sampler is differentiated through its inverse.
+
+        It costs a run of the sampler, whose graph is kept as `ki.run` keeps it; `torch.utils.checkpoint` around the
+        denoiser makes that small.
+
+        Args:
+            denoiser: the one that was inverted. It must be differentiable.
+            x: the image that was inverted; give it if it requires gradients. None takes `back.image`.
+            cfg, positive, negative: as they were inverted with, None takes those; tensors in them may require
+                gradients. So may the network's parameters, and all else that the denoiser depends on.
+
+        Returns:
+            The values of `latent`, with a graph. It can be differentiated once. In the backward pass a RuntimeError
+            says, with the number, that the equations could not be solved.
+
+        Raises:
+            ValueError: samples that did not converge or were not checked, since the theorem needs a solution; another
+                image, network or conditioning, whose latent this is not; noises, embeddings or steering; a denoiser
+                without a graph; an `Inversion` that was made by hand.
+        """
+        from kinvert.inversion.gradients import implicit_latent  # which runs the engine
+
+        back = self._known_back().with_guidance(cfg, positive, negative)
+        x = back.image if x is None else x
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (
+            self.latent.shape,
+            self.latent.dtype,
+            self.latent.device,
+        ):
+            raise ValueError(
+                f"x must be the image, of shape {tuple(self.latent.shape)} in {self.latent.dtype} on "
+                f"{self.latent.device}, got {describe(x)}"
+            )
+        plan, bound = back.bound(denoiser, x)
+        return implicit_latent(self, plan, bound, x)
+
+    def _known_back(self) -> WayBack:
         if self.back is None:
             raise ValueError(
                 "this Inversion does not know its sampler; use ki.sample with the latent, memory and noises"
             )
-        with torch.no_grad():
-            return self.back.with_guidance(cfg, positive, negative).sample(
-                denoiser, self.latent, memory=self.memory, noises=self.noises, embeddings=self.embeddings,
-                callback=callback, progress=progress, max_batch=max_batch,
-            )  # fmt: skip
+        return self.back
 
     def save(self, path: Path | str) -> None:
         """Write everything to a safetensors file, which `ki.load` reads; nothing is pickled.

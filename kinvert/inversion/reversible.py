@@ -19,11 +19,12 @@ from torch import Tensor
 
 from kinvert.analysis import explicit_inverse
 from kinvert.denoisers import Denoiser
-from kinvert.engine import Memory, advance, check_state, run_state, stage_sigmas
-from kinvert.plan import Plan, compile_auxiliary
+from kinvert.engine import Memory, check_state, run_state
+from kinvert.engine.recompute import started_state
+from kinvert.plan import Plan
 from kinvert.tensors import rms
 
-__all__ = ["Reversal", "invert_reversible", "started_state"]
+__all__ = ["Reversal", "invert_reversible"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +76,3 @@ def invert_reversible(plan: Plan, denoiser: Denoiser, x: Tensor, memory: Memory 
     alone, checks = started_state(plan, denoiser, latent, plan.sigmas[0])
     gap = torch.stack([rms(state[name] - alone[name]) for name in state]).square().sum(0).sqrt()
     return Reversal(latent, state, gap, spent + inverse.evaluations + checks)
-
-
-def started_state(plan: Plan, denoiser: Denoiser, x: Tensor, sigma: float) -> tuple[Memory, int]:
-    """Return the auxiliary state that the sampler starts at x with noise level `sigma`, and its evaluations."""
-    step = compile_auxiliary(plan.rule, sigma)
-    sigmas = stage_sigmas([stage.sigma for stage in step.stages], x)
-    state, _ = advance(step, denoiser, {"x": x}, lambda sigma_from, sigma_to: x, sigmas)
-    return {name: value for name, value in state.items() if name != "x"}, len(step.stages)

@@ -249,15 +249,18 @@ class StepByStep:
                 note += "; the search was stopped"
             if value is not None:
                 note += f", where the smallest singular value of the step's derivative is {value:.2g}"
-            notes.append(note)
             rounded = residual <= self.rounded * task.eps * float(task.unit(step.sigma)[i])
-            poor = task.limit - int(found.evaluations[i]) < self.reserve * task.plan.evaluations
+            left = task.limit - int(found.evaluations[i])
+            poor = left < self.reserve * task.plan.evaluations
             if not noisy and residual <= float(allowed[step.index, i]) and poor:
                 ended = Reason.BUDGET  # for solving the steps finer, since their errors add up
             folded = value is not None and value < self.folded * step.sigma_next / step.sigma
             if ended == Reason.BUDGET and folded and task.limit >= RUNS * task.plan.evaluations:
                 ended = Reason.FOLD
             reasons[i] = _reason(Reason.STOPPED if task.watch.stopped and not noisy else ended, rounded, folded)
+            if reasons[i] == Reason.BUDGET and left >= task.plan.evaluations:
+                note += f"; {left} evaluations are left, too few for another attempt"
+            notes.append(note)
         return reasons, notes
 
 

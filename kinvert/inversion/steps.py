@@ -188,7 +188,7 @@ def raised(problem: Problem, denoiser: BoundDenoiser) -> Guess:
     """
     system, y = problem.couplings, problem.value
     r = max(system.r, 0.25)
-    out = denoiser(y, stage_sigmas([system.noisiest], y)[0])
+    out = denoiser(y, stage_sigmas([system.noisiest], y)[0].clone())
     denoised = out.denoised if isinstance(out, Guided) else out
     start = y + (1.0 - r) / r * (y - denoised)
     mean = problem.denoised(start)

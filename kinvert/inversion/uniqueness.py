@@ -161,7 +161,9 @@ def preimages(
         known = first[0].latent
     goal = tolerance(tol, x, network=getattr(denoiser, "network_dtype", None) or x.dtype)
     rows = max(1, min(64, 2**16 // x[0].numel()))
-    task = Task(plan, FewBatches(bound, 1, most=rows), x, goal, 2**62, None, torch.zeros(1, dtype=torch.int64))
+    task = Task(
+        plan, FewBatches(bound, 1, most=rows), x, goal, 2**62, None, torch.zeros(1, dtype=torch.int64, device="cpu")
+    )
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None, x)
     most = 1000 * plan.evaluations if max_evals is None else max_evals
     tree = _Tree(task, back, starts, curves, count, most)
@@ -254,7 +256,7 @@ class _Tree:
         root, sigma = way[k].expand_as(problem.value).clone(), self.task.plan.sigmas[k]
         numbers = [i // 2 if along else i for i in range(rows)]
         noise = torch.cat([white(i).bind(way[k])(1.0, 0.0) for i in numbers])
-        scale = sigma * torch.tensor([2.0 + 2.0 * (i % 2) for i in numbers]).to(noise)
+        scale = sigma * torch.tensor([2.0 + 2.0 * (i % 2) for i in numbers], dtype=noise.dtype, device=noise.device)
         start = problem.value + scale.reshape(-1, *(1,) * (noise.ndim - 1)) * noise
         if along:
             upwards = torch.arange(rows, device=noise.device) % 2 == 0

@@ -118,7 +118,7 @@ def check_guidance(guided: Guidance, x: Tensor, sigmas: Sequence[float], verb: s
 
     def at(level: float, rows: int) -> Tensor:
         state = x[:rows]
-        noisy = stage_sigmas([level], state)[0]
+        noisy = stage_sigmas([level], state)[0].clone()
         return guided.combine(0.9 * state, 0.2 * state.flip(-1) - 0.5 * state, state, noisy)
 
     def same(a: Tensor, b: Tensor) -> bool:

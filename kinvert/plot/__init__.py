@@ -10,10 +10,10 @@
 | `schedules` | noise levels |
 | `coefficients` | the coefficients of a Plan |
 
-Each takes one thing or several by name: `ki.plot.images({"image": image, "edited": edited})`. A name has the same
-colour in every figure, also in those of the benchmark, unless another curve of the figure has it already. Nothing here
-uses pyplot, so no figure stays in memory and no window opens; `figure.savefig("a.png")` writes one. Figures of the
-benchmark's records are in `kinvert.bench.report.figures`.
+Each takes one thing or several by name: `ki.plot.images({"image": image, "edited": edited})`. A method has one
+colour everywhere, also in the figures of the benchmark; another name has the same looks in every figure here, unless
+another curve has them already. Nothing here uses pyplot, so no figure stays in memory and no window opens;
+`figure.savefig("a.png")` writes one. Figures of the benchmark's records are in `kinvert.bench.report.figures`.
 
 Needs matplotlib: `pip install 'kinvert[cli]'`.
 """

@@ -14,7 +14,7 @@ from kinvert.forms import Form
 from kinvert.inversion import Inversion
 from kinvert.loading import Schedule
 from kinvert.plan import Plan, Step, as_schedule
-from kinvert.plot.style import GREY, bounded, look, numbers
+from kinvert.plot.style import GREY, bounded, looks_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,9 +114,9 @@ def schedules(sigmas: Tensor | Sequence[float] | Schedule | Mapping[str, Any]) -
     from kinvert.plot.axes import count_axis, panels
 
     with panels(1) as (figure, (ax,)):
-        for label, number in numbers(levels).items():
+        for label, looks in looks_of(levels).items():
             shown = levels[label] if flow else [value or math.nan for value in levels[label]]
-            _curve(ax, range(len(shown)), shown, look(number), label)
+            _curve(ax, range(len(shown)), shown, looks, label)
         count_axis(ax, "place in the schedule")
         ax.set_ylabel(_label(flow))
         if not flow:
@@ -147,14 +147,12 @@ def coefficients(plan: Plan) -> Figure:
 
     with panels(len(chosen) or 1) as (figure, axes):
         symbols = dict.fromkeys(symbol for name in chosen for row in rows if name in row for symbol, _ in row[name])
-        looks = {
-            symbol: look(number) for symbol, number in zip(symbols, numbers(map(str, symbols)).values(), strict=True)
-        }
+        looks = looks_of(map(str, symbols))
         for ax, name in zip(axes, chosen, strict=False):
             used = {symbol for row in rows if name in row for symbol, _ in row[name]}
             for symbol in [symbol for symbol in symbols if symbol in used]:
                 values = [row[name][symbol] if name in row else math.nan for row in rows]
-                _curve(ax, range(len(rows)), values, looks[symbol], str(symbol))
+                _curve(ax, range(len(rows)), values, looks[str(symbol)], str(symbol))
             count_axis(ax, "step")
             ax.set(title=name, ylabel="coefficient")
         _legend(figure, *axes)
@@ -188,15 +186,15 @@ def _by_step(
     from kinvert.plot.axes import REFERENCE, error_axis, panels
 
     with panels(1) as (figure, (ax,)):
-        for name, number in numbers(chosen).items():
+        for name, looks in looks_of(chosen).items():
             x, every = chosen[name].sigmas[:-1], values[name].detach().double().cpu()
             samples = every.shape[1] if len(chosen) == 1 else 1
             for k in range(min(samples, MOST) if samples > 1 else 0):
-                looks = {"color": GREY, "linewidth": 0.5, "alpha": 0.6}
-                _curve(ax, x, _bounded(every[:, k].tolist()), looks, "each sample" if k == 0 else "_")
+                thin = {"color": GREY, "linewidth": 0.5, "alpha": 0.6}
+                _curve(ax, x, _bounded(every[:, k].tolist()), thin, "each sample" if k == 0 else "_")
             worst = every.nan_to_num(-math.inf, math.inf).amax(1)
             known = worst.where(worst > -math.inf, math.nan).tolist()
-            _curve(ax, x, _bounded(known), look(number), name or "worst sample")
+            _curve(ax, x, _bounded(known), looks, name or "worst sample")
         ax.axhline(limit, label=limit_is, **REFERENCE)
         ax.set(xscale="log", xlabel=f"{_label(flow)} at the start of a step")
         error_axis(ax, label)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kinvert.checks import check_count, check_positive, check_values, describe, plain
+from kinvert.edits import Edited
 from kinvert.inversion import Inversion
 from kinvert.plot.curves import named
 from kinvert.plot.page import Page
-from kinvert.plot.style import GREY, STYLE, look, numbers
+from kinvert.plot.style import GREY, STYLE, looks_of
 from kinvert.roundtrip import RoundTrip, unit_latent
 from kinvert.showing.thumbnails import are_images, round_up
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Shown", "differences", "images", "latents"]
 
-Shown = Tensor | Inversion | RoundTrip
+Shown = Tensor | Inversion | RoundTrip | Edited
 """What has images: a batch, or a result, of which it is what the sampler made of the latent."""
 SIDE, SPACE, LINE, TOP, GAP = 0.75, 0.05, 0.22, 0.12, 0.35  # inches: an image, space beside and below, margins
 EDGES = np.linspace(-5.0, 5.0, 51)  # of the histogram of latents
@@ -137,6 +138,8 @@ def _images(argument: str, name: str, shown: object) -> Tensor:
         shown = shown.restored
     elif isinstance(shown, RoundTrip):
         shown = shown.reconstruction
+    elif isinstance(shown, Edited):
+        shown = shown.image
     x = _tensor(what, shown)
     if not are_images(x):
         raise ValueError(
@@ -149,7 +152,7 @@ def _images(argument: str, name: str, shown: object) -> Tensor:
 def _unit_latent(name: str, shown: object, sigma: float | None) -> Tensor:
     """Return a latent in units of its noise level, on the CPU."""
     what = f"shown[{name!r}]" if name else "shown"
-    if isinstance(shown, Inversion):
+    if isinstance(shown, Inversion | Edited):
         return _tensor(what, shown.latent) / shown.sigmas[0]
     if isinstance(shown, RoundTrip):
         return _tensor(what, unit_latent(shown))
@@ -161,7 +164,7 @@ def _unit_latent(name: str, shown: object, sigma: float | None) -> Tensor:
 
 def _tensor(what: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{what} must be a tensor, an Inversion or a RoundTrip, got {describe(x)}")
+        raise TypeError(f"{what} must be a tensor, an Inversion, a RoundTrip or an Edited, got {describe(x)}")
     check_values(what, x, "they are drawn")
     if x.is_complex() or x.dtype == torch.bool or not x.numel():
         raise ValueError(f"{what} must have real numbers to draw, got {x.dtype} of shape {tuple(x.shape)}")
@@ -213,10 +216,10 @@ def _draw_distribution(page: Page, top: float, units: Mapping[str, Tensor]) -> N
     with rc_context(STYLE):
         ax = page.axes(0.6, top + 0.1, page.width - 0.75, 1.6)
         handles = []
-        for name, number in numbers(units).items():
+        for name, looks in looks_of(units).items():
             values = units[name].flatten()
             moments = f"mean {values.mean():+.3f}, std {values.std(correction=0):.3f}"
             counts, _ = np.histogram(values.clamp(EDGES[0], EDGES[-1]).numpy(), EDGES)
-            handles.append(density(ax, counts, EDGES, look(number), f"{name}: {moments}" if name else moments))
+            handles.append(density(ax, counts, EDGES, looks, f"{name}: {moments}" if name else moments))
         normal_curve(ax, EDGES[0], EDGES[-1])
         ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(-0.02, -0.24))

@@ -16,13 +16,16 @@ __all__ = [
     "INK",
     "LOWEST",
     "MARKERS",
+    "METHOD_COLOURS",
+    "OTHER_COLOURS",
     "PAGE",
     "PALE",
     "STYLE",
     "bounded",
     "free",
     "look",
-    "numbers",
+    "looks_of",
+    "method_colours",
     "preferred",
 ]
 
@@ -46,9 +49,39 @@ STYLE: Any = {
     "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.0,
     "savefig.facecolor": "white", "figure.facecolor": "white", "svg.hashsalt": "kinvert", "svg.fonttype": "path",
 }  # fmt: skip
-# The colours of names that are drawn often; any other name has one by its letters.
+# The colour of each method, here and on the page of a report. Relatives have shades of one colour.
+METHOD_COLOURS = {
+    "unsample": "#D55E00",
+    "ddim_clean": "#E69F00",
+    "ddim_noisy": "#A6761D",
+    "picard": "#CC79A7",
+    "invert": "#0072B2",
+    "invert_10": "#2E8BC4",
+    "invert_6": "#56B4E9",
+    "invert_3": "#8CCBF0",
+    "invert_1": "#B5DDF5",
+    "reversible": "#009E73",
+    "reversible_alone": "#7FCBB2",
+    "extract_noise": "#882255",
+    "extract_noise_chain": "#C08AA5",
+    "aidi": "#999933",
+    "aidi_anderson": "#666600",
+    "renoise": "#332288",
+    "easyinv": "#7B68C4",
+    "rf_inversion": "#117733",
+    "rf_solver": "#44AA99",
+    "fireflow": "#CC3311",
+    "uni_inv": "#661100",
+    "forward_first": "#AA4499",
+    "dpm_solver_1": "#5D4037",
+    "dpm_solver_2": "#A1887F",
+    "direct_inversion": "#EE7799",
+}
+OTHER_COLOURS = ("#000000", "#767676", "#B8860B", "#4B0082")
+"""For methods of your own, in the order of their names."""
+
+# Samplers that are drawn often have numbers of their own; any other name has one by its letters.
 SAMPLERS = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "deis", "res_2s", "edict")
-METHODS = {"unsample": 0, "invert": 6, "extract_noise": 2}  # so that pairs of the first samplers with them stay apart
 
 
 def bounded(value: float) -> float:
@@ -56,21 +89,32 @@ def bounded(value: float) -> float:
     return value if math.isnan(value) else min(max(value, LOWEST), HIGHEST)
 
 
-def preferred(*names: str) -> int:
-    """Return the number of a name, from 0 to 9: the same in every figure. Of several names the numbers are added.
+def preferred(name: str) -> int:
+    """Return the number of a name, from 0 to 9: the same in every figure. `look` makes its looks of it."""
+    if METHOD_COLOURS.get(name) in COLOURS:
+        return COLOURS.index(METHOD_COLOURS[name])
+    return SAMPLERS.index(name) if name in SAMPLERS else zlib.crc32(name.encode()) % len(COLOURS)
 
-    `look` makes a colour, a marker and dashes of it.
+
+def looks_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the arguments of `plot` for each name: a method has its colour, and methods choose first.
+
+    Any other name has the looks of its preferred number, or of the next one that no name before it has.
     """
-    known = {name: k for k, name in enumerate(SAMPLERS)} | METHODS
-    return sum(known.get(name, zlib.crc32(name.encode())) for name in names) % len(COLOURS)
-
-
-def numbers(names: Iterable[str]) -> dict[str, int]:
-    """Give each name its preferred number, or the next one that no name before it has."""
+    chosen = list(names)
     found: dict[str, int] = {}
-    for name in names:
+    for name in sorted(chosen, key=lambda name: name not in METHOD_COLOURS):
         found[name] = free(preferred(name), set(found.values()))
-    return found
+    own = {name: {"color": METHOD_COLOURS[name]} for name in chosen if name in METHOD_COLOURS}
+    return {name: look(found[name]) | own.get(name, {}) for name in chosen}
+
+
+def method_colours(methods: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each method; those that kinvert does not know get `OTHER_COLOURS` in turn."""
+    names = sorted(set(methods))
+    others = [name for name in names if name not in METHOD_COLOURS]
+    own = {name: OTHER_COLOURS[k % len(OTHER_COLOURS)] for k, name in enumerate(others)}
+    return {name: METHOD_COLOURS.get(name) or own[name] for name in names}
 
 
 def free(first: int, taken: Container[int | None]) -> int:

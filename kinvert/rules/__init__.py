@@ -18,7 +18,7 @@ from kinvert.rules.base import Rule, StepBuilder, interpolate, options_of, slope
 from kinvert.rules.dpm_solver import DPMFast
 from kinvert.rules.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from kinvert.rules.er_sde import ERSDE
-from kinvert.rules.exponential import RES2S, RES3S, ExponentialAdams, HochbruckOstermann5, Krogstad4
+from kinvert.rules.exponential import RES2S, RES3S, ExponentialAdams, HochbruckOstermann5, Krogstad4, PhiRungeKutta
 from kinvert.rules.flow import Flow
 from kinvert.rules.guided import (
     CFGppUD10AB,
@@ -31,13 +31,15 @@ from kinvert.rules.guided import (
 from kinvert.rules.inverse import DDIMInverse, DirectInversion
 from kinvert.rules.multistep import DEIS, IPNDM, IPNDMV, LMS, GradientEstimation
 from kinvert.rules.names import REGISTRIES, unknown_sampler
+from kinvert.rules.phi_tableau import PhiTableau
 from kinvert.rules.predictor_corrector import SASolver, UniPC
-from kinvert.rules.rectified import FireFlow, RFSolver
+from kinvert.rules.rectified import FireFlow, RFSolver, UniInv
 from kinvert.rules.res import ResMultistep
 from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
 from kinvert.rules.seeds import Seeds2, Seeds3
-from kinvert.rules.tableau import TABLEAUS, RungeKutta, Tableau
+from kinvert.rules.tableau import LawsonRungeKutta, RungeKutta, Tableau
+from kinvert.rules.tables import PHI_TABLEAUS, TABLEAUS
 from kinvert.showing.registry import Registry
 
 __all__ = [
@@ -79,8 +81,11 @@ __all__ = [
     "HeunPP2",
     "HochbruckOstermann5",
     "Krogstad4",
+    "LawsonRungeKutta",
     "Leapfrog",
     "McCallumFoster",
+    "PhiRungeKutta",
+    "PhiTableau",
     "RFSolver",
     "ResMultistep",
     "ResMultistepCFGpp",
@@ -93,6 +98,7 @@ __all__ = [
     "Seeds3",
     "StepBuilder",
     "Tableau",
+    "UniInv",
     "UniPC",
     "interpolate",
     "register",
@@ -187,6 +193,8 @@ register(SASolver, "sa_solver_pece", use_pece=True)
 register(McCallumFoster, rule=Heun())
 for _tableau in TABLEAUS:
     register(RungeKutta, _tableau.name, tableau=_tableau)
+for _phi_tableau in PHI_TABLEAUS:
+    register(PhiRungeKutta, _phi_tableau.name, tableau=_phi_tableau)
 for _name in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"):  # in hosts the ending names a device
     register(SAMPLERS[_name].rule, f"{_name}_gpu", **SAMPLERS[_name].defaults)
 

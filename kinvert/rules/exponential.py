@@ -12,20 +12,26 @@ J. Numer. Anal. 43; Hochbruck and Ostermann, Exponential Integrators (2010), Act
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from kinvert.coefficients import exponential_adams, log_step, phi
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder, interpolate, option, weighted_sum
+from kinvert.rules.phi_tableau import Phi, PhiTableau, Row
+from kinvert.rules.tables import HOCHBRUCK_OSTERMANN, KROGSTAD
 
-__all__ = ["RES2S", "RES3S", "ExponentialAdams", "ExponentialRK", "HochbruckOstermann5", "Krogstad4", "Phi", "Row"]
-
-Phi = Callable[[int, float], float]
-"""The function `p(j, c) = phi_j(-c h)` of a step."""
-Row = tuple[float, tuple[float, ...]]
-"""The place `c` of a stage in the step, and its coefficients `(a_1, a_2, ...)`."""
+__all__ = [
+    "RES2S",
+    "RES3S",
+    "ExponentialAdams",
+    "ExponentialRK",
+    "HochbruckOstermann5",
+    "Krogstad4",
+    "Phi",
+    "PhiRungeKutta",
+    "Row",
+]
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,7 @@ class Krogstad4(ExponentialRK):
     ode_order: ClassVar[int] = 4
 
     def rows(self, p: Phi) -> tuple[Row, ...]:
-        middle = 2 * p(2, 1) - 4 * p(3, 1)
-        end = 4 * p(3, 1) - p(2, 1)
-        return (0.5, ()), (0.5, (p(2, 0.5),)), (1.0, (0.0, 2 * p(2, 1))), (1.0, (middle, middle, end))
+        return KROGSTAD.at(p)
 
 
 @dataclass(frozen=True)
@@ -135,15 +139,40 @@ class HochbruckOstermann5(ExponentialRK):
     ode_order: ClassVar[int] = 4
 
     def rows(self, p: Phi) -> tuple[Row, ...]:
-        a_2 = p(2, 0.5) / 2 - p(3, 1) + p(2, 1) / 4 - p(3, 0.5) / 2
-        b_3, b_4 = 4 * p(3, 1) - p(2, 1), 4 * p(2, 1) - 8 * p(3, 1)
-        return (
-            (0.5, ()),
-            (0.5, (p(2, 0.5),)),
-            (1.0, (p(2, 1), p(2, 1))),
-            (0.5, (a_2, a_2, p(2, 0.5) / 4 - a_2)),
-            (1.0, (0.0, 0.0, b_3, b_4)),
-        )
+        return HOCHBRUCK_OSTERMANN.at(p)
+
+
+@dataclass(frozen=True)
+class PhiRungeKutta(ExponentialRK):
+    r"""An exponential Runge-Kutta method, given by a `PhiTableau`, which checks its order.
+
+    Each stage is one evaluation a step. `PhiRungeKutta(PhiTableau("mine", 2, "1: | 1: p2"))` runs one of your own; that
+    one is ETD2RK, `exp_heun_2_x0`. Registered are `etdrk3` and `etdrk4` of Cox and Matthews (2002), the second with
+    order 2 only where the problem is stiff, and `strehmel_weiner` (1992), of order 4, on stiff problems 3.
+
+    Source: Cox and Matthews, Exponential Time Differencing for Stiff Systems (2002), J. Comput. Phys. 176; Strehmel and
+    Weiner, Linear-implizite Runge-Kutta-Methoden und ihre Anwendung (1992); Hochbruck and Ostermann, Explicit
+    Exponential Runge-Kutta Methods for Semilinear Parabolic Problems (2005), SIAM J. Numer. Anal. 43.
+    """
+
+    tableau: PhiTableau
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tableau, PhiTableau):
+            raise TypeError(f"PhiRungeKutta: tableau must be a PhiTableau, got {self.tableau!r}")
+
+    @property
+    def name(self) -> str:
+        """The name of the tableau."""
+        return self.named or self.tableau.name
+
+    @property
+    def ode_order(self) -> int:
+        """The order of the tableau."""
+        return self.tableau.order
+
+    def rows(self, p: Phi) -> tuple[Row, ...]:
+        return self.tableau.at(p)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ looked up among the names of kinvert and in the tables below. The name of a sche
 A name of another host is never accepted, because some mean different things in different hosts; the error message
 suggests what it is called here.
 
-Source: AUTOMATIC1111's web UI and InvokeAI (their lists of names), diffusers (its scheduler classes), k-diffusion (its
-functions).
+Source: AUTOMATIC1111's web UI, InvokeAI and RES4LYF (their lists of names), diffusers (its scheduler classes),
+k-diffusion (its functions).
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Meaning:
 
 _ABSENT = "kinvert does not have it"
 _LOW_START = "it is the nearest: the first steps are of lower order, where that one makes Runge-Kutta steps"
+_ADAMS = "it is the exponential Adams-Bashforth method of Nørsett, with the true step sizes"
 _PAIRS = "two of its steps are one here, so halve their number"
 
 # Reduced names, without a trailing "scheduler" or "discretescheduler", that differ from the names here.
@@ -97,21 +98,36 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "flowmatchlcm": Meaning("lcm", schedule="normal", note="the levels are ki.levels.flow(shift)"),
     "pndm": Meaning("ipndm", note=_LOW_START),
     "unipcmultistep": Meaning("uni_pc_bh2"),
+    # RES4LYF, Rex
+    "abnorsett2m": Meaning("res_2m", note=_ADAMS),
+    "abnorsett3m": Meaning("res_3m", note=_ADAMS),
+    "abnorsett4m": Meaning("res_2m", "order=4", note=_ADAMS),
+    "coxmatthews4s": Meaning("etdrk4"),
+    "dormandprince6s": Meaning("dormand_prince"),
+    "heun2s": Meaning("heun"),
+    "krogstad4s": Meaning("res_4s_krogstad"),
+    "kutta3s": Meaning("rk3"),
+    "midpoint2s": Meaning("midpoint"),
+    "ralston2s": Meaning("ralston"),
+    "rex": Meaning(
+        "mccallum_foster", "rule=ki.rules.LawsonRungeKutta(ki.sampler('midpoint').tableau), coupling='data'"
+    ),
+    "rk384s": Meaning("rk38"),
+    "rk44s": Meaning("rk4"),
+    "strehmelweiner4s": Meaning("strehmel_weiner"),
 }
 SCHEDULES_ELSEWHERE: dict[str, Meaning] = {
     "aligned": Meaning(schedule="ays"),
     "alignyoursteps": Meaning(schedule="ays"),
     "alignyourstepsgits": Meaning(note=_ABSENT),
     "automatic": Meaning(note="it stands for the sampler's own, mostly 'karras', 'exponential' for SDE samplers"),
-    "bongtangent": Meaning(note=_ABSENT),
     "ddim": Meaning(schedule="ddim_uniform"),
     "gits": Meaning(note=_ABSENT),
-    "leading": Meaning(schedule="ddim_uniform"),
     "linspace": Meaning(schedule="normal"),
     "lu": Meaning(schedule="exponential"),
     "lulambdas": Meaning(schedule="exponential"),
+    "sdturbo": Meaning(schedule="trailing", note="with 10 steps, of which the first n are taken, and then 0"),
     "sgm": Meaning(schedule="sgm_uniform"),
-    "trailing": Meaning(schedule="simple"),
     "uniform": Meaning(schedule="normal"),
 }
 for _model in ("sd15", "sdxl", "svd"):

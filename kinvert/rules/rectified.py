@@ -1,4 +1,4 @@
-r"""Rectified-flow solvers, in flow time: the midpoint method, and a method that reuses its velocity.
+r"""Rectified-flow solvers, in flow time: the midpoint method, and methods that reuse a velocity.
 
 A rectified flow has `x_t = (1 - t) x0 + t eps`, `t = sigma / (1 + sigma)`, and the velocity `v = eps - x0`. Seen from
 variance-exploding coordinates `x = (1 + sigma) x_t`, with the denoised image D and the slope d,
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, slope
+from kinvert.rules.base import Rule, StepBuilder, interpolate, slope
 
-__all__ = ["FireFlow", "RFSolver"]
+__all__ = ["FireFlow", "RFSolver", "UniInv"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,35 @@ class FireFlow(Rule):
         if v is None:
             v = _velocity(s, s.x, s.sigma, self.flow)
         v = _velocity(s, _move(s.x, v, s.sigma, m, self.flow), m, self.flow)
+        s.remember("v", v)
+        return _move(s.x, v, s.sigma, s.sigma_next, self.flow)
+
+
+@dataclass(frozen=True)
+class UniInv(Rule):
+    r"""Uni-Inv, the way up: an Euler step along the velocity at the *noisier* end, which the last velocity predicts.
+
+    `x_p = x_t + (t' - t) v_prev`, `v = v(x_p, t')`, `x_t' = x_t + (t' - t) v`; the first step evaluates
+    `v_prev = v(x_t, t)`. An Euler step down takes the velocity at its noisier end too, so that up and down miss by
+    order 2. Order 1, one evaluation a step and one to start. A step down is an Euler step, and remembers nothing.
+
+    Source: Jiao et al., UniEdit-Flow: Unleashing Inversion and Editing in the Era of Flow Models (2025), arXiv
+    2504.13109.
+    """
+
+    flow: bool = False
+
+    name: ClassVar[str] = "uni_inv"
+    ode_order: ClassVar[int] = 1
+
+    def step(self, s: StepBuilder) -> Form:
+        if s.sigma_next < s.sigma:
+            return interpolate(s.x, s.denoise(s.x, s.sigma), s.sigma_next / s.sigma)
+        v = s.recall("v")
+        if v is None:
+            v = _velocity(s, s.x, s.sigma, self.flow)
+        ahead = _move(s.x, v, s.sigma, s.sigma_next, self.flow)
+        v = _velocity(s, ahead, s.sigma_next, self.flow)
         s.remember("v", v)
         return _move(s.x, v, s.sigma, s.sigma_next, self.flow)
 

@@ -23,6 +23,9 @@ from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
 
 __all__ = ["BDIA", "EDICT", "OBELM", "Leapfrog", "McCallumFoster", "ReversibleHeun"]
 
+MOST_APART = 20.0
+"""The factor by which a step up may part the two states of a data coupling: a first step from 1e-4 has hundreds."""
+
 
 @dataclass(frozen=True)
 class EDICT(Rule):
@@ -208,11 +211,20 @@ class McCallumFoster(Rule):
     twice the evaluations of the rule (by default Heun's method) and has its order. `lam` draws x towards z; the inverse
     amplifies errors by `1 / lam` a step.
 
-    Source: McCallum and Foster, Efficient, Accurate and Stable Gradients for Neural ODEs (2024), arXiv 2410.11648.
+    With `coupling="data"` the same is done to `x / sigma`: `x' = q lam (x - z) + S(z)`, `z' = x' + q (z - S(x'))`, with
+    `S` the steps of the rule down and up and `q = sigma_next / sigma`, so that x and z, once apart, come closer by q.
+    The inverse parts them by `1 / (q lam)` a step. This is Rex for ODEs with data prediction, if the rule is a
+    `LawsonRungeKutta`; `coupling="noise"`, the default, is Rex with noise prediction, if it is a `RungeKutta`. Run
+    upwards, which is not the inverse, "data" parts x and z by q, and refuses a step with `q > 20`.
+
+    Source: McCallum and Foster, Efficient, Accurate and Stable Gradients for Neural ODEs (2024), arXiv 2410.11648;
+    Blasingame and Liu, Rex: A Family of Reversible Exponential (Stochastic) Runge-Kutta Solvers (2025), arXiv
+    2502.08834.
     """
 
     rule: Rule
     lam: float = option(0.999, low=0.01, high=1.0)
+    coupling: Literal["noise", "data"] = "noise"
 
     name: ClassVar[str] = "mccallum_foster"
 
@@ -237,10 +249,16 @@ class McCallumFoster(Rule):
     def step(self, s: StepBuilder) -> Form:
         if s.sigma_next == 0:
             return self.rule.step(_OneStep(s, s.x, s.sigma, 0.0))
-        z = s.memory["z"]
-        x = self.rule.step(_OneStep(s, z, s.sigma, s.sigma_next)) + self.lam * (s.x - z)
+        z, q = s.memory["z"], 1.0 if self.coupling == "noise" else s.sigma_next / s.sigma
+        if q > MOST_APART:
+            raise ValueError(
+                f"{self.name}: with coupling='data' the step up from sigma {s.sigma:g} to {s.sigma_next:g} takes its "
+                f"two states apart by {q:.3g}; use ki.invert, which runs the inverse, or a schedule without so long a "
+                "step, such as sigmas[:-1]"
+            )
+        x = self.rule.step(_OneStep(s, z, s.sigma, s.sigma_next)) + q * self.lam * (s.x - z)
         up = self.rule.step(_OneStep(s, x, s.sigma_next, s.sigma))
-        s.remember("z", z - (up - x))
+        s.remember("z", x + q * (z - up))
         return x
 
 

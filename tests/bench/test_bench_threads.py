@@ -87,7 +87,7 @@ def test_measure_and_demo_pin_threads_of_built_in_models(monkeypatch: pytest.Mon
     seen: list[int] = []
     load = demo.models.load
     monkeypatch.setattr(demo.models, "load", lambda *a, **k: seen.append(torch.get_num_threads()) or load(*a, **k))
-    demo.run(demo.Settings(model="digits", samplers=("euler",), steps=2, count=1))
+    demo.run(demo.Settings(model="digits", samplers=("euler",), steps=2, count=1, invert=False))
     assert seen == [1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_demo_writes_three_files_and_nothing_else(small: Path) -> None:
-    names = {"demo-digits.png", "demo-digits.npz", "demo-digits.json", "stdout"}
+def test_demo_writes_its_files_and_nothing_else(small: Path) -> None:
+    names = {"demo-digits.png", "demo-digits.npz", "demo-digits.json", "digit-digits-0.png", "stdout"}
     assert {path.name for path in small.iterdir()} == names
     height, width, channels = imread(small / "demo-digits.png").shape
     assert channels in (3, 4) and height > 300 and width > 600
@@ -35,8 +36,9 @@ def test_demo_json_is_what_it_prints(small: Path) -> None:
     assert report == json.loads((small / "demo-digits.json").read_text())
     assert report["settings"]["steps"] == 4 and report["settings"]["samplers"] == ["euler", "dpmpp_2m"]
     assert report["versions"]["kinvert"] == ki.__version__
-    assert [row["sampler"] for row in report["table"]] == ["euler", "dpmpp_2m"]
-    assert [row["evaluations"] for row in report["table"]] == [8, 8]
+    rows = [(row["sampler"], row["method"]) for row in report["table"]]
+    assert rows == [("euler", "unsample"), ("dpmpp_2m", "unsample"), ("euler", "invert")]
+    assert [row["evaluations"] for row in report["table"][:2]] == [8, 8]
 
 
 def test_demo_figures_follow_from_its_arrays(small: Path) -> None:
@@ -44,14 +46,15 @@ def test_demo_figures_follow_from_its_arrays(small: Path) -> None:
         images = arrays["images"].astype(np.float64)
         assert images.shape == (3, 1, 8, 8) and arrays["labels"].tolist() == [0, 1, 2]
         for row in json.loads((small / "demo-digits.json").read_text())["table"]:
-            error = arrays[f"{row['sampler']}/reconstruction"].astype(np.float64) - images
+            name = row["method"] if row["method"] == "invert" else row["sampler"]
+            error = arrays[f"{name}/reconstruction"].astype(np.float64) - images
             mse = (error**2).mean((1, 2, 3))
             assert row["mse"] == pytest.approx(mse.mean(), rel=1e-5)
             assert row["psnr"] == pytest.approx((10 * np.log10(4 / mse)).mean(), rel=1e-5)
             assert row["max_error"] == pytest.approx(np.abs(error).max(), rel=1e-5)
-            sigmas = arrays[f"{row['sampler']}/sigmas"]
+            sigmas = arrays[f"{name}/sigmas"]
             assert len(sigmas) == row["steps"] + 1 and sigmas[0] == row["sigma"]
-            latent = arrays[f"{row['sampler']}/latent"].reshape(3, -1) / row["sigma"]
+            latent = arrays[f"{name}/latent"].reshape(3, -1) / row["sigma"]
             assert row["latent_mean"] == pytest.approx(latent.mean(), abs=1e-6)
             assert row["latent_std"] == pytest.approx(latent.std(1, ddof=1).mean(), rel=1e-5)
 
@@ -66,6 +69,12 @@ def test_demo_prints_a_whole_table(tmp_path: Path) -> None:
     text = succeeds(*SMALL, "--out", out)
     assert "dpmpp_2m" in text and "max error" in text and "…" not in text
     assert str(out / "demo-digits.png") in text
+    assert "invert (euler)" in text and "black is the larger value" in text
+    *_, last = text.strip().splitlines()
+    program, *command = shlex.split(last.removeprefix("next: "))
+    assert "--invert adds" not in text
+    assert program == "kinvert" and "wrote" in succeeds(*command, "--steps", "4")
+    assert (out / "edited-digits-5.png").is_file()
 
 
 def test_demo_options_arrive(tmp_path: Path) -> None:
@@ -80,7 +89,7 @@ def test_demo_options_arrive(tmp_path: Path) -> None:
 
 
 def test_demo_runs_samplers_that_need_a_pair(tmp_path: Path) -> None:
-    args = ["demo", "--model", "digits", "--steps", "3", "--count", "1", "--samplers", "euler_cfg_pp"]
+    args = ["demo", "--model", "digits", "--steps", "3", "--count", "1", "--samplers", "euler_cfg_pp", "--no-invert"]
     report = json.loads(succeeds(*args, "--out", tmp_path, "--json"))
     assert report["table"][0]["sampler"] == "euler_cfg_pp"
 

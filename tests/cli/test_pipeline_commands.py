@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from commandline import fails, run, succeeds
 from PIL import Image
+from writers import killed_while_it_writes
 
 pytest.importorskip("diffusers")
 sys.path.append(str(Path(__file__).parents[1] / "adapters" / "diffusers"))
@@ -98,6 +101,61 @@ def test_invert_of_a_folder_goes_on_and_its_latents_go_back(directory: Path, pho
     assert "for pipelines" not in said and "--cfg is for other models" in fails(
         "sample", tmp_path, "--cfg", "2", *args[-2:]
     )
+
+
+@pytest.mark.parametrize("damage", ["cut short", "other bytes"])
+def test_damaged_latents_and_photos(damage: str, directory: Path, photos: Path, tmp_path: Path) -> None:
+    """A latent that is damaged is computed again, and kept aside; a photo that cannot be read costs itself."""
+    source, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, source)
+    args = ["invert", source, "--model", directory, *CAT, "--method", "unsample", "--out", out]
+    succeeds(*args)
+    place = out / "a.png.safetensors"
+    whole = place.read_bytes()
+    place.write_bytes(whole[:-10] if damage == "cut short" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    killed_while_it_writes(out / "more" / "b.png.safetensors")
+    (source / "c.png").write_bytes(b"nonsense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = run(*args)
+    assert (
+        result.exit_code == 1
+        and "1 of 3 images are not done" in result.stderr
+        and "c.png: cannot read" in result.stderr
+    )
+    assert "1 damaged result is set aside, and computed again" in result.stderr
+    assert place.read_bytes() == whole and place.with_name(place.name + ".damaged").exists()
+    assert not list(out.rglob(".*"))
+
+
+def test_a_photo_that_is_gone_since_costs_itself(directory: Path, photos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "photos"
+    shutil.copytree(photos, source)
+    args = ["invert", source, "--model", directory, *CAT, "--method", "unsample", "--out", tmp_path / "out"]
+    succeeds(*args)
+    (source / "a.png").unlink()
+    (source / "a.png").symlink_to(source / "gone.png")
+    result = run(*args)
+    assert result.exit_code == 1 and "1 of 2 images are not done" in result.stderr
+    assert "a.png: [Errno 2] No such file" in result.stderr
+    assert len((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_full_disk_ends_a_folder_of_photos(
+    directory: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+
+    def full_at_last(file: int) -> None:
+        synced.append(file)
+        if len(synced) > 3:  # the folder, and the first latent with its folder
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_at_last)
+    args = ["invert", photos, "--model", directory, *CAT, "--method", "unsample", "--out", tmp_path / "out"]
+    result = run(*args)
+    assert result.exit_code == 1
+    assert "no room is left on the disk: 1 of 2 latents are kept in" in " ".join(result.stderr.split())
 
 
 def test_a_flow_model_and_a_schedule_of_kinvert(photos: Path, tmp_path: Path) -> None:

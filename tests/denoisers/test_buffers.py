@@ -16,7 +16,10 @@ import kinvert as ki
 from kinvert.analysis import properties
 from kinvert.denoisers import Guided
 from kinvert.denoisers.buffers import keep, lay_out
+from kinvert.engine import plain_loop
+from kinvert.engine.adaptive import Trial, run_adaptive
 from kinvert.engine.eager import run_eager
+from kinvert.rules import DPMAdaptive
 
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 SHAPE = (2, 6)
@@ -174,22 +177,56 @@ def test_keep_copies_only_held_outputs() -> None:
         assert outputs[0].tolist() == [1, 1] and outputs[1].tolist() == [1] and outputs[2].uncond.tolist() == [1, 1]
 
 
+def overwrite(p: ki.Progress) -> None:
+    """What a preview may do."""
+    p.denoised.add_(1).clamp_(-1, 1)
+    p.x.zero_()
+
+
 @pytest.mark.parametrize("name", ki.SAMPLERS)
 def test_callback_may_write_into_progress(name: str) -> None:
+    """Down and up, in the buffers and in the plain loop."""
     x, plain = 10 * noise_like(SHAPE), denoisers(name, "whole", noise_like(SHAPE))[0]
     noise = ki.noise.replay([noise_like(SHAPE, seed=i) for i in range(60)])
-
-    def write(p: ki.Progress) -> None:
-        p.denoised.add_(1).clamp_(-1, 1)
-        p.x.zero_()
-
     before = x.clone()
-    want, got = (ki.sample(plain, x, KARRAS, sampler=name, noise=noise, callback=f) for f in (None, write))
-    assert torch.equal(got, want) and torch.equal(x, before)
+    ways: list[Callable[..., Tensor]] = [lambda f: ki.sample(plain, x, KARRAS, sampler=name, noise=noise, callback=f)]
     if name != "dpm_adaptive":
         plan = ki.compile_plan(name, KARRAS)
-        want, got = (ki.run(plan, plain, x, noise, callback=f) for f in (None, write))
-        assert torch.equal(got, want) and torch.equal(x, before)
+        ways.append(lambda f: ki.run(plan, plain, x, noise, callback=f))
+        with torch.no_grad(), plain_loop():
+            want, got = (ki.run(plan, plain, x, noise, callback=f) for f in (None, overwrite))
+            assert torch.equal(got, want)
+    if not ki.sampler(name).noise_options and name != "dpm_adaptive":
+        ways.append(lambda f: ki.unsample(plain, x, KARRAS, sampler=name, callback=f))
+    for way in ways:
+        assert torch.equal(way(overwrite), way(None)) and torch.equal(x, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*not inverted")
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "bdia"])
+def test_callback_of_an_inversion_may_write_into_progress(sampler: str) -> None:
+    """The plain run up and down, which steps that fail start from, is watched too: `max_evals` makes it count."""
+    x, sigmas = noise_like(SHAPE), KARRAS[:-1]
+    budgets: list[dict[str, Any]] = [{}, {"max_evals": 60}]
+    for options in budgets:
+        want, got = (
+            ki.invert(exact, x, sigmas, sampler=sampler, callback=f, **options) for f in (lambda p: None, overwrite)
+        )
+        assert torch.equal(got.latent, want.latent) and torch.equal(got.restored, want.restored)
+        assert torch.equal(got.evaluations, want.evaluations)
+
+
+def test_callbacks_of_extraction_and_of_chosen_steps_may_write_into_progress() -> None:
+    """What `watch` is told of a trial is no part of what the callback got."""
+    x, seen = noise_like(SHAPE), list[list[Tensor]]()
+    for f in (lambda p: None, overwrite):
+        found = ki.extract_noise(
+            exact, x, KARRAS[:-1], sampler="euler_ancestral", generator=torch.Generator().manual_seed(0), callback=f
+        )
+        trials = list[Trial]()
+        run_adaptive(DPMAdaptive(), exact, 10 * x, KARRAS, callback=f, watch=trials.append)
+        seen.append([found.latent, *found.noises, *(part for trial in trials for part in (trial.x, trial.denoised))])
+    assert len(seen[0]) == len(seen[1]) and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 # -- what a compiled network asks about its inputs ---------------------------------------------------------------------

@@ -123,3 +123,21 @@ def test_strides_are_kept() -> None:
         assert all(seen) and result.is_contiguous(memory_format=torch.channels_last)
         flat = ki.sample(gaussian, x.contiguous(), KARRAS, sampler=name, noise=ki.noise.white(0))
         torch.testing.assert_close(result, flat)
+
+
+def test_sigma_written_by_denoiser_does_not_reach_another_run_meanwhile() -> None:
+    """A run of the same Plan inside of the denoiser, as threads make them, has noise levels of its own."""
+    plan, x, inner = ki.compile_plan("euler", KARRAS), 10 * noise_like((2, 6)), list[Tensor]()
+
+    def careless(y: Tensor, sigma: Tensor) -> Tensor:
+        out = gaussian(y, sigma)
+        sigma.fill_(float("nan"))
+        return out
+
+    def outer(y: Tensor, sigma: Tensor) -> Tensor:
+        inner.append(ki.run(plan, careless, x))
+        return gaussian(y, sigma)
+
+    with torch.no_grad():
+        results = [ki.run(plan, denoiser, x) for denoiser in (gaussian, outer, gaussian)]
+    assert len(inner) == plan.evaluations and all(torch.equal(result, results[0]) for result in (*results, *inner))

@@ -32,3 +32,15 @@ def test_products_are_as_exact_as_sums(name: str, precision: str, width: int) ->
 def test_products_with_one_result_are_computed_in_blocks(width: int, blocks: int) -> None:
     code = program(PLANS["lms"])
     assert code.side == 1 and blocks_for(code, torch.ones(2, width)) == blocks
+
+
+def test_a_precision_that_torch_cannot_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to say it if it was set by names of both kinds; then products are computed in the safe way."""
+    x = 10 * noise_like((2, 600)).float()
+    want = plain_run(PLANS["lms"], gaussian, {"x": x})["x"]
+
+    def refuse() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    torch.testing.assert_close(ki.sample(gaussian, x, KARRAS, sampler="lms"), want, rtol=1e-5, atol=1e-5)

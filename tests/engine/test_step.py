@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
 import torch
 from problems import mixture, noise_like
 from runs import KARRAS
+from torch import Tensor
 
 import kinvert as ki
 from kinvert.engine import advance, combine, stage_sigmas
+from kinvert.engine.eager import run_eager
 from kinvert.forms import Form, State
+from kinvert.rules import Rule, StepBuilder
 
 
 def test_advance_is_one_step_of_run() -> None:
@@ -37,3 +44,45 @@ def test_half_precision_is_rounded_once() -> None:
     known = {State("a"): one, State("b"): small, State("c"): one}
     form = Form({State("a"): 1.0, State("b"): 1.0, State("c"): -1.0})
     assert combine(form, known, one).item() == 2.0**-10
+
+
+@dataclass(frozen=True)
+class Forgetful(Rule):
+    """Evaluates at 0, remembers 0 and, in the step `at`, sets x to 0: rows of its Plan without terms."""
+
+    at: int = 0
+
+    name: ClassVar[str] = "forgetful"
+    ode_order: ClassVar[int] = 0
+
+    def step(self, s: StepBuilder) -> Form:
+        denoised = s.denoise(0.0 * s.x, s.sigma)
+        old = s.recall("nothing")
+        s.remember("nothing", 0.0 * denoised)
+        if s.index == self.at:
+            return 0.0 * s.x
+        return 0.5 * s.x + denoised if old is None else 0.5 * s.x + denoised + 3.0 * old
+
+
+@pytest.mark.parametrize("way", ["plain", "fused", "eager"])
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_rows_without_terms_are_zero(at: int, way: str, dtype: torch.dtype) -> None:
+    """Exactly: the run of `x' = x / 2 + sigma`, from 0 after the step `at`."""
+    sigmas, x = [8.0, 4.0, 2.0, 1.0, 0.5], torch.tensor([[3.0, -5.0]], dtype=dtype)
+
+    def denoiser(y: Tensor, sigma: Tensor) -> Tensor:
+        assert y.count_nonzero() == 0
+        return y + sigma[:, None].to(y.dtype)
+
+    want = x.clone()
+    for step, sigma in enumerate(sigmas[:-1]):
+        want = 0 * want if step == at else want / 2 + sigma
+    plan = ki.compile_plan(Forgetful(at), sigmas)
+    assert len(plan.steps[at].x) == 0
+    if way == "eager":
+        got = run_eager(Forgetful(at), denoiser, x, sigmas)
+    else:
+        with torch.set_grad_enabled(way == "plain"):
+            got = ki.run(plan, denoiser, x)
+    assert torch.equal(got, want) and got.dtype is dtype

@@ -11,8 +11,10 @@ from inverting import MIXTURE, images, schedule
 from torch import Tensor
 
 import kinvert as ki
+from kinvert.inversion import climbs
 from kinvert.inversion.climbs import CLIMBS, PAIRS, PLAIN, _Pairs, affordable
 from kinvert.inversion.forecasts import Forecasts
+from kinvert.inversion.problem import Reason
 from kinvert.inversion.steps import fair_share, levels_of, step_problem
 from kinvert.plan import compile_plan
 from kinvert.tensors import rms
@@ -79,6 +81,22 @@ def test_the_climbs_that_are_affordable_are_the_first_ones() -> None:
     assert all(cost <= runs for runs, (_, cost) in zip(range(2, 40), known, strict=True))
 
 
+def test_a_climb_leaves_a_step_that_is_exact_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a later climb takes less than it may, and no latent is worse than that of the climb before it."""
+    costs = []
+    for gain in (0.0, 0.01, 1.0):
+        monkeypatch.setattr(climbs, "GAIN", gain)
+        errors = []
+        for runs in (2, 4, 7):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                found = ki.invert(MIXTURE, images(3), SIGMAS, max_evals=runs * (len(SIGMAS) - 1) + 4)
+            errors.append(found.round_trip_error)
+        assert (errors[1] <= errors[0]).all() and (errors[2] <= errors[1]).all()
+        costs.append(int(found.evaluations.sum()))
+    assert costs[0] > costs[1] > costs[2]
+
+
 def test_pairs_of_an_affine_map_point_to_its_solution() -> None:
     """With as many differences as the map has directions, Anderson's extrapolation is exact."""
     matrix = torch.tensor([[0.9, 0.2], [-0.1, 0.7]], dtype=torch.float64)
@@ -127,6 +145,17 @@ def test_the_default_limit_ends_a_search_that_goes_nowhere() -> None:
         found = ki.invert(folded, x, sigmas, tol=1e-12)
     assert not found.converged.all()
     assert int(found.evaluations.max()) <= 4 * (256 + 4 * x[0].numel()) + 4
+
+
+@pytest.mark.parametrize(("runs", "some"), [(28, False), (52, True)])
+def test_the_warning_tells_what_no_attempt_takes_up(runs: int, some: bool) -> None:
+    x, sigmas = images(1), schedule(4)
+    with pytest.warns(RuntimeWarning, match="not inverted") as caught:
+        found = ki.invert(lambda x, sigma: 3.0 * torch.sin(7.0 * x), x, sigmas, tol=1e-12, max_evals=4 * runs + 4)
+    assert found.reasons == (Reason.BUDGET,)
+    left = 4 * runs - int(found.evaluations)  # 4 evaluations are for the comparison of rows
+    assert (left >= 4) == some
+    assert (f"; {left} evaluations are left, too few for another attempt" in str(caught[0].message)) == some
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from inverting import MIXTURE, schedule
@@ -28,7 +29,7 @@ def deterministic() -> list[str]:
 
 @pytest.mark.parametrize("name", deterministic())
 def test_the_equations_hold_on_every_run(name: str) -> None:
-    """`Y = a x_N + C D` and `x_0 = (x_N - B D) / alpha` for the evaluations that a run makes."""
+    """`Y = a x_N + C D` and `x_0 = (x_N - B D) / alpha` for the evaluations of a run; the reduced ones for `D - c Y`."""
     plan = ki.compile_plan(name, schedule(7))
     denoiser = guided_mixture() if plan.is_guided else MIXTURE
     inputs: list[Tensor] = []
@@ -48,6 +49,12 @@ def test_the_equations_hold_on_every_run(name: str) -> None:
     torch.testing.assert_close(a[:, None, None] * end + torch.tensordot(C, D, 1), Y, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close((end - torch.tensordot(B, D, 1)) / system.alpha, x, rtol=1e-9, atol=1e-9)
     assert system.levels == tuple(stage.sigma for step in plan.steps for stage in step.stages)
+    c = np.linspace(0.1, 0.6, len(a))
+    reduced = system.reduced(c)
+    a, C, B, c = (torch.from_numpy(part) for part in (reduced.a, reduced.C, reduced.B, c))
+    E = D - (c[:, None, None] * Y).repeat_interleave(len(D) // len(Y), 0)
+    torch.testing.assert_close(a[:, None, None] * end + torch.tensordot(C, E, 1), Y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close((end - torch.tensordot(B, E, 1)) / reduced.alpha, x, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", [n for n in deterministic() if not ki.analysis.properties(n).memory])

@@ -17,6 +17,7 @@ import kinvert as ki
 from kinvert import analysis
 from kinvert.engine import Memory, run_state
 from kinvert.inversion.reversible import invert_reversible
+from kinvert.rules import LawsonRungeKutta
 from kinvert.rules.base import options_of
 from kinvert.rules.reversible import BDIA, EDICT, McCallumFoster
 
@@ -30,6 +31,7 @@ RULES: dict[str, ki.Rule] = {
     "bdia ve": BDIA(coordinates="ve"),
     "mccallum_foster euler": McCallumFoster(ki.sampler("euler")),
     "mccallum_foster rk4": McCallumFoster(ki.sampler("rk4")),
+    "rex": McCallumFoster(LawsonRungeKutta(ki.sampler("midpoint").tableau), coupling="data"),
 }
 SIGMA_MIN, SIGMA_MAX = 0.03, 15.0
 
@@ -156,6 +158,7 @@ def test_costs() -> None:
         "mccallum_foster": (40, 40, 40),
         "mccallum_foster euler": (20, 20, 20),
         "mccallum_foster rk4": (80, 80, 80),
+        "rex": (40, 40, 40),
     }
 
 
@@ -163,6 +166,7 @@ def test_costs() -> None:
 ORDERS = {
     "edict": 1.0, "edict at sigma_next": 1.0, "edict alternate": 1.0, "bdia": 2.0, "bdia 0.5": 1.0, "bdia ve": 2.0,
     "o_belm": 2.0, "leapfrog": 2.0, "reversible_heun": 2.0, "mccallum_foster": 2.0, "mccallum_foster euler": 1.0, "mccallum_foster rk4": 4.0,
+    "rex": 2.0,
 }  # fmt: skip
 
 
@@ -178,6 +182,30 @@ def test_order(name: str, ode_solution: Tensor) -> None:
     slope = order_slope([float((run - ode_solution).norm()) for run in runs], steps)
     assert slope > ORDERS[name] - 0.2
     assert RULES[name].ode_order == ORDERS[name]
+
+
+def test_rex_as_published() -> None:
+    """On variance-preserving latents X = alpha x, Y = X / Sigma in gamma = alpha / Sigma, with the midpoint rule."""
+    sigmas, x, lam = (4.0, 2.5, 1.5), noise_like((2, 6)), 0.999
+
+    def increment(y: Tensor, gamma: float, step: float) -> Tensor:
+        def data(at: float, value: Tensor) -> Tensor:
+            big = (at**2 + 1) ** -0.5  # Sigma; alpha = gamma Sigma, and x = X / alpha
+            return MIXTURE(value * big / (at * big), torch.full((2,), 1 / at, dtype=torch.float64))
+
+        return step * data(gamma + step / 2, y + step / 2 * data(gamma, y))
+
+    big = [(s**-2 + 1) ** -0.5 for s in sigmas]
+    X = Z = x * big[0] / sigmas[0]
+    for i in range(2):
+        gamma, step = 1 / sigmas[i], 1 / sigmas[i + 1] - 1 / sigmas[i]
+        w = big[i + 1] / big[i]
+        X = w * (lam * X + (1 - lam) * Z) + big[i + 1] * increment(Z / big[i], gamma, step)
+        Z = w * Z - big[i + 1] * increment(X / big[i + 1], gamma + step, -step)
+    state = run_state(ki.compile_plan(RULES["rex"], sigmas), MIXTURE, {"x": x})
+    alpha = big[2] / sigmas[2]
+    torch.testing.assert_close(state["x"], X / alpha, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state["z"], Z / alpha, rtol=1e-12, atol=1e-12)
 
 
 # -- the inverse -----------------------------------------------------------------------------------------------------
@@ -351,6 +379,7 @@ def test_closed_plans() -> None:
 REFUSED: dict[str, tuple[Any, list[float], str]] = {
     "to zero": ("o_belm", [4.0, 2.0, 0.0], r"o_belm cannot undo its step from sigma 2 to 0: .*sigmas\[:-1\]"),
     "no auxiliary state": ("dpmpp_2m", [4.0, 2.0, 1.0], "dpmpp_2m carries no auxiliary state"),
+    "far apart": (RULES["rex"], [1e-4, 0.03], "takes its two states apart by 300; use ki.invert"),
     "noise inside": (McCallumFoster(ki.sampler("heun", s_churn=5)), [4.0, 2.0], "mccallum_foster cannot .*draws noise"),
     "memory inside": (McCallumFoster(ki.sampler("lms")), [4.0, 2.0], "mccallum_foster cannot .*remembers nothing"),
 }

@@ -18,7 +18,7 @@ from kinvert.inversion import (
     Auto,
     Guess,
 )
-from kinvert.inversion.steps import invert_steps
+from kinvert.inversion.steps import invert_steps, raised
 
 
 @given(sigma=st.floats(0.3, 8.0), ratio=st.floats(0.1, 0.9), seed=st.integers(0, 1000))
@@ -57,3 +57,13 @@ def test_what_the_last_states_tell_is_expected_of_the_next(name: str) -> None:
         stages = len(plan.steps[0].stages)
         assert (found.evaluations <= plan.evaluations + (8 - foreseen) * 2 * stages).all()
         assert (found.evaluations >= plan.evaluations).all()
+
+
+@pytest.mark.parametrize("sigma_next", [0.1, 1.0, 3.9])
+def test_the_first_guess_is_the_solution_if_the_denoiser_does_not_depend_on_x(sigma_next: float) -> None:
+    """`F(u) = r u + (1 - r) m`; below r = 1/4 the guess goes as far as at 1/4, so that it does not overshoot."""
+    m, y = noise_like((2, 6)), noise_like((2, 6), seed=1)
+    problem = replace(problem_of_step("euler", 4.0, sigma_next, y), denoiser=None)
+    guess = raised(problem, guide(lambda x, sigma: m, batch=2))
+    r = max(sigma_next / 4.0, 0.25)
+    torch.testing.assert_close(r * guess.u + (1 - r) * m, y, rtol=0, atol=1e-12)

@@ -75,24 +75,31 @@ def test_the_coefficients_are_those_of_the_plan(name: str) -> None:
             assert not panel or {s: c[i] for s, c in panel.items() if c[i]} == {str(s): c for s, c in stage.input}
 
 
-def test_a_name_has_one_colour_in_every_figure() -> None:
+def test_a_name_has_one_look_in_every_figure() -> None:
     from kinvert.bench.report.plots import Looks, Panel
+    from kinvert.plot.style import METHOD_COLOURS
 
     two = ki.invert(DENOISER, X, SIGMAS, sampler="euler")
     for figure in (ki.plot.convergence({"heun": FOUND}), ki.plot.contraction({"euler": two, "heun": FOUND})):
-        colours = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
-        assert colours["heun"] == "#D55E00" and colours.get("euler", "#0072B2") == "#0072B2"
+        drawn = {line.get_label(): line for line in figure.axes[0].get_lines()}
+        assert drawn["heun"].get_color() == "#D55E00" and drawn["heun"].get_marker() == "s"
+        assert "euler" not in drawn or drawn["euler"].get_color() == "#0072B2"
+    drawn = {line.get_label(): line for line in ki.plot.convergence({"invert": FOUND}).axes[0].get_lines()}
+    assert drawn["invert"].get_color() == METHOD_COLOURS["invert"]
     for others in ([], ["euler", "lms"]):
         curves: Any = {("unsample", name): [] for name in ("heun", *others)}
-        looks = Looks.of([Panel("m", "q", {}, curves, 0)])
-        assert looks.style(("unsample", "heun"))["color"] == "#D55E00"
+        style = Looks.of([Panel("m", "q", {}, curves, 0)]).style(("unsample", "heun"))
+        assert style["color"] == METHOD_COLOURS["unsample"] and style["marker"] == "s"
 
 
-def test_common_pairs_of_sampler_and_method_have_colours_of_their_own() -> None:
-    from kinvert.plot.style import preferred
+def test_methods_have_their_colours_and_other_names_one_that_is_free() -> None:
+    from kinvert.plot.style import METHOD_COLOURS, looks_of
 
-    pairs = [(method, name) for method in ("unsample", "invert") for name in ("euler", "heun", "dpm_2", "lms")]
-    assert len({preferred(*pair) for pair in pairs}) == len(pairs)
+    names = ["euler", "heun", "mine", *list(METHOD_COLOURS)[:6]]
+    looks = looks_of(names)
+    assert list(looks) == names
+    assert all(looks[name]["color"] == METHOD_COLOURS[name] for name in names[3:])
+    assert len({looks[name]["color"] for name in names}) == len({looks[name]["marker"] for name in names}) == len(names)
 
 
 def test_figures_need_no_pyplot() -> None:

@@ -46,6 +46,15 @@ def test_images_are_drawn_in_rows() -> None:
     assert words(figure) == ["image", "again", "trip", "black -1, white 1; 2 of 3 samples"]
 
 
+def test_edits_are_drawn_like_other_results() -> None:
+    done = ki.edit(DENOISER, X, SIGMAS, target={}, source={})
+    drawn = pictures(ki.plot.differences({"edited": done}, done.original, most=1, limit=0.5))
+    np.testing.assert_array_equal(drawn[1], shades(done.image[0, 0], 1.0))
+    np.testing.assert_array_equal(drawn[2], shades((done.image - X)[0, 0], 0.5))
+    (latent, *_) = pictures(ki.plot.latents(done))
+    np.testing.assert_array_equal(latent, shades(done.latent[0, 0] / 10, 3.0))
+
+
 def test_the_colours_of_ink_are_named() -> None:
     figure = ki.plot.images(X, cmap="gray_r", limit=2)
     assert "white -2, black 2" in words(figure)
@@ -101,7 +110,11 @@ def test_of_several_channels_the_largest_difference_is_drawn() -> None:
     ("draw", "error", "said"),
     [
         (lambda: ki.plot.images(X[0]), ValueError, r"shown must be images of the shape .* got \(1, 4, 6\)"),
-        (lambda: ki.plot.images({"a": "b"}), TypeError, r"shown\['a'\] must be a tensor, an Inversion or a RoundTrip"),  # type: ignore[dict-item]
+        (
+            lambda: ki.plot.images({"a": "b"}),
+            TypeError,
+            r"shown\['a'\] must be a tensor, an Inversion, a RoundTrip or an Edited",
+        ),  # type: ignore[dict-item]
         (lambda: ki.plot.images(replace(FOUND, restored=None)), ValueError, "use ki.invert with check=True"),
         (lambda: ki.plot.images(X.to("meta")), ValueError, "no values"),
         (lambda: ki.plot.images(X, most=0), ValueError, "most must be an int of at least 1, got 0"),

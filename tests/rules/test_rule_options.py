@@ -39,6 +39,23 @@ def test_conflicting_options_are_refused(rule: ki.Rule, fix: str) -> None:
         ki.compile_plan(rule, [10.0, 1.0])
 
 
+@pytest.mark.parametrize("name", ki.SAMPLERS)
+def test_options_are_taken_up_to_their_bounds(name: str) -> None:
+    """Each bound is an allowed value, and the next number beyond it is refused with both bounds."""
+    entry = ki.SAMPLERS[name]
+    hints = get_type_hints(entry.rule)
+    for f in fields(entry.rule):
+        for end, way in (("low", -math.inf), ("high", math.inf)):
+            bound = f.metadata.get(end, way)
+            if not math.isfinite(bound):
+                continue
+            kind = hints[f.name]
+            assert ki.sampler(name, **{f.name: kind(bound)}).options[f.name] == bound
+            beyond = bound + math.copysign(1, way) if kind is int else math.nextafter(bound, way)
+            with pytest.raises(ValueError, match=rf"{f.name} must be a number from {f.metadata['low']:g} to "):
+                ki.sampler(name, **{f.name: kind(beyond)})
+
+
 @pytest.mark.parametrize("name", ["sa_solver", "seeds_2", "seeds_3", "dpmpp_3m_sde"])
 def test_rising_noise_is_refused_with_the_fix(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} cannot step .* use eta=0"):

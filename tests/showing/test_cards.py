@@ -29,6 +29,7 @@ X = torch.rand(3, 1, 4, 4, dtype=torch.float64, generator=torch.manual_seed(0)) 
 FOUND = ki.invert(DENOISER, X, SIGMAS, sampler="heun")
 NOISES = ki.extract_noise(DENOISER, X, SIGMAS)
 TRIP = ki.round_trip(DENOISER, X, SIGMAS, sampler="euler")
+EDITED = ki.edit(DENOISER, X, SIGMAS, method="noise", target={}, noise=ki.noise.white(0))
 PLAN = ki.compile_plan("heun", SIGMAS)
 LEVELS = ki.levels.stable_diffusion()
 SCHEDULE = ki.Schedule(ki.schedule("karras", 20, LEVELS, rho=5.0), "karras", LEVELS, {"rho": 5.0})
@@ -37,6 +38,7 @@ RESULTS = {
     "inversion": FOUND,
     "extracted": NOISES,
     "trip": TRIP,
+    "edited": EDITED,
     "plan": PLAN,
     "levels": LEVELS,
     "schedule": SCHEDULE,
@@ -92,6 +94,15 @@ def test_the_pictures_of_a_card_are_those_of_the_result() -> None:
     assert len(drawn) == 6
     for got, want in zip(drawn, wanted, strict=True):
         np.testing.assert_array_equal(got, ((want.clamp(-1, 1) + 1) * 127.5).round().numpy())
+
+
+def test_the_card_of_an_edit_has_the_images_before_and_after() -> None:
+    drawn = decoded(EDITED._repr_html_())
+    wanted = [*X[:, 0], *EDITED.image[:, 0] / pictures(EDITED.image).limit]
+    for got, want in zip(drawn, wanted, strict=True):
+        np.testing.assert_array_equal(got, ((want.clamp(-1, 1) + 1) * 127.5).round().numpy())
+    rms = ki.metrics.mse(EDITED.image, X).sqrt()
+    assert f"changed {float(rms[1]):.2g}" in EDITED._repr_html_()
 
 
 def test_schedules_say_what_they_were_made_of() -> None:

@@ -180,8 +180,8 @@ def network_dtype(model: Any) -> torch.dtype:
 
 def noise_factor(guider: Any, model_sampling: Any, sigmas: Tensor) -> float:
     """Return what the host multiplies noise with to start a schedule; it is not `sigmas[0]` for all models."""
-    most = to_sampler(lambda *_, **__: torch.zeros(1)).max_denoise(guider, sigmas)
-    one, zero = torch.ones(1), torch.zeros(1)
+    most = to_sampler(lambda *_, **__: torch.zeros(1, device="cpu")).max_denoise(guider, sigmas)
+    one, zero = torch.ones(1, device="cpu"), torch.zeros(1, device="cpu")
     return float(model_sampling.noise_scaling(sigmas[:1].cpu().float(), one, zero, most))
 
 

@@ -243,7 +243,9 @@ class Call:
 
     def noise_factor(self, falling: tuple[float, ...]) -> float:
         """Return what the host multiplies noise with where it starts this schedule."""
-        return host.noise_factor(self.guider, self.denoiser.levels, torch.tensor(falling, dtype=torch.float32))
+        return host.noise_factor(
+            self.guider, self.denoiser.levels, torch.tensor(falling, dtype=torch.float32, device="cpu")
+        )
 
 
 class Work(Generic[T]):

@@ -186,7 +186,7 @@ def _rf_node(
         notes.append(f"the schedule starts at t = {HIGHEST} in place of 1, since the method runs in t / (1 - t)")
 
     def work(call: Call) -> tuple[Start, Inversion, RuleSampler]:
-        levels, x, denoiser = torch.tensor(call.levels[::-1]).double(), call.x, call.denoiser
+        levels, x, denoiser = torch.tensor(call.levels[::-1], dtype=torch.float64, device="cpu"), call.x, call.denoiser
         if call.is_flow:
             levels, x = levels / (1.0 - levels), x / (1.0 - call.levels[0])
         noise = white(seed).bind(x)(1.0, 0.0)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from kinvert.adapters.comfyui import host
 from kinvert.adapters.comfyui.samplers import make_schedule, sampler_names, schedule_names
 from kinvert.adapters.comfyui.spec import Input, Node, Output, choice
-from kinvert.editing import slerp
+from kinvert.edits import slerp
 
 __all__ = ["NODES", "FoundNoise", "each_part", "item_masks", "replaced", "samples_of"]
 
@@ -184,7 +184,9 @@ def _sigma_node(
         levels = [t / (1.0 - t) for t in levels[start:]]
         start, end = 0, end - start
     format_ = model.get_model_object("latent_format")
-    ends = [format_.process_in(torch.full((1, format_.latent_channels, 1, 1), value)) for value in (0.0, 1.0)]
+    ends = [
+        format_.process_in(torch.full((1, format_.latent_channels, 1, 1), value, device="cpu")) for value in (0.0, 1.0)
+    ]
     scales = (ends[1] - ends[0]).flatten()
     if not bool((scales - scales[0]).abs().max() <= 1e-4 * scales[0].abs()):
         raise ValueError("this model scales each channel of its latents differently, so no one strength fits all")

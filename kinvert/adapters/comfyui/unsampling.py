@@ -76,7 +76,7 @@ def _rising(model: Any, falling: Tensor, end_at_step: int) -> Tensor:
     """Return the schedule upwards: with the offset, and without the noisiest `end_at_step` steps."""
     flow = host.coordinates_of_model(model.get_model_object("model_sampling")) == "flow"
     levels = rising_schedule(falling, end_at_step, OFFSET, 1.0 if flow else math.inf)
-    return torch.tensor(levels, dtype=torch.float32)
+    return torch.tensor(levels, dtype=torch.float32, device="cpu")
 
 
 def _go_up(call: Call, rule: Rule, level: float) -> Tensor:

@@ -40,7 +40,7 @@ class OneTimestep:
     def __init__(self, base: Any, timestep: Tensor, sigma: float) -> None:
         self.base = base
         self.timesteps = timestep.reshape(1)
-        self.sigmas = torch.tensor([sigma, 0.0])
+        self.sigmas = torch.tensor([sigma, 0.0], dtype=torch.float32, device="cpu")
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:

@@ -77,5 +77,5 @@ def _pictures(folder: Path, count: int, seed: int) -> list[Any]:
     files = image_files(folder)
     if count > len(files):
         raise ValueError(f"count must be at most {len(files)}, the images in {str(folder)!r}, got {count}")
-    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed), device="cpu")[:count].tolist()
     return [open_image(files[index]) for index in chosen]

@@ -82,4 +82,6 @@ class BrownianTreeNoiseSampler:
         return self.tree(t0, t1) / abs(t1 - t0) ** 0.5
 
     def _time(self, sigma: Any) -> float:
-        return float(self.transform(torch.as_tensor(sigma, dtype=None if isinstance(sigma, Tensor) else torch.float64)))
+        if not isinstance(sigma, Tensor):
+            sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+        return float(self.transform(sigma))

@@ -61,14 +61,16 @@ def _sample(face: Face, white: Callable[[Tensor], NoiseSampler], given: dict[str
     noise_sampler, return_info = options.pop(NOISE, None), options.pop("return_info", False)
     x, model = check_state(given["x"]), _Model(**{name: given[name] for name in ("model", "extra_args", "callback")})
     if face.levels == ("sigmas",):
-        schedule, sigmas = given["sigmas"], torch.as_tensor(given["sigmas"])
+        schedule = sigmas = given["sigmas"]
+        if not isinstance(sigmas, Tensor):
+            sigmas = torch.as_tensor(sigmas, device="cpu")
         if sigmas.shape in ((0,), (1,)):
             return x  # no step
     else:
         ends = given["sigma_max"], given["sigma_min"]
         schedule = [check_number(name, float(given[name]), above=0) for name in ("sigma_max", "sigma_min")]
         dtype = next((end.dtype for end in ends if isinstance(end, Tensor)), torch.get_default_dtype())
-        sigmas = torch.tensor(schedule, dtype=dtype)
+        sigmas = torch.tensor(schedule, dtype=dtype, device="cpu")
     if "n" in face.levels:
         options["evaluations"] = check_integer("n", given["n"], fix="it is the number of evaluations")
     rule = sampler(face.sampler, **face.fixed, **options)

@@ -1,7 +1,10 @@
 """Draw figures of records, for a paper: each is a function of records that returns a matplotlib figure.
 
-A figure has a panel for each model and question. The settings that the curves of a panel do not vary over are held at
-one combination of values, the one with the most to show; the title names it. Give fewer records to choose another.
+A figure has a panel for each model and question, and what shows curves has a small plot for each method in it. A method
+has one colour everywhere. Bands and thin lines are the intervals of the medians (`kinvert.bench.report.intervals`). The
+settings that the curves of a panel do not vary over are held at one combination of values, the one with the most to
+show; the title names it. Give fewer records to choose another.
+
 Errors are amplitudes relative to the original, `10^(NMSE / 20)`, the median over the samples of all seeds.
 
 Needs matplotlib: `pip install 'kinvert[cli]'`.
@@ -10,7 +13,7 @@ Needs matplotlib: `pip install 'kinvert[cli]'`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from typing import Any
@@ -26,6 +29,8 @@ from safetensors.numpy import load_file
 from torch import from_numpy
 
 from kinvert.bench.report import plots
+from kinvert.bench.report.intervals import of_records
+from kinvert.bench.report.multiples import Axis, Curve, multiples
 from kinvert.bench.report.plots import Key, Looks, NothingToDrawError, Panel
 from kinvert.bench.report.tables import median, text
 from kinvert.bench.results import Record
@@ -52,12 +57,13 @@ __all__ = [
 
 
 def error_against_steps(records: Sequence[Record]) -> Figure:
-    """Error of the round trip against the number of steps, both logarithmic, with the slope in the legend.
+    """Error of the round trip against the number of steps, both logarithmic, with the slope beside the name.
 
     The slope is fitted by least squares to the points between round-off and an error of a half, where there are three.
-    It tells how fast the two directions come to undo each other, which can be faster than either nears the ODE.
+    It tells how fast the two directions come to undo each other, which can be faster than either nears the ODE. Points
+    whose samples came back to within a tolerance are left out: they show the tolerance.
     """
-    return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps")
+    return _convergence(records, lambda group: group[0]["cell"]["steps"], "steps", at_points=True)
 
 
 def error_against_evaluations(records: Sequence[Record]) -> Figure:
@@ -66,75 +72,81 @@ def error_against_evaluations(records: Sequence[Record]) -> Figure:
 
 
 def distance_against_steps(records: Sequence[Record]) -> Figure:
-    """Distance from the true ODE against the number of steps: the slope in the legend is the order of the sampler.
+    """Distance from the true ODE against the number of steps: the slope beside the name is the order of the sampler.
 
     Of a recovery it is the distance of the image that is sampled, of a reconstruction that of the latent over sigma.
     """
 
-    def distance(group: Sequence[Record]) -> float:
-        return plots.bounded(median([value for record in group for value in record["metrics"]["distance_to_ode"]]))
+    def curve(panel: Panel, key: Key, group: list[Record]) -> Curve:
+        points = plots.by_value(group, "steps")
+        y = [plots.bounded(_middle(point, "distance_to_ode")) for point in points.values()]
+        ends = [of_records(point, "distance_to_ode") or (math.nan, math.nan) for point in points.values()]
+        slope = plots.order(list(points), y, panel.held["dtype"])
+        return Curve(list(points), y, *_bounds(ends), _word(slope, "order"))
 
     true = [record for record in records if "distance_to_ode" in record["metrics"]]
-    return _convergence(
-        true, lambda group: group[0]["cell"]["steps"], "steps", distance, "distance from the ODE", "order"
+    return multiples(
+        plots.panels(true, "steps", most=1000), curve, Axis("steps", at_points=True), "distance from the ODE"
     )
 
 
 def _convergence(
-    records: Sequence[Record],
-    cost_of: Callable[[list[Record]], float],
-    x_label: str,
-    error_of: Callable[[list[Record]], float] = plots.error,
-    y_label: str = "relative error",
-    slope_is: str = "slope",
+    records: Sequence[Record], cost_of: Callable[[list[Record]], float], x_label: str, *, at_points: bool = False
 ) -> Figure:
-    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
-        ax, lines = fig.subplots(), []
-        for key, group in panel.curves.items():
-            points = plots.by_value(group, "steps").values()
-            x, y = [cost_of(point) for point in points], [error_of(point) for point in points]
-            slope = plots.order(x, y, panel.held["dtype"])
-            shown = "" if math.isnan(slope) else f" ({slope_is} {slope:.1f})"
-            lines.append(plots.line(ax, x, y, looks.style(key), looks.label(key) + shown))
-        plots.error_axis(ax, y_label)
-        ax.set_xlabel(x_label)
-        plots.count_ticks(ax, [x for drawn in lines for x in np.asarray(drawn.get_xdata())])
-        return lines
+    def curve(panel: Panel, key: Key, group: list[Record]) -> Curve:
+        points = list(plots.by_value(group, "steps").values())
+        x, y = [cost_of(point) for point in points], [plots.error(point) for point in points]
+        fitted = [math.nan if plots.is_solved(point) else e for point, e in zip(points, y, strict=True)]
+        slope = plots.order(x, fitted, panel.held["dtype"])
+        return Curve(x, y, *_bounds(map(plots.error_ends, points)), _word(slope, "slope"))
 
-    return plots.figure(plots.panels(records, "steps"), draw)
+    found = plots.panels(records, "steps", most=1000)
+    return multiples(found, curve, Axis(x_label, at_points=at_points), "relative error")
+
+
+def _bounds(ends: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Return the lower and the upper ends."""
+    low, high = zip(*ends, strict=True)
+    return list(low), list(high)
+
+
+def _word(slope: float, name: str) -> str:
+    return "" if math.isnan(slope) else f" ({name} {slope:.1f})"
+
+
+def _middle(group: Sequence[Record], name: str) -> float:
+    return median([value for record in group for value in record["metrics"].get(name) or ()])
 
 
 def error_against_cfg(records: Sequence[Record]) -> Figure:
     """Error against the scale of classifier-free guidance, which both directions use."""
 
-    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
-        ax, lines = fig.subplots(), []
-        for key, group in panel.curves.items():
-            points = plots.by_value(group, "cfg")
-            y = [plots.error(point) for point in points.values()]
-            lines.append(plots.line(ax, list(points), y, looks.style(key), looks.label(key)))
-        plots.error_axis(ax)
-        ax.set(xlabel="guidance scale")
-        return lines
+    def curve(panel: Panel, key: Key, group: list[Record]) -> Curve:
+        points = plots.by_value(group, "cfg")
+        y = [plots.error(point) for point in points.values()]
+        return Curve(list(points), y, *_bounds(map(plots.error_ends, points.values())))
 
-    return plots.figure(plots.panels(records, "cfg"), draw)
+    return multiples(
+        plots.panels(records, "cfg", most=1000), curve, Axis("guidance scale", is_log=False), "relative error"
+    )
 
 
 def error_along_trajectory(records: Sequence[Record]) -> Figure:
-    """How far the states on the way up and on the way down are apart at each noise level, root mean square."""
+    """How far the states on the way up and on the way down are apart at each noise level, root mean square.
 
-    def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
-        ax, lines = fig.subplots(), []
-        for key, group in panel.curves.items():
-            paths = [record["trajectory"] for record in group]
-            y = [plots.bounded(median([p["error"][i] for p in paths])) for i in range(len(paths[0]["sigma"]))]
-            every = max(1, len(y) // 8)  # of the points gets a marker
-            lines.append(plots.line(ax, paths[0]["sigma"], y, looks.style(key, markevery=every), looks.label(key)))
-        plots.error_axis(ax, "rms distance")
-        ax.set(xscale="log", xlabel="noise level σ")
-        return lines
+    The level where the second way starts is left out: both have the same state there.
+    """
 
-    return plots.figure(plots.panels(record for record in records if record["trajectory"]), draw)
+    def curve(panel: Panel, key: Key, group: list[Record]) -> Curve:
+        paths = [record["trajectory"] for record in group]
+        x = paths[0]["sigma"]
+        y = [plots.bounded(median([path["error"][i] for path in paths])) for i in range(len(x))]
+        start = 0 if panel.question == "reconstruction" else len(x) - 1
+        y[start] = math.nan if all(path["error"][start] == 0 for path in paths) else y[start]
+        return Curve(x, y, [math.nan] * len(x), [math.nan] * len(x))  # a record has the medians of its samples alone
+
+    found = plots.panels((record for record in records if record["trajectory"]), most=1000)
+    return multiples(found, curve, Axis("noise level σ"), "rms distance")
 
 
 def precision_floors(records: Sequence[Record]) -> Figure:
@@ -147,14 +159,19 @@ def precision_floors(records: Sequence[Record]) -> Figure:
             label: {name: plots.error(group[name]) if name in group else math.nan for name in formats}
             for label, group in groups.items()
         }
-        for name, colour in zip(formats, plots.COLOURS, strict=False):
-            ax.axvline(plots.EPS[name], color=colour, linewidth=0.8, linestyle=":", zorder=0)
-        return plots.dots(ax, values, "relative error")
+        ends = {label: {n: plots.error_ends(g) for n, g in group.items()} for label, group in groups.items()}
+        for name, marker in zip(formats, plots.MARKERS, strict=False):
+            ax.axvline(plots.EPS[name], color=plots.GREY, linewidth=0.8, linestyle=":", zorder=0)
+            ax.plot(
+                plots.EPS[name], 1.0, marker, color=plots.GREY, markersize=3, transform=ax.get_xaxis_transform(),
+                clip_on=False,
+            )  # fmt: skip
+        return plots.dots(ax, values, ends, [looks.style(key)["color"] for key in panel.curves], "relative error")
 
     found = plots.panels(records, "dtype")
     used = {record["cell"]["dtype"] for panel in found for group in panel.curves.values() for record in group}
     formats = [name for name in plots.EPS if name in used]
-    return plots.figure(found, draw, height=_row_height, series=formats)
+    return plots.figure(found, draw, height=_row_height, labels_of=lambda *_: formats)
 
 
 def distance_to_truth(records: Sequence[Record]) -> Figure:
@@ -162,17 +179,21 @@ def distance_to_truth(records: Sequence[Record]) -> Figure:
     parts = {"distance_to_ode": "all", "discretisation": "discretisation", "solver": "solver", "round_off": "round-off"}
 
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
+        groups = {looks.label(key): group for key, group in panel.curves.items()}
         values = {
-            looks.label(key): {
-                shown: median([value for record in group for value in record["metrics"][name]]) or math.nan
-                for name, shown in parts.items()
-            }
-            for key, group in panel.curves.items()
+            label: {shown: _middle(group, name) or math.nan for name, shown in parts.items()}
+            for label, group in groups.items()
         }
-        return plots.dots(fig.subplots(), values, "distance / σ")
+        ends = {
+            label: {shown: of_records(group, name) or (math.nan, math.nan) for name, shown in parts.items()}
+            for label, group in groups.items()
+        }
+        ax = fig.subplots()
+        return plots.dots(ax, values, ends, [looks.style(key)["color"] for key in panel.curves], "distance / σ")
 
     split = [record for record in records if set(parts) <= set(record["metrics"])]
-    return plots.figure(plots.panels(split), draw, height=_row_height, series=list(parts.values()))
+    found = plots.panels(split)
+    return plots.figure(found, draw, height=_row_height, labels_of=lambda *_: list(parts.values()))
 
 
 def latents(records: Sequence[Record]) -> Figure:
@@ -219,34 +240,43 @@ def pareto(records: Sequence[Record]) -> Figure:
 
     def draw(panel: Panel, fig: SubFigure, looks: Looks) -> list[Line2D]:
         ax, points = fig.subplots(), _points(panel)
-        lines = []
-        for key, xy in points:
-            x, y = np.array(xy).T
-            lines.append(plots.line(ax, x, y, looks.style(key, linestyle="", markersize=4.5), looks.label(key)))
-        every = [point for _, xy in points for point in xy]
+        for key, found in points:
+            style = looks.style(key, linestyle="", markersize=4.5)
+            plots.line(ax, [x for x, _, _ in found], [y for _, y, _ in found], style, "")
+            for x, _, ends in found:
+                ax.plot([x, x], ends, color=style["color"], linewidth=0.8, zorder=1)
+        every = [(x, y) for _, found in points for x, y, _ in found]
         ax.step(*zip(*plots.front(every), strict=True), where="post", color=plots.GREY, linewidth=0.8, zorder=1)
         plots.error_axis(ax)
         ax.set_xlabel("denoiser evaluations per sample, up and down")
-        plots.count_ticks(ax, [x for x, _ in every])
-        return lines
+        plots.cost_ticks(ax, [x for x, _ in every])
+        return looks.legend(panel)
 
-    found = []
+    kept_panels = []
     for panel in plots.panels(records, "steps", points=1, most=1000):
-        points = dict(_points(panel))
-        best = set(plots.front(point for xy in points.values() for point in xy))
-        leading = [key for key, xy in points.items() if best & set(xy)]
+        points = {key: {(x, y) for x, y, _ in found} for key, found in _points(panel)}
+        best = set(plots.front(point for found in points.values() for point in found))
+        leading = [key for key, found in points.items() if best & found]
         kept = {*leading, *[key for key in points if key not in leading][: max(0, plots.MOST - len(leading))]}
         if kept:
             curves = {key: group for key, group in panel.curves.items() if key in kept}
-            found.append(replace(panel, curves=curves, left_out=len(panel.curves) - len(kept)))
-    return plots.figure(found, draw)
+            kept_panels.append(replace(panel, curves=curves, left_out=len(panel.curves) - len(kept)))
+    return plots.figure(
+        kept_panels, draw, labels_of=lambda panel, looks: [str(line.get_label()) for line in looks.legend(panel)]
+    )
 
 
-def _points(panel: Panel) -> list[tuple[Key, list[tuple[float, float]]]]:
-    """Return cost and error of every curve at every number of steps, if the error is known."""
+Point = tuple[float, float, tuple[float, float]]
+
+
+def _points(panel: Panel) -> list[tuple[Key, list[Point]]]:
+    """Return cost, error and its interval, of every curve at every number of steps, if the error is known."""
     found = []
     for key, group in panel.curves.items():
-        points = [(plots.cost(point), plots.error(point)) for point in plots.by_value(group, "steps").values()]
+        points = [
+            (plots.cost(point), plots.error(point), plots.error_ends(point))
+            for point in plots.by_value(group, "steps").values()
+        ]
         found.append((key, [point for point in points if not math.isnan(point[1])]))
     return [(key, points) for key, points in found if points]
 

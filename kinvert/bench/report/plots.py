@@ -15,7 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from kinvert.bench.report.tables import evaluations, median, sampler_name, settings
+from kinvert.bench.report.intervals import of_records
+from kinvert.bench.report.rows import distinct, evaluations, median, sampler_name, settings
 from kinvert.bench.results import Record
 from kinvert.plot.axes import Drawing, error_axis, line, log_ticks
 from kinvert.plot.style import (
@@ -31,6 +32,7 @@ from kinvert.plot.style import (
     bounded,
     free,
     look,
+    method_colours,
     preferred,
 )
 
@@ -41,6 +43,7 @@ __all__ = [
     "GREY",
     "HIGHEST",
     "LOWEST",
+    "MARKERS",
     "MOST",
     "PAGE",
     "PALE",
@@ -53,12 +56,15 @@ __all__ = [
     "bounded",
     "by_value",
     "cost",
+    "cost_ticks",
     "count_ticks",
     "dots",
     "error",
     "error_axis",
+    "error_ends",
     "figure",
     "front",
+    "is_solved",
     "line",
     "log_ticks",
     "order",
@@ -103,11 +109,10 @@ def panels(records: Iterable[Record], *free: str, points: int = 2, most: int = M
         most: number of curves to keep, those with the lowest errors.
     """
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
-    for record in records:
-        if record["error"] is None:
-            cell = record["cell"]
-            others = repr({name: settings(record)[name] for name in HELD if name not in free})
-            groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
+    for record in distinct(records):
+        cell = record["cell"]
+        others = repr({name: settings(record)[name] for name in HELD if name not in free})
+        groups.setdefault((cell["model"], cell["question"]), {}).setdefault(others, []).append(record)
     found = []
     for (model, question), combinations in sorted(groups.items()):
         shown = [_curves(group, free, points) for _, group in sorted(combinations.items())]
@@ -130,6 +135,18 @@ def error(records: Sequence[Record]) -> float:
     return bounded(10 ** (min(value, 1000.0) / 20))
 
 
+def error_ends(records: Sequence[Record]) -> tuple[float, float]:
+    """Compute the interval of `error`; NaN if there is none."""
+    low, high = of_records(records, "nmse_db") or (math.nan, math.nan)
+    return tuple(bounded(10 ** (min(value, 1000.0) / 20)) for value in (low, high))  # type: ignore[return-value]
+
+
+def is_solved(records: Sequence[Record]) -> bool:
+    """Tell whether most samples came back to within a tolerance, so that their error says nothing but the tolerance."""
+    claims = [claim for record in records for claim in record["converged"] or ()]
+    return 2 * sum(claims) > len(claims)
+
+
 def by_value(group: Sequence[Record], name: str) -> dict[Any, list[Record]]:
     """Group the records of a curve by a setting, in the order of its values."""
     values = sorted({record["cell"][name] for record in group})
@@ -143,38 +160,48 @@ def cost(group: Sequence[Record]) -> float:
 
 @dataclass(frozen=True)
 class Looks:
-    """The looks of curves: the same in all panels of a figure, and different within a panel."""
+    """The looks of curves: a method has one colour in all figures, a sampler one marker and dashes in a figure."""
 
-    methods: tuple[str, ...]
-    samplers: tuple[str, ...]
-    numbers: dict[Key, int]
+    colours: dict[str, str]
+    markers: dict[str, int]
 
     @classmethod
     def of(cls, found: Sequence[Panel]) -> Looks:
-        """Give each curve its preferred number, or the next that no curve beside it in a panel has.
+        """Give each sampler its preferred number, or the next that no sampler beside it in a panel has.
 
-        The most frequent curve chooses first.
+        The most frequent sampler chooses first.
         """
-        keys = Counter(key for panel in found for key in panel.curves)
-        numbers: dict[Key, int] = {}
-        for key, _ in sorted(keys.items(), key=lambda item: (-item[1], item[0])):
-            beside = {numbers.get(other) for panel in found if key in panel.curves for other in panel.curves}
-            numbers[key] = free(preferred(*key), beside)
-        methods, samplers = (tuple(sorted(set(names))) for names in zip(*keys, strict=True))
-        return cls(methods, samplers, numbers)
+        beside = [{sampler for _, sampler in panel.curves} for panel in found]
+        often = Counter(name for names in beside for name in names)
+        numbers: dict[str, int] = {}
+        for name, _ in sorted(often.items(), key=lambda item: (-item[1], item[0])):
+            taken = {numbers.get(other) for names in beside if name in names for other in names}
+            numbers[name] = free(preferred(name), taken)
+        return cls(method_colours(method for panel in found for method, _ in panel.curves), numbers)
 
     def label(self, key: Key) -> str:
         """Return the words that tell a curve from the others of the figure."""
-        parts = (key[1] if len(self.samplers) > 1 else "", key[0] if len(self.methods) > 1 else "")
+        parts = (key[1] if len(self.markers) > 1 else "", key[0] if len(self.colours) > 1 else "")
         return ", ".join(filter(None, parts)) or key[1]
 
     def style(self, key: Key, **other: Any) -> dict[str, Any]:
         """Return the arguments of `plot` for a curve, with the caller's own added."""
-        return look(self.numbers[key]) | other
+        return look(self.markers[key[1]]) | {"color": self.colours[key[0]]} | other
 
     def common(self) -> list[str]:
         """Return what all curves have in common, for a title."""
-        return [names[0] for names in (self.methods, self.samplers) if len(names) == 1]
+        return [next(iter(names)) for names in (self.colours, self.markers) if len(names) == 1]
+
+    def legend(self, panel: Panel) -> list[Line2D]:
+        """Return a line for each method in its colour, and one for each sampler with its marker in grey."""
+        methods = dict.fromkeys(method for method, _ in panel.curves)
+        samplers = dict.fromkeys(sampler for _, sampler in panel.curves)
+        coloured = [Line2D([], [], label=m, color=self.colours[m], linewidth=4.0) for m in methods]
+        marked = [
+            Line2D([], [], label=name, **self.style((next(iter(methods)), name), color=GREY, linestyle=""))
+            for name in samplers
+        ]
+        return coloured * (len(methods) > 1) + marked * (len(samplers) > 1) or marked
 
 
 Draw = Callable[[Panel, SubFigure, Looks], Sequence[Line2D]]
@@ -185,7 +212,7 @@ def figure(
     draw: Draw,
     *,
     height: Callable[[Panel], float] = lambda _: 2.3,
-    series: Sequence[str] = (),
+    labels_of: Callable[[Panel, Looks], Sequence[str]] | None = None,
 ) -> Figure:
     """Make a figure of panels, each with a title, its drawing, and a legend of the lines that `draw` returns.
 
@@ -193,7 +220,7 @@ def figure(
         found: the panels; one panel takes a column of a paper, more panels stand two to a row.
         draw: fills a subfigure.
         height: height of a panel without its legend, in inches.
-        series: labels of the lines, if the lines are not the curves.
+        labels_of: returns the labels of the lines, if the lines are not the curves.
 
     Raises:
         NothingToDrawError: there are no panels.
@@ -201,8 +228,8 @@ def figure(
     if not found:
         raise NothingToDrawError("no record has what this figure shows")
     looks, columns = Looks.of(found), min(2, len(found))
-    labels = [series or [looks.label(key) for key in panel.curves] for panel in found]
-    longest = max(len(label) for names in labels for label in names) + (0 if series else 8)  # room for an order
+    labels = [labels_of(panel, looks) if labels_of else [looks.label(key) for key in panel.curves] for panel in found]
+    longest = max(len(label) for names in labels for label in names)
     across = max(1, int(COLUMN / (0.5 + 0.052 * longest)))
     lines = [-(-len(names) // across) for names in labels]
     lines = [max(lines[k - k % columns : k - k % columns + columns]) for k in range(len(found))]  # equal in a row
@@ -227,25 +254,38 @@ def title(panel: Panel, looks: Looks) -> str:
     return f"{panel.model}: {panel.question}\n" + ", ".join([*looks.common(), *held])
 
 
-def dots(ax: Axes, rows: dict[str, dict[str, float]], x_label: str) -> list[Line2D]:
-    """Draw a row of dots for each label, on a logarithmic axis, with a colour and a marker for each name in a row.
+def dots(
+    ax: Axes,
+    rows: dict[str, dict[str, float]],
+    ends: dict[str, dict[str, tuple[float, float]]],
+    colours: Sequence[str],
+    x_label: str,
+) -> list[Line2D]:
+    """Draw a row of marks for each label, on a logarithmic axis, with a marker for each name in a row.
 
-    The first name is a ring, so that dots under it can be seen.
+    A row has the colour of its method; a thin line through a mark is its interval. The first name is a ring, so that
+    marks under it can be seen.
     """
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    handles = []
-    for k, name in enumerate(names):
-        style = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": "", "markersize": 4.0}
-        if k == 0:
-            style |= {"markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 1.0}
-        values = [bounded(row.get(name, math.nan)) for row in rows.values()]
-        handles.append(line(ax, values, list(range(len(rows))), style, name))
+    for place, (label, colour) in enumerate(zip(rows, colours, strict=True)):
+        for k, name in enumerate(names):
+            value = bounded(rows[label].get(name, math.nan))
+            line(ax, [value], [place], _mark(k) | {"color": colour}, "")
+            low, high = map(bounded, ends[label].get(name, (math.nan, math.nan)))
+            ax.plot([low, high], [place, place], color=colour, linewidth=1.0, zorder=1)
     ax.set_yticks(range(len(rows)), list(rows))
+    for shown, colour in zip(ax.get_yticklabels(), colours, strict=True):
+        shown.set_color(colour)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xscale="log", xlabel=x_label)
     ax.grid(axis="x", visible=False)
     ax.tick_params(axis="y", length=0)
     log_ticks(ax.xaxis, most=5)
-    return handles
+    return [Line2D([], [], label=name, color=GREY, **_mark(k)) for k, name in enumerate(names)]
+
+
+def _mark(k: int) -> dict[str, Any]:
+    style = {"marker": MARKERS[k], "linestyle": "", "markersize": 4.0}
+    return style | {"markersize": 6.5, "markerfacecolor": "none", "markeredgewidth": 1.0} if k == 0 else style
 
 
 def count_ticks(ax: Axes, values: Iterable[float]) -> None:
@@ -260,13 +300,30 @@ def count_ticks(ax: Axes, values: Iterable[float]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def cost_ticks(ax: Axes, values: Sequence[float], at_points: bool = False) -> None:
+    """Make the x-axis logarithmic, with labels at 1, 2, 5 times powers of ten, or at the values if they are near."""
+    known = [value for value in values if not math.isnan(value)]
+    if known and (at_points or max(known) < 5 * min(known)):
+        count_ticks(ax, known)
+    else:
+        ax.set_xscale("log")
+        log_ticks(ax.xaxis, most=6)
+
+
 def order(steps: Sequence[float], errors: Sequence[float], dtype: str) -> float:
     """Fit the slope of -ln error over ln steps, by least squares, to the errors between round-off and one half.
+
+    Only the first errors that fall are taken: where an error is not below the one before, another floor is reached.
 
     Returns:
         NaN if there are fewer than three such points.
     """
-    points = [(n, e) for n, e in zip(steps, errors, strict=True) if 1e3 * EPS[dtype] < e < 0.5]
+    points: list[tuple[float, float]] = []
+    for n, e in zip(steps, errors, strict=True):
+        if 1e3 * EPS[dtype] < e < 0.5:
+            if points and e >= points[-1][1]:
+                break
+            points.append((n, e))
     if len(points) < 3:
         return math.nan
     x, y = np.log(np.array(points)).T

@@ -1,18 +1,34 @@
-"""Turn records into rows, and rows into Markdown and LaTeX.
+"""Write rows as Markdown and LaTeX.
 
-A row is one combination of settings. The samples of all its seeds are pooled, and every number is their median, except
-for shares of samples. A median with a NaN among its values is NaN.
+In both, a number has its interval beside it, and the best of a column is bold only if the interval of its difference
+from every other row of its model and question excludes 0.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kinvert.bench.results import Record
+from kinvert.bench.report.intervals import LEVEL, RESAMPLES, holds
+from kinvert.bench.report.rows import (
+    COLUMNS,
+    SETTINGS,
+    Column,
+    Row,
+    as_columns,
+    column,
+    contest,
+    evaluations,
+    leaders,
+    median,
+    plain,
+    rows,
+    sampler_name,
+    settings,
+    top,
+)
 from kinvert.showing.thumbnails import round_up
 
 __all__ = [
@@ -22,136 +38,143 @@ __all__ = [
     "Row",
     "column",
     "evaluations",
+    "fits",
+    "fitting_columns",
+    "fitting_rows",
     "latex",
     "markdown",
     "median",
+    "note",
     "plain",
     "round_up",
     "rows",
     "sampler_name",
     "settings",
     "text",
+    "with_interval",
 ]
 
-SETTINGS = ("model", "question", "method", "sampler", "schedule", "steps", "cfg", "dtype")
-"""The settings that tell rows apart; "sampler" includes its options, "dtype" a device that is not the CPU."""
 
-
-@dataclass(frozen=True)
-class Column:
-    """A number of a row: its title, its format specification, and whether the smallest or the largest is best."""
-
-    title: str
-    spec: str
-    best: Callable[[Iterable[float]], float] | None = None
-
-
-COLUMNS = {
-    "evaluations": Column("evaluations", ".0f"),
-    "nmse_db": Column("NMSE (dB)", ".1f", min),
-    "psnr": Column("PSNR (dB)", ".1f", max),
-    "ssim": Column("SSIM", ".3f", max),
-    "max_error": Column("max error", ".1e", min),
-    "distance_to_ode": Column("to ODE", ".1e", min),
-    "latent_std": Column("latent std", ".3f"),
-    "latent_ks": Column("latent KS", ".3f", min),
-    "edit_took": Column("edits took", ".0%", max),
-    "edit_ssim": Column("edited SSIM", ".3f", max),
-    "converged": Column("converged", ".0%"),
-    "samples": Column("samples", ".0f"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One combination of settings.
-
-    Attributes:
-        settings: values of `SETTINGS`.
-        values: medians of the metrics by name (`edit_took` is a share of samples), `evaluations` (up and down
-            together), `samples` and, if the method makes a claim, `converged` (a share too).
-    """
-
-    settings: dict[str, Any]
-    values: dict[str, float]
-
-
-def rows(records: Iterable[Record]) -> list[Row]:
-    """Pool records that differ in seed and count alone, and leave out those that failed.
-
-    Returns:
-        Rows by model and question, the best reconstruction (lowest NMSE) first.
-    """
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        if record["error"] is None:
-            groups.setdefault(tuple(settings(record).values()), []).append(record)
-    found = [Row(settings(group[0]), _values(group)) for group in groups.values()]
-
-    def place(row: Row) -> tuple[Any, ...]:
-        error = row.values.get("nmse_db", math.inf)
-        return row.settings["model"], row.settings["question"], math.isnan(error), error, str(row.settings)
-
-    return sorted(found, key=place)
-
-
-def settings(record: Record) -> dict[str, Any]:
-    """Return the values of `SETTINGS` of a record."""
-    cell = record["cell"]
-    dtype = f"{cell['dtype']} on {cell['device']}" if "device" in cell else cell["dtype"]
-    return {name: cell[name] for name in SETTINGS} | {"sampler": sampler_name(cell), "dtype": dtype}
-
-
-def sampler_name(cell: dict[str, Any]) -> str:
-    """Return the sampler with its options, e.g. `bdia (gamma=0.5)`."""
-    options = ", ".join(f"{key}={value}" for key, value in cell["options"].items())
-    return f"{cell['sampler']} ({options})" if options else str(cell["sampler"])
-
-
-def median(values: Sequence[float]) -> float:
-    """Compute the median; NaN if a value is NaN or there are no values."""
-    return math.nan if not values or any(math.isnan(v) for v in values) else float(statistics.median(values))
-
-
-def evaluations(record: Record) -> list[float]:
-    """Return the denoiser evaluations per sample, up and down together."""
-    up, down = record["inversion_evaluations"], record["sampling_evaluations"]
-    return [a + b for a, b in zip(up, down, strict=True)]
+WIDTH = 80  # characters of a line of \footnotesize in the class `article` with 10 points: 345 of them, 4.25 each
+LINES = 40  # rows of a table on a page
+GAP = 1.5  # characters between two columns
+SUBSCRIPT = 0.7  # width of a small character
 
 
 def markdown(found: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """Return a Markdown table, headed by what all rows have in common; the best of each model and question are bold.
+    """Return a Markdown table, headed by what all rows have in common and by what intervals and bold numbers mean.
 
     Args:
         found: from `rows`.
         columns: names of `COLUMNS` or of metrics; by default those of `COLUMNS` that some row has.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows; a column that no row has.
     """
-    common, head, body = _cells(found, columns, _markdown_text, "**{}**".format)
-    rules = ["---" if name in SETTINGS else "---:" for name in head]
-    lines = [list(head.values()), rules, *body]
-    return f"{_markdown_text(common)}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    table = _Table.of(found, _checked(found, columns))
+
+    def cell(row: Row, name: str) -> str:
+        if name in SETTINGS:
+            return _markdown_text(plain(row.settings[name]))
+        number, ends = with_interval(row, name)
+        shown = f"**{number}**" if table.is_leading(row, name) else number
+        return f"{shown} \\[{ends[0]}, {ends[1]}\\]" if ends else shown
+
+    names = [*table.varied, *table.numbers]
+    head = [_markdown_text(name if name in SETTINGS else column(name).title) for name in names]
+    rules = ["---" if name in SETTINGS else "---:" for name in names]
+    lines = [head, rules, *([cell(row, name) for name in names] for row in found)]
+    words = _markdown_text(f"{table.common} {note(found)}")
+    return f"{words}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str = "tab:reversibility") -> str:
-    r"""Return a LaTeX table for the package `booktabs`, whose caption has what all rows have in common.
+    r"""Return a LaTeX table for the package `booktabs` that fits a page of the class `article`.
+
+    Rows stand under their model and question. The interval of a number is its subscript and superscript; the caption
+    says so, and what all rows have in common.
 
     Args:
         found: from `rows`.
-        columns: names of `COLUMNS` or of metrics; by default those of `COLUMNS` that some row has.
+        columns: names of `COLUMNS` or of metrics; by default those of `COLUMNS` that some row has and that fit.
         label: the name for `\ref`.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows; a column that no row has; rows or columns that do not fit, with the numbers.
     """
-    common, head, body = _cells(found, columns, _latex_text, r"\textbf{{{}}}".format)
-    kinds = "".join("l" if name in SETTINGS else "r" for name in head)
-    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{_latex_text(common)}}}", rf"  \label{{{label}}}"]
-    lines += [rf"  \begin{{tabular}}{{{kinds}}}", r"    \toprule", f"    {_latex_line(head.values())}", r"    \midrule"]
-    lines += [f"    {_latex_line(line)}" for line in body]
-    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+    numbers = _checked(found, columns)
+    if columns is None:
+        numbers = fitting_columns(found, numbers)
+    width, lines = _width(found, numbers), _lines(found)
+    if width > WIDTH:
+        raise ValueError(
+            f"a line must have at most {WIDTH} characters, got {width:.0f}; give fewer columns, or choose rows"
+        )
+    if lines > LINES:
+        raise ValueError(f"a page holds {LINES} lines, got {lines}; give fewer rows, e.g. `top(rows, 5)`")
+    table = _Table.of(found, numbers)
+    names = [name for name in table.varied if name not in ("model", "question")] + numbers
+    head = [_latex_text(name if name in SETTINGS else column(name).title) for name in names]
+    kinds = "".join("l" if name in SETTINGS else "r" for name in names)
+    caption = _latex_text(f"{table.common} {note(found, 'Sub- and superscripts')}")
+    body = [
+        *(r"\begin{table}", r"  \centering", r"  \footnotesize", r"  \setlength{\tabcolsep}{3pt}"),
+        *(rf"  \caption{{{caption}}}", rf"  \label{{{label}}}"),
+        *(rf"  \begin{{tabular}}{{{kinds}}}", r"    \toprule", f"    {_latex_line(head)}"),
+    ]
+    above = [name for name in ("model", "question") if name in table.varied]
+    for key in dict.fromkeys(map(contest, found)):
+        body.append(r"    \midrule")
+        rows_here = [row for row in found if contest(row) == key]
+        if above:
+            words = _latex_text(", ".join(plain(rows_here[0].settings[name]) for name in above))
+            body.append(rf"    \multicolumn{{{len(names)}}}{{l}}{{\emph{{{words}}}}} \\")
+        body += [f"    {_latex_line(_latex_cell(table, row, name) for name in names)}" for row in rows_here]
+    return "\n".join([*body, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+
+
+def fits(found: Sequence[Row], columns: Sequence[str]) -> bool:
+    """Tell whether a LaTeX table of these rows and columns fits a page."""
+    return _width(found, columns) <= WIDTH and _lines(found) <= LINES
+
+
+def fitting_columns(found: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Return the first of the columns that fit a line of a page, with the settings before them; at least one."""
+    kept = list(columns)
+    while len(kept) > 1 and _width(found, kept) > WIDTH:
+        kept.pop()
+    return kept
+
+
+def fitting_rows(found: Sequence[Row]) -> list[Row]:
+    """Return the best rows of each model and question, as many of each as fit a page; at least one of each."""
+    for count in range(len(found), 1, -1):
+        kept = top(found, count)
+        if _lines(kept) <= LINES:
+            return kept
+    return top(found, 1)
+
+
+def note(found: Sequence[Row], ends: str = "Brackets") -> str:
+    """Return what the intervals and the bold numbers of a table mean, and what its fewest samples allow."""
+    fewest = min(len(set(one.units)) for row in found for one in row.samples.values())
+    words = (
+        f"{ends}: {LEVEL:.0%} intervals, from {RESAMPLES} paired bootstrap samples over images and seeds (shares: "
+        "Wilson). Bold: the best, if the interval of its difference from every other row excludes 0."
+    )
+    if holds(fewest) < LEVEL:
+        words += (
+            f" Of {fewest} independent samples no interval holds the median in more than {holds(fewest):.0%} of cases."
+        )
+    return words
+
+
+def with_interval(row: Row, name: str) -> tuple[str, tuple[str, str] | None]:
+    """Return a number as it is shown, and the ends of its interval, if it has one that does not look the same."""
+    spec, ends = column(name).spec, row.intervals.get(name)
+    number = text(row.values.get(name), spec)
+    shown = None if ends is None else (text(ends[0], spec), text(ends[1], spec))
+    return number, None if shown == (number, number) else shown
 
 
 def text(value: float | None, spec: str) -> str:
@@ -163,67 +186,65 @@ def text(value: float | None, spec: str) -> str:
     return format(value, spec).replace("-", "−") if not spec.endswith("e") else _scientific(value, spec)
 
 
-def plain(value: Any) -> str:
-    """Return a setting as text, floats without zeros at the end."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 # -- parts -------------------------------------------------------------------------------------------------------------
-def _values(group: Sequence[Record]) -> dict[str, float]:
-    def pooled(lists: Iterable[Sequence[float] | None]) -> list[float]:
-        return [value for values in lists for value in values or ()]
+@dataclass(frozen=True)
+class _Table:
+    """What a table shows: the settings in which rows differ, the numbers, words about the rest, and who leads."""
 
-    names = dict.fromkeys(name for record in group for name in record["metrics"])
-    found = {name: median(pooled(record["metrics"].get(name) for record in group)) for name in names}
-    if "edit_took" in names:
-        found["edit_took"] = statistics.fmean(pooled(record["metrics"].get("edit_took") for record in group))
-    spent = pooled(evaluations(record) for record in group)
-    converged = pooled(record["converged"] for record in group)
-    found |= {"evaluations": median(spent), "samples": float(len(spent))}
-    return found | ({"converged": sum(converged) / len(converged)} if converged else {})
+    varied: list[str]
+    numbers: list[str]
+    common: str
+    leading: dict[str, list[Row]]
+
+    @classmethod
+    def of(cls, found: Sequence[Row], numbers: Sequence[str]) -> _Table:
+        varied = [n for n in SETTINGS if len({row.settings[n] for row in found}) > 1] or ["sampler"]
+        common = ", ".join(_setting(n, found[0].settings[n]) for n in SETTINGS if n not in varied)
+        leading = {name: list(leaders(found, name).values()) for name in numbers}
+        return cls(varied, list(numbers), f"Medians over the samples; {common}.", leading)
+
+    def is_leading(self, row: Row, name: str) -> bool:
+        return any(row is other for other in self.leading[name])
 
 
-def _cells(
-    found: Sequence[Row], columns: Sequence[str] | None, clean: Callable[[str], str], bold: Callable[[str], str]
-) -> tuple[str, dict[str, str], list[list[str]]]:
-    """Return what all rows have in common, the titles by name, and the cells of the table."""
+def _checked(found: Sequence[Row], columns: Sequence[str] | None) -> list[str]:
+    """Return the columns to show; raise ValueError if there are no rows."""
     if not found:
         raise ValueError("there are no rows to tabulate; did every cell fail?")
-    numbers = [n for n in COLUMNS if any(n in row.values for row in found)] if columns is None else list(columns)
-    varied = [n for n in SETTINGS if len({row.settings[n] for row in found}) > 1] or ["sampler"]
-    common = ", ".join(_setting(n, found[0].settings[n]) for n in SETTINGS if n not in varied)
-    best = _best(found, numbers)
-
-    def cell(row: Row, name: str) -> str:
-        if name in SETTINGS:
-            return clean(plain(row.settings[name]))
-        shown = clean(text(row.values.get(name), column(name).spec))
-        return bold(shown) if row.values.get(name) == best.get((*_contest(row), name), math.nan) else shown
-
-    head = {name: clean(name if name in SETTINGS else column(name).title) for name in (*varied, *numbers)}
-    return f"Medians over the samples; {common}.", head, [[cell(row, name) for name in head] for row in found]
+    return as_columns(found, columns)
 
 
-def column(name: str) -> Column:
-    """Return how to show a metric, which `COLUMNS` need not have."""
-    return COLUMNS.get(name, Column(name.replace("_", " "), ".3g"))
+def _lines(found: Sequence[Row]) -> int:
+    return len(found) + len(set(map(contest, found)))
 
 
-def _contest(row: Row) -> tuple[Any, Any]:
-    return row.settings["model"], row.settings["question"]
+def _width(found: Sequence[Row], numbers: Sequence[str]) -> float:
+    """Estimate the widest line of a LaTeX table, in characters."""
+    varied = [n for n in SETTINGS[2:] if len({row.settings[n] for row in found}) > 1] or ["sampler"]
+    widths: list[float] = [max(len(name), *(len(plain(row.settings[name])) for row in found)) for name in varied]
+    for name in numbers:
+        shown = [with_interval(row, name) for row in found]
+        cells = [len(number) + SUBSCRIPT * max(map(len, ends or ("",))) for number, ends in shown]
+        widths.append(max(len(column(name).title), *cells))
+    return sum(widths) + GAP * (len(widths) - 1)
 
 
-def _best(found: Sequence[Row], numbers: Sequence[str]) -> dict[tuple[Any, ...], float]:
-    """Return the best value by model, question and column, if the values differ."""
-    best = {}
-    for contest in dict.fromkeys(map(_contest, found)):
-        for name in numbers:
-            values = [row.values[name] for row in found if _contest(row) == contest and name in row.values]
-            values = [value for value in values if not math.isnan(value)]
-            choose = column(name).best
-            if choose is not None and len(set(values)) > 1:
-                best[*contest, name] = choose(values)
-    return best
+def _latex_cell(table: _Table, row: Row, name: str) -> str:
+    if name in SETTINGS:
+        return _latex_text(plain(row.settings[name]))
+    number, ends = with_interval(row, name)
+    if number == "–":
+        return "--"
+    shown = rf"\mathbf{{{_math(number)}}}" if table.is_leading(row, name) else _math(number)
+    return f"${shown}_{{{_math(ends[0])}}}^{{{_math(ends[1])}}}$" if ends else f"${shown}$"
+
+
+def _math(number: str) -> str:
+    """Return a number that `text` wrote, for the mathematical mode of LaTeX."""
+    if number == "nan":
+        return r"\mathrm{nan}"
+    mantissa, e, exponent = number.replace("−", "-").replace("∞", r"\infty").replace("%", r"\%").partition("e")
+    return rf"{mantissa}\mathrm{{e}}{{{exponent}}}" if e else mantissa
 
 
 def _setting(name: str, value: Any) -> str:

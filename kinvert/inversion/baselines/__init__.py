@@ -7,18 +7,21 @@ sides, and most methods differ in what they put on the right:
 
 * `ddim_inversion`: x_b, at either of the two noise levels;
 * `aidi`, `renoise`, `dpm_solver_inversion`: an iteration;
-* `easyinv`: the same as DDIM, and less of the result;
+* `easyinv`: the same as DDIM, and less of the result; `forward_first`: noise first, and DDIM after it;
+* `uni_inv`: a prediction of x_a by the step before;
 * `rf_inversion`, `rf_solver`, `fireflow`: the equation of a rectified flow, steered, or with a method of order 2;
 * `direct_inversion`, `null_text`: DDIM, and what corrects its error when sampling.
 
-All take `(denoiser, x, sigmas, *, cfg, positive, negative)` as `sample` does, and options of their own. x is the image,
-shape (batch, *event), float32 or float64: the state at `sigmas[-1] > 0`. All return an `Inversion` whose
+`flow_edit` inverts nothing: it is an edit to compare with edits by inversion.
+
+All others take `(denoiser, x, sigmas, *, cfg, positive, negative)` as `sample` does, and options of their own. x is the
+image, shape (batch, *event), float32 or float64: the state at `sigmas[-1] > 0`. All return an `Inversion` whose
 `round_trip_error` was measured by sampling the latent again with the sampler the method belongs to, and whose
 `evaluations` count that, as `checking`. `converged` is judged as `invert` does; that a method is approximate is no
 reason for a warning here. Where nothing was solved, `residuals` is the error of the whole run; where a step was, that
-of the last iterate that was evaluated, which is the one before the one taken. All raise TypeError or ValueError for
-an input that cannot work, with what was got and the fix: a schedule that ends at 0, half precision, NaN, an option out
-of its range.
+of the last iterate that was evaluated, which is the one before the one taken. All raise TypeError or ValueError for an
+input that cannot work, with what was got and the fix: a schedule that ends at 0, half precision, NaN, an option out of
+its range.
 """
 
 from __future__ import annotations
@@ -27,7 +30,15 @@ import functools
 from collections.abc import Callable
 from typing import TypeVar
 
-from kinvert.inversion.baselines.explicit import ddim_inversion, easyinv, fireflow, rf_solver
+from kinvert.inversion.baselines.explicit import (
+    ddim_inversion,
+    easyinv,
+    fireflow,
+    forward_first,
+    rf_solver,
+    uni_inv,
+)
+from kinvert.inversion.baselines.inversion_free import flow_edit
 from kinvert.inversion.baselines.iterative import Averaged, aidi, dpm_solver_inversion, renoise
 from kinvert.inversion.baselines.steered import rf_inversion, steer
 from kinvert.inversion.baselines.stored import direct_inversion, null_text, sample_null_text
@@ -43,6 +54,8 @@ __all__ = [
     "dpm_solver_inversion",
     "easyinv",
     "fireflow",
+    "flow_edit",
+    "forward_first",
     "null_text",
     "register_baseline",
     "renoise",
@@ -50,6 +63,7 @@ __all__ = [
     "rf_solver",
     "sample_null_text",
     "steer",
+    "uni_inv",
 ]
 
 Baseline = TypeVar("Baseline", bound=Callable[..., Inversion])
@@ -59,6 +73,8 @@ BASELINES: Registry[Callable[..., Inversion]] = Registry(
         "ddim_clean": functools.partial(ddim_inversion, at="clean"),
         "ddim_noisy": ddim_inversion,
         "easyinv": easyinv,
+        "uni_inv": uni_inv,
+        "forward_first": forward_first,
         "rf_inversion": rf_inversion,
         "rf_solver": rf_solver,
         "fireflow": fireflow,

@@ -26,7 +26,7 @@ from kinvert.plan import Plan, compile_plan
 from kinvert.rules import DDIMInverse, Rule
 from kinvert.tensors import is_half
 
-__all__ = ["Conditioning", "certified", "checked_plan", "ddim_path", "ddim_up", "in_ve"]
+__all__ = ["Conditioning", "certified", "checked_plan", "ddim_path", "ddim_up", "in_ve", "noise_for"]
 
 Conditioning = Mapping[str, Any] | None
 GUIDANCE = ("cfg", "positive", "negative")
@@ -63,6 +63,15 @@ def checked_plan(x: Tensor, rule: Rule, sigmas: Any) -> Plan:
     plan = compile_plan(rule, falling(sigmas))
     check_invertible(plan)
     return plan
+
+
+def noise_for(x: Tensor, noise: Tensor | None) -> Tensor:
+    """Return the noise that was given, or one from torch's global generator; raise if it does not fit x."""
+    found = torch.randn_like(x) if noise is None else noise
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"noise must be a tensor of x's shape {tuple(x.shape)}, got {got}")
+    return found
 
 
 def ddim_up(denoiser: Denoiser, x: Tensor, *levels: float) -> Tensor:

@@ -1,21 +1,22 @@
-"""Inversions that are one run upwards: DDIM inversion in both meanings, EasyInv, RF-Solver, FireFlow."""
+"""Inversions that are one run upwards: DDIM inversion in both meanings, EasyInv, RF-Solver, FireFlow, Uni-Inv, TABA."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kinvert.checks import check_choice
+from kinvert.checks import check_choice, check_count
 from kinvert.denoisers import Denoiser, guide
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, ddim_up, in_ve, noise_for
 from kinvert.inversion.result import Inversion
 from kinvert.plan import compile_plan
-from kinvert.rules import DDIMInverse, Euler, FireFlow, RFSolver, Rule
+from kinvert.rules import DDIMInverse, Euler, FireFlow, RFSolver, Rule, UniInv
 from kinvert.sampling import sample, unsample
 
-__all__ = ["ddim_inversion", "easyinv", "fireflow", "rf_solver"]
+__all__ = ["ddim_inversion", "easyinv", "fireflow", "forward_first", "rf_solver", "uni_inv"]
 
 
 @in_ve
@@ -104,6 +105,65 @@ def fireflow(
     Source: Deng et al., FireFlow: Fast Inversion of Rectified Flow for Image Semantic Editing (2024), arXiv 2412.07517.
     """
     return _unsampled(denoiser, x, sigmas, FireFlow(), FireFlow(), cfg, positive, negative)
+
+
+@in_ve
+def uni_inv(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 1.0,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+) -> Inversion:
+    """Uni-Inv: Euler's method upwards, with the velocity at the noisier end, which the last velocity predicts.
+
+    See the rule `UniInv`; the sampler is `euler`. It is written in flow time, as published. The region-aware editing
+    of the paper, Uni-Edit, is left out.
+
+    Source: Jiao et al., UniEdit-Flow: Unleashing Inversion and Editing in the Era of Flow Models (2025), arXiv
+    2504.13109.
+    """
+    return _unsampled(denoiser, x, sigmas, UniInv(), Euler(), cfg, positive, negative)
+
+
+@in_ve
+@torch.no_grad()
+def forward_first(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Any,
+    *,
+    cfg: float = 1.0,
+    positive: Conditioning = None,
+    negative: Conditioning = None,
+    forward: int = 1,
+    noise: Tensor | None = None,
+) -> Inversion:
+    r"""Forward first (TABA): noise in place of the first steps of DDIM inversion ("noisy").
+
+    The first steps up predict too little noise where the image is plain, and the latent keeps its shape. So the first
+    `forward` of them are replaced by the forward process, `x_k = x + sqrt(sigma_k^2 - sigma_n^2) noise` from the level
+    sigma_n of the image, and DDIM inversion goes on from there. The latent is a likelier one, and what the
+    noise covers is lost.
+
+    Args:
+        forward: how many steps up are replaced, from 0, which is `ddim_inversion(at="noisy")`, to all of them.
+        noise: unit variance, of x's shape; None draws it from torch's global generator.
+
+    Source: Staniszewski, Kuciński and Deja, There and Back Again: On the Relation between Noise and Image Inversions in
+    Diffusion Models (2024), arXiv 2410.23530.
+    """
+    plan, bound = checked_plan(x, Euler(), sigmas), guide(denoiser, cfg, positive, negative, batch=len(x))
+    forward, rising = check_count("forward", forward, 0), plan.sigmas[::-1]
+    if forward >= len(rising):
+        raise ValueError(f"forward must be at most the number of steps, {len(rising) - 1}, got {forward}")
+    latent = x + math.sqrt(rising[forward] ** 2 - rising[0] ** 2) * noise_for(x, noise)
+    if forward < len(rising) - 1:
+        latent = ddim_up(bound, latent, *rising[forward:])
+    back = sample(bound, latent, plan.sigmas)
+    return certified(plan, x, latent, back, len(rising) - 1 - forward)
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ def _second_order(plan: Plan, step: Step, denoiser: Guidance, x: Tensor, substep
     states, denoised = [x], []
     for low, high in itertools.pairwise(levels):
         states.append(ddim_up(denoiser, states[-1], *np.geomspace(low, high, substeps + 1).tolist()))
-        out: Any = call_to_keep(denoiser, states[-1], stage_sigmas([high], x)[0])
+        out: Any = call_to_keep(denoiser, states[-1], stage_sigmas([high], x)[0].clone())
         denoised.append(out)
     weight = -step.x[State("D[-1]")]
     return weight * (denoised[0] - denoised[1]), states[1], 2 * (substeps + 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinvert.denoisers import Denoiser, expand, guide
 from kinvert.inversion.back import Steering, check_unit, steer
-from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve
+from kinvert.inversion.baselines.common import Conditioning, certified, checked_plan, in_ve, noise_for
 from kinvert.inversion.result import Inversion
 from kinvert.rules import Euler
 from kinvert.sampling import sample, unsample
@@ -50,10 +50,7 @@ def rf_inversion(
     """
     plan = checked_plan(x, Euler(), sigmas)
     check_unit("gamma", gamma)
-    y = torch.randn_like(x) if noise is None else noise
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"noise must be a tensor of x's shape {tuple(x.shape)}, got {got}")
+    y = noise_for(x, noise)
     bound = guide(denoiser, cfg, positive, negative, batch=len(x))
 
     def towards_noise(state: Tensor, sigma: Tensor) -> Tensor:

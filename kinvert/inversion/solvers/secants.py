@@ -1,9 +1,12 @@
 r"""The evaluations of a run as unknowns, and the model of the denoiser's derivative that sweeps learn from them.
 
 Of `Y = a x_N + C D(Y)` (see `couplings`) only the derivative D' is unknown. Each evaluation of a sweep adds one secant
-pair (dY, dD) at its level; D' is modelled on their span and taken as 0 outside it. The linear equations with that model
-say what the noisier evaluations will return, and with those where to evaluate next. It is Anderson's acceleration with
-the structure of the run kept; the linear algebra of a sweep is small next to a denoiser.
+pair (dY, dD) at its level; D' is modelled on their span and taken as a number c outside it. The linear equations with
+that model say what the noisier evaluations will return, and with those where to evaluate next. It is Anderson's
+acceleration with the structure of the run kept; the linear algebra of a sweep is small next to a denoiser.
+
+The unknowns are those of `D - c Y` (see `Couplings.reduced`), whose derivative is 0 outside the span. They are called
+D below.
 
 What must be kept of an evaluation are the values D and the last dD, which are rounded to half the digits: they are a
 model. All else enters inner products alone, for which `Sketch` keeps a few numbers of each tensor.
@@ -14,8 +17,10 @@ Multisecant Methods for Nonlinear Acceleration (2009); here one secant model for
 
 from __future__ import annotations
 
+import contextlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -29,7 +34,14 @@ from kinvert.inversion.problem import Guess
 from kinvert.linalg import Sketch
 from kinvert.tensors import rms
 
-__all__ = ["Secants"]
+__all__ = ["SLOPE", "Secants"]
+
+SLOPE, WIDTH = 0.35, 0.5
+"""What D' is taken for outside of the span of differences: `SLOPE s^2 / (s^2 + sigma^2)`, s = `WIDTH` rms(x).
+
+That is a part of the derivative of an exact denoiser of independent values of standard deviation s. It is 1 in some
+directions of an image, at low noise, and 0 in others.
+"""
 
 ROOM = 10  # differences for which memory is taken at once
 NARROW = {torch.float64: torch.float32, torch.float32: torch.float16}  # what differences are rounded to
@@ -46,21 +58,23 @@ class Secants:
         counts: evaluations of each row at each level that have left a difference, shape (n, k), on the host.
         samples, index: the samples that the n rows belong to, as numbers and as a tensor of shape (n,).
         unit: what the residual of an evaluation is measured in, shape (batch, k).
+        c: what D' is taken for, shape (n, k).
+        a, C, B, alpha: the couplings of each sample, shapes (n, k), (n, k, rows), (n, rows) and (n, 1).
     """
 
-    def __init__(self, system: Couplings, denoiser: BoundDenoiser, x: Tensor, window: int, wide: torch.dtype) -> None:
+    def __init__(
+        self, system: Couplings, denoiser: BoundDenoiser, x: Tensor, window: int, wide: torch.dtype,
+        slope: float = 0.0,
+    ) -> None:  # fmt: skip
         self.shape, self.dtype, self.whole, self.window = x.shape[1:], x.dtype, denoiser, window
-        widest = linalg.widest(x.device)
-        self.a, self.C, self.B = (
-            torch.from_numpy(part).to(x.device, widest) for part in (system.a, system.C, system.B)
-        )
-        self.alpha, self.outputs = system.alpha, 1 + system.guided
+        self.system, self.outputs = system, 1 + system.guided
+        self._reduce(slope, x)
         self.noise = 100 * torch.finfo(x.dtype).eps
         self.sigmas = stage_sigmas(list(system.levels), x)
         self.unit = self.sigmas.T.to(wide, copy=True)
         self.x = x.flatten(1).clone()
         self.sketch = Sketch(x[:1])
-        n, k, rows, m = len(x), len(self.a), len(self.B), self.x.shape[1]
+        n, (_, k, rows), m = len(x), self.C.shape, self.x.shape[1]
         room, size = min(window, ROOM), self.sketch.size
         self.D = self.x.new_zeros(n, rows, m)
         self.dD = self.x.new_zeros(n, rows, room, m, dtype=NARROW.get(x.dtype, x.dtype))
@@ -71,6 +85,26 @@ class Secants:
         self.counts = [[0] * k for _ in range(n)]
         self.samples, self.index, self.denoiser = list(range(n)), torch.arange(n, device=x.device), denoiser
 
+    def _reduce(self, slope: float, x: Tensor) -> None:
+        """Set c and the couplings of each sample; c is 0 where another would couple more. It reads the device once."""
+        levels, guesses, systems = np.array(self.system.levels), list[np.ndarray](), list[Couplings]()
+        for size in rms(x).tolist() if slope else [0.0] * len(x):
+            c, system, width = 0.0 * levels, self.system, WIDTH * size
+            if 0 < width < math.inf:
+                with contextlib.suppress(np.linalg.LinAlgError):
+                    guess = slope / (1.0 + (levels / width) ** 2)
+                    reduced = system.reduced(guess)
+                    if reduced.coupling < system.coupling:
+                        c, system = guess, reduced
+            guesses.append(c)
+            systems.append(system)
+        parts = [(system.a, system.C, system.B, np.array([system.alpha])) for system in systems]
+        self.c, self.a, self.C, self.B, self.alpha = (
+            torch.from_numpy(np.stack(part)).to(x.device, linalg.widest(x.device))
+            for part in (guesses, *zip(*parts, strict=True))
+        )
+        self.is_reduced = any(guess.any() for guess in guesses)
+
     @property
     def latent(self) -> Tensor:
         """Return x_0 of every sample, shape (n, *event)."""
@@ -78,11 +112,15 @@ class Secants:
 
     def residual(self) -> Tensor:
         """Return a sketch of `a x + C D - Y`, shape (n, k, size)."""
-        return self.a[:, None] * self.sx[:, None] + linalg.combine(self.C[None], self.sD) - self.sY
+        return self.a[:, :, None] * self.sx[:, None] + linalg.combine(self.C, self.sD) - self.sY
 
     def sum(self, weights: Tensor) -> Tensor:
-        """Return `sum_l weights_l D_l` of every sample in the widest dtype, shape (n, m)."""
-        return linalg.combine_wide(weights[None, None], self.D)[:, 0]
+        """Return `sum_l weights_l D_l` of every sample in the widest dtype, shape (n, m); weights of (n, rows)."""
+        return linalg.combine_wide(weights[:, None], self.D)[:, 0]
+
+    def input(self, k: int) -> Tensor:
+        """Return `Y_k = a x + C D` of every sample in the widest dtype, shape (n, m)."""
+        return self.a[:, k, None] * self.x + self.sum(self.C[:, k])
 
     def sizes(self, residual: Tensor) -> Tensor:
         """Return the rms of every evaluation's residual in its unit, shape (n, k); infinite if it is not finite."""
@@ -91,7 +129,7 @@ class Secants:
 
     def keep(self, places: list[int]) -> None:
         """Go on with some rows only, in the same memory."""
-        for name in ("x", "sx", "D", "dD", "size", "sY", "sD", "sdY", "sdD"):
+        for name in ("x", "sx", "c", "a", "C", "B", "alpha", "D", "dD", "size", "sY", "sD", "sdY", "sdD"):
             values = getattr(self, name)
             for row, place in enumerate(places):
                 if row != place:
@@ -112,13 +150,13 @@ class Secants:
         denoiser = self.denoiser if every else self.whole.take(self.index[rows])
         moved, own = self.sketch(u) - self.sY[rows, k], self.rows(k)
         self.sY[rows, k] += moved
-        out = denoiser(u.to(self.dtype).reshape(-1, *self.shape), self.sigmas[k, : len(u)])
+        out = denoiser(u.to(self.dtype).reshape(-1, *self.shape), self.sigmas[k, : len(u)].clone())
         tiny = torch.finfo(self.dtype).tiny
         size = moved.norm(dim=1, keepdim=True).clamp(min=tiny)
         if slots is not None:
             self.sdY[rows, k, slots] = (moved / size).to(self.dtype)
         for row, value in zip(range(own.start, own.stop), self._outputs(out), strict=True):
-            new = value.flatten(1).to(self.dtype)
+            new = (value.flatten(1) - self.c[rows, k, None] * u).to(self.dtype)
             sketch = self.sketch(new)
             if slots is not None:
                 change = new - self.D[rows, row]
@@ -130,12 +168,12 @@ class Secants:
 
     def probe(self, k: int, rows: Tensor, length: Tensor) -> Tensor:
         """Return the rms of the second difference of D at evaluation k, over steps of rms `length`; 3 evaluations."""
-        y = (self.a[k] * self.x + self.sum(self.C[k]))[rows].to(self.dtype)
+        y = self.input(k)[rows].to(self.dtype)
         e = small_steps(y, length.to(self.dtype))
         denoiser, sigma = self.whole.take(self.index[rows]), self.sigmas[k, : len(rows)]
         total = torch.zeros_like(y)
         for weight, u in ((-2, y), (1, y + e), (1, y - e)):
-            out = denoiser(u.reshape(-1, *self.shape), sigma)
+            out = denoiser(u.reshape(-1, *self.shape), sigma.clone())
             total = total + weight * self._outputs(out)[0].flatten(1).to(total.dtype)
         return rms(total).to(length.dtype)
 
@@ -146,37 +184,46 @@ class Secants:
 
     def start(self, guess: Guess) -> int:
         """Make the first evaluations, or take recorded ones; return how many each sample was asked for."""
+        k, rows = self.C.shape[1:]
         if guess.denoised is None:
             self._start_at(guess.u.flatten(1))
-            return len(self.a)
-        expected = guess.denoised.flatten(2)
-        share = len(self.B) // expected.shape[1]  # rows that are expected to be the same
+            return k
+        share = rows // guess.denoised.shape[1]  # rows that are expected to be the same
+        for row in range(rows):
+            self.D[:, row] = guess.denoised[:, row // share].flatten(1).to(self.dtype)
+        base = self.x if guess.reached is None else guess.reached.flatten(1)
+        if self.is_reduced:
+            self._subtract(base)
         if guess.reached is None:
-            self._start_from([expected[:, row // share] for row in range(len(self.B))])
-            return len(self.a)
-        for row in range(len(self.B)):
-            self.D[:, row] = expected[:, row // share].to(self.dtype)
+            self._start_from_expected()
+            return k
+        for row in range(rows):
             self.sD[:, row] = self.sketch(self.D[:, row])
-        self.sY = self.a[:, None] * self.sketch(guess.reached.flatten(1))[:, None]
-        self.sY += linalg.combine(self.C[None], self.sD)
+        self.sY = self.a[:, :, None] * self.sketch(base)[:, None] + linalg.combine(self.C, self.sD)
         return 0
 
-    def _start_from(self, expected: list[Tensor]) -> None:
-        """Sweep with D as expected; the error found at one evaluation is added to the guesses of all noisier ones."""
-        for row, value in enumerate(expected):
-            self.D[:, row] = value.to(self.dtype)
-        for k in reversed(range(len(self.a))):
-            self.evaluate(k, self.index, self.a[k] * self.x + self.sum(self.C[k]))
+    def _subtract(self, base: Tensor) -> None:
+        """Go from D to `D - c Y`, with the inputs Y of a run that ends at `base`, shape (n, m)."""
+        a, C = (torch.from_numpy(part).to(self.a) for part in (self.system.a, self.system.C))
+        c, columns = self.c[:, :, None], max(linalg.LEAST, base.shape[1] // len(C))
+        for part, x in zip(self.D.split(columns, 2), base.split(columns, 1), strict=True):
+            inputs = a[:, None] * x[:, None].to(a) + linalg.combine(C[None], part.to(a))
+            part.sub_((c * inputs).repeat_interleave(self.outputs, 1).to(self.dtype))
+
+    def _start_from_expected(self) -> None:
+        """Sweep from what D holds; the error found at one evaluation is added to the guesses of all noisier ones."""
+        for k in reversed(range(self.C.shape[1])):
             own = self.rows(k)
-            more = [self.D[:, row] - expected[row] for row in range(own.start, own.stop)]
+            before = self.D[:, own].clone()
+            self.evaluate(k, self.index, self.input(k))
             for row in range(own.start):
-                self.D[:, row] = expected[row] + more[row % self.outputs]
+                self.D[:, row] += (self.D[:, own] - before)[:, row % self.outputs]
 
     def _start_at(self, latent: Tensor) -> None:
         """Evaluate along a run from `latent`, shape (n, m)."""
-        for k in range(len(self.a)):
+        for k in range(self.C.shape[1]):
             end = self.alpha * latent + self.sum(self.B)
-            self.evaluate(k, self.index, self.a[k] * end + self.sum(self.C[k]))
+            self.evaluate(k, self.index, self.a[:, k, None] * end + self.sum(self.C[:, k]))
 
     def sweep(self, residual: Tensor, todo: list[list[bool]]) -> None:
         """Evaluate from the cleanest level to the noisiest, for each row those levels k with `todo[row][k]`."""
@@ -190,9 +237,9 @@ class Secants:
             expected[:, own] = self.sD[:, own]
             if not len(rows):
                 continue
-            u = self.a[k] * self.x + self.sum(self.C[k])
+            u = self.input(k)
             if change is not None:
-                f = self.a[k] * self.sx + linalg.combine(self.C[k][None, None], expected)[:, 0] - self.sY[:, k]
+                f = self.a[:, k, None] * self.sx + linalg.combine(self.C[:, k : k + 1], expected)[:, 0] - self.sY[:, k]
                 u += self._moved(k, change, f)
             self.evaluate(k, rows, u[rows], slots)
             expected[:, own] = self.sD[:, own]
@@ -200,7 +247,7 @@ class Secants:
     def _places(self, todo: list[list[bool]]) -> list[tuple[int, Tensor, Tensor]]:
         """Return for every level, the cleanest first, the rows to evaluate and where to put their differences."""
         levels, rows, slots = list[int](), list[int](), list[int]()
-        for k in reversed(range(len(self.a))):
+        for k in reversed(range(self.C.shape[1])):
             places = [row for row, wanted in enumerate(todo) if wanted[k]]
             levels.append(len(places))
             rows += places
@@ -213,7 +260,7 @@ class Secants:
             self.size = pad(self.size, room[2:])
         uploaded = torch.tensor([rows, slots], dtype=torch.int64, device=self.x.device)
         parts = uploaded.split(levels, 1)
-        return [(k, *part.unbind(0)) for k, part in zip(reversed(range(len(self.a))), parts, strict=True)]
+        return [(k, *part.unbind(0)) for k, part in zip(reversed(range(self.C.shape[1])), parts, strict=True)]
 
     def _moved(self, k: int, change: Tensor, f: Tensor) -> Tensor:
         """Return by how much `Y_k` is expected to differ from `a x + C D`, shape (n, m).
@@ -221,11 +268,11 @@ class Secants:
         `f`, a sketch, is the residual that the expected changes of the noisier evaluations leave there.
         """
         n, known, own, room = len(change), change.shape[2], self.rows(k), self.dD.shape[2]
-        left, couple = self.sdY[:, k, :known], self.C[k, own]
-        image = (self.sdD[:, own, :known] * couple[:, None, None].to(self.dtype)).sum(1)
+        left, couple = self.sdY[:, k, :known], self.C[:, k, own]
+        image = (self.sdD[:, own, :known] * couple[:, :, None, None].to(self.dtype)).sum(1)
         weights = self.weights(linalg.gram(left, left - image), linalg.gram(left, f[:, None]))[:, None, :, 0]
         every = torch.cat([change[:, :k], weights], 1).repeat_interleave(self.outputs, 1)
-        every = pad(every * self.C[k, : own.stop, None], (0, room - known)) * self.size[:, : own.stop]
+        every = pad(every * self.C[:, k, : own.stop, None], (0, room - known)) * self.size[:, : own.stop]
         return linalg.combine_wide(every.reshape(n, 1, -1), self.dD[:, : own.stop].flatten(1, 2))[:, 0]
 
     def _times(self, change: Tensor, rows: Tensor) -> Tensor:
@@ -241,13 +288,13 @@ class Secants:
         """
         sdY, sdD = self.sdY[:, :, :known], self.sdD[:, :, :known]
         n, k, _, _ = sdY.shape
-        sdD, C = sdD.unflatten(1, (k, self.outputs)), self.C.unflatten(1, (k, self.outputs))
+        sdD, C = sdD.unflatten(1, (k, self.outputs)), self.C.unflatten(2, (k, self.outputs))
         own, left = sdY.flatten(0, 1), sdY.flatten(1, 2).to(residual.dtype)
         system = torch.zeros(n, k, known, k, known, dtype=residual.dtype, device=own.device)
         for part in range(self.outputs):
             for level in range(k):  # one by one, since products are made of wide copies
                 products = linalg.gram(left, sdD[:, level, part]).reshape(n, k, known, known)
-                system[:, :, :, level].addcmul_(products, C[:, None, level, part, None], value=-1)
+                system[:, :, :, level].addcmul_(products, C[:, :, level, part, None, None], value=-1)
         system.diagonal(dim1=1, dim2=3).add_(linalg.gram(own, own).reshape(n, k, known, known).permute(0, 2, 3, 1))
         right = linalg.gram(own, residual.flatten(0, 1)[:, None]).reshape(n, k * known, 1)
         return self.weights(system.reshape(n, k * known, k * known), right).reshape(n, k, known)

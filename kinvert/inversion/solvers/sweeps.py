@@ -19,7 +19,7 @@ from kinvert.checks import check_count_field
 from kinvert.inversion.noise_floor import LONGEST, is_confirmed, is_noise
 from kinvert.inversion.problem import Guess, Judge, Problem, Reason, Root, Search
 from kinvert.inversion.solvers.base import Solver
-from kinvert.inversion.solvers.secants import Secants
+from kinvert.inversion.solvers.secants import SLOPE, Secants
 from kinvert.tensors import per_sample, rms, wide_dtype
 
 __all__ = ["StepSweeps", "Sweeps"]
@@ -30,11 +30,13 @@ STALLED = 6  # sweeps without a halved residual after which the noise of the den
 class _Course:
     """The books of one call of a sweeping solver."""
 
-    def __init__(self, settings: _Sweeping, problem: Problem, guess: Guess, wide: torch.dtype) -> None:
+    def __init__(
+        self, settings: _Sweeping, problem: Problem, guess: Guess, wide: torch.dtype, slope: float = 0.0
+    ) -> None:
         if problem.denoiser is None:
             raise ValueError(f"{type(settings).__name__} needs a problem that tells its Plan and its denoiser")
         self.settings, self.problem, self.search = settings, problem, Search(problem, guess.u)
-        self.run = Secants(problem.couplings, problem.denoiser, problem.value, settings.room(problem), wide)
+        self.run = Secants(problem.couplings, problem.denoiser, problem.value, settings.room(problem), wide, slope)
         self.started = self.run.start(guess)
         self.search.evaluations += self.started
 
@@ -155,7 +157,7 @@ class _StepCourse(_Course):
 
     def __init__(self, settings: StepSweeps, problem: Problem, guess: Guess) -> None:
         super().__init__(settings, problem, guess, wide_dtype(problem.value.dtype))
-        self.run.unit.fill_(1.0 / float(self.run.B.abs().sum()))
+        self.run.unit.fill_(1.0 / float(abs(problem.couplings.B).sum()))
         self.denoised = problem.denoised(guess.u)  # if the denoiser fails, nothing better is known
         self.mark, self.since = self.search.residual.clone(), torch.zeros_like(self.search.evaluations)
 
@@ -211,7 +213,7 @@ class _VerifiedCourse(_Course):
     def __init__(self, settings: Sweeps, problem: Problem, guess: Guess) -> None:
         # What x_N and D leave of the latent is magnified by sigma / sigma_min: no work for single precision.
         wide = linalg.widest(problem.value.device)
-        super().__init__(settings, problem, guess, wide)
+        super().__init__(settings, problem, guess, wide, SLOPE)
         x, n, cost = problem.value, len(problem.value), problem.cost
         self.judge = problem.judge or Judge(rms(x), torch.ones_like(problem.tolerance), problem.tolerance)
         unit, size = self.run.unit, self.judge.size.to(wide)[:, None]
@@ -277,7 +279,7 @@ class _VerifiedCourse(_Course):
             rows = torch.tensor(places, device=self.trial.device)
             unit = self.run.unit[self.run.index[rows], k]
             residual = torch.tensor([sizes[place][k] for place in places], device=unit.device, dtype=unit.dtype) * unit
-            gain = max(1.0, float(self.run.C[k].square().sum().sqrt()))
+            gain = self.run.C[rows, k].square().sum(1).sqrt().clamp(min=1.0)
             length = (residual / gain).minimum(LONGEST * unit)
             second = self._probed(k, rows, length)
             suspects = is_noise(second, length, residual, gain).nonzero()[:, 0]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from benchrecords import everything, record
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
 
 from kinvert.bench import report
-from kinvert.bench.report import figures, page
+from kinvert.bench.report import figures, page, tables
 from kinvert.bench.results import merge
 from kinvert.files import write_file
-from kinvert.jsontext import canonical_json
+from kinvert.jsontext import canonical_json, content_key
 
 EVIL = "<script>alert('&')</script>"
 
@@ -36,7 +37,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "input"):
+        if tag not in ("meta", "img", "input", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -81,14 +82,18 @@ def test_everything_is_escaped(written: Path) -> None:
 
 def test_page_lists_failures_and_versions(written: Path) -> None:
     text = (written / "report.html").read_text()
-    assert "2 cells could not be measured; in 1 some samples did not converge." in text
-    assert "the latent has 4 NaN or infinite values of 256" in text and "2 of 4 samples did not converge" in text
+    assert "2 cells could not be measured; in 1 some samples did not come back." in text
+    assert (
+        "the latent has 4 NaN or infinite values of 256" in text
+        and "2 of 4 samples did not come back to within the tolerance" in text
+    )
     assert "kinvert 1, machine m, numpy 3, python 4, torch 2" in text
 
 
 def test_report_of_one_record_and_of_failures(tmp_path: Path) -> None:
     one = page.render([record()], {})
-    assert Page(one) and "Every cell was measured" in one and "There is nothing to draw" in one
+    assert Page(one) and "Nothing failed: every cell was measured" in one and "There is nothing to draw" in one
+    assert "#failures" not in one and 'id="failures"' not in one  # nothing leads to a section that is not there
     other = record(steps=5)
     other["versions"] = other["versions"] | {"torch": "9"}
     assert "Not all cells were measured with the same versions" in page.render([record(), other], {})
@@ -221,3 +226,50 @@ def test_two_results_for_one_cell_are_refused() -> None:
     assert len(report.read([one, one])) == 1
     with pytest.raises(ValueError, match=r"different results for one cell, digits reconstruction unsample euler"):
         report.read([one, other])
+
+
+# -- damaged records ---------------------------------------------------------------------------------------------------
+def places(tree: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    """Every place in a record, but of long lists only the first."""
+    if path:
+        yield path
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree[:1]) if isinstance(tree, list) else ()
+    for key, value in inner:
+        yield from places(value, *path, key)
+
+
+def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value at a place; `...` takes it away."""
+    key, *rest = path
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    if rest:
+        copy[key] = changed(tree[key], tuple(rest), value)
+    elif value is ...:
+        del copy[key]
+    else:
+        copy[key] = value
+    return copy
+
+
+@pytest.mark.parametrize("value", [..., None, "text", True, [], {}, [1.0]], ids=repr)
+def test_a_damaged_record_is_refused_or_reported(value: Any) -> None:
+    """Whatever is missing in a record or of another type: a sentence or a page, and never a traceback."""
+    whole, outcomes = record(method="invert", count=3) | {"residuals": None}, Counter[bool]()
+    for path in places(whole):
+        damaged = changed(whole, path, value)
+        if isinstance(damaged.get("cell"), dict) and path != ("key",):
+            damaged["key"] = content_key(damaged["cell"])
+        try:
+            records = page.read([damaged])
+        except ValueError as error:
+            outcomes[False] += 1
+            assert "a record that was given is not as `measure` returns it: " in str(error)
+            continue
+        outcomes[True] += 1
+        page.render(records, {})
+        if found := tables.rows(records):
+            tables.markdown(found)
+        for name in figures.FIGURES if path[0] in ("metrics", "trajectory", "latent") else ():
+            with suppress(figures.NothingToDrawError):
+                figures.draw(name, records)
+    assert outcomes[False] > 20

@@ -10,6 +10,7 @@ from benchrecords import record
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
 
 from kinvert.bench.report import plots
+from kinvert.plot.style import METHOD_COLOURS, OTHER_COLOURS, method_colours
 
 
 def test_order_is_fitted_between_round_off_and_one_half() -> None:
@@ -18,6 +19,11 @@ def test_order_is_fitted_between_round_off_and_one_half() -> None:
     assert plots.order(steps, errors, "float64") == pytest.approx(3)
     assert math.isnan(plots.order(steps[:3], errors[:3], "float64"))
     assert math.isnan(plots.order(steps[:4], errors[:4], "float16"))
+    # Only the first errors that fall: a floor above round-off is not fitted, and what stands on one has no slope.
+    floor = [0.1, 0.025, 0.025 / 4, 0.006, 0.007, 0.005]
+    assert plots.order(steps[:4], floor[:4], "float64") == plots.order(steps, floor, "float64")
+    assert math.isnan(plots.order(steps, [1e-9, 1.1e-9, 0.9e-9, 1.2e-9, 1e-9, 1e-9], "float64"))
+    assert math.isnan(plots.order(steps, [math.nan] * 4 + [1e-3, 1e-4], "float64"))
 
 
 def test_a_panel_never_mixes_settings() -> None:
@@ -41,19 +47,34 @@ def test_panel_keeps_the_best_curves() -> None:
     assert [sampler for _, sampler in panel.curves] == [f"s{k}" for k in range(11, 1, -1)] and panel.left_out == 2
     looks = plots.Looks.of([panel])
     assert plots.title(panel, looks).endswith("best 10 of 12")
-    # Ten curves, ten colours and ten markers.
+    # Ten curves of one method: one colour and ten markers.
     styles = [looks.style(key) for key in panel.curves]
-    assert len({style["color"] for style in styles}) == len({style["marker"] for style in styles}) == 10
+    assert {style["color"] for style in styles} == {METHOD_COLOURS["unsample"]}
+    assert len({style["marker"] for style in styles}) == 10
 
 
 def test_a_curve_looks_the_same_in_every_panel() -> None:
-    shared = [record(model=m, sampler="euler") for m in ("a", "b", "c")]
+    shared = [record(model=m, sampler="euler", method="invert") for m in ("a", "b", "c")]
     own = [record(model=m, sampler=f"of_{m}_{k}") for m in ("a", "b", "c") for k in range(9)]
     found = plots.panels(shared + own)
     looks = plots.Looks.of(found)
-    assert looks.style(("unsample", "euler"))["color"] == plots.COLOURS[0]
+    style = looks.style(("invert", "euler"))
+    assert (style["color"], style["marker"]) == (METHOD_COLOURS["invert"], plots.MARKERS[0])
     for panel in found:
-        assert len({looks.style(key)["color"] for key in panel.curves}) == 10
+        assert len({looks.style(key)["marker"] for key in panel.curves}) == 10
+
+
+def test_every_method_of_kinvert_has_a_colour_of_its_own() -> None:
+    from kinvert.bench import METHODS
+
+    known = {name for name in METHODS if name in METHOD_COLOURS}
+    assert {"unsample", "ddim_clean", "ddim_noisy", "picard", "invert", "reversible", "extract_noise"} <= known
+    assert len(set(METHOD_COLOURS.values())) == len(METHOD_COLOURS)
+    own = method_colours(["mine", "unsample", "another"])
+    assert own["unsample"] == METHOD_COLOURS["unsample"]
+    assert [own["another"], own["mine"]] == list(OTHER_COLOURS[:2]) and not set(OTHER_COLOURS) & set(
+        METHOD_COLOURS.values()
+    )
 
 
 def test_front() -> None:

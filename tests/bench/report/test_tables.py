@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from benchrecords import INF, NAN, record
 
 from kinvert.bench.report import tables
+from kinvert.bench.report.rows import choose, top
 
 
 def test_rows_pool_the_samples_of_all_seeds() -> None:
@@ -59,39 +61,120 @@ def test_how_numbers_are_shown(value: float | None, spec: str, shown: str) -> No
     assert tables.text(value, spec) == shown
 
 
-def small() -> list[tables.Row]:
+NOTE = (
+    " 95% intervals, from 2000 paired bootstrap samples over images and seeds (shares: Wilson). "
+    "Bold: the best, if the interval of its difference from every other row excludes 0."
+)
+
+
+def small(count: int = 8) -> list[tables.Row]:
     return tables.rows([
-        record(sampler="euler", relative=0.1, model="my_model"),
-        record(sampler="o_belm", options={"a|b": "50%"}, relative=1e-15, model="my_model", method="invert"),
+        record(sampler="euler", relative=0.1, model="my_model", count=count),
+        record(
+            sampler="o_belm", options={"a|b": "50%"}, relative=1e-15, model="my_model", method="invert", count=count
+        ),
     ])  # fmt: skip
 
 
 def test_markdown() -> None:
     assert tables.markdown(small(), ["nmse_db", "latent_kurtosis"]) == (
-        "Medians over the samples; my\\_model, reconstruction, karras, 20 steps, cfg 1, float64.\n\n"
+        "Medians over the samples; my\\_model, reconstruction, karras, 20 steps, cfg 1, float64. "
+        f"Brackets:{NOTE}\n\n"
         "| method | sampler | NMSE (dB) | latent kurtosis |\n"
         "| --- | --- | ---: | ---: |\n"
-        "| invert | o\\_belm (a\\|b=50%) | **−300.5** | 0.25 |\n"
-        "| unsample | euler | −20.5 | 0.25 |\n"
+        "| invert | o\\_belm (a\\|b=50%) | **−300.5** \\[−303.0, −298.0\\] | 0.25 |\n"
+        "| unsample | euler | −20.5 \\[−23.0, −18.0\\] | 0.25 |\n"
     )
 
 
 def test_latex() -> None:
-    assert tables.latex(small(), ["nmse_db", "converged"], label="tab:x") == (
+    assert tables.latex(small(), ["nmse_db", "max_error", "converged"], label="tab:x") == (
         "\\begin{table}\n"
         "  \\centering\n"
-        "  \\caption{Medians over the samples; my\\_model, reconstruction, karras, 20 steps, cfg 1, float64.}\n"
+        "  \\footnotesize\n"
+        "  \\setlength{\\tabcolsep}{3pt}\n"
+        "  \\caption{Medians over the samples; my\\_model, reconstruction, karras, 20 steps, cfg 1, float64. "
+        f"Sub- and superscripts:{NOTE.replace('%', chr(92) + '%')}}}\n"
         "  \\label{tab:x}\n"
-        "  \\begin{tabular}{llrr}\n"
+        "  \\begin{tabular}{llrrr}\n"
         "    \\toprule\n"
-        "    method & sampler & NMSE (dB) & converged \\\\\n"
+        "    method & sampler & NMSE (dB) & max error & converged \\\\\n"
         "    \\midrule\n"
-        "    invert & o\\_belm (a|b=50\\%) & \\textbf{$-$300.5} & 100\\% \\\\\n"
-        "    unsample & euler & $-$20.5 & -- \\\\\n"
+        "    invert & o\\_belm (a|b=50\\%) & $\\mathbf{-300.5}_{-303.0}^{-298.0}$ & $\\mathbf{1.0\\mathrm{e}{-15}}$ "
+        "& $100\\%_{68\\%}^{100\\%}$ \\\\\n"
+        "    unsample & euler & $-20.5_{-23.0}^{-18.0}$ & $1.0\\mathrm{e}{-1}$ & -- \\\\\n"
         "    \\bottomrule\n"
         "  \\end{tabular}\n"
         "\\end{table}\n"
     )
+
+
+def test_few_samples_prove_nothing() -> None:
+    written = tables.markdown(small(count=4))
+    assert "Of 4 independent samples no interval holds the median in more than 88% of cases." in written
+    assert "**" not in written
+
+
+def test_the_best_is_bold_only_beyond_doubt() -> None:
+    """Medians of −20.5 and −20.45 dB: told apart where every sample differs alike, not where they are mixed."""
+    a = record(sampler="a", relative=0.1, count=8)
+    for order, is_told_apart in ((1, True), (-1, False)):
+        b = record(sampler="b", relative=0.1, count=8)
+        b["metrics"]["nmse_db"] = [value + 0.05 for value in a["metrics"]["nmse_db"][::order]]
+        found = tables.rows([a, b])
+        assert [row.settings["sampler"] for row in found] == ["a", "b"]
+        assert ("**" in tables.markdown(found, ["nmse_db"])) == is_told_apart
+    # The same numbers of other images are resampled apart.
+    other = record(sampler="b", relative=0.1, count=8, seed=7, model="mnist")
+    first = record(sampler="a", relative=0.1, count=8, model="mnist")
+    other["metrics"]["nmse_db"] = [x + 0.05 for x in first["metrics"]["nmse_db"]]
+    assert "**" not in tables.markdown(tables.rows([first, other]), ["nmse_db"])
+
+
+def test_of_the_same_cell_with_fewer_samples_the_larger_counts() -> None:
+    few, many = record(count=4, relative=0.5), record(count=8, relative=0.1)
+    (row,) = tables.rows([few, many])
+    assert row == tables.rows([many, few])[0] and row.values["samples"] == 8
+
+
+def test_choosing_rows() -> None:
+    found = [record(sampler=s, cfg=w, relative=w / 100) for s in ("euler", "heun") for w in (1.0, 3.0)]
+    assert [r["cell"]["cfg"] for r in choose(found, {"cfg": "1.0"})] == [1, 1]
+    assert len(choose(found, {"cfg": ["1", "3"], "sampler": "heun"})) == 2 and choose(found, {}) == found
+    with pytest.raises(ValueError, match=r"no record has cfg 2; there are 1, 3"):
+        choose(found, {"cfg": "2"})
+    with pytest.raises(ValueError, match=r"unknown setting 'sampller'; did you mean 'sampler'"):
+        choose(found, {"sampller": "heun"})
+    with pytest.raises(ValueError, match=r"no record has all of cfg=3 and model=mnist; leave one out"):
+        choose([*found, record(model="mnist")], {"cfg": "3", "model": "mnist"})
+    rows = tables.rows([*found, record(model="mnist")])
+    assert [(r.settings["model"], r.settings["cfg"]) for r in top(rows, 1)] == [("digits", 1), ("mnist", 1)]
+    assert top(rows, None) == rows
+    with pytest.raises(ValueError, match="top must be"):
+        top(rows, 0)
+    with pytest.raises(ValueError, match=r"unknown column 'nmse_bd'; did you mean 'nmse_db'"):
+        tables.markdown(rows, ["nmse_bd"])
+
+
+def test_a_latex_table_fits_a_page_or_is_refused() -> None:
+    many = [record(sampler=f"sampler_{k}", model=m, relative=0.5 / (k + 1)) for k in range(40) for m in ("a", "b")]
+    rows = tables.rows(many)
+    with pytest.raises(ValueError, match="a page holds 40 lines, got 82"):
+        tables.latex(rows)
+    kept = tables.fitting_rows(rows)
+    assert [len([r for r in kept if r.settings["model"] == m]) for m in "ab"] == [19, 19]
+    assert kept[0].settings["sampler"] == "sampler_39"  # the lowest error
+    written = tables.latex(kept)
+    assert written.count("sampler\\_") == 38 and written.count(r"\multicolumn") == 2
+    with pytest.raises(ValueError, match="a line must have at most 80 characters, got"):
+        tables.latex(kept, list(tables.COLUMNS))
+    columns = tables.fitting_columns(kept, list(tables.COLUMNS))
+    assert columns == list(tables.COLUMNS)[: len(columns)] and 3 <= len(columns) < len(tables.COLUMNS)
+    assert tables.fits(kept, columns) and not tables.fits(kept, list(tables.COLUMNS)[: len(columns) + 1])
+    for line in written.splitlines():  # what is set, without the commands that set it
+        if line.endswith(r" \\") and "multicolumn" not in line:
+            plain = re.sub(r"\\mathrm\{e\}|\\mathbf|[$_^{}\\]|_\{[^}]*\}", "", line)
+            assert len(plain.strip()) <= 1.4 * tables.WIDTH
 
 
 def test_every_special_character_of_latex_is_escaped() -> None:

@@ -20,6 +20,8 @@ from kinvert.inversion.baselines import (
     dpm_solver_inversion,
     easyinv,
     fireflow,
+    flow_edit,
+    forward_first,
     null_text,
     renoise,
     rf_inversion,
@@ -30,6 +32,7 @@ from kinvert.rules import DirectInversion
 from kinvert.tensors import rms
 
 EULER = ("ddim_clean", "ddim_noisy", "easyinv", "rf_inversion", "aidi", "aidi_anderson", "renoise", "dpm_solver_1")
+EULER += ("uni_inv", "forward_first")
 SAMPLERS: dict[str, Any] = {
     **dict.fromkeys(EULER, ki.sampler("euler")),
     "rf_solver": ki.sampler("rf_solver"),
@@ -82,7 +85,8 @@ def test_what_checks_the_latent_is_one_run_and_is_told(name: str) -> None:
     """`checking` is what the certificate cost: without it are left the evaluations of the way up."""
     found = BASELINES[name](MIXTURE, images(), schedule())
     assert found.checking == ki.compile_plan(own_sampler(name, found), schedule()).evaluations
-    assert ((found.evaluations - found.checking) / (len(schedule()) - 1) >= 1).all()
+    fewest = 0.9 if name == "forward_first" else 1  # noise takes the place of the first of its ten steps
+    assert ((found.evaluations - found.checking) / (len(schedule()) - 1) >= fewest).all()
 
 
 X, S = images(), schedule()
@@ -107,6 +111,13 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "gamma": (lambda: rf_inversion(MIXTURE, X, S, gamma=1.5), ValueError, r"gamma must be a number from 0 \(not steered\) to 1, got 1.5"),
     "eta": (lambda: rf_inversion(MIXTURE, X, S, eta=-1), ValueError, "eta must be a number from 0"),
     "noise": (lambda: rf_inversion(MIXTURE, X, S, noise=X[:1]), ValueError, r"noise must be a tensor of x's shape \(4, 6\), got \(1, 6\)"),
+    "forward": (lambda: forward_first(MIXTURE, X, S, forward=11), ValueError, "forward must be at most the number of steps, 10, got 11"),
+    "noise first": (lambda: forward_first(MIXTURE, X, S, noise=X[:1]), ValueError, "noise must be a tensor of x's shape"),
+    "edit of integers": (lambda: flow_edit(MIXTURE, X.int(), S, source=None, target=None), TypeError, "floating point"),
+    "edit upwards": (lambda: flow_edit(MIXTURE, X, S.flip(0), source=None, target=None), ValueError, "decreasing"),
+    "edit without negative": (lambda: flow_edit(labelled, X, S, source={"label": X[:, 0]}, target={"label": X[:, 0]}, cfg_target=2.0), ValueError, "negative= is missing"),
+    "edit average": (lambda: flow_edit(MIXTURE, X, S, source=None, target=None, average=0), ValueError, "average must be an int of at least 1"),
+    "edit times": (lambda: flow_edit(ki.denoisers.Gaussian(0.0, 1.0), X, ki.levels.FlowTimes([1.0, 0.5]), source=None, target=None), ValueError, "sigmas are flow times"),
     "image": (lambda: steer(MIXTURE, X[:3], 0.1, eta=0.5)(X, S[:1].expand(4)), ValueError, "image has shape .3, 6., which does not fit x's .4, 6."),
     "label": (lambda: null_text(labelled, X, S, **guidance(2.0)), TypeError, "negative must have a floating point tensor to optimise, got label; pass the embedding"),
     "no negative": (lambda: null_text(MIXTURE, X, S), TypeError, "to optimise, got nothing"),

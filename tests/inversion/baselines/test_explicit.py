@@ -20,8 +20,10 @@ from kinvert.inversion.baselines import (
     BASELINES,
     ddim_inversion,
     easyinv,
+    forward_first,
+    uni_inv,
 )
-from kinvert.rules import DDIMInverse
+from kinvert.rules import DDIMInverse, UniInv
 
 
 @pytest.mark.parametrize("at", ["clean", "noisy"])
@@ -100,3 +102,43 @@ def test_round_trips_of_order_two(name: str) -> None:
     found = [BASELINES[name](GAUSSIAN, images(), schedule(n)) for n in steps]
     assert order_slope([float(f.round_trip_error.max()) for f in found], steps) > 1.8
     assert found[0].evaluations[0] == {"rf_solver": 4 * 40, "fireflow": 2 * 41}[name]
+
+
+def test_uni_inv_as_published() -> None:
+    """In flow time, from clean to noisy: the last velocity predicts the state, and the velocity there makes the step."""
+    z, times = images() / 1.1, flow_times(schedule())[::-1]
+    v = velocity(z, times[0])
+    for t, t_next in itertools.pairwise(times):
+        v = velocity(z - (t - t_next) * v, t_next)
+        z = z - (t - t_next) * v
+    found = uni_inv(MIXTURE, images(), schedule())
+    close(found.latent, z * 11)
+    assert found.evaluations[0] == 10 + 1 + found.checking
+
+    def flow(y: Tensor, t: Tensor) -> Tensor:
+        return MIXTURE(y / (1 - t[:, None]), t / (1 - t))
+
+    rising = torch.tensor(times, dtype=torch.float64)
+    close(ki.run(ki.compile_plan(UniInv(flow=True), rising), flow, images() / 1.1), z)
+
+
+def test_uni_inv_misses_by_order_two_and_less_than_ddim() -> None:
+    steps = [40, 80, 160]
+    errors = [float(uni_inv(GAUSSIAN, images(), schedule(n)).round_trip_error.max()) for n in steps]
+    assert 1.8 < order_slope(errors, steps) < 2.5
+    assert 5 * errors[0] < float(ddim_inversion(GAUSSIAN, images(), schedule(40)).round_trip_error.max())
+
+
+def test_uni_inv_goes_down_as_euler() -> None:
+    x = 10 * noise_like((4, 6))
+    assert torch.equal(ki.sample(MIXTURE, x, schedule(), sampler=UniInv()), ki.sample(MIXTURE, x, schedule()))
+
+
+@pytest.mark.parametrize("forward", [0, 3, 10])
+def test_forward_first_is_noise_and_then_ddim_inversion(forward: int) -> None:
+    noise, rising = noise_like((4, 6), seed=8), schedule().flip(0)
+    x = images() + (rising[forward] ** 2 - 0.1**2).clamp(min=0).sqrt() * noise
+    expected = ddim_inversion(MIXTURE, x, rising[forward:].flip(0)).latent if forward < 10 else x
+    found = forward_first(MIXTURE, images(), schedule(), forward=forward, noise=noise)
+    close(found.latent, expected)
+    assert (found.evaluations - found.checking == 10 - forward).all()
