@@ -25,6 +25,9 @@ from kinvert import schedules as schedules
 from kinvert.coordinates import flow_sampler as flow_sampler
 from kinvert.denoisers import Denoiser as Denoiser
 from kinvert.denoisers import Guided as Guided
+from kinvert.density import LogProb as LogProb
+from kinvert.density import dequantize as dequantize
+from kinvert.density import log_prob as log_prob
 from kinvert.edits import Edited as Edited
 from kinvert.edits import edit as edit
 from kinvert.edits import slerp as slerp
@@ -61,6 +64,7 @@ __all__ = [
     "Edited",
     "Guided",
     "Inversion",
+    "LogProb",
     "Plan",
     "Progress",
     "RoundTrip",
@@ -73,6 +77,7 @@ __all__ = [
     "analysis",
     "compile_plan",
     "denoisers",
+    "dequantize",
     "edit",
     "extract_noise",
     "flow_sampler",
@@ -82,6 +87,7 @@ __all__ = [
     "invert",
     "levels",
     "load",
+    "log_prob",
     "metrics",
     "models",
     "noise",

@@ -6,8 +6,8 @@ Two laws hold for a sampler with every denoiser, and both can be read off the ro
 * Marginals: if that point is 0, then `x_i` has variance `sigma_i^2` at every noise level, like the forward process
   `x = x0 + sigma * eps`. A stochastic sampler scales its noise for this.
 
-`D` is constant in both, so every state is a linear combination of a few known values, and the laws are exact
-arithmetic.
+`D` is constant in both, and linear for data of a normal distribution, so every state is a linear combination of a few
+known values, and the laws are exact arithmetic. So is the weak order, how fast the variance tends to that of the data.
 
 `properties` reads the character of a sampler off a reference Plan: cost, memory, noise, and how it can be inverted.
 `explicit_inverse` solves the rows of an algebraically reversible Plan for the states before them; the result is another
@@ -17,14 +17,14 @@ Plan. `amplification` computes how much such an inverse magnifies rounding error
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from kinvert._moved import renamed
-from kinvert.forms import Denoised, Form, State, Symbol, Uncond
+from kinvert.forms import Denoised, Form, Noise, State, Symbol, Uncond
 from kinvert.plan import Interval, Plan, Stage, Step, compile_plan
 from kinvert.rules import Rule
 from kinvert.rules import sampler as resolve_sampler
@@ -40,6 +40,7 @@ __all__ = [
     "marginal_variances",
     "properties",
     "row_sums",
+    "weak_order",
 ]
 
 Invertibility = Literal["explicit", "stepwise", "two-point", "noise", "none"]
@@ -62,48 +63,99 @@ def row_sums(plan: Plan) -> tuple[float, ...]:
 
     Noise is left out, because its mean is 0. The value does not depend on `m`.
     """
-    return tuple(_trajectory(plan, 1.0, 1.0, (0.0,) * plan.draws))
+    return tuple(_trajectory(plan, 1.0, lambda *_: 1.0, (0.0,) * plan.draws))
 
 
-def marginal_variances(plan: Plan, covariance: Literal["white", "brownian"] = "white") -> tuple[float, ...]:
-    r"""Return `Var x` after each step if `Var x = sigma_0^2` at the start and the denoiser always returns 0.
+def marginal_variances(
+    plan: Plan, covariance: Literal["white", "brownian"] = "white", std: float = 0.0
+) -> tuple[float, ...]:
+    r"""Return `Var x` after each step for data N(0, std^2), whose denoiser is exact, from the exact variance on.
 
-    The law is `sigma_i^2` of `plan.sigmas`.
+    At sigma that is `std^2 + sigma^2`, `D = std^2 / (std^2 + sigma^2) x`, and every state is a known combination of the
+    initial state and the noises: nothing is drawn. For one data point, `std=0`, the law is `sigma_i^2`; otherwise the
+    difference is the sampler's error of the variance, which `weak_order` looks at.
 
     Args:
-        plan: from `compile_plan`.
+        plan: from `compile_plan`; of flow times too.
         covariance: of the unit noises of a run. "white": all are independent. "brownian": increments of one path `W`,
             `n(a, b) = (W(b) - W(a)) / sqrt|b - a|`, so that overlapping intervals I and J are correlated,
             `Cov = +-|I n J| / sqrt(|I| |J|)`, negative if they run in opposite directions.
+        std: standard deviation of the data.
 
     Raises:
-        ValueError: another covariance.
+        ValueError: another covariance; a negative std.
     """
     if covariance not in ("white", "brownian"):
         raise ValueError(f"covariance must be 'white' or 'brownian', got {covariance!r}")
-    unit = np.eye(1 + plan.draws)  # the noise of the initial state, then the draws in order
+    if not 0 <= std < math.inf:
+        raise ValueError(f"std must be finite and 0 or more, got {std}")
+    unit = np.eye(1 + plan.draws)  # the initial state, then the draws in order
     cov = unit.copy()
     if covariance == "brownian":
         cov[1:, 1:] = brownian_covariance([interval for step in plan.steps for interval in step.noises])
-    states = _trajectory(plan, plan.sigmas[0] * unit[0], 0.0 * unit[0], unit[1:])
+
+    def denoise(x: Any, sigma: float) -> Any:
+        return _kept(plan, sigma) * std**2 / _variance(plan, sigma, std) * x
+
+    start = math.sqrt(_variance(plan, plan.sigmas[0], std)) * unit[0]
+    states = _trajectory(plan, start, denoise, unit[1:])
     return tuple(float(x @ cov @ x) for x in states)
 
 
-def _trajectory(plan: Plan, x: Any, denoised: Any, noises: Any) -> Iterator[Any]:
-    """Yield x after each step, by the rows of the update alone: every evaluation (guided or not) returns `denoised`."""
-    state = {"x": x}
-    first = 0
+def weak_order(
+    sampler: str | Rule, *, std: float = 0.5, steps: Sequence[int] = (80, 160, 320), covariance: str | None = None
+) -> float:
+    r"""Measure the weak order of a sampler for data N(0, std^2): how fast the error of the variance falls with steps.
+
+    The error is `|Var x / (std^2 + sigma_N^2) - 1|` at the end of the Karras schedule from 10 to 0.1, computed
+    without drawing anything, and the order is the slope of its logarithm. A weak order is that of expectations of
+    the result; for a sampler without noise it is its order. It is an upper bound: it looks at one expectation.
+
+    Args:
+        sampler: a name of `ki.SAMPLERS` (with its default options), or a rule.
+        std: of the data; at 0 all errors are 0.
+        steps: numbers of steps, at least two.
+        covariance: "white" or "brownian"; None takes the rule's own noise.
+
+    Returns:
+        The slope; infinity if every error is below 1e-11.
+
+    Raises:
+        ValueError: an unknown name; a rule without a Plan; as in `marginal_variances`.
+    """
+    rule = resolve_sampler(sampler)
+    kind: Any = covariance or ("brownian" if rule.default_noise == "brownian" else "white")
+    errors = []
+    for n in steps:
+        ramp = np.linspace(10.0 ** (1 / 7), 0.1 ** (1 / 7), n + 1) ** 7
+        plan = compile_plan(rule, ramp.tolist())
+        errors.append(abs(marginal_variances(plan, kind, std)[-1] / _variance(plan, plan.sigmas[-1], std) - 1))
+    if max(errors) < 1e-11:
+        return math.inf
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def _kept(plan: Plan, sigma: float) -> float:
+    """Return the factor of x0 in the state at a level."""
+    return 1 - sigma if plan.coordinates == "flow" else 1.0
+
+
+def _variance(plan: Plan, sigma: float, std: float) -> float:
+    """Return the variance of the state at a level, for data of the standard deviation `std`."""
+    return (_kept(plan, sigma) * std) ** 2 + sigma**2
+
+
+def _trajectory(plan: Plan, x: Any, denoise: Callable[[Any, float], Any], noises: Any) -> Iterator[Any]:
+    """Yield x after each step; an evaluation, guided or not, of x at sigma returns `denoise(x, sigma)`."""
+    state, first, zero = {"x": x}, 0, 0.0 * x
     for step in plan.steps:
         drawn = noises[first : first + len(step.noises)]
         first += len(step.noises)
-        values: dict[str, Any] = {"state": state, "noise": drawn}
-        state = {
-            name: sum(
-                (c * (values[s.kind][s.key] if s.kind in values else denoised) for s, c in form),
-                start=0.0 * denoised,
-            )
-            for name, form in (("x", step.x), *step.memory)
-        }
+        values: dict[Symbol, Any] = {State(name): value for name, value in state.items()}
+        values |= {Noise(r): value for r, value in enumerate(drawn)}
+        for k, stage in enumerate(step.stages):
+            values[Denoised(k)] = values[Uncond(k)] = denoise(stage.input.at(values) + zero, stage.sigma) + zero
+        state = {name: form.at(values) + zero for name, form in (("x", step.x), *step.memory)}
         yield state["x"]
 
 

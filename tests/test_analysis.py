@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import kinvert as ki
 from kinvert import analysis
+from kinvert.flowtimes import FlowTimes
 from kinvert.forms import Form
 from kinvert.rules.base import Rule, StepBuilder
 
@@ -233,3 +234,54 @@ def test_unsamples_means_that_unsample_accepts_it(name: str) -> None:
     else:
         accepted = True
     assert accepted == analysis.properties(name).unsamples
+
+
+# -- data of a normal distribution -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("covariance", ["white", "brownian"])
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde", "dpmpp_2m", "sa_solver", "lcm"])
+def test_variances_of_normal_data_are_those_of_runs(name: str, covariance: str) -> None:
+    """Of 60,000 runs on one value each; the standard error of a variance v is v sqrt(2 / n)."""
+    plan, n, std = ki.compile_plan(name, (6.0, 3.0, 1.0, 0.4)), 60_000, 0.7
+    generator = torch.Generator().manual_seed(0)
+    x = math.sqrt(std**2 + 36) * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    source = ki.noise.white(1) if covariance == "white" else ki.noise.brownian(1)
+    seen: list[float] = []
+    end = ki.run(plan, ki.denoisers.Gaussian(0.0, std), x, source, lambda p: seen.append(float(p.x.var())))
+    seen = [*seen[1:], float(end.var())]  # a callback sees the state before its step
+    want = analysis.marginal_variances(plan, covariance, std)  # type: ignore[arg-type]
+    for found, true in zip(seen, want, strict=True):
+        assert abs(found / true - 1) < 4 * math.sqrt(2 / n)
+
+
+def test_variances_in_flow_time_are_those_of_the_ode() -> None:
+    plan = ki.compile_plan("rk4", FlowTimes((1.0, 0.7, 0.4, 0.2)))
+    found = analysis.marginal_variances(plan, std=0.5)
+    assert found == pytest.approx([((1 - t) * 0.5) ** 2 + t**2 for t in (0.7, 0.4, 0.2)], rel=2e-3)
+
+
+WEAK = [
+    ("euler", 1),
+    ("heun", 2),
+    ("rk4", 4),
+    ("euler_ancestral", 1),
+    ("dpmpp_2m_sde", 2),
+    ("ddpm", 1),
+    ("leapfrog", 4),
+]
+
+
+@pytest.mark.parametrize(("name", "order"), WEAK)
+def test_weak_order(name: str, order: int) -> None:
+    assert analysis.weak_order(name) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in PLANNED if not analysis.properties(name).stochastic])
+def test_without_noise_the_weak_order_is_at_least_the_order(name: str) -> None:
+    steps = (20, 40, 80) if ki.sampler(name).ode_order > 4 else (80, 160, 320)
+    assert analysis.weak_order(name, steps=steps) > ki.sampler(name).ode_order - 0.5
+
+
+def test_weak_order_of_what_is_exact_is_infinite() -> None:
+    assert analysis.weak_order("euler_ancestral", std=0.0) == math.inf
+    with pytest.raises(ValueError, match="std must be finite and 0 or more, got -1"):
+        analysis.weak_order("euler", std=-1.0)

@@ -52,7 +52,7 @@ LAYERS = [
     {"packing", "parts", "ready"},
     {"sampling"},
     {"inversion"},
-    {"roundtrip", "reference", "edits"},
+    {"roundtrip", "reference", "edits", "density"},
     {"loading"},
     {"plot"},
     {"models"},

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 # Every public name. A name that goes from here needs a face at its old place, and a line in CHANGELOG.md.
 PUBLIC = {
     "kinvert": """
-        SAMPLERS SCHEDULES Denoiser Edited Guided Inversion Plan Progress RoundTrip Rule Schedule Solving Stepwise Stop
-        __version__ analysis compile_plan denoisers edit extract_noise flow_sampler graphs guidance inversion invert levels
-        load metrics models noise pictures plot
+        SAMPLERS SCHEDULES Denoiser Edited Guided Inversion LogProb Plan Progress RoundTrip Rule Schedule Solving Stepwise
+        Stop __version__ analysis compile_plan denoisers dequantize edit extract_noise flow_sampler graphs guidance inversion
+        invert levels load log_prob metrics models noise pictures plot
         round_trip rules run sample sampler schedule schedules slerp stepwise unsample
     """,
     "kinvert.adapters.comfyui": """
@@ -45,7 +45,7 @@ PUBLIC = {
     """,
     "kinvert.analysis": """
         INVERTIBILITY REFERENCE Invertibility Properties amplification brownian_covariance explicit_inverse
-        marginal_variances properties row_sums
+        marginal_variances properties row_sums weak_order
     """,
     "kinvert.attacks": """
         blur crop_and_resize gaussian_noise jpeg quantize
