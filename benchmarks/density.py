@@ -91,6 +91,7 @@ def draw(report: dict[str, Any]) -> None:
             axis.plot(place, bits[right[i], i], "o", color="C1", ms=4, label="the right label" if place == 0 else None)
         axis.set(title=f"{name}, {len(right)} held-out images", xlabel="image, sorted", ylabel="bits per value")
         axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False)
     plt.tight_layout()
     plt.savefig(FIGURE, dpi=110)
