@@ -27,7 +27,7 @@ from typing import Any
 import kinvert as ki
 from kinvert.adapters.comfyui import NODES
 from kinvert.adapters.k_diffusion.faces import FACES, function_name
-from kinvert.analysis import properties
+from kinvert.analysis import properties, weak_order
 from kinvert.inversion import ROUTES
 from kinvert.rules import SamplerEntry
 from kinvert.rules.names import SAMPLERS_ELSEWHERE, SCHEDULES_ELSEWHERE
@@ -80,7 +80,7 @@ def samplers() -> str:
                 names = [entry.name for entry in entries]
                 rows += [overview(entry, "-".join(names), orders["samplers"], trips["samplers"]) for entry in entries]
                 sections += ["### " + ", ".join(f"`{name}`" for name in names), description(rule), options(entries)]
-    head = ["sampler", "order", "measured", "evaluations", "remembers", "noises", "unsamples"]
+    head = ["sampler", "order", "measured", "weak", "evaluations", "remembers", "noises", "unsamples"]
     head += [f"{n} steps" for n in trips["steps"]]
     versions = ", ".join(f"{name} {version}" for name, version in trips["versions"].items())
     return "\n\n".join([table(head, rows), f"Measured with {versions}, on a CPU.", *sections])
@@ -103,9 +103,19 @@ def overview(entry: SamplerEntry, anchor: str, orders: dict[str, Any], trips: di
         f"[`{entry.name}`](#{anchor})",
         str(rule.ode_order),
         f"{order['order']:.1f}".replace("-0.0", "0.0") if order else "-",
+        weak(rule),
         *character(entry, rule),
         *(value if isinstance(value, str) else f"{value:.1f}" for value in psnr),
     ]
+
+
+def weak(rule: ki.Rule) -> str:
+    """The weak order of a sampler that draws noise."""
+    try:
+        noisy = properties(rule).stochastic
+    except ValueError:  # it has no Plan
+        return "-"
+    return f"{weak_order(rule, steps=(40, 80, 160)):.1f}".replace("-0.0", "0.0") if noisy else "-"
 
 
 def character(entry: SamplerEntry, rule: ki.Rule) -> Sequence[str]:
