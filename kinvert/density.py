@@ -120,8 +120,8 @@ def dequantize(x: Tensor, bin_width: float, *, seed: int = 0) -> Tensor:
         seed: of the random numbers u, which are the same on every device.
     """
     width = check_positive("bin_width", bin_width)
-    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
-    u = torch.rand(x.shape, generator=generator, dtype=wide_dtype(x.dtype)).to(x.device)
+    generator = torch.Generator("cpu").manual_seed(check_integer("seed", seed, 0))
+    u = torch.rand(x.shape, generator=generator, dtype=wide_dtype(x.dtype), device="cpu").to(x.device)
     return (x + width * (u - 0.5)).to(x.dtype)
 
 
@@ -279,7 +279,7 @@ def _of_ode(
     """Integrate the state and the trace along its path upwards."""
     n = x[0].numel()
     exact = probes is None and n <= EXACT_TRACE
-    vectors = torch.eye(n) if exact else _signs(probes or PROBES, n, seed)
+    vectors = torch.eye(n, device="cpu") if exact else _signs(probes or PROBES, n, seed)
     wide = x.flatten(1).to(wide_dtype(x.dtype))
     augmented = _Augmented(bound, x.shape[1:], vectors.to(wide), exact, rms(wide), coordinates)
     up = compile_plan(plan.rule, FlowTimes(plan.sigmas[::-1]) if plan.coordinates == "flow" else plan.sigmas[::-1])
@@ -298,8 +298,8 @@ def _of_ode(
 
 def _signs(count: int, n: int, seed: int) -> Tensor:
     """Return random vectors of signs, shape (count, n), the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (count, n), generator=generator) * 2.0 - 1.0
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, 2, (count, n), generator=generator, device="cpu") * 2.0 - 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,7 +102,7 @@ def _scores(name: str, values: Scores) -> Tensor:
     """Return scores as float64 on the CPU."""
     if isinstance(values, Tensor):
         check_values(name, values, "its values are compared")
-    scores = torch.as_tensor(values)
+    scores = torch.as_tensor(values, device="cpu")
     if scores.is_complex():
         raise TypeError(f"{name} must be real scores, got {scores.dtype}")
     scores = scores.detach().to("cpu", torch.float64).contiguous()

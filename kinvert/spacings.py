@@ -131,7 +131,7 @@ def shift_terminal(times: Tensor, terminal: float = 0.1) -> Tensor:
     last = float(times[-2])
     if not 0 < last < 1:
         raise ValueError(f"the last positive time must be below 1, to be stretched to {terminal:g}; got {last:g}")
-    stretched = 1 - (1 - torch.as_tensor(times[:-1])) * (1 - terminal) / (1 - last)
+    stretched = 1 - (1 - torch.as_tensor(times[:-1], device="cpu")) * (1 - terminal) / (1 - last)
     return FlowTimes(with_zero(stretched.as_subclass(Tensor)))
 
 

@@ -96,7 +96,7 @@ def read_pictures(archive: Path, size: int = 32) -> Pictures:
                 images.append(_reduced(found[path], size))
                 labels.append(label)
                 names.append(entry["short_name"])
-    return Pictures(torch.stack(images), torch.tensor(labels), *_split(names), tuple(names))
+    return Pictures(torch.stack(images), torch.tensor(labels, device="cpu"), *_split(names), tuple(names))
 
 
 def _variants(entry: dict[str, Any]) -> list[tuple[int, str]]:
@@ -115,7 +115,7 @@ def _split(names: list[str]) -> tuple[Tensor, Tensor]:
     held = [i for shown in _SHOWN for i, name in enumerate(names) if name == shown]
     roles = {role(names[i]) for i in held}
     kept = [i for i, name in enumerate(names) if role(name) not in roles]
-    return torch.tensor(kept), torch.tensor(held)
+    return torch.tensor(kept, device="cpu"), torch.tensor(held, device="cpu")
 
 
 def _reduced(png: bytes, size: int) -> Tensor:
@@ -125,4 +125,9 @@ def _reduced(png: bytes, size: int) -> Tensor:
     picture = Image.open(io.BytesIO(png)).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     small = Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-    return torch.tensor(list(small.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).contiguous()
+    return (
+        torch.tensor(list(small.tobytes()), dtype=torch.uint8, device="cpu")
+        .view(size, size, 3)
+        .permute(2, 0, 1)
+        .contiguous()
+    )
