@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kinvert import linalg
 from kinvert.analysis import properties
 from kinvert.checks import check_choice, check_integer, check_positive
 from kinvert.coordinates import Coordinates, settle
@@ -219,7 +220,7 @@ def _of_sampler(plan: Plan, bound: BoundDenoiser, found: Inversion) -> LogProb:
     log_det, n = torch.zeros(len(z), dtype=widest(z.device), device=z.device), z[0].numel()
     for piece in _pieces(plan):
         matrix, state = _derivative(piece, bound, state)
-        log_det += torch.linalg.slogdet(matrix).logabsdet
+        log_det += linalg.log_abs_det(matrix)
     value = _log_normal(z, plan.sigmas[0]) - log_det
     value = torch.where(found.converged, value, math.nan)
     evaluations = found.evaluations + plan.evaluations

@@ -19,7 +19,18 @@ from torch.nn.functional import pad
 
 from kinvert.devices import has_float64, widest
 
-__all__ = ["LEAST", "PIECE", "Sketch", "combine", "combine_wide", "gram", "ridged", "singular_values", "solve"]
+__all__ = [
+    "LEAST",
+    "PIECE",
+    "Sketch",
+    "combine",
+    "combine_wide",
+    "gram",
+    "log_abs_det",
+    "ridged",
+    "singular_values",
+    "solve",
+]
 
 PIECE = 2**16
 """Columns that a product takes at once, so that its intermediate results stay small beside the rows."""
@@ -94,6 +105,12 @@ def ridged(system: Tensor, ridge: Tensor | float) -> Tensor:
     """Regularise systems: add `ridge` to their diagonals, in place; shapes (n, k, k) and (n,)."""
     system.diagonal(dim1=1, dim2=2).add_(ridge[:, None] if isinstance(ridge, Tensor) else ridge)
     return system
+
+
+def log_abs_det(matrix: Tensor) -> Tensor:
+    """Return `log |det|` of each matrix, shape (n, m, m) -> (n,), computed by the host, in float64."""
+    found = [torch.linalg.slogdet(one).logabsdet for one in matrix.detach().to("cpu", torch.float64)]
+    return torch.stack(found).to(matrix.device, widest(matrix.device))
 
 
 def solve(system: Tensor, right: Tensor) -> Tensor:

@@ -111,8 +111,13 @@ def read_settings() -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Describe the settings that are not what they were, e.g. "torch.set_num_threads: 1 -> 4"."""
-    return [f"{name}: {before.get(name)} -> {value}" for name, value in after.items() if before.get(name) != value]
+    """Describe the settings that are not what they were, e.g. "torch.set_num_threads: 1 -> 4".
+
+    A precision of "none" is that of the setting above it, by default "ieee", which is listed itself if it changed. So a
+    mere `torch.set_float32_matmul_precision("highest")`, which writes "ieee", is no change.
+    """
+    pairs = {name: (before.get(name), value) for name, value in after.items() if before.get(name) != value}
+    return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if {old, new} != {"none", "ieee"}]
 
 
 @contextmanager

@@ -51,6 +51,12 @@ UNSAFE = {"inverse", "inv", "pinverse", "det", "logdet", "slogdet", "lu", "lu_so
           "cholesky_inverse", "svd", "qr", "geqrf", "lstsq", "solve_ex", "svdvals", "matrix_exp", "lobpcg"}  # fmt: skip
 
 
+def test_determinants_are_products_of_singular_values() -> None:
+    matrix = torch.randn(3, 200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = torch.linalg.svdvals(matrix).log().sum(1)
+    torch.testing.assert_close(linalg.log_abs_det(matrix), want, rtol=1e-12, atol=1e-9)
+
+
 def test_one_module_calls_the_linear_algebra_of_torch() -> None:
     """Elsewhere nothing names `torch.linalg`, nor what torch has of it under other names; numpy's has no such fault."""
     for path in [*(ROOT / "kinvert").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:

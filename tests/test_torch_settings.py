@@ -86,3 +86,11 @@ def test_a_setting_that_torch_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch)
     with default_settings() as inside:
         assert lacking.name not in inside
     assert not hasattr(torch.backends.cudnn, "not_there")
+
+
+def test_the_default_precision_by_name_is_no_change() -> None:
+    with restored_settings() as before:
+        torch.set_float32_matmul_precision("medium")
+        assert changes(before, read_settings())
+        torch.set_float32_matmul_precision("highest")
+        assert not changes(before, read_settings())
