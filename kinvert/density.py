@@ -67,6 +67,8 @@ class LogProb:
     Attributes:
         log_prob: natural logarithm of the density, shape (batch,), float64; NaN if the image was not inverted.
         std_error: standard error of `log_prob` from the random estimate of the trace, shape (batch,); 0 if it is exact.
+        step_error: what half the steps change of `log_prob`, shape (batch,): an estimate of how far the integral of the
+            ODE is off, large at few steps; 0 for the density of a sampler, and NaN for a schedule of one step.
         log_det: `log |det|` of the derivative of the image with respect to the latent, shape (batch,).
         latent: shape (batch, *event), at the first level of the schedule.
         values: number of values of an event.
@@ -77,6 +79,7 @@ class LogProb:
 
     log_prob: Tensor
     std_error: Tensor
+    step_error: Tensor
     log_det: Tensor
     latent: Tensor
     values: int
@@ -103,8 +106,10 @@ class LogProb:
     def __str__(self) -> str:
         bits = self.bits_per_dim()
         lines = [f"log p of {len(bits)} images of {self.values} values, {self.backward} passes backwards"]
-        for i, (value, error, each) in enumerate(zip(self.log_prob, self.std_error, bits, strict=True)):
+        columns = (self.log_prob, self.std_error, self.step_error, bits)
+        for i, (value, error, steps, each) in enumerate(zip(*columns, strict=True)):
             random = f" +- {float(error):.2g}" if error > 0 else ""
+            random += f" (steps: +- {float(steps):.2g})" if steps != 0 else ""
             lines.append(f"  {i:<4} {float(value):.4f}{random}   {float(each):+.4f} bits a value (density)")
         return "\n".join(lines)
 
@@ -149,7 +154,8 @@ def log_prob(
         x: images, shape (batch, *event): states at `sigmas[-1]`, whose noise belongs to the density.
         sigmas: the decreasing schedule, ending above 0. A flow schedule starts at time 1.
         sampler: "sampler": a deterministic sampler that is no pair of states. "ode": the sampler that integrates the
-            ODE upwards on this schedule; the value tends to that of the ODE with its order.
+            ODE upwards on this schedule; the value tends to that of the ODE with its order. Every other level is
+            integrated over as well, which `step_error` is told from.
         of: "sampler": the density of the images that this sampler makes on this schedule, exact to the accuracy of
             the inversion. It takes n passes backwards through the run. "ode": that of the probability-flow ODE.
         probes: random vectors for the trace in "ode"; None sums it exactly for events of up to 256 values, which takes
@@ -224,7 +230,8 @@ def _of_sampler(plan: Plan, bound: BoundDenoiser, found: Inversion) -> LogProb:
     value = _log_normal(z, plan.sigmas[0]) - log_det
     value = torch.where(found.converged, value, math.nan)
     evaluations = found.evaluations + plan.evaluations
-    return LogProb(value, torch.zeros_like(value), log_det, z, n, evaluations, n * plan.evaluations, found)
+    exact = torch.zeros_like(value)
+    return LogProb(value, exact, exact, log_det, z, n, evaluations, n * plan.evaluations, found)
 
 
 def _pieces(plan: Plan) -> list[Plan]:
@@ -283,18 +290,17 @@ def _of_ode(
     vectors = torch.eye(n, device="cpu") if exact else _signs(probes or PROBES, n, seed)
     wide = x.flatten(1).to(wide_dtype(x.dtype))
     augmented = _Augmented(bound, x.shape[1:], vectors.to(wide), exact, rms(wide), coordinates)
-    up = compile_plan(plan.rule, FlowTimes(plan.sigmas[::-1]) if plan.coordinates == "flow" else plan.sigmas[::-1])
-    columns = 1 if exact else len(vectors)
-    end = run(up, augmented, torch.cat([wide, wide.new_zeros(len(x), columns)], 1))
-    z, m = end[:, :n], end[:, n:].to(widest(x.device))
-    spread = (augmented.std(plan.sigmas[0]) / augmented.std(plan.sigmas[-1])).to(m)
-    log_det = -(n * spread.log()[:, None] + m)
-    error = log_det.std(1) / columns**0.5 if columns > 1 else torch.zeros_like(log_det[:, 0])
-    value = _log_normal(z, plan.sigmas[0]) - log_det.mean(1)
-    evaluations = torch.full((len(x),), up.evaluations, dtype=torch.int64, device=x.device)
-    return LogProb(
-        value, error, log_det.mean(1), z.reshape(x.shape).to(x.dtype), n, evaluations, len(vectors) * up.evaluations
-    )
+    z, log_det, evaluations = augmented.up(plan, plan.sigmas[::-1], wide)
+    value, step_error = _log_normal(z, plan.sigmas[0]) - log_det.mean(1), torch.full_like(log_det[:, 0], math.nan)
+    if len(plan.steps) > 1:
+        half = augmented.up(plan, (plan.sigmas[-1], *plan.sigmas[-3:0:-2], plan.sigmas[0]), wide)
+        step_error = (value - _log_normal(half[0], plan.sigmas[0]) + half[1].mean(1)).abs()
+        evaluations += half[2]
+    columns = log_det.shape[1]
+    error = log_det.std(1) / columns**0.5 if columns > 1 else torch.zeros_like(value)
+    spent = torch.full((len(x),), evaluations, dtype=torch.int64, device=x.device)
+    latent = z.reshape(x.shape).to(x.dtype)
+    return LogProb(value, error, step_error, log_det.mean(1), latent, n, spent, len(vectors) * evaluations)
 
 
 def _signs(count: int, n: int, seed: int) -> Tensor:
@@ -322,6 +328,15 @@ class _Augmented:
     exact: bool
     size: Tensor
     coordinates: Coordinates
+
+    def up(self, plan: Plan, levels: tuple[float, ...], x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Run the sampler of a Plan up the levels; return z, `log |det|` for each vector or their sum, and the cost."""
+        up = compile_plan(plan.rule, FlowTimes(levels) if plan.coordinates == "flow" else levels)
+        n, columns = x.shape[1], 1 if self.exact else len(self.vectors)
+        end = run(up, self, torch.cat([x, x.new_zeros(len(x), columns)], 1))
+        m = end[:, n:].to(widest(x.device))
+        spread = (self.std(levels[-1]) / self.std(levels[0])).to(m)
+        return end[:, :n], -(n * spread.log()[:, None] + m), up.evaluations
 
     def std(self, sigma: float) -> Tensor:
         """Return the standard deviation of normal data at a level, per sample."""

@@ -61,6 +61,17 @@ def test_densities_tend_to_that_of_the_ode(of: str, name: str, order: int) -> No
     assert order_slope(errors, steps) == pytest.approx(order, abs=0.25)
 
 
+@pytest.mark.parametrize(("steps", "name"), [(6, "euler"), (7, "heun"), (20, "heun"), (41, "dpmpp_2m")])
+def test_too_few_steps_for_the_ode_are_told(steps: int, name: str) -> None:
+    sigmas = levels(steps, 10.0, 0.1)
+    found = log_prob(GAUSS, X, sigmas, sampler=name, of="ode")
+    off = (found.log_prob - of_the_ode(X, 10.0, 0.1)).abs()
+    assert (found.step_error > 0.5 * off).all() and (found.step_error < 50 * off).all()
+    assert "steps: +-" in str(found)
+    assert not log_prob(GAUSS, X, sigmas, sampler=name).step_error.any()
+    assert log_prob(GAUSS, X, sigmas[[0, -1]], sampler=name, of="ode").step_error.isnan().all()
+
+
 def test_densities_of_a_mixture_agree() -> None:
     """Of the sampler, of the ODE, and of the data: a mixture whose density is a formula."""
     target = mixture(2)
