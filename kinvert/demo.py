@@ -5,7 +5,7 @@ needs matplotlib: `pip install 'kinvert[cli]'`.
 
 Every sampler gets the schedule that a host would give it (`ki.schedule(..., sampler=name)`), the labels of the images
 as positive conditioning, and the null label as negative. One more row is exact: `EXACT`, inverted. Every latent is also
-sampled as the class five further on.
+sampled as another class: the digit five further on, or the skin tone three further on.
 """
 
 from __future__ import annotations
@@ -71,25 +71,25 @@ class Demo:
 
     Attributes:
         settings: the settings of the demo.
-        images: held-out images in [-1, 1], shape (count, 1, H, W).
+        images: held-out images in [-1, 1], shape (count, channels, H, W).
         labels: their classes, shape (count,).
+        targets: the classes of the edits, shape (count,).
         schedules, trips: by sampler, the noise levels and the measured round trip; "invert" is that of `EXACT`.
-        edited: the same latents sampled as `targets`, shape (count, 1, H, W) each.
+        edited: the same latents sampled as `targets`, in the shape of `images` each.
+        truth: the real pictures in the classes of the edits, in the shape of `images`; None for digits, of which there
+            are none.
     """
 
     settings: Settings
     images: Tensor
     labels: Tensor
+    targets: Tensor
     schedules: dict[str, Tensor]
     trips: dict[str, ki.RoundTrip]
     edited: dict[str, Tensor]
+    truth: Tensor | None = None
 
     __repr__ = brief_repr
-
-    @property
-    def targets(self) -> Tensor:
-        """The classes of the edits, shape (count,): each is five further on."""
-        return (self.labels + 5) % 10
 
     @property
     def example(self) -> int:
@@ -102,9 +102,9 @@ class Demo:
         `method` is "unsample" or "invert"; `evaluations` are those of the round trip. `mse`, `psnr` (dB, a range of 2)
         and `max_error` compare the reconstruction with the image; `latent_mean` and `latent_std` are of `latent /
         sigma`, 0 and 1 for pure noise. `edits_took` is the number of edited images that the classifier of
-        `kinvert.models.classifier` reads as the new class.
+        `kinvert.models.classifier` reads as the new class. If there is a `truth`, it is the number of those that have a
+        smaller mean squared error to the truth than the picture before the edit.
         """
-        judge = classifier.load(self.settings.model, dtype=torch.float64)
         return [
             {
                 "sampler": EXACT if name == "invert" else name,
@@ -117,10 +117,17 @@ class Demo:
                 "sigma": trip.sigma,
                 "latent_mean": float(trip.latent_mean.mean()),
                 "latent_std": float(trip.latent_std.mean()),
-                "edits_took": int((judge(self.edited[name].cpu().double()).argmax(1) == self.targets).sum()),
+                "edits_took": int(self._took(self.edited[name].cpu().double()).sum()),
             }
             for name, trip in self.trips.items()
         ]
+
+    def _took(self, edited: Tensor) -> Tensor:
+        """Tell which edits took, bool of shape (count,)."""
+        if self.truth is None:
+            return classifier.load(self.settings.model, dtype=torch.float64)(edited).argmax(1) == self.targets
+        truth = self.truth.double()
+        return ki.metrics.mse(edited.clamp(-1, 1), truth) < ki.metrics.mse(self.images.double(), truth)
 
     def report(self) -> dict[str, Any]:
         """Return table, settings and versions, ready for `kinvert.jsontext.to_json`."""
@@ -133,7 +140,7 @@ def run(settings: Settings, progress: bool = False) -> Demo:
     """Take held-out images to noise with each sampler, sample them back, and sample them as another class.
 
     Args:
-        settings: what to do; the images are one of each class in turn.
+        settings: what to do; the images are one of each class in turn, and the next person or hand each time.
         progress: show a bar on stderr where that is a terminal.
 
     Raises:
@@ -142,9 +149,8 @@ def run(settings: Settings, progress: bool = False) -> Demo:
     if not settings.samplers:
         raise ValueError(f"samplers must name at least one sampler, e.g. {','.join(SAMPLERS)}")
     device = check_device(settings.device)
-    classifier.check_judged(settings.model)
     denoiser = models.load(settings.model, dtype=getattr(torch, settings.dtype), device=device)
-    images, labels = _pick(settings)
+    images, labels, targets, truth = _pick(settings)
     levels = ki.levels.edm(denoiser.sigma_min, denoiser.sigma_max)
     schedules = {
         name: ki.schedule(settings.schedule, settings.steps, levels, sampler=ki.sampler(name))
@@ -155,7 +161,7 @@ def run(settings: Settings, progress: bool = False) -> Demo:
         schedules["invert"] = ki.schedule(settings.schedule, settings.steps, levels, sampler=ki.sampler(EXACT))[:-1]
     x, label = images.to(device, getattr(torch, settings.dtype)), labels.to(device)
     null = {"label": torch.full_like(label, denoiser.null_label)}
-    demo = Demo(settings, images, labels, schedules, {}, {})
+    demo = Demo(settings, images, labels, targets, schedules, {}, {}, truth)
     total = sum((2 if name == "invert" else 3) * (len(sigmas) - 1) for name, sigmas in schedules.items())
     with tqdm(total=total, unit="step", leave=False, disable=None if progress else True) as bar:
         shared: dict[str, Any] = {"negative": null, "callback": lambda _: bar.update()}
@@ -173,27 +179,41 @@ def run(settings: Settings, progress: bool = False) -> Demo:
     return demo
 
 
-def _pick(settings: Settings) -> tuple[Tensor, Tensor]:
-    """Choose held-out images: the first of each class, then the second of each, and so on."""
+def _pick(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Choose held-out images: the first of each class, then the second of each, and so on.
+
+    Returns:
+        The images, their classes, the classes of the edits, and the true answers to these if there are any.
+    """
     images, labels = models.held_out(settings.model)
     if not 1 <= settings.count <= len(images):
         raise ValueError(f"count must be from 1 to {len(images)}, the held-out images there are, got {settings.count}")
-    turn = [int((labels[:i] == labels[i]).sum()) for i in range(len(labels))]
-    order = sorted(range(len(labels)), key=turn.__getitem__)[: settings.count]
-    return images[order], labels[order]
+    classes = int(labels.max()) + 1
+    if settings.model in classifier.NAMES:
+        turn = [int((labels[:i] == labels[i]).sum()) for i in range(len(labels))]
+        order = sorted(range(len(labels)), key=turn.__getitem__)[: settings.count]
+        return images[order], labels[order], (labels[order] + classes // 2) % classes, None
+    shown = models.variants(settings.model)  # (people and hands, classes, ...)
+    k = torch.arange(settings.count)
+    which, label = k % len(shown), (k + k // len(shown)) % classes
+    target = (label + classes // 2) % classes
+    return shown[which, label], label, target, shown[which, target]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
 def save(demo: Demo, folder: Path) -> dict[str, Path]:
-    """Write `demo-<model>.png`, `.npz` and `.json`, and a digit to edit, to `folder`; a reader never sees half a file.
+    """Write `demo-<model>.png`, `.npz` and `.json`, and an image to edit, to `folder`, each whole or not at all.
 
-    The npz holds `images`, `labels`, and for each trip `<name>/latent`, `<name>/reconstruction` and `<name>/edited`
-    (count, 1, H, W) and `<name>/sigmas`. The digit is `images[demo.example]`, as `kinvert edit` reads it.
+    The npz holds `images`, `labels`, `targets`, `truth` if there is one, and for each trip `<name>/latent`,
+    `<name>/reconstruction` and `<name>/edited` (count, channels, H, W) and `<name>/sigmas`. The image to edit is
+    `images[demo.example]`, as `kinvert edit` reads it: `digit-<model>-<class>.png`, or `picture-...` in colour.
 
     Returns:
-        The paths: "png", "npz", "json", "digit".
+        The paths: "png", "npz", "json", "example".
     """
-    arrays = {"images": demo.images, "labels": demo.labels}
+    arrays = {"images": demo.images, "labels": demo.labels, "targets": demo.targets}
+    if demo.truth is not None:
+        arrays["truth"] = demo.truth
     for name, trip in demo.trips.items():
         arrays |= {
             f"{name}/latent": trip.latent,
@@ -212,8 +232,9 @@ def save(demo: Demo, folder: Path) -> dict[str, Path]:
     paths = {suffix: folder / f"demo-{demo.settings.model}.{suffix}" for suffix in contents}
     for suffix, path in paths.items():
         write_file(path, contents[suffix])
-    paths["digit"] = folder / f"digit-{demo.settings.model}-{int(demo.labels[demo.example])}.png"
-    write(demo.images[demo.example], paths["digit"])
+    kind = "digit" if demo.truth is None else "picture"
+    paths["example"] = folder / f"{kind}-{demo.settings.model}-{int(demo.labels[demo.example])}.png"
+    write(demo.images[demo.example], paths["example"])
     return paths
 
 
@@ -227,7 +248,8 @@ def draw(demo: Demo) -> Figure:
     """Draw the picture: a row for each trip with latents, reconstructions, differences and edits; the originals on top.
 
     It shows the first `SHOWN` images; its numbers are those of the table, over all images. Below its title the third
-    block has the error `s` at which the colours of each row end; one pixel in a hundred lies beyond.
+    block has the error `s` at which the colours of each row end; one pixel in a hundred lies beyond. Pictures in colour
+    have the true answers to the edits on top, and differences in which grey is 0.
     """
     shown = min(SHOWN, len(demo.images))
     block = max(shown, 4) * (TILE + SPACE) - SPACE
@@ -235,13 +257,19 @@ def draw(demo: Demo) -> Figure:
     page = Page(first + 4 * block + 3 * GAP + 0.12, TOP + (1 + len(demo.trips)) * LINE + 0.25)
     lefts = [first + k * (block + GAP) for k in range(4)]
     latents = "latent" if demo.settings.normalize else "latent / sigma"
-    digits = ", ".join(str(int(label)) for label in demo.targets[:shown])
-    for left, title in zip(lefts, (latents, "sampled back", "difference", f"edited: {digits}"), strict=True):
+    classes = ", ".join(str(int(label)) for label in demo.targets[:shown])
+    for left, title in zip(lefts, (latents, "sampled back", "difference", f"edited: {classes}"), strict=True):
         page.text(left, 0.62, title, fontsize=13, weight="bold")
     page.text(0.12, 0.22, _headline(demo.settings), color=GREY)
-    page.scale(lefts[0], TOP + 0.14, "gray_r", "-3", "3")
-    page.scale(lefts[2], TOP + 0.14, "RdBu_r", "-s", "s")
-    page.scale(lefts[3], TOP + 0.14, "gray_r", "-1", "1, ink")
+    if demo.truth is None:
+        page.scale(lefts[0], TOP + 0.14, "gray_r", "-3", "3")
+        page.scale(lefts[2], TOP + 0.14, "RdBu_r", "-s", "s")
+        page.scale(lefts[3], TOP + 0.14, "gray_r", "-1", "1, ink")
+    else:
+        page.text(lefts[0], TOP + TILE / 2, "from -3 to 3, grey is 0", color=GREY)
+        page.text(lefts[2], TOP + TILE / 2, "from -s to s, grey is 0", color=GREY)
+        page.text(lefts[3] - 0.1, TOP + TILE / 2, "truth", ha="right", fontsize=12)
+        page.tiles(lefts[3], TOP, demo.truth[:shown], 1.0)
     page.text(lefts[1] - 0.1, TOP + TILE / 2, "original", ha="right", fontsize=12)
     images = demo.images[:shown].double()
     page.tiles(lefts[1], TOP, images, 1.0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,9 +23,34 @@ def test_demo_takes_one_image_of_each_class_in_turn() -> None:
     assert len({image.numpy().tobytes() for image in outcome.images}) == 12
 
 
-def test_demo_needs_a_classifier() -> None:
-    with pytest.raises(ValueError, match="model 'emoji' has no classifier"):
-        demo.run(demo.Settings("emoji", ("euler",), steps=2, count=1))
+def test_demo_in_colour_has_true_answers(tmp_path: Path) -> None:
+    outcome = demo.run(demo.Settings("emoji", ("euler",), steps=2, count=13, invert=False))
+    shown, truth = models.variants("emoji"), outcome.truth
+    assert outcome.labels.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 1]
+    assert outcome.targets.tolist() == [3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1, 2, 4]
+    assert torch.equal(outcome.images[11], shown[11, 5]) and torch.equal(outcome.images[12], shown[0, 1])
+    assert truth is not None and torch.equal(truth[12], shown[0, 4])
+    before = ki.metrics.mse(outcome.images, truth)
+    took = ki.metrics.mse(outcome.edited["euler"].clamp(-1, 1), truth) < before
+    assert outcome.table()[0]["edits_took"] == int(took.sum())
+    assert replace(outcome, edited={"euler": truth}).table()[0]["edits_took"] == 13
+    assert replace(outcome, edited={"euler": outcome.images}).table()[0]["edits_took"] == 0
+    paths = demo.save(outcome, tmp_path)
+    assert paths["example"].name == "picture-emoji-3.png"
+    words = {text.get_text() for text in demo.draw(outcome).texts}
+    assert "truth" in words and "edited: 3, 4, 5, 0" in words
+    assert "truth" in np.load(paths["npz"]).files
+
+
+def test_every_picture_in_colour_is_shown_once() -> None:
+    images, labels, targets, truth = demo._pick(demo.Settings("emoji", count=72))
+    assert len({image.numpy().tobytes() for image in images}) == 72 and truth is not None
+    held, classes = models.held_out("emoji")
+    assert all(
+        torch.equal(classes[(held == image).flatten(1).all(1)], label[None])
+        for image, label in zip(images, labels, strict=True)
+    )
+    assert bool((targets != labels).all())
 
 
 def test_picture_with_perfect_copy_and_long_name() -> None:

@@ -18,7 +18,7 @@ from kinvert.console import print_lines, print_notes, print_table
 from kinvert.folder import MANIFEST, invert_folder
 from kinvert.jobs import import_modules
 from kinvert.jsontext import to_json
-from kinvert.models import classifier
+from kinvert.models import NAMES
 
 __all__ = ["demo", "invert"]
 
@@ -30,9 +30,9 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.command()
 @click.option(
     "--model",
-    type=click.Choice(classifier.NAMES),
+    type=click.Choice(NAMES),
     default="mnist",
-    help="Embedded denoiser; its images have 8x8 or 28x28 pixels.",
+    help="Embedded denoiser: digits of 8x8 or 28x28 pixels, or people and hands in colour.",
 )
 @click.option(
     "--samplers",
@@ -65,9 +65,9 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 def demo(out: Path, as_json: bool, **options: Any) -> None:
     """Take images to noise and back, edit them, and measure.
 
-    An embedded denoiser takes handwritten digits that it never saw to noise and back: unsampled with each sampler, and
-    inverted exactly. Then it makes another digit of each latent. It prints a table, and writes to OUT the table
-    (.json), the images and latents (.npz), a picture (.png), and a digit for `kinvert edit`.
+    An embedded denoiser takes images that it never saw to noise and back: unsampled with each sampler, and inverted
+    exactly. Then it makes another digit, or another skin tone, of each latent. It prints a table, and writes to OUT the
+    table (.json), the images and latents (.npz), a picture (.png), and an image for `kinvert edit`.
     """
     check_matplotlib()
     try:
@@ -80,17 +80,17 @@ def demo(out: Path, as_json: bool, **options: Any) -> None:
         click.echo(to_json(outcome.report()), nl=False)
         return
     _print_demo(outcome)
-    print_lines(*(f"wrote {path}" for path in paths.values()), *_next(outcome, paths["digit"]))
+    print_lines(*(f"wrote {path}" for path in paths.values()), *_next(outcome, paths["example"]))
 
 
-def _next(outcome: demos.Demo, digit: Path) -> list[str]:
+def _next(outcome: demos.Demo, example: Path) -> list[str]:
     """Return what to type after the demo."""
     place, model = outcome.example, outcome.settings.model
     label, target = int(outcome.labels[place]), int(outcome.targets[place])
     which = "" if model == "mnist" else f" --model {model}"
-    edited = digit.with_name(f"edited-{model}-{target}.png")
+    edited = example.with_name(f"edited-{model}-{target}.png")
     return [
-        f"next: kinvert edit {shlex.quote(str(digit))} --from label={label} --to label={target} --cfg 3{which} "
+        f"next: kinvert edit {shlex.quote(str(example))} --from label={label} --to label={target} --cfg 3{which} "
         f"--out {shlex.quote(str(edited))}"
     ]
 
@@ -124,8 +124,11 @@ def _print_demo(outcome: demos.Demo) -> None:
         if "invert" in outcome.trips
         else "Samplers go up approximately; --invert adds an exact inversion.",
         f"An edit samples the latent as the digit five further on, with cfg {demos.EDIT_CFG:g}; "
-        "a classifier says whether it took.",
-        "In the picture black is the larger value: ink in images.",
+        "a classifier says whether it took."
+        if outcome.truth is None
+        else f"An edit samples the latent as the skin tone three further on, with cfg {demos.EDIT_CFG:g}; "
+        "it took if it is closer to the real picture in that tone than the picture before.",
+        *(["In the picture black is the larger value: ink in images."] if outcome.truth is None else []),
     )
 
 
