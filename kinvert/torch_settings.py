@@ -14,6 +14,7 @@ from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 
 __all__ = ["changes", "default_settings", "loading", "read_settings", "restored_settings", "tell_once"]
 
@@ -38,13 +39,13 @@ def _attribute(path: str, default: Any) -> _Setting:
     )
 
 
-def _attention(kind: str) -> _Setting:
+def _attention(kind: str, default: bool = True) -> _Setting:
     """Return the setting that allows a kind of scaled dot-product attention on CUDA devices."""
     return _Setting(
         f"torch.backends.cuda.enable_{kind}",
         lambda: methodcaller(f"{kind}_enabled")(torch.backends.cuda),
         lambda value: methodcaller(f"enable_{kind}", value)(torch.backends.cuda),
-        True,
+        default,
     )
 
 
@@ -87,7 +88,8 @@ _SETTINGS = (
     *(_attribute(f"backends.cudnn.{name}.fp32_precision", default="tf32") for name in ("conv", "rnn")),
     *(_attribute(f"backends.mkldnn.{name}.fp32_precision", default="none") for name in ("matmul", "conv", "rnn")),
     _attribute("utils.deterministic.fill_uninitialized_memory", default=True),
-    *map(_attention, ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")),
+    *map(_attention, ("flash_sdp", "mem_efficient_sdp", "math_sdp")),
+    _attention("cudnn_sdp", default=TorchVersion(torch.__version__) >= (2, 5)),  # which torch 2.4 has, but not allowed
     *map(_autocast, ("cpu", "cuda")),
     _attribute("backends.cuda.matmul.allow_fp16_reduced_precision_reduction", default=True),
     _attribute("backends.cuda.matmul.allow_bf16_reduced_precision_reduction", default=True),
