@@ -136,7 +136,7 @@ def published(x: float, levels: list[float], steps: int, std: float) -> tuple[fl
 def test_oss_is_the_published_search(std: float, n: int, rho: float) -> None:
     fine = ki.schedules.karras(12, 0.1, 10.0, rho=rho)
     x = torch.full((1, 1), 7.0, dtype=torch.float64)
-    found = oss(ki.denoisers.Gaussian(0.0, std), x, fine, n)
+    found = oss(ki.denoisers.Gaussian(0.0, std), x, fine, steps=n)
     assert tuple(found.tolist()) == published(7.0, fine.tolist(), n, std)
 
 
@@ -150,7 +150,7 @@ def test_for_gaussian_data_no_subset_of_the_levels_is_nearer_to_the_teacher(samp
     def distance(levels: Any) -> float:
         return float((ki.sample(GAUSSIAN, latents, levels, sampler=sampler) - teacher).square().mean())
 
-    found = oss(GAUSSIAN, latents, fine, steps, sampler=sampler)
+    found = oss(GAUSSIAN, latents, fine, steps=steps, sampler=sampler)
     subsets = [[fine[0], *inner, fine[-1]] for inner in itertools.combinations(fine[1:-1], steps - 1)]
     assert found.tolist() in subsets
     assert distance(found) <= min(map(distance, subsets)) * (1 + 1e-9)
@@ -165,7 +165,7 @@ def test_steps_from_a_state_share_their_first_evaluation(sampler: str, more: int
         rows += len(x)
         return MIXTURE(x, sigma)
 
-    oss(counting, 10 * images(2), KARRAS, 3, sampler=sampler)
+    oss(counting, 10 * images(2), KARRAS, steps=3, sampler=sampler)
     # of the teacher; from the start; to the two levels that two more steps end from, and from there to the end
     states, tried = 6 + 1 + 4 + 4, 6 + 4 + (1 + 2 + 3 + 4) + 4
     assert rows == 2 * (states + more * tried)
@@ -173,26 +173,27 @@ def test_steps_from_a_state_share_their_first_evaluation(sampler: str, more: int
 
 def test_oss_of_all_steps_is_the_teacher_and_guidance_matters() -> None:
     latents = 10 * noise_like((4, 6))
-    assert torch.equal(oss(labelled, latents, KARRAS, 6, **guidance(2.0)), KARRAS)
+    assert torch.equal(oss(labelled, latents, KARRAS, steps=6, **guidance(2.0)), KARRAS)
     fine = ki.schedules.karras(20, 0.1, 10.0)[:-1]
-    plain, guided = (oss(labelled, latents, fine, 4, **guidance(cfg)).tolist() for cfg in (1.0, 6.0))
+    plain, guided = (oss(labelled, latents, fine, steps=4, **guidance(cfg)).tolist() for cfg in (1.0, 6.0))
     assert plain != guided and set(plain) | set(guided) <= set(fine.tolist())
 
 
 def test_oss_in_flow_time() -> None:
     velocity = ki.denoisers.from_velocity(flow_velocity, ki.levels.flow(), coordinates="flow")
-    found = oss(velocity, noise_like((2, 3)), ki.schedule("simple", 20, ki.levels.flow()), 4)
+    found = oss(velocity, noise_like((2, 3)), ki.schedule("simple", 20, ki.levels.flow()), steps=4)
     assert isinstance(found, ki.levels.FlowTimes) and found[0] == 1 and found[-1] == 0 and len(found) == 5
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "too many": (lambda: oss(GAUSSIAN, data(), KARRAS, 7), ValueError, "steps must be at most those of sigmas, 6, got 7"),
-    "no number": (lambda: oss(GAUSSIAN, data(), KARRAS, 2.5), ValueError, "steps must be an int"),  # type: ignore[arg-type]
-    "rising": (lambda: oss(GAUSSIAN, data(), KARRAS.flip(0), 3), ValueError, r"decreasing.*sigmas.flip\(0\)"),
-    "remembers": (lambda: oss(GAUSSIAN, data(), KARRAS, 3, sampler="dpmpp_2m"), ValueError, "'dpmpp_2m', which draws noise or remembers"),
-    "a pair": (lambda: oss(GAUSSIAN, data(), KARRAS, 3, sampler="edict"), ValueError, "depend on x alone"),
-    "draws": (lambda: oss(GAUSSIAN, data(), KARRAS, 3, sampler="euler_ancestral"), ValueError, "'euler_ancestral', which draws noise"),
-    "integers": (lambda: oss(GAUSSIAN, data().int(), KARRAS, 3), TypeError, "floating point"),
+    "too many": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=7), ValueError, "steps must be at most those of sigmas, 6, got 7"),
+    "no number": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=2.5), ValueError, "steps must be an int"),  # type: ignore[arg-type]
+    "rising": (lambda: oss(GAUSSIAN, data(), KARRAS.flip(0), steps=3), ValueError, r"decreasing.*sigmas.flip\(0\)"),
+    "remembers": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=3, sampler="dpmpp_2m"), ValueError, "'dpmpp_2m', which draws noise or remembers"),
+    "a pair": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=3, sampler="edict"), ValueError, "depend on x alone"),
+    "draws": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=3, sampler="euler_ancestral"), ValueError, "'euler_ancestral', which draws noise"),
+    "by name": (lambda: ki.schedule("OSS", 10, ki.levels.flow()), ValueError, "computed from a denoiser, by ki.optimal.oss"),
+    "integers": (lambda: oss(GAUSSIAN, data().int(), KARRAS, steps=3), TypeError, "floating point"),
     "exact": (lambda: round_trip_schedule(GAUSSIAN, data(), KARRAS, method="direct_inversion"), ValueError, "round trip of euler is exact to rounding"),
     "solved": (lambda: round_trip_schedule(GAUSSIAN, data(), KARRAS, method="invert"), ValueError, "'invert' is exact on every schedule"),
     "upwards": (lambda: round_trip_schedule(GAUSSIAN, data(), KARRAS.flip(0)), ValueError, r"decreasing.*sigmas.flip\(0\)"),
