@@ -18,6 +18,7 @@ of the cosine is concave, so equal angles are best: the schedule is uniform in `
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -198,16 +199,17 @@ def oss(
         )
     scales = step_cfg(cfg, schedule)
     bound = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=len(x), coordinates=coordinates)
+    plan_of = functools.cache(lambda i, j: compile_plan(rule, (schedule[i], schedule[j])))
     teacher = [x]
     for i in range(last):
-        teacher.append(_Steps(rule, schedule, bound, teacher[-1], i).to(i + 1))
+        teacher.append(_Steps(plan_of, bound, teacher[-1], i).to(i + 1))
     came_from: list[dict[int, int]] = []
     states = {0: x}
     for k in range(1, steps + 1):
         reached: dict[int, tuple[float, int, Tensor]] = {}
         ends = range(k, last - steps + k + 1) if k < steps else (last,)
         for i, state in states.items():
-            leave = _Steps(rule, schedule, bound, state, i)
+            leave = _Steps(plan_of, bound, state, i)
             new = {j: leave.to(j) for j in ends if j > i}
             far = torch.stack([(z - teacher[j]).square().mean() for j, z in new.items()]).tolist()
             for (j, z), distance in zip(new.items(), far, strict=True):
@@ -224,13 +226,13 @@ def oss(
 class _Steps:
     """The steps of a sampler from one state to many levels; they share a first evaluation that is at the state."""
 
-    def __init__(self, rule: Rule, schedule: tuple[float, ...], denoiser: Guidance, x: Tensor, index: int) -> None:
-        self.rule, self.schedule, self.denoiser, self.x, self.index = rule, schedule, denoiser, x, index
+    def __init__(self, plan_of: Callable[[int, int], Plan], denoiser: Guidance, x: Tensor, index: int) -> None:
+        self.plan_of, self.denoiser, self.x, self.index = plan_of, denoiser, x, index
         self.first: Any = None
 
     def to(self, index: int) -> Tensor:
         """Return the state at another level."""
-        plan = compile_plan(self.rule, (self.schedule[self.index], self.schedule[index]))
+        plan = self.plan_of(self.index, index)
         shared, run = _begins_at_state(plan), stepwise(plan, self.x)
         while not run.done:
             if shared and not run.evaluations:
