@@ -78,7 +78,7 @@ PUBLIC = {
     """,
     "kinvert.inversion.baselines": """
         BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow flow_edit
-        forward_first null_text register_baseline renoise rf_inversion rf_solver sample_null_text steer uni_inv
+        forward_first gnri null_text register_baseline renoise rf_inversion rf_solver sample_null_text steer uni_inv
     """,
     "kinvert.inversion.solvers": """
         Anderson Attempt Auto Continuation Damped Guess Judge LevenbergMarquardt NewtonKrylov Picard Problem Reason Root
