@@ -20,7 +20,8 @@ import kinvert as ki
 from kinvert.optimal import oss, round_trip_schedule
 
 GAUSSIAN = ki.denoisers.Gaussian(0.3, 0.5)
-KARRAS = ki.schedules.karras(7, 0.1, 10.0)[:-1]
+KARRAS = ki.schedules.karras(5, 0.1, 10.0)[:-1]
+SEVEN = ki.schedules.karras(7, 0.1, 10.0)[:-1]
 
 
 def data(*shape: int) -> Tensor:
@@ -33,7 +34,7 @@ def trip_error(denoiser: ki.Denoiser, x: Tensor, sigmas: Any, **options: Any) ->
 
 
 @given(std=st.floats(0.05, 5.0), high=st.floats(1.0, 50.0), low=st.floats(0.01, 0.5), n=st.integers(2, 8))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_the_round_trip_of_euler_is_a_product_of_squared_cosines(std: float, high: float, low: float, n: int) -> None:
     sigmas = ki.schedules.karras(n + 1, low, high)[:-1]
     x = data(2, 3)
@@ -47,12 +48,12 @@ def test_for_gaussian_data_the_angles_are_equal(std: float) -> None:
     """From Karras' levels, and from images of another spread, which do not hint at the answer."""
     gaussian, x = ki.denoisers.Gaussian(0.3, std), data()
     found = round_trip_schedule(gaussian, x, KARRAS)
-    expected = std * torch.linspace(math.atan(10 / std), math.atan(0.1 / std), 7, dtype=torch.float64).tan()
+    expected = std * torch.linspace(math.atan(10 / std), math.atan(0.1 / std), 5, dtype=torch.float64).tan()
     assert float((found / expected - 1).abs().max()) < 2e-3
     assert trip_error(gaussian, x, found) <= trip_error(gaussian, x, expected) * (1 + 1e-6)
     assert found.dtype == torch.float64 and found[0] == KARRAS[0] and found[-1] == KARRAS[-1]
     if std == 1.0:
-        torch.testing.assert_close(expected, ki.schedules.kl_optimal(7, 0.1, 10.0)[:-1])
+        torch.testing.assert_close(expected, ki.schedules.kl_optimal(5, 0.1, 10.0)[:-1])
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
@@ -61,7 +62,7 @@ def test_no_schedule_of_a_fine_grid_is_better(sampler: str) -> None:
     gaussian, x = ki.denoisers.Gaussian(0.0, torch.tensor([0.2, 0.2, 2.0, 2.0], dtype=torch.float64)), data()
     sigmas = ki.schedules.exponential(4, 0.1, 10.0)[:-1]
     found = trip_error(gaussian, x, round_trip_schedule(gaussian, x, sigmas, sampler=sampler), sampler=sampler)
-    grid = np.geomspace(10.0, 0.1, 16)
+    grid = np.geomspace(10.0, 0.1, 12)
     pairs = itertools.combinations(grid[1:-1].tolist(), 2)
     errors = [trip_error(gaussian, x, [10.0, *inner, 0.1], sampler=sampler) for inner in pairs]
     assert 0.5 * min(errors) < found <= min(errors) * (1 + 1e-6)
@@ -70,9 +71,9 @@ def test_no_schedule_of_a_fine_grid_is_better(sampler: str) -> None:
 @pytest.mark.parametrize("options", [{"method": "ddim_noisy"}, guidance(1.5), {"sampler": "heun"}], ids=str)
 def test_it_never_gets_worse(options: dict[str, Any]) -> None:
     options = guidance(1.0) | options
-    found = round_trip_schedule(labelled, images(4), KARRAS[::2], iterations=3, **options)
-    assert trip_error(labelled, images(4), found, **options) < trip_error(labelled, images(4), KARRAS[::2], **options)
-    assert torch.equal(found, round_trip_schedule(labelled, images(4), KARRAS[::2], iterations=3, **options))
+    found = round_trip_schedule(labelled, images(4), KARRAS, iterations=2, **options)
+    assert trip_error(labelled, images(4), found, **options) < trip_error(labelled, images(4), KARRAS, **options)
+    assert torch.equal(found, round_trip_schedule(labelled, images(4), KARRAS, iterations=2, **options))
 
 
 def test_what_it_returns_is_at_least_as_good_as_a_schedule_that_is_best_already() -> None:
@@ -84,7 +85,7 @@ def test_what_it_returns_is_at_least_as_good_as_a_schedule_that_is_best_already(
 def test_in_flow_time_and_down_to_zero() -> None:
     velocity = ki.denoisers.from_velocity(flow_velocity, ki.levels.flow(), coordinates="flow")
     times = ki.schedule("simple", 5, ki.levels.flow(3.0))
-    found = round_trip_schedule(velocity, data(), times, iterations=5)
+    found = round_trip_schedule(velocity, data(), times, iterations=2)
     assert isinstance(found, ki.levels.FlowTimes) and found[0] == 1 and found[-1] == 0 and len(found) == 6
     before, after = (float(ki.round_trip(velocity, data(), t).mse.mean()) for t in (times, found))
     assert after < before
@@ -99,7 +100,7 @@ def flow_velocity(x: Tensor, t: Tensor) -> Tensor:
 
 def test_single_precision_gains_as_well() -> None:
     found = round_trip_schedule(GAUSSIAN, data().float(), KARRAS, iterations=5)
-    assert trip_error(GAUSSIAN, data(), found) < 0.6 * trip_error(GAUSSIAN, data(), KARRAS)
+    assert trip_error(GAUSSIAN, data(), found) < 0.65 * trip_error(GAUSSIAN, data(), KARRAS)
 
 
 def test_one_step_has_nothing_to_choose() -> None:
@@ -132,18 +133,17 @@ def published(x: float, levels: list[float], steps: int, std: float) -> tuple[fl
 
 
 @given(std=st.floats(0.2, 3.0), n=st.integers(1, 6), rho=st.floats(1.0, 8.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_oss_is_the_published_search(std: float, n: int, rho: float) -> None:
-    fine = ki.schedules.karras(12, 0.1, 10.0, rho=rho)
+    fine = ki.schedules.karras(9, 0.1, 10.0, rho=rho)
     x = torch.full((1, 1), 7.0, dtype=torch.float64)
     found = oss(ki.denoisers.Gaussian(0.0, std), x, fine, steps=n)
     assert tuple(found.tolist()) == published(7.0, fine.tolist(), n, std)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 2), ("euler", 3), ("heun", 3), ("dpm_2", 2)])
 def test_for_gaussian_data_no_subset_of_the_levels_is_nearer_to_the_teacher(sampler: str, steps: int) -> None:
-    fine = ki.schedules.karras(12, 0.1, 10.0)[:-1].tolist()
+    fine = ki.schedules.karras(10, 0.1, 10.0)[:-1].tolist()
     latents = 10.0 * noise_like((3, 2), seed=1)
     teacher = ki.sample(GAUSSIAN, latents, fine, sampler=sampler)
 
@@ -165,7 +165,7 @@ def test_steps_from_a_state_share_their_first_evaluation(sampler: str, more: int
         rows += len(x)
         return MIXTURE(x, sigma)
 
-    oss(counting, 10 * images(2), KARRAS, steps=3, sampler=sampler)
+    oss(counting, 10 * images(2), SEVEN, steps=3, sampler=sampler)
     # of the teacher; from the start; to the two levels that two more steps end from, and from there to the end
     states, tried = 6 + 1 + 4 + 4, 6 + 4 + (1 + 2 + 3 + 4) + 4
     assert rows == 2 * (states + more * tried)
@@ -173,20 +173,20 @@ def test_steps_from_a_state_share_their_first_evaluation(sampler: str, more: int
 
 def test_oss_of_all_steps_is_the_teacher_and_guidance_matters() -> None:
     latents = 10 * noise_like((4, 6))
-    assert torch.equal(oss(labelled, latents, KARRAS, steps=6, **guidance(2.0)), KARRAS)
-    fine = ki.schedules.karras(20, 0.1, 10.0)[:-1]
+    assert torch.equal(oss(labelled, latents, SEVEN, steps=6, **guidance(2.0)), SEVEN)
+    fine = ki.schedules.karras(14, 0.1, 10.0)[:-1]
     plain, guided = (oss(labelled, latents, fine, steps=4, **guidance(cfg)).tolist() for cfg in (1.0, 6.0))
     assert plain != guided and set(plain) | set(guided) <= set(fine.tolist())
 
 
 def test_oss_in_flow_time() -> None:
     velocity = ki.denoisers.from_velocity(flow_velocity, ki.levels.flow(), coordinates="flow")
-    found = oss(velocity, noise_like((2, 3)), ki.schedule("simple", 20, ki.levels.flow()), steps=4)
+    found = oss(velocity, noise_like((2, 3)), ki.schedule("simple", 10, ki.levels.flow()), steps=4)
     assert isinstance(found, ki.levels.FlowTimes) and found[0] == 1 and found[-1] == 0 and len(found) == 5
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "too many": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=7), ValueError, "steps must be at most those of sigmas, 6, got 7"),
+    "too many": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=5), ValueError, "steps must be at most those of sigmas, 4, got 5"),
     "no number": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=2.5), ValueError, "steps must be an int"),  # type: ignore[arg-type]
     "rising": (lambda: oss(GAUSSIAN, data(), KARRAS.flip(0), steps=3), ValueError, r"decreasing.*sigmas.flip\(0\)"),
     "remembers": (lambda: oss(GAUSSIAN, data(), KARRAS, steps=3, sampler="dpmpp_2m"), ValueError, "'dpmpp_2m', which draws noise or remembers"),
