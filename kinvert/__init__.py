@@ -18,6 +18,7 @@ from kinvert import levels as levels
 from kinvert import metrics as metrics
 from kinvert import models as models
 from kinvert import noise as noise
+from kinvert import optimal as optimal
 from kinvert import pictures as pictures
 from kinvert import plot as plot
 from kinvert import rules as rules
@@ -91,6 +92,7 @@ __all__ = [
     "metrics",
     "models",
     "noise",
+    "optimal",
     "pictures",
     "plot",
     "round_trip",

@@ -53,6 +53,7 @@ LAYERS = [
     {"sampling"},
     {"inversion"},
     {"roundtrip", "reference", "edits", "density"},
+    {"optimal"},
     {"loading"},
     {"plot"},
     {"models"},

@@ -25,7 +25,7 @@ PUBLIC = {
     "kinvert": """
         SAMPLERS SCHEDULES Denoiser Edited Guided Inversion LogProb Plan Progress RoundTrip Rule Schedule Solving Stepwise
         Stop __version__ analysis compile_plan denoisers dequantize edit extract_noise flow_sampler graphs guidance inversion
-        invert levels load log_prob metrics models noise pictures plot
+        invert levels load log_prob metrics models noise optimal pictures plot
         round_trip rules run sample sampler schedule schedules slerp stepwise unsample
     """,
     "kinvert.adapters.comfyui": """
@@ -78,7 +78,7 @@ PUBLIC = {
     """,
     "kinvert.inversion.baselines": """
         BASELINES Averaged aidi ddim_inversion direct_inversion dpm_solver_inversion easyinv fireflow flow_edit
-        forward_first null_text register_baseline renoise rf_inversion rf_solver sample_null_text steer uni_inv
+        forward_first gnri null_text register_baseline renoise rf_inversion rf_solver sample_null_text steer uni_inv
     """,
     "kinvert.inversion.solvers": """
         Anderson Attempt Auto Continuation Damped Guess Judge LevenbergMarquardt NewtonKrylov Picard Problem Reason Root
@@ -99,6 +99,9 @@ PUBLIC = {
     "kinvert.noise": """
         Brownian Clipped Noise NoiseFunction NoiseSource Replay White bind brownian clipped default_noise derived_seed
         replay white
+    """,
+    "kinvert.optimal": """
+        oss round_trip_schedule
     """,
     "kinvert.pictures": """
         IMAGES TENSORS image_files open_image pillow read save_image write

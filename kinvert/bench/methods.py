@@ -239,6 +239,7 @@ METHODS: Registry[Method] = Registry(
         "aidi": _baseline("aidi"),
         "aidi_anderson": _baseline("aidi_anderson"),
         "renoise": _baseline("renoise"),
+        "gnri": _baseline("gnri"),
         "dpm_solver_1": _baseline("dpm_solver_1"),
         "dpm_solver_2": _baseline("dpm_solver_2", "dpmpp_2m"),
         "direct_inversion": _direct_inversion,

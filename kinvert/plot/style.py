@@ -67,6 +67,7 @@ METHOD_COLOURS = {
     "aidi": "#999933",
     "aidi_anderson": "#666600",
     "renoise": "#332288",
+    "gnri": "#DDAA33",
     "easyinv": "#7B68C4",
     "rf_inversion": "#117733",
     "rf_solver": "#44AA99",

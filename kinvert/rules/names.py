@@ -126,6 +126,8 @@ SCHEDULES_ELSEWHERE: dict[str, Meaning] = {
     "linspace": Meaning(schedule="normal"),
     "lu": Meaning(schedule="exponential"),
     "lulambdas": Meaning(schedule="exponential"),
+    "optimalsteps": Meaning(note="it is computed from a denoiser, by ki.optimal.oss"),
+    "oss": Meaning(note="it is computed from a denoiser, by ki.optimal.oss"),
     "sdturbo": Meaning(schedule="trailing", note="with 10 steps, of which the first n are taken, and then 0"),
     "sgm": Meaning(schedule="sgm_uniform"),
     "uniform": Meaning(schedule="normal"),

@@ -24,10 +24,10 @@ SIGMAS = torch.tensor([10.0, 5.0, 2.5, 1.1, 0.4, 0.1], dtype=torch.float64)
 ABSOLUTE = {"deis", "edict", "bdia", "er_sde", "rf_solver", "fireflow", "sa_solver", "sa_solver_pece", "ddim_inverse"}
 REFUSED = {"exp_heun_2_x0_sde"}  # by extract_noise: its noise is in its last evaluation
 # DDIM at the noisier level is a VP rule, and these start from it; EasyInv, RF-Solver, FireFlow and Uni-Inv know it or
-# flow time.
+# flow time. GNRI adds a distance to a log-density.
 ABSOLUTE_BASELINES = {
     "ddim_noisy", "easyinv", "rf_solver", "fireflow", "aidi", "aidi_anderson", "renoise", "dpm_solver_1",
-    "dpm_solver_2", "direct_inversion", "null_text", "uni_inv", "forward_first",
+    "dpm_solver_2", "direct_inversion", "null_text", "uni_inv", "forward_first", "gnri",
 }  # fmt: skip
 SCALES = [(torch.float64, 2.0**-20), (torch.float32, 2.0**20)]
 

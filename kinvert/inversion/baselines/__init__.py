@@ -6,7 +6,7 @@ In the coordinates `x = x0 + sigma eps`, with a step of the sampler from the noi
 sides, and most methods differ in what they put on the right:
 
 * `ddim_inversion`: x_b, at either of the two noise levels;
-* `aidi`, `renoise`, `dpm_solver_inversion`: an iteration;
+* `aidi`, `renoise`, `dpm_solver_inversion`: an iteration; `gnri`: one with a prior;
 * `easyinv`: the same as DDIM, and less of the result; `forward_first`: noise first, and DDIM after it;
 * `uni_inv`: a prediction of x_a by the step before;
 * `rf_inversion`, `rf_solver`, `fireflow`: the equation of a rectified flow, steered, or with a method of order 2;
@@ -38,6 +38,7 @@ from kinvert.inversion.baselines.explicit import (
     rf_solver,
     uni_inv,
 )
+from kinvert.inversion.baselines.guided_newton import gnri
 from kinvert.inversion.baselines.inversion_free import flow_edit
 from kinvert.inversion.baselines.iterative import Averaged, aidi, dpm_solver_inversion, renoise
 from kinvert.inversion.baselines.steered import rf_inversion, steer
@@ -56,6 +57,7 @@ __all__ = [
     "fireflow",
     "flow_edit",
     "forward_first",
+    "gnri",
     "null_text",
     "register_baseline",
     "renoise",
@@ -81,6 +83,7 @@ BASELINES: Registry[Callable[..., Inversion]] = Registry(
         "aidi": aidi,
         "aidi_anderson": functools.partial(aidi, window=3),
         "renoise": renoise,
+        "gnri": gnri,
         "dpm_solver_1": dpm_solver_inversion,
         "dpm_solver_2": functools.partial(dpm_solver_inversion, order=2),
         "direct_inversion": direct_inversion,

@@ -22,6 +22,7 @@ from kinvert.inversion.baselines import (
     fireflow,
     flow_edit,
     forward_first,
+    gnri,
     null_text,
     renoise,
     rf_inversion,
@@ -32,7 +33,7 @@ from kinvert.rules import DirectInversion
 from kinvert.tensors import rms
 
 EULER = ("ddim_clean", "ddim_noisy", "easyinv", "rf_inversion", "aidi", "aidi_anderson", "renoise", "dpm_solver_1")
-EULER += ("uni_inv", "forward_first")
+EULER += ("uni_inv", "forward_first", "gnri")
 SAMPLERS: dict[str, Any] = {
     **dict.fromkeys(EULER, ki.sampler("euler")),
     "rf_solver": ki.sampler("rf_solver"),
@@ -119,6 +120,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "edit average": (lambda: flow_edit(MIXTURE, X, S, source=None, target=None, average=0), ValueError, "average must be an int of at least 1"),
     "edit times": (lambda: flow_edit(ki.denoisers.Gaussian(0.0, 1.0), X, ki.levels.FlowTimes([1.0, 0.5]), source=None, target=None), ValueError, "sigmas are flow times"),
     "image": (lambda: steer(MIXTURE, X[:3], 0.1, eta=0.5)(X, S[:1].expand(4)), ValueError, "image has shape .3, 6., which does not fit x's .4, 6."),
+    "prior": (lambda: gnri(MIXTURE, X, S, weight=-1.0), ValueError, "weight must be"),
+    "newton steps": (lambda: gnri(MIXTURE, X, S, iterations=0), ValueError, "iterations must be an int of at least 1"),
+    "through": (lambda: gnri(torch.no_grad()(MIXTURE), X, S, through=True), TypeError, "through=True needs a denoiser whose result depends on x"),
     "label": (lambda: null_text(labelled, X, S, **guidance(2.0)), TypeError, "negative must have a floating point tensor to optimise, got label; pass the embedding"),
     "no negative": (lambda: null_text(MIXTURE, X, S), TypeError, "to optimise, got nothing"),
     "lr": (lambda: null_text(shifted, X, S, lr=0.0, positive={"shift": X}, negative={"shift": X}), ValueError, "lr must be a positive number"),
