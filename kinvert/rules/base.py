@@ -46,9 +46,13 @@ class StepBuilder(ABC):
         x: the state at `sigma`.
         memory: the values that the step before remembered, and x, by name.
         remembered: the values that this step remembers, by name.
+        retraces: whether the step goes back along noise that is known, as in a coupling of a step down and a step up.
+            Then a rising step of an SDE has the noise of the falling one, and is no error.
 
     The states are linear forms while a rule is compiled, and tensors when it is run eagerly. A rule cannot tell which.
     """
+
+    retraces: bool = False
 
     def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
         self.sigmas = sigmas

@@ -14,7 +14,7 @@ A step to sigma = 0 has no inverse: each method returns the denoised image and d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NoReturn, Self
 
@@ -234,6 +234,11 @@ class McCallumFoster(Rule):
         return self.rule.ode_order
 
     @property
+    def default_noise(self) -> Literal["white", "brownian"]:
+        """The kind of noise that the wrapped rule draws."""
+        return self.rule.default_noise
+
+    @property
     def noise_options(self) -> dict[str, Any]:
         """No option: the noise belongs to the wrapped rule."""
         return {}
@@ -249,25 +254,41 @@ class McCallumFoster(Rule):
     def step(self, s: StepBuilder) -> Form:
         if s.sigma_next == 0:
             return self.rule.step(_OneStep(s, s.x, s.sigma, 0.0))
-        z, q = s.memory["z"], 1.0 if self.coupling == "noise" else s.sigma_next / s.sigma
+        z, q = s.memory["z"], 1.0
+        if self.coupling == "data":
+            q = (s.sigma_next / s.sigma) ** (1.0 + self.rule.options.get("eta", 0.0))
         if q > MOST_APART:
             raise ValueError(
                 f"{self.name}: with coupling='data' the step up from sigma {s.sigma:g} to {s.sigma_next:g} takes its "
                 f"two states apart by {q:.3g}; use ki.invert, which runs the inverse, or a schedule without so long a "
                 "step, such as sigmas[:-1]"
             )
-        x = self.rule.step(_OneStep(s, z, s.sigma, s.sigma_next)) + q * self.lam * (s.x - z)
-        up = self.rule.step(_OneStep(s, x, s.sigma_next, s.sigma))
+        there = _OneStep(s, z, s.sigma, s.sigma_next)
+        x = self.rule.step(there) + q * self.lam * (s.x - z)
+        up = self.rule.step(_OneStep(s, x, s.sigma_next, s.sigma, there.noises))
         s.remember("z", x + q * (z - up))
         return x
 
 
 class _OneStep(StepBuilder):
-    """One step of the wrapped rule between two noise levels, in either direction."""
+    """One step of the wrapped rule between two noise levels, in either direction.
 
-    def __init__(self, outer: StepBuilder, x: Form, sigma: float, sigma_next: float) -> None:
+    `path` has the noises of the step that this one goes back along, by their intervals: backwards they are `-n`.
+    """
+
+    def __init__(
+        self,
+        outer: StepBuilder,
+        x: Form,
+        sigma: float,
+        sigma_next: float,
+        path: Mapping[tuple[float, float], Form] | None = None,
+    ) -> None:
         super().__init__((sigma, sigma_next), 0, {"x": x})
         self._outer = outer
+        self._path = path or {}
+        self.retraces = path is not None
+        self.noises: dict[tuple[float, float], Form] = {}
 
     def denoise(self, x: Form, sigma: float) -> Form:
         return self._outer.denoise(x, sigma)
@@ -276,7 +297,10 @@ class _OneStep(StepBuilder):
         return self._outer.denoise_guided(x, sigma)
 
     def noise(self, sigma_from: float, sigma_to: float) -> Form:
-        return self._outer.noise(sigma_from, sigma_to)
+        if (known := self._path.get((sigma_to, sigma_from))) is not None:
+            return -1.0 * known
+        self.noises[sigma_from, sigma_to] = noise = self._outer.noise(sigma_from, sigma_to)
+        return noise
 
     def remember(self, name: str, value: Form) -> NoReturn:
         raise ValueError("mccallum_foster needs a rule that remembers nothing, such as 'euler' or 'heun'")
