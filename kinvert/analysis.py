@@ -247,7 +247,7 @@ def _invertibility(plan: Plan) -> Invertibility:
     return "two-point" if plan.is_multistep else "stepwise"
 
 
-def explicit_inverse(plan: Plan) -> Plan:
+def explicit_inverse(plan: Plan, *, known_noise: bool = False) -> Plan:
     r"""Return the Plan that undoes `plan`: from the final x and auxiliary state to the initial ones, upwards.
 
     After a step its new values `x', aux'` are known. They are linear combinations of `x, aux` and the evaluations
@@ -256,6 +256,8 @@ def explicit_inverse(plan: Plan) -> Plan:
 
     Args:
         plan: of an algebraically reversible sampler, on a schedule that stops above 0.
+        known_noise: accept steps that draw noise. The inverse takes the same noises, so they must be known: it asks for
+            those of the last step first, in the order that they have in the step. `invert_reversible` plays them back.
 
     Returns:
         A Plan for `engine.run_state`, with at most as many evaluations as `plan.closed`.
@@ -267,9 +269,10 @@ def explicit_inverse(plan: Plan) -> Plan:
         raise ValueError(f"{plan.rule.name} carries no auxiliary state to be undone with; use 'o_belm' or 'leapfrog'")
     steps: list[Step] = []
     for step in reversed(plan.closed.steps):
-        inverse = _inverse_step(step, plan.auxiliary)
+        inverse = _inverse_step(step, plan.auxiliary) if known_noise or not step.noises else None
         if inverse is None:
-            fix = "; stop above 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else "; it draws noise" * bool(step.noises)
+            unknown = "; it draws noise: use ki.invert(..., noise=...)" * bool(step.noises)
+            fix = "; stop above 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else unknown
             raise ValueError(
                 f"{plan.rule.name} cannot undo its step from sigma {step.sigma:g} to {step.sigma_next:g}: x and "
                 f"{', '.join(plan.auxiliary)} cannot be recovered from what they became{fix}"
@@ -279,15 +282,17 @@ def explicit_inverse(plan: Plan) -> Plan:
 
 
 def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
-    """Return the step from the new state of `step` to its old state, or None if the rows do not allow it."""
+    """Return the step back from the new state of `step`, with its noises; None if the rows do not allow it."""
     rows = {"x": step.x, **dict(step.memory)}
-    if step.noises or not rows.keys() >= set(auxiliary):
+    if not rows.keys() >= set(auxiliary):
         return None
-    names = ("x", *auxiliary)
+    names, noises = ("x", *auxiliary), [Noise(r) for r in range(len(step.noises))]
     outputs = [[Denoised(k), Uncond(k)] if stage.guided else [Denoised(k)] for k, stage in enumerate(step.stages)]
-    span = _Span([*map(State, names), *(symbol for pair in outputs for symbol in pair)])
+    span = _Span([*map(State, names), *(symbol for pair in outputs for symbol in pair), *noises])
     for name in names:
         span.add(State(name), rows[name])
+    for noise in noises:
+        span.add(noise, Form.of(noise))
     stages: list[Stage] = []
     waiting = dict(enumerate(step.stages))
     while ready := next(((k, f) for k, s in waiting.items() if (f := span.solve(s.input)) is not None), None):
@@ -299,7 +304,7 @@ def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
     if len(found) < len(names):
         return None
     x = found.pop("x")
-    return Step(step.index, step.sigma_next, step.sigma, tuple(stages), (), x, tuple(found.items()))
+    return Step(step.index, step.sigma_next, step.sigma, tuple(stages), step.noises, x, tuple(found.items()))
 
 
 class _Span:
@@ -356,8 +361,9 @@ def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
     names = ("x", *plan.auxiliary)
     total = np.eye(len(names))
     norms = [1.0]
-    for step in reversed(explicit_inverse(plan).steps):
+    for step in reversed(explicit_inverse(plan, known_noise=True).steps):
         values: dict[Symbol, np.ndarray] = {State(n): row for n, row in zip(names, np.eye(len(names)), strict=True)}
+        values |= {Noise(r): np.zeros(len(names)) for r in range(len(step.noises))}  # it has no error
         for k, stage in enumerate(step.stages):
             share = 1.0 if math.isinf(std) else std**2 / (std**2 + stage.sigma**2)
             values[Denoised(k)] = values[Uncond(k)] = share * stage.input.at(values)
