@@ -125,8 +125,8 @@ class Path:
         return draw
 
 
-@pytest.mark.parametrize(("name", "true_area", "order"), [("shark", True, 1.5), ("rex_sde", True, 1.5), ("shark", False, 1.0)])
-def test_strong_order(name: str, true_area: bool, order: float) -> None:
+@pytest.mark.parametrize(("name", "true_area"), [("shark", True), ("rex_sde", True), ("shark", False)])
+def test_strong_order(name: str, true_area: bool) -> None:
     """Against the same method on the finest grid: along one path, with its area 3/2, with the area by halves 1."""
     runs, path = 200, Path(200)
     start = 2.0 * noise_like((runs, 1))
@@ -139,5 +139,4 @@ def test_strong_order(name: str, true_area: bool, order: float) -> None:
     fine, strides = end(2), [32, 16, 8]
     errors = [float((end(stride) - fine).square().mean().sqrt()) for stride in strides]
     slope = order_slope(errors, [FINE // stride for stride in strides])
-    print(slope, errors)
-    assert slope > order - 0.15
+    assert slope > 1.35 if true_area else slope == pytest.approx(1.0, abs=0.2)
