@@ -167,9 +167,8 @@ def invert(
             if found.failures:
                 warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
             parts.append(certify(plan, task.x, goal, found, back, inside))
-    joined = Inversion.join(parts)
-    evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)
-    return replace(joined, evaluations=evaluations, row_checks=asked, warnings=notes)
+    whole = Inversion.join(parts)
+    return replace(whole, evaluations=whole.evaluations + asked, row_checks=asked, warnings=(*before, *whole.warnings))
 
 
 def _check_rows(bound: BoundDenoiser, x: Tensor, plan: Plan, fixed: int | None) -> Tensor:

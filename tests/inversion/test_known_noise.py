@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from flowmodels import IN_FLOW, TIMES, X
+from hypothesis import given, settings
 from inverting import MIXTURE, images, schedule
 from problems import noise_like, schedules
 from torch import Tensor
