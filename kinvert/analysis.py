@@ -286,13 +286,11 @@ def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
     rows = {"x": step.x, **dict(step.memory)}
     if not rows.keys() >= set(auxiliary):
         return None
-    names, noises = ("x", *auxiliary), [Noise(r) for r in range(len(step.noises))]
+    names = ("x", *auxiliary)
     outputs = [[Denoised(k), Uncond(k)] if stage.guided else [Denoised(k)] for k, stage in enumerate(step.stages)]
-    span = _Span([*map(State, names), *(symbol for pair in outputs for symbol in pair), *noises])
+    span = _Span([*map(State, names), *(symbol for pair in outputs for symbol in pair)])
     for name in names:
         span.add(State(name), rows[name])
-    for noise in noises:
-        span.add(noise, Form.of(noise))
     stages: list[Stage] = []
     waiting = dict(enumerate(step.stages))
     while ready := next(((k, f) for k, s in waiting.items() if (f := span.solve(s.input)) is not None), None):
@@ -308,19 +306,29 @@ def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
 
 
 class _Span:
-    """The space of forms that are linear combinations of known forms, each known by its name."""
+    """The space of forms that are linear combinations of known forms, each known by its name, and of noises."""
 
     def __init__(self, symbols: list[Symbol]) -> None:
         self.symbols = symbols
-        self.known: dict[Symbol, np.ndarray] = {}
+        self.known: dict[Symbol, np.ndarray] = {}  # without their noises
+        self.noises: dict[Symbol, Form] = {}
 
     def add(self, name: Symbol, form: Form) -> None:
         """Add a known form."""
-        self.known[name] = self._vector(form)
+        self.known[name], self.noises[name] = self._vector(form), _noises_of(form)
 
     def solve(self, form: Form) -> Form | None:
-        """Return `form` as a combination of the known forms' names, or None if it is no such combination."""
-        target = self._vector(form)
+        """Return `form` as a combination of the names of known forms, and of noises; None if it is none."""
+        found = self._solve(self._vector(form))
+        if found is None:
+            return None
+        rest = _noises_of(form)
+        for name, c in found:
+            rest = rest.add(self.noises[name], -c)
+        return found + rest
+
+    def _solve(self, target: np.ndarray) -> Form | None:
+        """Return the combination of the known forms' names that is the target up to noises."""
         for name, row in self.known.items():
             if np.array_equal(row, target):
                 return Form.of(name)
@@ -336,6 +344,11 @@ class _Span:
 
     def _vector(self, form: Form) -> np.ndarray:
         return np.array([form[symbol] for symbol in self.symbols])
+
+
+def _noises_of(form: Form) -> Form:
+    """Return the part of a form that is noise."""
+    return Form({symbol: c for symbol, c in form if symbol.kind == "noise"})
 
 
 def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:

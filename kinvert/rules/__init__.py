@@ -35,6 +35,7 @@ from kinvert.rules.phi_tableau import PhiTableau
 from kinvert.rules.predictor_corrector import SASolver, UniPC
 from kinvert.rules.rectified import FireFlow, RFSolver, UniInv
 from kinvert.rules.res import ResMultistep
+from kinvert.rules.restart import Restart
 from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
 from kinvert.rules.seeds import Seeds2, Seeds3
@@ -90,6 +91,7 @@ __all__ = [
     "RFSolver",
     "ResMultistep",
     "ResMultistepCFGpp",
+    "Restart",
     "ReversibleHeun",
     "Rule",
     "RungeKutta",
@@ -193,6 +195,7 @@ register(DPMpp2MSDE, "dpmpp_2m_sde_heun", solver_type="heun")
 register(UniPC, "uni_pc_bh2", variant="bh2")
 register(SASolver, "sa_solver_pece", use_pece=True)
 register(McCallumFoster, rule=Heun())
+register(Restart, rule=Heun())
 register(McCallumFoster, "rex_sde", rule=ShARK(), coupling="data")
 for _tableau in TABLEAUS:
     register(RungeKutta, _tableau.name, tableau=_tableau)

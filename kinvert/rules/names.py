@@ -73,7 +73,6 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "dpmpp2s": Meaning("dpmpp_2s_ancestral", "eta=0", note=_PAIRS),
     "lmsd": Meaning("lms"),
     "plms": Meaning("ipndm", note=_LOW_START),
-    "restart": Meaning(note=_ABSENT),
     "tcd": Meaning(note=_ABSENT),
     # classes of diffusers
     "cosinedpmsolvermultistep": Meaning(
