@@ -114,8 +114,8 @@ PUBLIC = {
         DPM2Ancestral DPMAdaptive DPMFast DPMpp2M DPMpp2MCFGpp DPMpp2MSDE DPMpp2SAncestral DPMpp2SAncestralCFGpp
         DPMpp3MSDE DPMppSDE DirectInversion Euler EulerAncestral EulerAncestralCFGpp ExponentialAdams FireFlow Flow
         GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 LawsonRungeKutta
-        Leapfrog McCallumFoster PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
-        StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
+        Leapfrog McCallumFoster PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp Restart ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
+        ShARK StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
     """,
     "kinvert.schedules": """
         ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 bong_tangent ddim_uniform
