@@ -62,7 +62,7 @@ PUBLIC = {
         expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg refuse_history resize_mask step_cfg
     """,
     "kinvert.engine": """
-        Callback FusedRun Memory Progress Stepwise advance check_state combine fused_loop noise_for plain_loop run
+        Callback FusedRun Memory Progress Stepwise advance check_state combine drawn_noises fused_loop noise_for plain_loop run
         run_state stage_sigmas
     """,
     "kinvert.engine.graphs": """
