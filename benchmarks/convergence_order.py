@@ -88,7 +88,9 @@ def main() -> None:
         print(f"{name:32} {samplers[name]['order']:6.2f}   {samplers[name]['errors'][STEPS[-1]]:.1e}")
     versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"versions": versions, "steps": STEPS, "samplers": samplers}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"versions": versions, "steps": STEPS, "samplers": samplers}, indent=1, default=repr) + "\n"
+    )
 
 
 if __name__ == "__main__":

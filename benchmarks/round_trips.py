@@ -59,7 +59,9 @@ def main() -> None:
         samplers[name] = measure(name)
         print(f"{name:32} {samplers[name].get('psnr', samplers[name].get('error'))}", flush=True)
     versions = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    RESULTS.write_text(json.dumps({"versions": versions, "steps": STEPS, "samplers": samplers}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"versions": versions, "steps": STEPS, "samplers": samplers}, indent=1, default=repr) + "\n"
+    )
 
 
 if __name__ == "__main__":

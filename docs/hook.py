@@ -128,7 +128,8 @@ def character(entry: SamplerEntry, rule: ki.Rule) -> Sequence[str]:
     if p.unsamples:
         return [*counts, "yes"]
     works = properties(rule.quiet()).unsamples
-    return [*counts, f"with `{next(iter(rule.noise_options))}=0`" if works else "no"]
+    switch = ", ".join(f"{name}={value!r}".replace("=0.0", "=0") for name, value in rule.noise_options.items())
+    return [*counts, f"with `{switch}`" if works else "no"]
 
 
 def options(entries: list[SamplerEntry]) -> str:

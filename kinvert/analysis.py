@@ -247,7 +247,7 @@ def _invertibility(plan: Plan) -> Invertibility:
     return "two-point" if plan.is_multistep else "stepwise"
 
 
-def explicit_inverse(plan: Plan) -> Plan:
+def explicit_inverse(plan: Plan, *, known_noise: bool = False) -> Plan:
     r"""Return the Plan that undoes `plan`: from the final x and auxiliary state to the initial ones, upwards.
 
     After a step its new values `x', aux'` are known. They are linear combinations of `x, aux` and the evaluations
@@ -256,6 +256,8 @@ def explicit_inverse(plan: Plan) -> Plan:
 
     Args:
         plan: of an algebraically reversible sampler, on a schedule that stops above 0.
+        known_noise: accept steps that draw noise. The inverse takes the same noises, so they must be known: it asks for
+            those of the last step first, in the order that they have in the step. `invert_reversible` plays them back.
 
     Returns:
         A Plan for `engine.run_state`, with at most as many evaluations as `plan.closed`.
@@ -267,9 +269,10 @@ def explicit_inverse(plan: Plan) -> Plan:
         raise ValueError(f"{plan.rule.name} carries no auxiliary state to be undone with; use 'o_belm' or 'leapfrog'")
     steps: list[Step] = []
     for step in reversed(plan.closed.steps):
-        inverse = _inverse_step(step, plan.auxiliary)
+        inverse = _inverse_step(step, plan.auxiliary) if known_noise or not step.noises else None
         if inverse is None:
-            fix = "; stop above 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else "; it draws noise" * bool(step.noises)
+            unknown = "; it draws noise: use ki.invert(..., noise=...)" * bool(step.noises)
+            fix = "; stop above 0, e.g. sigmas[:-1]" if step.sigma_next == 0 else unknown
             raise ValueError(
                 f"{plan.rule.name} cannot undo its step from sigma {step.sigma:g} to {step.sigma_next:g}: x and "
                 f"{', '.join(plan.auxiliary)} cannot be recovered from what they became{fix}"
@@ -279,9 +282,9 @@ def explicit_inverse(plan: Plan) -> Plan:
 
 
 def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
-    """Return the step from the new state of `step` to its old state, or None if the rows do not allow it."""
+    """Return the step back from the new state of `step`, with its noises; None if the rows do not allow it."""
     rows = {"x": step.x, **dict(step.memory)}
-    if step.noises or not rows.keys() >= set(auxiliary):
+    if not rows.keys() >= set(auxiliary):
         return None
     names = ("x", *auxiliary)
     outputs = [[Denoised(k), Uncond(k)] if stage.guided else [Denoised(k)] for k, stage in enumerate(step.stages)]
@@ -299,23 +302,33 @@ def _inverse_step(step: Step, auxiliary: Sequence[str]) -> Step | None:
     if len(found) < len(names):
         return None
     x = found.pop("x")
-    return Step(step.index, step.sigma_next, step.sigma, tuple(stages), (), x, tuple(found.items()))
+    return Step(step.index, step.sigma_next, step.sigma, tuple(stages), step.noises, x, tuple(found.items()))
 
 
 class _Span:
-    """The space of forms that are linear combinations of known forms, each known by its name."""
+    """The space of forms that are linear combinations of known forms, each known by its name, and of noises."""
 
     def __init__(self, symbols: list[Symbol]) -> None:
         self.symbols = symbols
-        self.known: dict[Symbol, np.ndarray] = {}
+        self.known: dict[Symbol, np.ndarray] = {}  # without their noises
+        self.noises: dict[Symbol, Form] = {}
 
     def add(self, name: Symbol, form: Form) -> None:
         """Add a known form."""
-        self.known[name] = self._vector(form)
+        self.known[name], self.noises[name] = self._vector(form), _noises_of(form)
 
     def solve(self, form: Form) -> Form | None:
-        """Return `form` as a combination of the known forms' names, or None if it is no such combination."""
-        target = self._vector(form)
+        """Return `form` as a combination of the names of known forms, and of noises; None if it is none."""
+        found = self._solve(self._vector(form))
+        if found is None:
+            return None
+        rest = _noises_of(form)
+        for name, c in found:
+            rest = rest.add(self.noises[name], -c)
+        return found + rest
+
+    def _solve(self, target: np.ndarray) -> Form | None:
+        """Return the combination of the known forms' names that is the target up to noises."""
         for name, row in self.known.items():
             if np.array_equal(row, target):
                 return Form.of(name)
@@ -331,6 +344,11 @@ class _Span:
 
     def _vector(self, form: Form) -> np.ndarray:
         return np.array([form[symbol] for symbol in self.symbols])
+
+
+def _noises_of(form: Form) -> Form:
+    """Return the part of a form that is noise."""
+    return Form({symbol: c for symbol, c in form if symbol.kind == "noise"})
 
 
 def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
@@ -356,8 +374,9 @@ def amplification(plan: Plan, std: float = math.inf) -> tuple[float, ...]:
     names = ("x", *plan.auxiliary)
     total = np.eye(len(names))
     norms = [1.0]
-    for step in reversed(explicit_inverse(plan).steps):
+    for step in reversed(explicit_inverse(plan, known_noise=True).steps):
         values: dict[Symbol, np.ndarray] = {State(n): row for n, row in zip(names, np.eye(len(names)), strict=True)}
+        values |= {Noise(r): np.zeros(len(names)) for r in range(len(step.noises))}  # it has no error
         for k, stage in enumerate(step.stages):
             share = 1.0 if math.isinf(std) else std**2 / (std**2 + stage.sigma**2)
             values[Denoised(k)] = values[Uncond(k)] = share * stage.input.at(values)

@@ -155,7 +155,8 @@ def edit(
         mask: 1 = edit, 0 = keep; shapes as in `sample`. What it keeps is x, to the bit. "invert" takes a hard mask.
         noise: the fresh noise of "noise" and the states of "extract_noise", reproducible: `ki.noise.white(seed)`. A
             stochastic sampler under "noise" draws from the same source, independently of the start; there
-            `ki.noise.brownian(seed)` may be given too. None: torch's global generator.
+            `ki.noise.brownian(seed)` may be given too. None: torch's global generator. Under "invert" it is that of
+            a reversible sampler that draws noise, as in `invert`.
         reconstruct: also return what the latents give with the source. For "invert" and "extract_noise" it costs
             nothing: the certificate has it.
 
@@ -181,7 +182,7 @@ def edit(
     found: Inversion | None = None
     spent = [0]  # evaluations after each step
     if method == "invert":
-        found = invert(denoiser, x, levels, tol=tol, max_evals=max_evals, **up, **run)
+        found = invert(denoiser, x, levels, tol=tol, max_evals=max_evals, noise=noise, **up, **run)
     elif method == "extract_noise":
         found = extract_noise(denoiser, x, levels, tol=tol, noise=noise, **up, **run)  # type: ignore[arg-type]
     if found is not None:
@@ -229,10 +230,10 @@ def _shortened(setting: Setting, end_at_step: int) -> Setting:
 
 def _check_used(method: str, tol: float | None, max_evals: int | None, noise: Noise | None) -> None:
     """Raise ValueError for an argument that the method has no use for, TypeError for noise of another kind."""
-    uses = {"tol": ("invert", "extract_noise"), "max_evals": ("invert",), "noise": ("extract_noise", "noise")}
+    uses = {"tol": ("invert", "extract_noise"), "max_evals": ("invert",), "noise": ("invert", "extract_noise", "noise")}
     for name, value in (("tol", tol), ("max_evals", max_evals), ("noise", noise)):
         if value is not None and method not in uses[name]:
-            known = " and ".join(repr(one) for one in uses[name])
+            known = ", ".join(map(repr, uses[name][:-1])) + " and " * (len(uses[name]) > 1) + repr(uses[name][-1])
             raise ValueError(f"{name} is for method={known}, got it for {method!r}; leave it out")
     if noise is not None and not isinstance(noise, White | Brownian):
         raise TypeError(f"noise must be a source with a seed, such as ki.noise.white(0), got {type(noise).__name__}")

@@ -153,7 +153,8 @@ def round_trip(
             as the auxiliary state of a reversible sampler, goes down with it.
         data_range: for psnr, the distance between the smallest and the largest possible value: 2 for data in [-1, 1],
             1 for [0, 1], 255 for bytes.
-        noise: the noise source of both directions for samplers with churn; of the states for "extract_noise".
+        noise: the noise source of both directions for samplers with churn, and for reversible ones under "invert"; of
+            the states for "extract_noise".
         denoiser, x, sigmas, sampler, end_at_step, normalize, sigma_offset, cfg, positive, negative, mask, callback,
             progress, max_batch: as in `unsample`. With a mask the kept region is x itself. A normalized latent is
             scaled to `sigmas[end_at_step]` before it is sampled back.
@@ -215,10 +216,10 @@ def _inverted(
     """Find the latent by a method that returns an `Inversion`; refuse what the method has no use for."""
     if method == "extract_noise":
         return extract_noise(denoiser, x, sigmas, sampler=rule, noise=noise, **options)  # type: ignore[arg-type]
-    if noise is not None:
-        raise ValueError(f"noise is for method='unsample' and 'extract_noise', got it for {method!r}; leave it out")
     if method == "invert":
-        return invert(denoiser, x, sigmas, sampler=rule, **options)
+        return invert(denoiser, x, sigmas, sampler=rule, noise=noise, **options)
+    if noise is not None:
+        raise ValueError(f"noise is for kinvert's own methods, got it for {method!r}; leave it out")
     others = {name: options.pop(name) for name in ("mask", "progress", "max_batch")}
     if others["mask"] is not None or others["max_batch"] is not None:
         raise ValueError(f"mask and max_batch are for kinvert's own methods, got one for {method!r}; leave it out")

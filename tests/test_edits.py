@@ -208,7 +208,11 @@ def test_edits_in_flow_time() -> None:
         ({"source": "cat"}, "source, with source_cfg: .*mapping"),
         ({"method": "noise", "tol": 1e-3}, "tol is for method='invert' and 'extract_noise', got it for 'noise'"),
         ({"method": "unsample", "max_evals": 100}, "max_evals is for method='invert', got it for 'unsample'"),
-        ({"noise": ki.noise.white(0)}, "noise is for method='extract_noise' and 'noise', got it for 'invert'"),
+        ({"noise": ki.noise.white(0)}, "noise is for samplers that draw noise, and euler draws none here"),
+        (
+            {"method": "unsample", "noise": ki.noise.white(0)},
+            "noise is for method='invert', 'extract_noise' and 'noise', got it",
+        ),
         ({"method": "noise", "noise": torch.randn}, "noise must be a source with a seed"),
         ({"method": "extract_noise"}, "euler draws no noise"),
         ({"sampler": "euler_ancestral"}, "use extract_noise"),

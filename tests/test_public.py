@@ -62,7 +62,7 @@ PUBLIC = {
         expand from_edm from_eps from_v from_velocity from_x0 guide kept_cfg refuse_history resize_mask step_cfg
     """,
     "kinvert.engine": """
-        Callback FusedRun Memory Progress Stepwise advance check_state combine fused_loop noise_for plain_loop run
+        Callback FusedRun Memory Progress Stepwise advance check_state combine drawn_noises fused_loop noise_for plain_loop run
         run_state stage_sigmas
     """,
     "kinvert.engine.graphs": """
@@ -117,8 +117,8 @@ PUBLIC = {
         DPM2Ancestral DPMAdaptive DPMFast DPMpp2M DPMpp2MCFGpp DPMpp2MSDE DPMpp2SAncestral DPMpp2SAncestralCFGpp
         DPMpp3MSDE DPMppSDE DirectInversion Euler EulerAncestral EulerAncestralCFGpp ExponentialAdams FireFlow Flow
         GradientEstimation GradientEstimationCFGpp Heun HeunPP2 HochbruckOstermann5 Krogstad4 LawsonRungeKutta
-        Leapfrog McCallumFoster PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
-        StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
+        Leapfrog McCallumFoster PhiRungeKutta PhiTableau RFSolver ResMultistep ResMultistepCFGpp Restart ReversibleHeun Rule RungeKutta SASolver SamplerEntry Seeds2 Seeds3
+        ShARK StepBuilder Tableau UniInv UniPC interpolate register sampler slope weighted_sum
     """,
     "kinvert.schedules": """
         ALIGN_YOUR_STEPS DISCARD_PENULTIMATE SCHEDULES ScheduleEntry ays beta beta57 bong_tangent ddim_uniform

@@ -110,7 +110,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "normalize": ({"method": "invert", "normalize": True}, "normalize and end_at_step are for method='unsample'"),
     "end_at_step": ({"method": "aidi", "end_at_step": 2}, "end_at_step are for method='unsample'; cut the schedule"),
     "sigma_offset": ({"method": "invert", "sigma_offset": 1e-3}, "sigma_offset is for method='unsample'"),
-    "noise": ({"method": "invert", "noise": ki.noise.white(0)}, "noise is for method='unsample' and 'extract_noise'"),
+    "noise": (
+        {"method": "invert", "noise": ki.noise.white(0)},
+        "noise is for samplers that draw noise, and euler draws",
+    ),
+    "noise of a baseline": (
+        {"method": "aidi", "noise": ki.noise.white(0)},
+        "noise is for kinvert's own methods, got",
+    ),
     "mask": ({"method": "aidi", "mask": MASK}, "mask and max_batch are for kinvert's own methods, got one for 'aidi'"),
     "max_batch": ({"method": "renoise", "max_batch": 2}, "mask and max_batch are for kinvert's own methods"),
     "sampler": ({"method": "aidi", "sampler": "heun"}, "'aidi' inverts the sampler 'euler', got sampler='heun'"),

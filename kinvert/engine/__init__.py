@@ -5,7 +5,7 @@ and `fused` do the same in fewer passes over memory; `graphs` records it; `adapt
 """
 
 from kinvert.engine.contract import check_state
-from kinvert.engine.draws import noise_for
+from kinvert.engine.draws import drawn_noises, noise_for
 from kinvert.engine.fused import FusedRun, fused_loop
 from kinvert.engine.loop import plain_loop, run, run_state
 from kinvert.engine.step import Callback, Memory, Progress, advance, combine, stage_sigmas
@@ -20,6 +20,7 @@ __all__ = [
     "advance",
     "check_state",
     "combine",
+    "drawn_noises",
     "fused_loop",
     "noise_for",
     "plain_loop",

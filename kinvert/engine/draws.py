@@ -7,10 +7,11 @@ from typing import TypedDict
 
 from torch import Tensor
 
+from kinvert.engine.contract import checked_noise
 from kinvert.noise import Brownian, Clipped, Noise, NoiseFunction, NoiseSource, White, bind, default_noise
 from kinvert.plan import Plan
 
-__all__ = ["Recipe", "from_recipe", "noise_after", "noise_for", "recipe_of", "source_for"]
+__all__ = ["Recipe", "drawn_noises", "from_recipe", "noise_after", "noise_for", "recipe_of", "source_for"]
 
 
 class Recipe(TypedDict):
@@ -37,6 +38,16 @@ def noise_for(plan: Plan, noise: Noise | None, x: Tensor) -> NoiseFunction:
     if source is None:
         return lambda sigma_from, sigma_to: x  # never called
     return bind(source, x, plan.noise_levels, plan.rule.noise_clip)
+
+
+def drawn_noises(plan: Plan, noise: Noise | None, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the noises that a run on states like x draws, in order; `ki.noise.replay` plays them back.
+
+    Raises:
+        TypeError, ValueError: no noise source; a noise of another shape than x's.
+    """
+    draw = noise_for(plan, noise, x)
+    return tuple([checked_noise(draw, interval, x).clone() for step in plan.steps for interval in step.noises])
 
 
 def noise_after(plan: Plan, noise: Noise | None, x: Tensor, draws: int) -> NoiseFunction:

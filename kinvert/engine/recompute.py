@@ -47,6 +47,11 @@ def check_recomputable(plan: Plan, x: Tensor) -> None:
             "take 'o_belm', 'bdia', 'edict' or another, or leave recompute out and put torch.utils.checkpoint around "
             "the denoiser"
         )
+    if plan.is_stochastic:
+        raise ValueError(
+            f"recompute=True undoes steps, and {plan.rule.name} draws noise, which is not kept; leave recompute out "
+            "and put torch.utils.checkpoint around the denoiser"
+        )
     if is_half(x.dtype):
         raise ValueError(
             f"recompute=True undoes steps, which rounding in {x.dtype} does not allow; give x in float32 or float64 "

@@ -108,7 +108,7 @@ class WayBack:
             denoise = in_parts(self._bound(denoiser, latent, sigmas), latent, max_batch, graph=False)
             if self.mask is not None and self.image is not None:
                 denoise = Masked(denoise, self.mask, self.image, coordinates=self.coordinates)
-            return self._sample_pair(denoise, latent, memory, callback, progress)
+            return self._sample_pair(denoise, latent, memory, noises, callback, progress)
         kept: dict[str, Any] = {}
         if self.mask is not None and self.image is not None:
             kept = {"mask": self.mask, "latent": self.image, "mask_noise": torch.zeros_like(self.image)}
@@ -136,13 +136,20 @@ class WayBack:
         return compile_plan(self.sampler, self.sigmas), guided
 
     def _sample_pair(
-        self, denoiser: Denoiser, latent: Tensor, memory: Mapping[str, Tensor], callback: Callback | None, bar: bool
+        self,
+        denoiser: Denoiser,
+        latent: Tensor,
+        memory: Mapping[str, Tensor],
+        noises: Sequence[Tensor],
+        callback: Callback | None,
+        bar: bool,
     ) -> Tensor:
         plan = compile_plan(self.sampler, self.sigmas).closed
         if bar:
             steps = sum(1 for step in plan.steps if step.stages)  # the first step of a given pair may need none
             callback = with_bar(callback, f"sample {self.sampler.name}", steps, plan.sigmas[-1])
-        image = run_state(plan, denoiser, {"x": latent, **memory}, callback=callback)["x"]
+        noise = replay(list(noises)) if noises else None
+        image = run_state(plan, denoiser, {"x": latent, **memory}, noise, callback)["x"]
         if has_values(image) and not bool(image.isfinite().all()):
             raise ValueError(f"{self.sampler.name}: the result is not finite; check the denoiser, or use a wider dtype")
         return image

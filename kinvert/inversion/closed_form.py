@@ -54,11 +54,13 @@ class ClosedForm:
                 "higher precision or fewer steps"
             )
             warn_user(before[0])
-        undone = invert_reversible(plan, task.solving, x)
+        undone = invert_reversible(plan, task.solving, x, noises=task.noises)
         if not task.check:
             spent = torch.full_like(task.problem.budget, undone.evaluations)
             memory = {name: value.to(task.x.dtype) for name, value in undone.memory.items()}
-            return Found(undone.latent, None, spent, 0, notes=before, memory=memory, amplification=growth)
+            return Found(
+                undone.latent, None, spent, 0, notes=before, memory=memory, amplification=growth, noises=task.noises
+            )
         restored = task.sample(undone.latent, undone.memory)
         error = task.error(restored)
         lost = task.failed(error)
@@ -74,4 +76,5 @@ class ClosedForm:
             failures=() if before else failures,
             memory={name: value.to(task.x.dtype) for name, value in undone.memory.items()},
             amplification=growth,
+            noises=task.noises,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from kinvert.checks import check_callback, check_choice, check_decreasing, check_values, is_integer
 from kinvert.coordinates import settle
 from kinvert.denoisers import BoundDenoiser, Cfg, Denoiser, Masked, guide, step_cfg
-from kinvert.engine import Callback, check_state
+from kinvert.engine import Callback, check_state, drawn_noises
 from kinvert.forms import State
 from kinvert.inversion.back import WayBack
 from kinvert.inversion.batches import FewBatches
@@ -27,6 +27,7 @@ from kinvert.inversion.task import Task, default_runs
 from kinvert.inversion.verdict import ROWS, check_guidance, check_rows, rounding_note, tolerance
 from kinvert.inversion.watching import Watcher, looking_on
 from kinvert.moments import check_flow_spread
+from kinvert.noise import Noise
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import Rule
@@ -54,13 +55,14 @@ def invert(
     positive: Mapping[str, Any] | None = None,
     negative: Mapping[str, Any] | None = None,
     mask: Tensor | None = None,
+    noise: Noise | None = None,
     callback: Callback | None = None,
     watch: Watcher | None = None,
     progress: bool = False,
     max_batch: int | None = None,
     fixed_batch: bool = False,
 ) -> Inversion:
-    """Find the latent that a deterministic sampler maps to an image, to a tolerance, and check it.
+    """Find the latent that a sampler maps to an image, to a tolerance, and check it.
 
     Args:
         denoiser, cfg, positive, negative: as in `sample`. The denoiser is a black box: it is called, never
@@ -68,7 +70,7 @@ def invert(
         x: image, shape (batch, *event): the state at `sigmas[-1]`.
         sigmas: the decreasing sampling schedule. It must end above 0, e.g. `sigmas[:-1]`: the step to 0 returns the
             denoised image and forgets x. See `last_step`.
-        sampler: a deterministic sampler, by name or as a rule.
+        sampler: a deterministic sampler, by name or as a rule; or a reversible one with noise, such as "rex_sde".
         method: root finder: "auto", "anderson", "newton", "continuation", "damped", "picard" (the published fixed
             point) or a `Solver`, for the steps one by one; "sweeps" or `Sweeps` for the run as a whole, which multistep
             samplers need. Reversible samplers are undone in closed form, by "auto" alone.
@@ -86,6 +88,9 @@ def invert(
         check: sample the latent again. Without it `round_trip_error` is NaN, nothing is called converged, and every
             reason is UNCHECKED.
         mask: 1 = invert, 0 = keep x, as in `unsample`; nothing between, at the resolution of x.
+        noise: for a reversible sampler that draws noise, the source of its run, as in `sample`: an image has another
+            latent for each noise. All of it is drawn before the run, and kept as `noises`. `ki.noise.brownian(seed)`
+            and `white(seed)` give a run of the sampler the same; a function of your own is asked in the run's order.
         callback: called after each step of the run that checks the result (for a multistep sampler, of one more run).
             It stops nothing: an exception passes through, as in `sample`.
         watch: called with a `Solving` after each evaluation, plain numbers for which no device is asked. It stops the
@@ -113,10 +118,10 @@ def invert(
         the run if rounding is expected to grow beyond the tolerance.
 
     Raises:
-        ValueError: a sampler that draws noise, has no Plan or forgets x in some step, with what to use instead; a
-            method that would not be used for this sampler, with those that would; a denoiser that mixes the samples of
-            its batch (the first two of a batch take four evaluations, which find out); any other input that cannot
-            work.
+        ValueError: a sampler that draws noise (a reversible one if no `noise` is given), has no Plan or forgets x in
+            some step, with what to use instead; noise for a sampler that draws none; a method that would not be used
+            for this sampler, with those that would; a denoiser that mixes the samples of its batch (the first two of a
+            batch take four evaluations, which find out); any other input that cannot work.
         TypeError: as in `sample`.
     """
     x = check_image(x)
@@ -125,7 +130,7 @@ def invert(
     check_choice("last_step", last_step, LAST_STEPS)
     coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
     plan = compile_plan(rule, falling(schedule))
-    check_invertible(plan, last_step)
+    check_invertible(plan, last_step, noise)
     check_flow_spread(plan, coordinates)
     route, solver = choose(method, plan)
     network: torch.dtype = getattr(denoiser, "network_dtype", None) or x.dtype
@@ -145,6 +150,7 @@ def invert(
     indices = batch_parts(x, max_batch)
     rows = max_batch or max(1, min(64, 2**16 // x[0].numel()))  # of a Jacobian, whose columns are one sample's
     largest = max_batch if fixed_batch and max_batch else len(indices[0])
+    noises = drawn_noises(plan.closed, noise, x)
     asked = _check_rows(bound, x, plan, largest if fixed_batch else None)
     back = WayBack(plan.rule, plan.sigmas, coordinates, cfg, positive, negative, None if mask is None else region, x)
     parts = []
@@ -155,15 +161,14 @@ def invert(
             inside = None if region is None else region[index]
             task = Task(
                 plan, part, x[index], goal, limit, checking, index, inside, network=network, watch=eye,
-                limited=max_evals is not None, check=check,
+                limited=max_evals is not None, check=check, noises=tuple(n[index] for n in noises),
             )  # fmt: skip
             found = route.solve(task, solver)
             if found.failures:
                 warn_user(f"invert({plan.rule.name}): {'; '.join(found.failures)}")
             parts.append(certify(plan, task.x, goal, found, back, inside))
-    joined = Inversion.join(parts)
-    evaluations, notes = joined.evaluations + asked, (*before, *joined.warnings)
-    return replace(joined, evaluations=evaluations, row_checks=asked, warnings=notes)
+    whole = Inversion.join(parts)
+    return replace(whole, evaluations=whole.evaluations + asked, row_checks=asked, warnings=(*before, *whole.warnings))
 
 
 def _check_rows(bound: BoundDenoiser, x: Tensor, plan: Plan, fixed: int | None) -> Tensor:
@@ -199,16 +204,23 @@ def falling(sigmas: Any) -> tuple[float, ...]:
     return schedule
 
 
-def check_invertible(plan: Plan, last_step: str | None = None) -> None:
-    """Raise ValueError if the run of a Plan cannot be inverted."""
+def check_invertible(plan: Plan, last_step: str | None = None, noise: Noise | None = None) -> None:
+    """Raise ValueError if the run of a Plan cannot be inverted, or not with this noise."""
     name = plan.rule.name
     fix = (
         f"ki.sampler({name!r}, eta=0)" if "eta" in plan.rule.noise_options else "a deterministic sampler such as 'heun'"
     )
-    if plan.is_stochastic:
+    if noise is not None and not plan.is_stochastic:
+        raise ValueError(f"noise is for samplers that draw noise, and {name} draws none here; leave it out")
+    if plan.is_stochastic and plan.auxiliary and noise is None:
+        raise ValueError(
+            f"cannot invert {name} without noise: it draws noise {plan.draws} times, and an image has another latent "
+            "for each noise; give the source of the run, e.g. noise=ki.noise.white(seed)"
+        )
+    if plan.is_stochastic and not plan.auxiliary:
         raise ValueError(
             f"cannot invert {name}: it draws noise {plan.draws} times, so an image has a latent only together with its "
-            f"noises; use extract_noise, or {fix}"
+            f"noises; use extract_noise, or {fix}, or a reversible sampler such as 'rex_sde' with given noise"
         )
     if all(step.x.alias() == State("x") for step in plan.steps):  # its last, here its only, step is discarded
         raise ValueError(

@@ -228,6 +228,7 @@ class Inversion:
             contraction=cat("contraction", 1),
             amplification=max((part.amplification for part in parts if part.amplification is not None), default=None),
             memory={name: torch.cat([part.memory[name] for part in parts]) for name in parts[0].memory},
+            noises=tuple(map(torch.cat, zip(*(part.noises for part in parts), strict=True))),
             reasons=tuple(reason for part in parts for reason in part.reasons),
             warnings=tuple(dict.fromkeys(note for part in parts for note in part.warnings)),
         )

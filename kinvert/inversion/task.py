@@ -16,6 +16,7 @@ from kinvert.inversion.problem import Judge, Problem
 from kinvert.inversion.solvers.newton import smallest_singular_value
 from kinvert.inversion.verdict import Widened, image_size
 from kinvert.inversion.watching import UNLIMITED, Watch
+from kinvert.noise import replay
 from kinvert.plan import Plan
 from kinvert.showing.brief import brief_repr
 from kinvert.tensors import is_half, rms
@@ -46,6 +47,7 @@ class Task:
         network: dtype that the network is known to compute in.
         watch: who is told how it goes, and whether to stop.
         check: whether latents are to be sampled again, to know how good they are.
+        noises: those that the run draws, in order, each like x; () if it draws none.
     """
 
     plan: Plan
@@ -61,6 +63,7 @@ class Task:
     watch: Watch = field(default_factory=Watch)
     limited: bool = False
     check: bool = True
+    noises: tuple[Tensor, ...] = ()
 
     __repr__ = brief_repr
 
@@ -122,6 +125,7 @@ class Task:
             samples=self.samples[index],
             region=None if self.region is None else self.region[index],
             callback=None,
+            noises=tuple(noise[index] for noise in self.noises),
         )
 
     def steady(self) -> Task:
@@ -157,7 +161,8 @@ class Task:
         """Return what the sampler makes of a latent of the whole batch, in x's dtype."""
         plan = self.plan.closed if memory else self.plan
         state = {name: value.to(self.x.dtype) for name, value in {"x": latent, **(memory or {})}.items()}
-        return run_state(plan, self.denoiser, state, callback=self.callback)["x"]
+        noise = replay(self.noises) if self.noises else None
+        return run_state(plan, self.denoiser, state, noise, self.callback)["x"]
 
     def sample_some(self, latent: Tensor, index: Tensor) -> Tensor:
         """Return what the sampler makes of the latents of the samples `index`, like `wide`.

@@ -35,9 +35,11 @@ from kinvert.rules.phi_tableau import PhiTableau
 from kinvert.rules.predictor_corrector import SASolver, UniPC
 from kinvert.rules.rectified import FireFlow, RFSolver, UniInv
 from kinvert.rules.res import ResMultistep
+from kinvert.rules.restart import Restart
 from kinvert.rules.reversible import BDIA, EDICT, OBELM, Leapfrog, McCallumFoster, ReversibleHeun
 from kinvert.rules.runge_kutta import DPM2, Euler, Heun, HeunPP2
 from kinvert.rules.seeds import Seeds2, Seeds3
+from kinvert.rules.shark import ShARK
 from kinvert.rules.tableau import LawsonRungeKutta, RungeKutta, Tableau
 from kinvert.rules.tables import PHI_TABLEAUS, TABLEAUS
 from kinvert.showing.registry import Registry
@@ -89,6 +91,7 @@ __all__ = [
     "RFSolver",
     "ResMultistep",
     "ResMultistepCFGpp",
+    "Restart",
     "ReversibleHeun",
     "Rule",
     "RungeKutta",
@@ -96,6 +99,7 @@ __all__ = [
     "SamplerEntry",
     "Seeds2",
     "Seeds3",
+    "ShARK",
     "StepBuilder",
     "Tableau",
     "UniInv",
@@ -171,7 +175,7 @@ def register(rule: type[Rule], /, name: str | None = None, **defaults: Any) -> t
 for _rule in (
     *(Euler, Heun, DPM2, HeunPP2, LMS, IPNDM, IPNDMV, DEIS, GradientEstimation, DPMFast, DPMAdaptive),
     *(EulerAncestral, DPM2Ancestral, DPMpp2SAncestral, LCM, DPMpp2M, DPMppSDE, DPMpp2MSDE, DPMpp3MSDE),
-    *(ResMultistep, Seeds2, Seeds3, ERSDE, SASolver, UniPC),
+    *(ResMultistep, Seeds2, Seeds3, ShARK, ERSDE, SASolver, UniPC),
     *(EulerAncestralCFGpp, DPMpp2SAncestralCFGpp, DPMpp2MCFGpp, ResMultistepCFGpp, GradientEstimationCFGpp),
     CFGppUD10AB,
     *(RES2S, RES3S, Krogstad4, HochbruckOstermann5, ExponentialAdams, RFSolver, FireFlow),
@@ -191,6 +195,8 @@ register(DPMpp2MSDE, "dpmpp_2m_sde_heun", solver_type="heun")
 register(UniPC, "uni_pc_bh2", variant="bh2")
 register(SASolver, "sa_solver_pece", use_pece=True)
 register(McCallumFoster, rule=Heun())
+register(Restart, rule=Heun())
+register(McCallumFoster, "rex_sde", rule=ShARK(), coupling="data")
 for _tableau in TABLEAUS:
     register(RungeKutta, _tableau.name, tableau=_tableau)
 for _phi_tableau in PHI_TABLEAUS:

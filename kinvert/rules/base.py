@@ -13,19 +13,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from kinvert.checks import is_integer, is_number, unknown
 from kinvert.forms import Denoised, Form, Noise, State, Uncond
 
 __all__ = [
     "TRIAL",
+    "OneStep",
     "Rule",
     "StepBuilder",
     "final_order",
     "interpolate",
     "option",
     "options_of",
+    "quiet_rule",
     "slope",
     "weighted_sum",
 ]
@@ -46,9 +48,13 @@ class StepBuilder(ABC):
         x: the state at `sigma`.
         memory: the values that the step before remembered, and x, by name.
         remembered: the values that this step remembers, by name.
+        retraces: whether the step goes back along noise that is known, as in a coupling of a step down and a step up.
+            Then a rising step of an SDE has the noise of the falling one, and is no error.
 
     The states are linear forms while a rule is compiled, and tensors when it is run eagerly. A rule cannot tell which.
     """
+
+    retraces: bool = False
 
     def __init__(self, sigmas: Sequence[float], index: int, memory: dict[str, Form]) -> None:
         self.sigmas = sigmas
@@ -88,6 +94,49 @@ class StepBuilder(ABC):
         for age, kept in enumerate(values[: length - 1], start=1):
             self.remember(f"{name}[-{age}]", kept)
         return values
+
+
+class OneStep(StepBuilder):
+    """A step of its own between two noise levels, made by a rule that another rule wraps.
+
+    Args:
+        outer: the step of the other rule, which evaluates and draws.
+        x: the state at `sigma`.
+        sigma, sigma_next: the noise levels.
+        path: for a step that goes back, the `noises` of the step there. Backwards the noise n of an interval is -n.
+
+    Attributes:
+        noises: what was drawn, by interval.
+    """
+
+    def __init__(
+        self,
+        outer: StepBuilder,
+        x: Form,
+        sigma: float,
+        sigma_next: float,
+        path: Mapping[tuple[float, float], Form] | None = None,
+    ) -> None:
+        super().__init__((sigma, sigma_next), 0, {"x": x})
+        self._outer = outer
+        self._path = path or {}
+        self.retraces = path is not None
+        self.noises: dict[tuple[float, float], Form] = {}
+
+    def denoise(self, x: Form, sigma: float) -> Form:
+        return self._outer.denoise(x, sigma)
+
+    def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
+        return self._outer.denoise_guided(x, sigma)
+
+    def noise(self, sigma_from: float, sigma_to: float) -> Form:
+        if (known := self._path.get((sigma_to, sigma_from))) is not None:
+            return -1.0 * known
+        self.noises[sigma_from, sigma_to] = noise = self._outer.noise(sigma_from, sigma_to)
+        return noise
+
+    def remember(self, name: str, value: Form) -> NoReturn:
+        raise ValueError("it needs a rule that remembers nothing, such as 'euler' or 'heun'")
 
 
 class _OwnName:
@@ -303,6 +352,15 @@ def _draws_noise(rule: Rule) -> bool:
         if any(symbol.kind == "noise" for form in (*step.inputs, *memory.values()) for symbol, _ in form):
             return True
     return False
+
+
+def quiet_rule(rule: Rule) -> dict[str, Any]:
+    """Return `{"rule": ...}`, a wrapped rule with its noise switched off; {} if it draws none, or has no switch."""
+    try:
+        quiet = rule.quiet()
+    except ValueError:  # `quiet` of the rule around it says so
+        return {}
+    return {} if quiet is rule else {"rule": quiet}
 
 
 def slope(x: Form, denoised: Form, sigma: float) -> Form:

@@ -73,7 +73,6 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "dpmpp2s": Meaning("dpmpp_2s_ancestral", "eta=0", note=_PAIRS),
     "lmsd": Meaning("lms"),
     "plms": Meaning("ipndm", note=_LOW_START),
-    "restart": Meaning(note=_ABSENT),
     "tcd": Meaning(note=_ABSENT),
     # classes of diffusers
     "cosinedpmsolvermultistep": Meaning(
@@ -110,7 +109,9 @@ SAMPLERS_ELSEWHERE: dict[str, Meaning] = {
     "midpoint2s": Meaning("midpoint"),
     "ralston2s": Meaning("ralston"),
     "rex": Meaning(
-        "mccallum_foster", "rule=ki.rules.LawsonRungeKutta(ki.sampler('midpoint').tableau), coupling='data'"
+        "mccallum_foster",
+        "rule=ki.rules.LawsonRungeKutta(ki.sampler('midpoint').tableau), coupling='data'",
+        note="for SDEs it is 'rex_sde'",
     ),
     "rk384s": Meaning("rk38"),
     "rk44s": Meaning("rk4"),

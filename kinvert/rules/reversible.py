@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NoReturn, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from kinvert.forms import Form
-from kinvert.rules.base import Rule, StepBuilder, interpolate, option, slope
+from kinvert.rules.base import OneStep, Rule, StepBuilder, interpolate, option, quiet_rule, slope
 
 __all__ = ["BDIA", "EDICT", "OBELM", "Leapfrog", "McCallumFoster", "ReversibleHeun"]
 
@@ -234,52 +234,35 @@ class McCallumFoster(Rule):
         return self.rule.ode_order
 
     @property
-    def noise_options(self) -> dict[str, Any]:
-        """No option: the noise belongs to the wrapped rule."""
-        return {}
+    def default_noise(self) -> Literal["white", "brownian"]:
+        """The kind of noise that the wrapped rule draws."""
+        return self.rule.default_noise
 
-    def quiet(self) -> Self:
-        """Return the method with the wrapped rule's noise switched off; see `Rule.quiet`."""
-        rule = self.rule.quiet()
-        return self if rule is self.rule else replace(self, rule=rule)
+    @property
+    def noise_options(self) -> dict[str, Any]:
+        """The wrapped rule without its noise, if it draws any."""
+        return quiet_rule(self.rule)
 
     def auxiliary(self, s: StepBuilder) -> dict[str, Form]:
         return {"z": s.x}
 
     def step(self, s: StepBuilder) -> Form:
         if s.sigma_next == 0:
-            return self.rule.step(_OneStep(s, s.x, s.sigma, 0.0))
-        z, q = s.memory["z"], 1.0 if self.coupling == "noise" else s.sigma_next / s.sigma
+            return self.rule.step(OneStep(s, s.x, s.sigma, 0.0))
+        z, q = s.memory["z"], 1.0
+        if self.coupling == "data":
+            q = (s.sigma_next / s.sigma) ** (1.0 + self.rule.options.get("eta", 0.0))
         if q > MOST_APART:
             raise ValueError(
                 f"{self.name}: with coupling='data' the step up from sigma {s.sigma:g} to {s.sigma_next:g} takes its "
                 f"two states apart by {q:.3g}; use ki.invert, which runs the inverse, or a schedule without so long a "
                 "step, such as sigmas[:-1]"
             )
-        x = self.rule.step(_OneStep(s, z, s.sigma, s.sigma_next)) + q * self.lam * (s.x - z)
-        up = self.rule.step(_OneStep(s, x, s.sigma_next, s.sigma))
+        there = OneStep(s, z, s.sigma, s.sigma_next)
+        x = self.rule.step(there) + q * self.lam * (s.x - z)
+        up = self.rule.step(OneStep(s, x, s.sigma_next, s.sigma, there.noises))
         s.remember("z", x + q * (z - up))
         return x
-
-
-class _OneStep(StepBuilder):
-    """One step of the wrapped rule between two noise levels, in either direction."""
-
-    def __init__(self, outer: StepBuilder, x: Form, sigma: float, sigma_next: float) -> None:
-        super().__init__((sigma, sigma_next), 0, {"x": x})
-        self._outer = outer
-
-    def denoise(self, x: Form, sigma: float) -> Form:
-        return self._outer.denoise(x, sigma)
-
-    def denoise_guided(self, x: Form, sigma: float) -> tuple[Form, Form]:
-        return self._outer.denoise_guided(x, sigma)
-
-    def noise(self, sigma_from: float, sigma_to: float) -> Form:
-        return self._outer.noise(sigma_from, sigma_to)
-
-    def remember(self, name: str, value: Form) -> NoReturn:
-        raise ValueError("mccallum_foster needs a rule that remembers nothing, such as 'euler' or 'heun'")
 
 
 def _reflect(s: StepBuilder, weight: Callable[[float], float]) -> Form:

@@ -50,10 +50,10 @@ def test_step_and_stage_say_what_is_evaluated(name: str) -> None:
 def test_closed_plans_start_from_auxiliary_state_and_give_it_back(name: str) -> None:
     plan = ki.compile_plan(name, KARRAS[:-1]).closed
     values = {key: start() + 0.1 * noise_like((2, 6), 7) for key in plan.steps[0].reads} | {"x": start()}
-    run = ki.stepwise(plan, values)
+    run = ki.stepwise(plan, values, ki.noise.white(0))
     finish(run)
     with plain_loop():
-        want = run_state(plan, lambda y, sigma: denoise(plan, y, sigma), values)
+        want = run_state(plan, lambda y, sigma: denoise(plan, y, sigma), values, ki.noise.white(0))
     assert run.values.keys() == want.keys() > {"x"}
     assert all(torch.equal(run.values[key], want[key]) for key in want)
 

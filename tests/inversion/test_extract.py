@@ -30,7 +30,7 @@ def steerable(name: str) -> ki.Rule:
 
 PLANS = {name: ki.compile_plan(steerable(name), SIGMAS) for name in ki.SAMPLERS if name != "dpm_adaptive"}
 # The noise of a step is in its last evaluation, which no later noise can make up for: there is nothing to solve.
-THROUGH_THE_DENOISER = {"exp_heun_2_x0_sde"}
+THROUGH_THE_DENOISER = {"exp_heun_2_x0_sde", "shark", "rex_sde", "restart"}
 STOCHASTIC = [name for name, plan in PLANS.items() if plan.is_stochastic and name not in THROUGH_THE_DENOISER]
 
 

@@ -21,8 +21,8 @@ MIXTURE = mixture()
 SIGMAS = torch.tensor([10.0, 5.0, 2.5, 1.1, 0.4, 0.1], dtype=torch.float64)
 # Rules that are functions of absolute noise levels: in the time of a VP or flow model (edict and bdia as published,
 # rf_solver and fireflow; ddim_inverse upwards), or by options that are levels or of their size.
-ABSOLUTE = {"deis", "edict", "bdia", "er_sde", "rf_solver", "fireflow", "sa_solver", "sa_solver_pece", "ddim_inverse"}
-REFUSED = {"exp_heun_2_x0_sde"}  # by extract_noise: its noise is in its last evaluation
+ABSOLUTE = {"deis", "edict", "bdia", "er_sde", "rf_solver", "fireflow", "sa_solver", "sa_solver_pece", "ddim_inverse", "restart"}  # fmt: skip
+REFUSED = {"exp_heun_2_x0_sde", "shark"}  # by extract_noise: its noise is in its last evaluation
 # DDIM at the noisier level is a VP rule, and these start from it; EasyInv, RF-Solver, FireFlow and Uni-Inv know it or
 # flow time. GNRI adds a distance to a log-density.
 ABSOLUTE_BASELINES = {
@@ -66,7 +66,9 @@ def test_every_sampler_obeys_the_law_of_scale(name: str, dtype: torch.dtype, c: 
     denoiser = guided_mixture() if plan.is_guided else MIXTURE
     verb: Any = ki.invert
     given: list[dict[str, Any]] = [{"sampler": name}] * 2
-    if plan.is_stochastic:
+    if plan.is_stochastic and plan.auxiliary:
+        given = [one | {"noise": ki.noise.white(3)} for one in given]
+    elif plan.is_stochastic:
         verb = ki.extract_noise
         given = [{"sampler": name, "generator": torch.Generator().manual_seed(0)} for _ in range(2)]
     if plan.is_stochastic and name.startswith("dpmpp_2s_ancestral_cfg_pp"):

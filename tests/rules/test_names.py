@@ -138,7 +138,7 @@ def test_a_schedule_is_no_sampler_and_the_other_way_round() -> None:
 
 
 def test_absent_names_are_reported() -> None:
-    assert "kinvert does not have it" in sampler_error("Restart")
+    assert "kinvert does not have it" in sampler_error("TCD")
     assert "kinvert does not have it" in schedule_error("gits")
     assert sampler_error("xyz") == "unknown sampler 'xyz' (all names: ki.SAMPLERS or `kinvert samplers`)"
 

@@ -12,11 +12,11 @@ import pytest
 
 import kinvert as ki
 from kinvert.forms import Form
-from kinvert.rules import DirectInversion, Flow, McCallumFoster, RungeKutta, StepBuilder, register
+from kinvert.rules import DirectInversion, Flow, McCallumFoster, Restart, RungeKutta, StepBuilder, register
 from kinvert.rules.base import interpolate, options_of
 from kinvert.rules.tables import TABLEAUS
 
-SIGMAS = (10.0, 3.0, 1.0, 0.5)
+SIGMAS = (10.0, 3.0, 1.0, 0.1)
 
 
 COPIES: dict[str, Callable[[ki.Rule], ki.Rule]] = {
@@ -163,7 +163,11 @@ def test_noise_options(case: str) -> None:
 def test_quiet_reaches_the_rule_inside() -> None:
     assert Flow(ki.sampler("ddpm")).quiet() == Flow(ki.sampler("ddim"))
     churned = McCallumFoster(ki.sampler("heun", s_churn=5.0))
-    assert churned.noise_options == {} and churned.quiet() == McCallumFoster(ki.sampler("heun"))
+    assert churned.noise_options == {"rule": ki.sampler("heun")} and churned.quiet() == McCallumFoster(
+        ki.sampler("heun")
+    )
+    restarted = Restart(ki.sampler("heun", s_churn=5.0))
+    assert restarted.quiet() == Restart(ki.sampler("heun"), restarts=0)
 
 
 @dataclasses.dataclass(frozen=True)
