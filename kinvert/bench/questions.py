@@ -37,7 +37,7 @@ class Question:
 
     Attributes:
         start: "image" or "latent": what is given.
-        measures: the metrics that answer it, the most telling one first.
+        measures: the metrics that answer it, which the overview of a report shows.
         attack: what happens to the image before it is inverted.
         is_blind: whether the method is told nothing of how the image was made.
     """
@@ -48,7 +48,7 @@ class Question:
     is_blind: bool = False
 
 
-BITS = ("bits", "detected")
+BITS = ("bits",)
 QUESTIONS: Mapping[str, Question] = MappingProxyType(
     {
         "reconstruction": Question("image", ("nmse_db",)),
@@ -61,7 +61,7 @@ QUESTIONS: Mapping[str, Question] = MappingProxyType(
         "recovery_crop": Question("latent", BITS, partial(attacks.crop_and_resize, share=0.9)),
         "edit": Question("image", ("edit_error", "edit_closer")),
         "density": Question("image", ("bits_per_value", "prefers_own")),
-        "uniqueness": Question("latent", ("latents", "likeliest")),
+        "uniqueness": Question("latent", ("latents", "unique", "likeliest")),
     }
 )
 """Name -> question."""
