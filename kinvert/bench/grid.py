@@ -219,7 +219,7 @@ def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
 
 
 def preset(name: str) -> list[Cell]:
-    """Return the cells of a preset: "quick" (about a minute on two cores), "budgets", "standard" or "full".
+    """Return the cells of a preset: "quick" (a minute on two cores), "inversion", "budgets", "standard" or "full".
 
     Raises:
         ValueError: an unknown name.

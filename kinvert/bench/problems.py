@@ -6,7 +6,7 @@ These come with kinvert:
 * `mixture`: two classes of three Gaussians each in 16 dimensions; the exact denoiser of a class is guided by that of
   both;
 * `digits_exact`: the exact denoiser of a data set, 40 digits of 8x8 pixels, guided as the mixture;
-* `digits`, `mnist`: the embedded networks, with digits that they never saw.
+* `digits`, `mnist`, `emoji`: the embedded networks, with images that they never saw.
 
 The first three have exact denoisers, so that the ODE gives the true latent. Their images are draws of `x_sigma` at
 the smallest noise level, where every run starts or ends. The networks get clean images there, as a user would do.
