@@ -2,9 +2,9 @@
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
 `<!-- environments -->`, `<!-- bits -->`, `<!-- forensics -->`, `<!-- invbench -->` or `<!-- comfyui -->`. The page of
-the architecture has `<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are read
-off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices
-`<!-- round_trips -->` and `<!-- method_costs -->`.
+the architecture has `<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are
+read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
+`<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and `<!-- method_costs -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """

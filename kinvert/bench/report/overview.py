@@ -146,20 +146,21 @@ def _methods(about: str, columns: Sequence[_Column]) -> Sheet:
 
 def _winners(about: str, columns: Sequence[_Column]) -> Sheet:
     lines = []
-    for one in columns:
-        numbers = []
-        for limit in BUDGETS if column(one.measure).best else ():
-            known = one.among(limit)
-            if not known:
-                numbers.append(Number("–"))
-                continue
-            tied = sum(not better(known[0], other, one.measure) for other in known[1:])
-            method, sampler = _line(known[0])
-            words = f"{method}" + (f", {sampler}" if len({line[1] for line in one.rows}) > 1 else "")
-            numbers.append(_number(one, known[0], words=words + (f"; not told apart from {tied}" if tied else "")))
-        if numbers:
-            lines.append((_title(one, with_model=True), *numbers))
+    for one in (one for one in columns if column(one.measure).best):
+        numbers: dict[int, Number] = {}  # by how many methods a budget allows: it allows what a smaller one does
+        for known in (one.among(limit) for limit in BUDGETS):
+            if len(known) not in numbers:
+                numbers[len(known)] = _winner(one, known) if known else Number("–")
+        lines.append((_title(one, with_model=True), *(numbers[len(one.among(limit))] for limit in BUDGETS)))
     return Sheet(f"The best at each budget; {about}", ("", *map(_budget, BUDGETS)), tuple(lines), 1)
+
+
+def _winner(one: _Column, known: Sequence[Row]) -> Number:
+    """Return the number of the first row, its method, and how many others are not told apart from it."""
+    tied = sum(not better(known[0], other, one.measure) for other in known[1:])
+    method, sampler = _line(known[0])
+    words = method + (f", {sampler}" if len({line[1] for line in one.rows}) > 1 else "")
+    return _number(one, known[0], words=words + (f"; not told apart from {tied}" if tied else ""))
 
 
 def _settings(key: tuple[str, str], found: Sequence[Row]) -> Sheet:
