@@ -10,6 +10,7 @@ from benchrecords import record
 
 from kinvert.bench import report
 from kinvert.bench.report.overview import BUDGETS, Number, as_html, as_latex, as_markdown, overview
+from kinvert.bench.report.page import render
 from kinvert.bench.report.rows import rows
 
 
@@ -86,22 +87,29 @@ def test_each_scale_of_guidance_and_the_settings_that_most_methods_have() -> Non
     assert "20 steps" in sheets[0].about and not any("−180" in text(one) for line in sheets[0].lines for one in line)
 
 
+def bare(found: dict[str, Any]) -> dict[str, Any]:
+    """A record of which no figure can be drawn."""
+    metrics = {name: values for name, values in found["metrics"].items() if name in ("bits", "mse")}
+    return found | {"metrics": metrics, "latent": None, "trajectory": None}
+
+
 def test_round_trips_alone_have_no_overview(tmp_path: Path) -> None:
-    found = [record(method=method, count=8) for method in ("unsample", "invert")]
-    assert overview(rows(found)) == [] and as_html([], []) == ""
-    (tmp_path / "overview.md").touch()
-    page = report.write(found, tmp_path).read_text()
-    assert "At equal evaluations" not in page and not list(tmp_path.glob("overview.*"))
+    bits = [asked("recovery_jpeg", {"bits": spread(0.9)}, method=method) for method in ("unsample", "invert")]
+    assert "At equal evaluations" in report.write(map(bare, bits), tmp_path).read_text()
+    assert "**0.9" not in (tmp_path / "overview.md").read_text() and (tmp_path / "overview.tex").exists()
+    trips = [bare(record(method=method, count=8)) for method in ("unsample", "invert")]
+    assert overview(rows(trips)) == [] and as_html([], []) == ""
+    assert "At equal evaluations" not in report.write(trips, tmp_path).read_text()
+    assert not list(tmp_path.glob("overview.*"))
 
 
-def test_questions_without_an_error_have_a_report(tmp_path: Path) -> None:
-    page = report.write(known(), tmp_path).read_text()
-    assert page.count("At equal evaluations") == 2 and "recovery jpeg, bits right" in page
-    markdown = (tmp_path / "overview.md").read_text()
+def test_questions_without_an_error_have_a_page() -> None:
+    shown, found = render(known(), {}), rows(known())
+    assert shown.count("At equal evaluations") == 2 and "recovery jpeg, bits right" in shown
+    markdown = as_markdown(overview(found), found)
     assert "| 4 | invert\\_4 | euler | 4 | **−60.5**" in markdown
     assert "**0.900** \\[0.880, 0.920\\]" in markdown
-    assert "Methods; cfg 1" in (tmp_path / "overview.tex").read_text()
-    assert "Lowest error in reconstruction" in page and "in recovery_jpeg" not in page
+    assert "Lowest error in reconstruction" in shown and "in recovery_jpeg" not in shown
 
 
 def test_the_three_forms_have_the_same_numbers() -> None:
