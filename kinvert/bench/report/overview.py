@@ -37,13 +37,16 @@ class Number:
     words: str = ""
 
 
+Entries = tuple[str | Number, ...]
+
+
 @dataclass(frozen=True)
 class Sheet:
     """A table: what it is about, the titles of its columns, and its lines; the first `texts` columns are text."""
 
     about: str
     titles: tuple[str, ...]
-    lines: tuple[tuple[str | Number, ...], ...]
+    lines: tuple[Entries, ...]
     texts: int
 
 
@@ -65,7 +68,11 @@ class _Column:
     def is_told_apart(self, row: Row, limit: float) -> bool:
         """Tell whether a row is better than every other one within a budget."""
         others = [other for other in self.among(limit) if other is not row]
-        return bool(others) and all(better(row, other, self.measure) for other in others)
+        return (
+            column(self.measure).best is not None
+            and bool(others)
+            and all(better(row, other, self.measure) for other in others)
+        )
 
 
 def overview(found: Sequence[Row]) -> list[Sheet]:
@@ -133,19 +140,19 @@ def _methods(about: str, columns: Sequence[_Column]) -> Sheet:
             costs[line] = max(costs.get(line, 0.0), row.values[COST])
     models = {one.model for one in columns}
     titles = ("at most", "method", "sampler", "spent", *(_title(one, len(models) > 1) for one in columns))
-    lines = []
+    lines: list[Entries] = []
     for method, sampler in sorted(costs, key=lambda line: (costs[line], line)):
         cost, numbers = costs[method, sampler], []
         limit = next(budget for budget in BUDGETS if round(cost) <= budget)
         for one in columns:
-            row = one.rows.get((method, sampler))
-            numbers.append(Number("–") if row is None else _number(one, row, one.is_told_apart(row, limit)))
+            here = one.rows.get((method, sampler))
+            numbers.append(Number("–") if here is None else _number(one, here, one.is_told_apart(here, limit)))
         lines.append((_budget(limit), method, sampler, f"{cost:.3g}", *numbers))
     return Sheet(f"Methods; {about}", titles, tuple(lines), 4)
 
 
 def _winners(about: str, columns: Sequence[_Column]) -> Sheet:
-    lines = []
+    lines: list[Entries] = []
     for one in (one for one in columns if column(one.measure).best):
         numbers: dict[int, Number] = {}  # by how many methods a budget allows: it allows what a smaller one does
         for known in (one.among(limit) for limit in BUDGETS):
@@ -170,7 +177,7 @@ def _settings(key: tuple[str, str], found: Sequence[Row]) -> Sheet:
     varied = [name for name in SETTINGS if len({row.settings[name] for row in rows}) > 1] or ["method"]
     common = ", ".join(plain(rows[0].settings[name]) for name in ("method", "sampler") if name not in varied)
     rows.sort(key=lambda row: [(isinstance(v := row.settings[name], str), v) for name in varied])
-    lines = [
+    lines: list[Entries] = [
         (*(plain(row.settings[n]) for n in varied), *(Number(*with_interval(row, m)) for m in measures)) for row in rows
     ]
     titles = (*varied, *(column(name).title for name in measures))

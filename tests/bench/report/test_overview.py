@@ -73,6 +73,12 @@ def test_a_cost_above_the_last_budget_is_of_any() -> None:
     assert text(overview(rows([*known(), dear]))[0].lines[-1][0]) == "any"
 
 
+def test_a_number_of_which_neither_end_is_best_is_never_bold() -> None:
+    bits = [asked("density", {"bits_per_value": spread(k)}, method=m) for k, m in enumerate(("unsample", "invert"))]
+    methods, winners = overview(rows(bits))
+    assert not any(line[4].is_bold for line in methods.lines) and winners.lines == ()
+
+
 def test_each_scale_of_guidance_and_the_settings_that_most_methods_have() -> None:
     more = [record(method=m, cfg=3.0, relative=0.1, count=8) for m in ("unsample", "aidi")]
     other = record(method="unsample", steps=40, relative=1e-9, count=8)
