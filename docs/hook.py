@@ -1,10 +1,10 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->`,
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
-`<!-- environments -->`, `<!-- bits -->`, `<!-- forensics -->` or `<!-- comfyui -->`. The page of the architecture has
-`<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are read off the code, the
-page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices
-`<!-- round_trips -->` and `<!-- method_costs -->`.
+`<!-- environments -->`, `<!-- bits -->`, `<!-- forensics -->`, `<!-- invbench -->` or `<!-- comfyui -->`. The page of
+the architecture has `<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are
+read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
+`<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and `<!-- method_costs -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -51,6 +51,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         flow,
         bits,
         forensics,
+        invbench,
     )
     hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes, functions)
     for render in (*pages, versions, environments, layers, routes, *hosts, round_trips, method_costs):
@@ -384,6 +385,12 @@ def forensics() -> str:
         for row in report["forensics"]
     ]
     return table(["model", "images", "made at cfg", "read", "error of generated", "of held-out", "AUC"], lines)
+
+
+def invbench() -> str:
+    """The tables that the report of the preset "inversion" writes as `overview.md`."""
+    path = RESULTS / "invbench.md"
+    return path.read_text() if path.exists() else "The commands above write the tables, to `report/overview.md`."
 
 
 def with_ends(values: list[float], digits: int) -> str:

@@ -47,7 +47,7 @@ from kinvert.rules import Rule
 from kinvert.showing.brief import brief_repr
 from kinvert.tensors import per_sample, rms, wide_dtype
 
-__all__ = ["MAX_VALUES", "LogProb", "dequantize", "log_prob"]
+__all__ = ["MAX_VALUES", "LogProb", "dequantize", "latent_log_prob", "log_prob"]
 
 MAX_VALUES = 4096
 """Values of an event whose derivative is computed as a whole: 134 MB a sample in float64."""
@@ -192,6 +192,43 @@ def log_prob(
     return _of_sampler(plan, bound, found)
 
 
+@torch.no_grad()
+def latent_log_prob(
+    denoiser: Denoiser,
+    latent: Tensor,
+    sigmas: Any,
+    *,
+    sampler: str | Rule = "heun",
+    cfg: Cfg = 1.0,
+    positive: Mapping[str, Any] | None = None,
+    negative: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Compute the log-density, under a sampler, of the images that it makes of latents.
+
+    Where `log_prob` inverts an image, this takes what any inversion found; the value is that of the image which the
+    latent gives, not of the one that was inverted.
+
+    Args:
+        denoiser, sigmas, sampler, cfg, positive, negative: as in `log_prob`.
+        latent: shape (batch, *event), at the first level of the schedule.
+
+    Returns:
+        Shape (batch,), float64.
+
+    Raises:
+        ValueError: a sampler that draws noise; as `log_prob`.
+    """
+    latent = check_image(latent)
+    coordinates, rule, schedule = settle(denoiser, sampler, sigmas)
+    plan = compile_plan(rule, falling(schedule))
+    _check_density(plan, coordinates, "sampler", None, latent[0].numel())
+    if plan.is_stochastic:
+        raise ValueError(f"{rule.name} draws noise, so its images have no density from a latent alone; use 'heun'")
+    scales, count = step_cfg(cfg, schedule), len(latent)
+    bound = guide(denoiser, scales, positive, negative, pair=plan.is_guided, batch=count, coordinates=coordinates)
+    return _log_normal(latent, plan.sigmas[0]) - _log_det(plan, bound, latent)
+
+
 def _check_density(plan: Plan, coordinates: Coordinates, of: str, probes: int | None, values: int) -> None:
     """Raise ValueError if the run has no density of this kind."""
     name = plan.rule.name
@@ -221,17 +258,23 @@ def _check_density(plan: Plan, coordinates: Coordinates, of: str, probes: int | 
 
 
 def _of_sampler(plan: Plan, bound: BoundDenoiser, found: Inversion) -> LogProb:
-    """Sum the log-determinants of the pieces of a run."""
-    z = state = found.latent
-    log_det, n = torch.zeros(len(z), dtype=widest(z.device), device=z.device), z[0].numel()
-    for piece in _pieces(plan):
-        matrix, state = _derivative(piece, bound, state)
-        log_det += linalg.log_abs_det(matrix)
+    """Return the density of a sampler at images whose latents were found."""
+    z, n = found.latent, found.latent[0].numel()
+    log_det = _log_det(plan, bound, z)
     value = _log_normal(z, plan.sigmas[0]) - log_det
     value = torch.where(found.converged, value, math.nan)
     evaluations = found.evaluations + plan.evaluations
     exact = torch.zeros_like(value)
     return LogProb(value, exact, exact, log_det, z, n, evaluations, n * plan.evaluations, found)
+
+
+def _log_det(plan: Plan, bound: BoundDenoiser, z: Tensor) -> Tensor:
+    """Sum the log-determinants of the pieces of a run from latents z, shape (batch,)."""
+    log_det, state = torch.zeros(len(z), dtype=widest(z.device), device=z.device), z
+    for piece in _pieces(plan):
+        matrix, state = _derivative(piece, bound, state)
+        log_det += linalg.log_abs_det(matrix)
+    return log_det
 
 
 def _pieces(plan: Plan) -> list[Plan]:

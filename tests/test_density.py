@@ -13,7 +13,7 @@ from problems import mixture, noise_like, order_slope
 from torch import Tensor
 
 import kinvert as ki
-from kinvert.density import _Augmented, dequantize, log_prob
+from kinvert.density import _Augmented, dequantize, latent_log_prob, log_prob
 
 STD = 0.7
 GAUSS = ki.denoisers.Gaussian(0.0, STD)
@@ -210,3 +210,16 @@ def test_a_denoiser_without_a_graph_is_refused(of: str) -> None:
 
     with pytest.raises(ValueError, match=r"has to be differentiable: no torch.no_grad\(\)"):
         log_prob(frozen, X, levels(4), of=of)
+
+
+def test_the_density_of_a_known_latent_is_that_of_its_image() -> None:
+    """Exact against the closed form: the images that Euler makes of Gaussian data are normal."""
+    denoiser = ki.denoisers.Gaussian(0.0, 0.5)
+    sigmas = ki.schedules.karras(7, 0.03, 15.0)[:-1].double()
+    latent = 15 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = ki.sample(denoiser, latent, sigmas, sampler="euler")
+    scale = float((x / latent).mean())
+    found = latent_log_prob(denoiser, latent, sigmas, sampler="euler")
+    assert found.tolist() == pytest.approx(normal(x, 15 * scale).tolist(), abs=1e-10)
+    with pytest.raises(ValueError, match="draws noise"):
+        latent_log_prob(denoiser, latent, sigmas, sampler="euler_ancestral")

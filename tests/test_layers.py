@@ -62,7 +62,15 @@ LAYERS = [
     {"folder", "folderback"},
     {"adapters", "demo", "cli", "console", "__main__"},
 ]
-BENCH = [{"problems"}, {"methods"}, {"grid"}, {"measurement"}, {"results"}, {"runner"}, {"report"}]
+BENCH = [
+    {"problems", "questions"},
+    {"methods"},
+    {"grid", "answers"},
+    {"measurement"},
+    {"results"},
+    {"runner"},
+    {"report"},
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
 

@@ -19,6 +19,7 @@ from typing import Any
 import kinvert as ki
 from kinvert.bench.methods import METHODS
 from kinvert.bench.problems import find_problem, most_images
+from kinvert.bench.questions import QUESTIONS
 from kinvert.checks import MOST_STEPS, check_choice, check_integer, check_number, unknown
 from kinvert.devices import check_device
 from kinvert.jobs import import_modules
@@ -31,7 +32,6 @@ __all__ = ["DTYPES", "QUESTIONS", "Cell", "Grid", "check_size", "describe", "pre
 MOST_CELLS = 100_000  # of a grid: at a second each, a day
 MOST_SAMPLES = 100_000  # of a cell: its record has each of them as text
 MOST_SEEDS = 2**62  # generators of torch take 64 bits, and images, latents and noises have seeds near this one
-QUESTIONS = ("reconstruction", "recovery")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 PRESETS = Path(__file__).parent / "presets"
 CFG_FIX = (
@@ -46,7 +46,8 @@ class Cell:
 
     Attributes:
         model: a name of `PROBLEMS`, or a Python entry point "module:function" (see `Problem`).
-        question: "reconstruction", data -> latent -> data, or "recovery", latent -> data -> latent.
+        question: "reconstruction", data -> latent -> data, "recovery", latent -> data -> latent, or another name of
+            `kinvert.bench.questions.QUESTIONS`.
         method: how data becomes a latent, a name of `METHODS`.
         sampler, options: how a latent becomes data. Methods that invert a sampler invert this one.
         schedule: a name of `ki.SCHEDULES`.
@@ -218,7 +219,7 @@ def read_grid(path: Path | str) -> tuple[list[Cell], tuple[str, ...]]:
 
 
 def preset(name: str) -> list[Cell]:
-    """Return the cells of a preset: "quick" (about a minute on two cores), "budgets", "standard" or "full".
+    """Return the cells of a preset: "quick" (a minute on two cores), "inversion", "budgets", "standard" or "full".
 
     Raises:
         ValueError: an unknown name.

@@ -1,11 +1,12 @@
 r"""Measure one cell: run it, compute its metrics, and return a record of plain numbers and a few images.
 
-With `S` the sampler and `M` the method, a cell asks one of two questions:
+With `S` the sampler and `M` the method, a cell asks one of two questions, or another of `kinvert.bench.questions`,
+which begins as one of them:
 
 * *reconstruction*: an image x, the latent `z = M(x)`, and `S(z)` against x;
 * *recovery*: a latent z, the image `x = S(z)`, and `M(x)` against z.
 
-Both run between the largest and the smallest level of a schedule, which is above 0, so that every method starts and
+All run between the largest and the smallest level of a schedule, which is above 0, so that every method starts and
 ends at the same levels. Errors of a reconstruction are errors of the image. Errors of a recovery are errors of the
 latent, divided by the largest sigma; so are all statistics of latents.
 
@@ -31,9 +32,11 @@ from torch import Tensor
 
 import kinvert as ki
 from kinvert import metrics
+from kinvert.bench.answers import bit_metrics, density_metrics, true_edit, uniqueness
 from kinvert.bench.grid import Cell
 from kinvert.bench.methods import Counted, MethodResult, Setup, apply_method, generate, restore, sees_states
 from kinvert.bench.problems import Problem, is_built_in, make_problem, on_device
+from kinvert.bench.questions import QUESTIONS, Attack
 from kinvert.editing import change_class
 from kinvert.fidelity import is_image
 from kinvert.jobs import computing_with
@@ -73,7 +76,7 @@ def measure(cell: Cell) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "inversion_evaluations": run.found.evaluations,
         "sampling_evaluations": run.sampling_evaluations,
         "converged": run.found.converged,
-        "trajectory": _trajectory(run),
+        "trajectory": _trajectory(cell.question, run),
         "residuals": _residuals(run),
         "latent": _distribution(run),
     }
@@ -170,7 +173,7 @@ def run_cell(cell: Cell, problem: Problem) -> CellRun:
     Raises:
         ValueError, TypeError: the library refuses the combination; the latent is not finite.
     """
-    run = (_reconstruct if cell.question == "reconstruction" else _recover)(cell, problem)
+    run = (_reconstruct if QUESTIONS[cell.question].start == "image" else _recover)(cell, problem)
     if bad := int((~torch.isfinite(run.found.latent)).sum()):
         raise ValueError(f"the latent has {bad} NaN or infinite values of {run.latent.numel()}")
     return run
@@ -191,7 +194,8 @@ def setup_of(cell: Cell, problem: Problem) -> Setup:
     """Return what a method is given in a cell."""
     sigmas = ki.schedule(cell.schedule, cell.steps + 1, problem.levels)
     positive = tuple(sigma for sigma in sigmas.tolist() if sigma > 0)
-    return Setup(Counted(problem.denoiser), positive, cell.rule, _guidance(cell, problem), cell.question, cell.seed)
+    question = "reconstruction" if QUESTIONS[cell.question].start == "image" else "recovery"
+    return Setup(Counted(problem.denoiser), positive, cell.rule, _guidance(cell, problem), question, cell.seed)
 
 
 def _guidance(cell: Cell, problem: Problem) -> dict[str, Any]:
@@ -200,21 +204,68 @@ def _guidance(cell: Cell, problem: Problem) -> dict[str, Any]:
 
 def _reconstruct(cell: Cell, problem: Problem) -> CellRun:
     setup, image = setup_of(cell, problem), problem.images
-    found = apply_method(cell.method, setup, image)
     down = replace(setup, states={})
+    if cell.question == "edit":
+        setup, down = _edit_setups(setup, problem)
+    elif cell.question == "density" and not problem.exact:  # the images are not yet states at the smallest level
+        image = image + _starting_latent(cell, image, setup.sigmas[-1])
+    found = apply_method(cell.method, setup, image)
     result, spent = restore(down, found)
     up, down_states = setup.states | {setup.sigmas[0]: found.latent}, down.states | {setup.sigmas[-1]: result}
     return CellRun(setup, found, image, found.latent, result, spent, up, down_states)
 
 
+def _edit_setups(setup: Setup, problem: Problem) -> tuple[Setup, Setup]:
+    """Return the way up, without guidance, and the way down, towards the target."""
+    if problem.target is None or problem.truth is None:
+        raise ValueError(
+            "an edit is compared with the true answer, and this problem has none; give Problem(..., target=..., "
+            "truth=...), or leave the question out"
+        )
+    source = {**setup.guidance, "cfg": 1.0}
+    return replace(setup, guidance=source), replace(
+        setup, guidance={**setup.guidance, "positive": problem.target}, states={}
+    )
+
+
 def _recover(cell: Cell, problem: Problem) -> CellRun:
-    down = setup_of(cell, problem)
+    down, question = setup_of(cell, problem), QUESTIONS[cell.question]
     latent = _starting_latent(cell, problem.images, down.sigmas[0])
     image, memory, spent = generate(down, latent)
     setup = replace(down, memory=memory, states={})
+    if question.is_blind:
+        setup = _blind(cell, problem)
+    if question.attack is not None:
+        image = _attacked(question.attack, image, problem)
     found = apply_method(cell.method, setup, image)
     up, down_states = setup.states | {setup.sigmas[0]: found.latent}, down.states | {setup.sigmas[-1]: image}
     return CellRun(setup, found, image, latent, found.latent, spent, up, down_states)
+
+
+def _blind(cell: Cell, problem: Problem) -> Setup:
+    """Return what a method is given that knows nothing of how an image was made.
+
+    It takes no conditioning (that of the unconditional branch, if there is one), no guidance, three steps for four of
+    the sampler's, and "dpmpp_2m", or "euler" if the image was made by "dpmpp_2m".
+    """
+    sampler = "euler" if cell.sampler == "dpmpp_2m" else "dpmpp_2m"
+    guess = replace(cell, sampler=sampler, options=(), steps=max(1, 3 * cell.steps // 4), cfg=1.0)
+    none = problem.negative if problem.negative is not None else problem.positive
+    return setup_of(guess, replace(problem, positive=none, negative=None))
+
+
+def _attacked(attack: Attack, image: Tensor, problem: Problem) -> Tensor:
+    """Return what is left of images after an attack.
+
+    Raises:
+        ValueError: they are no images with values from -1 to 1.
+    """
+    if not is_image(image, 2) or image.shape[1] not in (1, 3) or problem.data_range != 2:
+        raise ValueError(
+            "attacks are for images of one or three channels with values from -1 to 1, which the images of this "
+            f"problem are not: shape {tuple(image.shape)}, data_range {problem.data_range:g}"
+        )
+    return attack(image)
 
 
 def _starting_latent(cell: Cell, images: Tensor, sigma: float) -> Tensor:
@@ -228,20 +279,30 @@ def _starting_latent(cell: Cell, images: Tensor, sigma: float) -> Tensor:
 # -- the parts of a record ---------------------------------------------------------------------------------------------
 def _metrics(cell: Cell, problem: Problem, run: CellRun) -> dict[str, list[float]]:
     """Compute all metrics of a cell, one value for each sample."""
-    sigma = run.setup.sigmas[0]
-    if cell.question == "reconstruction":
-        values = metrics.reconstruction_metrics(run.result.double(), run.image.double(), problem.data_range)
-    else:
-        pair = run.result.double() / sigma, run.latent.double() / sigma
-        values = {"mse": metrics.mse(*pair), "nmse_db": metrics.nmse(*pair), "max_error": metrics.max_error(*pair)}
-    values |= metrics.latent_metrics(run.found.latent, sigma, run.image)
+    values = _answer(cell, problem, run)
+    values |= metrics.latent_metrics(run.found.latent, run.setup.sigmas[0], run.image)
     if cell.question == "reconstruction" and _is_judged(problem.denoiser):
         values |= _edit_metrics(problem.denoiser, problem.positive["label"], run)
     if not is_image(run.image, SSIM_WINDOW):
         values = {name: value for name, value in values.items() if name not in ("ssim", "edit_ssim")}
-    if problem.exact:
+    if problem.exact and cell.question in ("reconstruction", "recovery"):
         values |= _distances_to_truth(cell, run)
     return {name: value.tolist() for name, value in values.items()}
+
+
+def _answer(cell: Cell, problem: Problem, run: CellRun) -> dict[str, Tensor]:
+    """Compute the metrics that a question is about."""
+    if cell.question == "reconstruction":
+        return metrics.reconstruction_metrics(run.result.double(), run.image.double(), problem.data_range)
+    if cell.question == "density":
+        return density_metrics(cell.method, run.setup, problem, run.image, run.found)
+    if cell.question == "edit" and problem.truth is not None:
+        return true_edit(run.result, run.image, problem.truth)
+    sigma = run.setup.sigmas[0]
+    pair = run.result.double() / sigma, run.latent.double() / sigma
+    values = {"mse": metrics.mse(*pair), "nmse_db": metrics.nmse(*pair), "max_error": metrics.max_error(*pair)}
+    values |= bit_metrics(*pair)
+    return values | (uniqueness(run.setup, run.image, run.latent) if cell.question == "uniqueness" else {})
 
 
 def _is_judged(denoiser: Any) -> TypeGuard[EmbeddedDenoiser]:
@@ -260,9 +321,11 @@ def _edit_metrics(denoiser: EmbeddedDenoiser, label: Tensor, run: CellRun) -> di
     return changed.measured
 
 
-def _trajectory(run: CellRun) -> dict[str, list[float]] | None:
+def _trajectory(question: str, run: CellRun) -> dict[str, list[float]] | None:
     """Compute how far the states on the way up and down are apart at each level, the median over the samples."""
     levels = [sigma for sigma in run.setup.sigmas if sigma in run.up and sigma in run.down]
+    if question not in ("reconstruction", "recovery"):  # the two ways are not each other's reverse
+        return None
     if len(levels) <= 2 or not sees_states(run.setup):  # the ends are always there
         return None
     error = [float(rms(run.up[sigma].double() - run.down[sigma].double()).median()) for sigma in levels]

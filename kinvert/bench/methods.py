@@ -72,7 +72,7 @@ class Setup:
         sigmas: the decreasing sampling schedule, ending above 0.
         sampler: the rule that takes the latent back to data.
         guidance: `cfg`, `positive` and `negative`, the keyword arguments of `ki.sample` and the other verbs.
-        question: "reconstruction" or "recovery".
+        question: "reconstruction" if an image is given, "recovery" if a latent is.
         seed: of random numbers.
         max_evals: denoiser evaluations that one sample may cost, for methods that iterate; None sets no limit.
         memory: the auxiliary state that came with the image, if a reversible sampler made it.
@@ -222,10 +222,8 @@ METHODS: Registry[Method] = Registry(
         "ddim_noisy": _baseline("ddim_noisy"),  # Euler upwards, the noisier level's slope: the usual inverse scheduler
         "picard": _invert("picard"),  # the published fixed point
         "invert": _invert("auto"),  # exact, or reported as not exact
-        "invert_1": _limited(1),  # the same with a limit: evaluations of each step on the way up, and a run to check
-        "invert_3": _limited(3),
-        "invert_6": _limited(6),
-        "invert_10": _limited(10),
+        # The same with a limit: evaluations of each step on the way up, and a run to check.
+        **{f"invert_{budget}": _limited(budget) for budget in (1, 2, 3, 4, 6, 8, 10, 20)},
         "reversible": _reversible,  # closed form, with the auxiliary state
         "reversible_alone": _without_memory,  # the latent alone is kept
         "extract_noise": _extract_noise("independent"),

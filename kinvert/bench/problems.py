@@ -6,7 +6,7 @@ These come with kinvert:
 * `mixture`: two classes of three Gaussians each in 16 dimensions; the exact denoiser of a class is guided by that of
   both;
 * `digits_exact`: the exact denoiser of a data set, 40 digits of 8x8 pixels, guided as the mixture;
-* `digits`, `mnist`: the embedded networks, with digits that they never saw.
+* `digits`, `mnist`, `emoji`: the embedded networks, with images that they never saw.
 
 The first three have exact denoisers, so that the ODE gives the true latent. Their images are draws of `x_sigma` at
 the smallest noise level, where every run starts or ends. The networks get clean images there, as a user would do.
@@ -28,6 +28,7 @@ from torch import Tensor
 from kinvert import levels, models
 from kinvert.checks import check_choice, nearest
 from kinvert.denoisers import Dataset, Denoiser, Gaussian, GaussianMixture
+from kinvert.models.emoji import TONES
 from kinvert.showing.registry import Registry
 from kinvert.torch_settings import loading
 
@@ -57,6 +58,9 @@ class Problem:
         negative: conditioning of the unconditional branch; None if the model has none, and then cfg must be 1.
         data_range: distance between the darkest and the brightest value, for PSNR and SSIM.
         exact: whether the denoiser is exact (and smooth, in float64), so that the ODE gives the true latent.
+        target: another conditioning than that of the images, as `positive`: what an edit asks for, and a wrong label
+            for densities.
+        truth: what the images look like under `target`, if that is known, the shape of the images.
     """
 
     denoiser: Denoiser
@@ -66,6 +70,8 @@ class Problem:
     negative: Mapping[str, Any] | None = None
     data_range: float = 2.0
     exact: bool = False
+    target: Mapping[str, Any] | None = None
+    truth: Tensor | None = None
 
 
 class ProblemFunction(Protocol):
@@ -151,10 +157,13 @@ def most_images(model: str) -> int | None:
 
 
 def image_numbers(model: str, count: int, seed: int) -> list[int] | None:
-    """Return which images of its data set a model that comes with kinvert gets; None if they are drawn, or unknown."""
+    """Return which images of its data set a model that comes with kinvert gets; None if they are drawn, or unknown.
+
+    Pictures that show the same in several classes, as those of `emoji` do, have one number.
+    """
     if model not in _IMAGES_OF or count > (available := len(models.held_out(_IMAGES_OF[model])[0])):
         return None
-    return [int(number) for number in _chosen(available, count, seed)]
+    return [int(number) // _CLASSES_OF.get(model, 1) for number in _chosen(available, count, seed)]
 
 
 def on_device(problem: Problem, device: torch.device | str) -> Problem:
@@ -169,6 +178,8 @@ def on_device(problem: Problem, device: torch.device | str) -> Problem:
         images=problem.images.to(device),
         positive=_moved(problem.positive, device),
         negative=None if problem.negative is None else _moved(problem.negative, device),
+        target=None if problem.target is None else _moved(problem.target, device),
+        truth=None if problem.truth is None else problem.truth.to(device),
     )
 
 
@@ -208,7 +219,8 @@ def _mixture(count: int, seed: int, dtype: torch.dtype) -> Problem:
     label = torch.arange(count, device="cpu") % 2
     images = _noised(draws[range(count), label], 0.03, seed)
     denoiser = ByLabel([*classes, GaussianMixture(means, stds)])
-    return Problem(denoiser, images.to(dtype), levels.edm(0.03, 15.0), *_labels(label, 2), exact=True)
+    given = _labels(label, 2)
+    return Problem(denoiser, images.to(dtype), levels.edm(0.03, 15.0), **given, exact=True)
 
 
 def _digits_exact(count: int, seed: int, dtype: torch.dtype) -> Problem:
@@ -216,7 +228,8 @@ def _digits_exact(count: int, seed: int, dtype: torch.dtype) -> Problem:
     index = _chosen(len(points), count, seed)
     denoiser = ByLabel([*(Dataset(points[labels == k].double()) for k in range(10)), Dataset(points.double())])
     images = _noised(points[index].double(), 0.02, seed)
-    return Problem(denoiser, images.to(dtype), levels.edm(0.02, 80.0), *_labels(labels[index], 10), exact=True)
+    given = _labels(labels[index], 10)
+    return Problem(denoiser, images.to(dtype), levels.edm(0.02, 80.0), **given, exact=True)
 
 
 def _embedded(name: str) -> ProblemFunction:
@@ -224,10 +237,19 @@ def _embedded(name: str) -> ProblemFunction:
         images, labels = models.held_out(name)
         index = _chosen(len(images), count, seed)
         denoiser = models.load(name, dtype=dtype)
-        conditioning = _labels(labels[index], denoiser.null_label)
-        return Problem(denoiser, images[index].to(dtype), levels.edm(0.02, 80.0), *conditioning)
+        given = _labels(labels[index], denoiser.null_label)
+        return Problem(denoiser, images[index].to(dtype), levels.edm(0.02, 80.0), **given)
 
     return problem
+
+
+def _emoji(count: int, seed: int, dtype: torch.dtype) -> Problem:
+    """Return pictures of held-out people and hands; the edit of picture k is to the tone 1, 2, ... or 5 places on."""
+    problem, pictures = _embedded("emoji")(count, seed, dtype), models.variants("emoji")
+    index, tones = _chosen(pictures.shape[0] * pictures.shape[1], count, seed), pictures.shape[1]
+    shift = 1 + torch.arange(count, device="cpu") % (tones - 1)
+    new = (index + shift) % tones
+    return replace(problem, target={"label": new}, truth=pictures[index // tones, new].to(dtype))
 
 
 PROBLEMS: Registry[ProblemFunction] = Registry(
@@ -237,18 +259,20 @@ PROBLEMS: Registry[ProblemFunction] = Registry(
         "digits_exact": _digits_exact,
         "digits": _embedded("digits"),
         "mnist": _embedded("mnist"),
-        "emoji": _embedded("emoji"),
+        "emoji": _emoji,
     },
     what="problems",
     place="bench.PROBLEMS",
 )
 """Name -> function. Add your own by `PROBLEMS["mine"] = function`."""
 _IMAGES_OF = {"digits_exact": "digits", "digits": "digits", "mnist": "mnist", "emoji": "emoji"}
+_CLASSES_OF = {"emoji": len(TONES)}  # a picture comes in each
 
 
-def _labels(label: Tensor, null: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return positive and negative conditioning."""
-    return {"label": label}, {"label": torch.full_like(label, null)}
+def _labels(label: Tensor, null: int) -> dict[str, Any]:
+    """Return the conditioning of a problem with `null` classes: positive, negative, and the next class as target."""
+    given = {"positive": label, "negative": torch.full_like(label, null), "target": (label + 1) % null}
+    return {name: {"label": value} for name, value in given.items()}
 
 
 def _chosen(available: int, count: int, seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -14,10 +13,11 @@ from click.core import ParameterSource
 
 from kinvert import bench
 from kinvert.bench.grid import describe, unique
+from kinvert.bench.problems import most_images
 from kinvert.cli import completion
 from kinvert.cli.groups import WithDefault
-from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, threads, workers
-from kinvert.cli.pipelines import call_options
+from kinvert.cli.options import check_matplotlib, imports, pairs, parse_pairs, parse_where, threads, wheres, workers
+from kinvert.cli.pipelines import call_options, is_directory
 from kinvert.console import print_lines, print_table
 from kinvert.jobs import import_modules
 from kinvert.pictures import image_files
@@ -34,10 +34,9 @@ def bench_group() -> None:
     """
 
 
-OF_PIPELINES = (
-    *("images", "prompt", "negative_prompt", "guidance_scale", "height", "width"),
-    *("samplers", "methods", "schedule", "steps", "count"),
-)
+OF_CALLS = ("prompt", "negative_prompt", "guidance_scale", "height", "width")
+OF_GRIDS = ("samplers", "methods", "schedule", "steps")
+OF_PIPELINES = ("images", *OF_CALLS, *OF_GRIDS, "count")
 
 
 @bench_group.command("run")
@@ -46,7 +45,7 @@ OF_PIPELINES = (
     "--preset",
     metavar="NAME",
     shell_complete=completion.presets,
-    help="A grid that comes with kinvert: quick (a minute), budgets, standard or full.",
+    help="A grid that comes with kinvert: quick (a minute), inversion (12 minutes), budgets, standard or full.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default="bench", help="Folder of the results, one file for each cell."
@@ -54,8 +53,14 @@ OF_PIPELINES = (
 @workers
 @threads
 @imports
-@click.option("--model", metavar="DIR", help="Measure a pipeline of diffusers in a directory, on --images.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images for --model.")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Measure this model, instead of those of GRID or --preset if one is given: a name, module:function, or the "
+    "directory of a pipeline of diffusers, on --images.",
+)
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images for a pipeline.")
+@wheres("Measure only")
 @call_options
 @click.option(
     "--samplers",
@@ -79,7 +84,9 @@ OF_PIPELINES = (
     help="For --model: see `kinvert schedules`.",
 )
 @click.option("--steps", default="20", metavar="N,...", help="For --model: numbers of steps.")
-@click.option("--count", type=int, default=4, help="For --model: number of images.")
+@click.option(
+    "--count", type=int, show_default="4 for --model, otherwise that of the grid", help="For --model: number of images."
+)
 @click.option(
     "--dtype",
     type=click.Choice(bench.DTYPES),
@@ -98,25 +105,34 @@ def run(
     imports: tuple[str, ...],
     slurms: Sequence[str],
     model: str | None,
+    wheres: tuple[str, ...],
     **given: Any,
 ) -> None:
     """Measure the cells of a grid that have no result yet.
 
-    GRID is a TOML file. Without GRID and --preset, the preset quick is measured. With --model DIR and --images FOLDER
-    the images are inverted by a pipeline of diffusers, on kinvert's schedules; errors are those of its latents.
+    GRID is a TOML file. Without GRID and --preset, the preset quick is measured. With --model and neither, the model is
+    measured with the samplers, methods and steps that the options name. A pipeline of diffusers inverts the images of a
+    folder on kinvert's schedules; errors are those of its latents.
     """
-    chosen = [f for f, v in (("a GRID", grid), ("a --preset", preset), ("a --model", model)) if v is not None]
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} were given; choose one")
+    if grid is not None and preset is not None:
+        raise ValueError("a GRID and a --preset were given; choose one")
     import_modules(imports)
     more: tuple[str, ...] = ()
-    if model is not None:
+    if model is not None and grid is None and preset is None:
         cells = _cells_of(model, given)
     else:
-        _check_ungiven(ctx)
+        if model is None:
+            _check_ungiven(ctx, OF_PIPELINES, "--model")
+        _check_ungiven(ctx, OF_GRIDS, "--model without a grid")
         cells, more = (bench.preset(preset or "quick"), ()) if grid is None else bench.read_grid(grid)
-        instead = {name: given[name] for name in ("device", "dtype") if _is_given(ctx, name)}
+        instead = {name: given[name] for name in ("device", "dtype", "count") if _is_given(ctx, name)}
+        if model is not None:
+            import_modules(more)
+            instead["model"] = _problem_of(model, given)
+            most = most_images(instead["model"]) or _images_there(given)
+            cells = [replace(cell, count=min(cell.count, most or cell.count)) for cell in cells]
         cells = unique(replace(cell, **instead) for cell in cells)
+    cells = _chosen(cells, parse_where(wheres))
     how: dict[str, Any] = {"workers": workers, "threads": threads, "imports": (*imports, *more)}
     if slurms:
         jobs = bench.submit_cells(cells, out, **how, **parse_pairs("--slurm", slurms))
@@ -130,22 +146,46 @@ def run(
     )
 
 
-def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
-    """Return the cells of a pipeline in a directory."""
+def _chosen(cells: list[bench.Cell], where: dict[str, list[str]]) -> list[bench.Cell]:
+    """Return the cells whose settings have one of the given values."""
+    if not where:
+        return cells
+    from kinvert.bench.report.rows import choose  # here, because most commands need no report
+
+    kept = choose([{"cell": cell.settings, "place": place} for place, cell in enumerate(cells)], where)
+    return [cells[one["place"]] for one in kept]
+
+
+def _images_there(given: dict[str, Any]) -> int | None:
+    """Return how many images a pipeline has; None for other models."""
+    return None if given["images"] is None else len(image_files(given["images"]))
+
+
+def _problem_of(model: str, given: dict[str, Any]) -> str:
+    """Return the name of the problem of a model, which may be a pipeline in a directory."""
+    if not is_directory(model):
+        for name in (*OF_CALLS, "images"):
+            if given[name] is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for a pipeline in a directory, and {model} is none")
+        return model
     if given["images"] is None:
         raise ValueError("--model needs --images FOLDER, the images to invert")
     from kinvert.adapters.diffusers.problem import entry_point  # here, because importing diffusers takes seconds
 
     files = image_files(given["images"])
-    if given["count"] > len(files):
+    if (given["count"] or 0) > len(files):
         raise ValueError(f"count must be at most {len(files)}, the images in {str(given['images'])!r}")
     digest = sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    call = {name: given[name] for name in ("prompt", "negative_prompt", "guidance_scale", "height", "width")}
     where = {"model": Path(model).resolve(), "images": given["images"].resolve(), "digest": digest}
-    name = entry_point({**where, "device": given["device"], **call})
+    return entry_point({**where, "device": given["device"], **{name: given[name] for name in OF_CALLS}})
+
+
+def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
+    """Return the cells of a model, with the settings that the options name."""
+    given = {**given, "count": 4 if given["count"] is None else given["count"]}
     listed = {key: [word.strip() for word in given[key].split(",")] for key in ("samplers", "methods", "steps")}
     grid = bench.Grid(
-        model=name,
+        model=_problem_of(model, given),
         sampler=listed["samplers"],
         method=listed["methods"],
         schedule=given["schedule"],
@@ -156,10 +196,10 @@ def _cells_of(model: str, given: dict[str, Any]) -> list[bench.Cell]:
     return list(grid)
 
 
-def _check_ungiven(ctx: click.Context) -> None:
-    for name in OF_PIPELINES:
+def _check_ungiven(ctx: click.Context, names: Sequence[str], use: str) -> None:
+    for name in names:
         if _is_given(ctx, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for --model DIR; a grid has its own settings")
+            raise ValueError(f"--{name.replace('_', '-')} is for {use}; a grid has its own settings")
 
 
 def _is_given(ctx: click.Context, name: str) -> bool:
@@ -191,13 +231,7 @@ def compare(ctx: click.Context, a: Path, b: Path, rtol: float) -> None:
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default="report", help="Folder of the report.")
 @click.option("--columns", metavar="NAME,...", help="Numbers of the leaderboard, e.g. evaluations,nmse_db,psnr.")
-@click.option(
-    "--where",
-    "wheres",
-    multiple=True,
-    metavar="KEY=VALUE,...",
-    help="Report only cells with this setting, or one of several, e.g. method=unsample,invert; repeatable.",
-)
+@wheres("Report only")
 @click.option("--top", type=int, metavar="N", help="Rows of the leaderboard for each model and question, the best.")
 def report(folders: tuple[Path, ...], out: Path, columns: str | None, wheres: tuple[str, ...], top: int | None) -> None:
     """Write the report of FOLDERS of results.
@@ -212,7 +246,7 @@ def report(folders: tuple[Path, ...], out: Path, columns: str | None, wheres: tu
     from kinvert.bench.report.rows import choose, rows
 
     names = None if columns is None else [name.strip() for name in columns.split(",")]
-    where = _parse_where(wheres)
+    where = parse_where(wheres)
     records = read(folders)
     path = write(records, out, columns=names, where=where, top=top)
     chosen = choose(records, where)
@@ -220,17 +254,6 @@ def report(folders: tuple[Path, ...], out: Path, columns: str | None, wheres: tu
     first, *_ = (out / "leaderboard.tex").read_text().splitlines() if (out / "leaderboard.tex").exists() else [""]
     if first.startswith("%"):
         print_lines(f"leaderboard.tex: {first.removeprefix('% ')}")
-
-
-def _parse_where(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Parse the values of --where; a comma inside the parentheses of a sampler's options does not part values."""
-    found: dict[str, list[str]] = {}
-    for given in texts:
-        key, equals, values = given.partition("=")
-        if not equals:
-            raise ValueError(f"--where must be KEY=VALUE, e.g. method=unsample,invert, got {given!r}")
-        found.setdefault(key.strip(), []).extend(value.strip() for value in re.split(r",(?![^(]*\))", values))
-    return found
 
 
 def _brief(value: Any) -> str:

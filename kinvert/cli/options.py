@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ __all__ = [
     "model_levels",
     "pairs",
     "parse_pairs",
+    "parse_where",
     "threads",
+    "wheres",
     "workers",
 ]
 
@@ -79,6 +82,28 @@ def parse_pairs(flag: str, texts: Sequence[str]) -> dict[str, Any]:
             found[key] = json.loads(value)
         except json.JSONDecodeError:
             found[key] = value
+    return found
+
+
+def wheres(does: str) -> Callable[[Any], Any]:
+    """Return the option `--where`, whose values `parse_where` parses, as `wheres`."""
+    return click.option(
+        "--where",
+        "wheres",
+        multiple=True,
+        metavar="KEY=VALUE,...",
+        help=f"{does} cells with this setting, or one of several, e.g. method=unsample,invert; repeatable.",
+    )
+
+
+def parse_where(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Parse the values of --where; a comma inside the parentheses of a sampler's options does not part values."""
+    found: dict[str, list[str]] = {}
+    for given in texts:
+        key, equals, values = given.partition("=")
+        if not equals:
+            raise ValueError(f"--where must be KEY=VALUE, e.g. method=unsample,invert, got {given!r}")
+        found.setdefault(key.strip(), []).extend(value.strip() for value in re.split(r",(?![^(]*\))", values))
     return found
 
 

@@ -13,6 +13,8 @@ from cells import SMALL, cells
 import kinvert as ki
 from kinvert import bench
 from kinvert.bench import METHODS, PROBLEMS, Cell
+from kinvert.bench.questions import QUESTIONS
+from kinvert.inversion.baselines import BASELINES
 from kinvert.inversion.routes import choose
 
 
@@ -137,8 +139,20 @@ def test_presets(name: str) -> None:
     grid = bench.preset(name)
     assert {cell.question for cell in grid} == {"reconstruction", "recovery"}
     assert {cell.model for cell in grid} == set(PROBLEMS) - {"emoji"}  # its edits have a benchmark of their own
-    methods = {cell.method for cell in (*grid, *bench.preset("budgets"))}
+    methods = {cell.method for cell in (*grid, *bench.preset("budgets"), *bench.preset("inversion"))}
     assert methods == set(METHODS) or name == "quick"
+
+
+def test_the_preset_of_inversions_has_every_question_and_every_method() -> None:
+    grid = bench.preset("inversion")
+    assert {cell.question for cell in grid} == set(QUESTIONS)
+    limits = {"invert_3", "invert_6", "invert_10"}
+    left_out = {"ddim_clean", *limits}  # the first is `unsample` for Euler's method
+    assert {cell.method for cell in grid} == set(METHODS) - left_out
+    assert set(BASELINES) - left_out <= {cell.method for cell in grid}
+    edits = {cell.model for cell in grid if cell.question == "edit"}
+    assert edits == {"emoji"} and {cell.model for cell in grid} == {"digits", "emoji"}
+    assert all(cell.count >= 6 for cell in grid)  # fewer have no interval
 
 
 def test_what_are_no_cells_is_refused() -> None:
@@ -164,7 +178,7 @@ def test_unknown_presets_are_refused() -> None:
         bench.preset("quik")
 
 
-@pytest.mark.parametrize("preset", ["quick", "budgets", "standard", "full"])
+@pytest.mark.parametrize("preset", ["quick", "budgets", "inversion", "standard", "full"])
 def test_presets_ask_for_methods_that_are_used(preset: str) -> None:
     settings = {(cell.method, cell.sampler, cell.options) for cell in bench.preset(preset)}
     for method, sampler, options in settings:

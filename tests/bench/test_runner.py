@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from kinvert import bench
 from kinvert.bench import METHODS, PROBLEMS, Cell
+from kinvert.bench.questions import QUESTIONS
 
 
 @pytest.fixture
@@ -78,6 +79,19 @@ def test_a_cell_that_breaks_does_not_stop_the_others(tmp_path: Path, monkeypatch
     assert [record["cell"]["method"] for record in bench.load(tmp_path)] == ["unsample"]
     monkeypatch.setitem(METHODS, "broken", METHODS["unsample"])
     assert len(bench.run(grid, tmp_path)) == 2
+
+
+def test_cells_of_every_question_are_resumed(tmp_path: Path) -> None:
+    """A run that lost some results measures them again, and no others; the files are equal."""
+    grid = cells(model="mixture", question=list(QUESTIONS)[2:], steps=1, dtype="float32", count=2)
+    bench.run(grid, tmp_path / "whole")
+    bench.run(grid[::2], tmp_path / "parts")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("?" * 16 + ".json")}
+    assert len(times) == len(grid[::2])
+    bench.run(grid, tmp_path / "parts")
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    whole, parts = ((tmp_path / name / "results.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts and whole.count(b"\n") == len(grid)
 
 
 OWN = """

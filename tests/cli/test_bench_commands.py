@@ -77,3 +77,44 @@ def test_unfinished_runs_end_with_status_1(tmp_path: Path, monkeypatch: pytest.M
     grid.write_text("model = 'gaussian'\nsteps = 2\n")
     result = command("bench", grid, "--out", tmp_path / "out")
     assert result.exit_code == 1 and "ZeroDivisionError" in result.stderr and "Traceback" not in result.stderr
+
+
+OWN = """
+import torch
+import kinvert as ki
+from kinvert.bench import Problem
+
+def small(count, seed, dtype):
+    images = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype) - 0.5
+    return Problem(ki.denoisers.Gaussian(0.0, 0.5), images, ki.levels.edm(0.1, 10.0))
+"""
+
+
+def test_a_grid_is_measured_on_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model cannot answer is a record that says so."""
+    (tmp_path / "own_small.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    grid = tmp_path / "grid.toml"
+    questions = ["reconstruction", "recovery_jpeg", "edit"]
+    grid.write_text(f"model = ['mixture', 'digits']\nquestion = {questions}\nsteps = [2, 3]\ncount = 40\n")
+    out = tmp_path / "out"
+    args = ("bench", grid, "--model", "own_small:small", "--count", 2, "--where", "steps=2", "--out", out)
+    result = command(*args)
+    assert result.exit_code == 0 and "3 of 3 cells" in result.output and "1 of them with an error" in result.output
+    records = bench.load(out)
+    assert {(r["cell"]["model"], r["cell"]["count"], r["cell"]["steps"]) for r in records} == {
+        ("own_small:small", 2, 2)
+    }
+    (error,) = (record["error"] for record in records if record["error"])
+    assert "this problem has none; give Problem(..., target=..., truth=...)" in error
+
+
+def test_a_preset_takes_as_many_images_as_a_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bench.Cell] = []
+    monkeypatch.setattr(bench, "run", lambda cells, *_, **__: seen.extend(cells) or [])
+    where = ("--where", "question=recovery_jpeg,edit", "--where", "method=unsample")
+    assert command("bench", "--preset", "inversion", "--model", "emoji", *where, "--out", tmp_path).exit_code == 0
+    assert {cell.model for cell in seen} == {"emoji"} and {cell.count for cell in seen} == {40, 24}
+    assert {cell.question for cell in seen} == {"recovery_jpeg", "edit"}
+    result = command("bench", "--preset", "inversion", "--model", "emoji", "--prompt", "a cat", "--out", tmp_path)
+    assert result.exit_code == 2 and "--prompt is for a pipeline in a directory" in " ".join(result.stderr.split())

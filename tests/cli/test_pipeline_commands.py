@@ -184,6 +184,12 @@ def test_bench_measures_a_pipeline(directory: Path, photos: Path, tmp_path: Path
     name = records[0]["cell"]["model"]
     assert "guidance_scale=2.5" in name and "prompt=a%20cat" in name and "digest=" in name
     assert Cell(name, steps=2).model == name
+    preset = ["bench", "--preset", "inversion", *args[1:9], "--where", "method=invert_1", "--where", "cfg=1"]
+    said = succeeds(*preset, "--where", "question=recovery,edit", "--count", "1", "--out", tmp_path / "preset")
+    assert "2 of 2 cells" in said.replace("3 of 3", "2 of 2")
+    found = {record["cell"]["question"]: record for record in load(tmp_path / "preset")}
+    assert found["recovery"]["error"] is None and found["recovery"]["cell"]["model"] == name
+    assert "an edit is compared with the true answer" in found["edit"]["error"]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +228,10 @@ def test_other_refusals(directory: Path, photos: Path, tmp_path: Path) -> None:
     assert "--cfg is for other models" in fails("invert", photos, "--model", directory, "--cfg", "2", "--out", out)
     assert "--prompt is for pipelines" in fails("invert", photos, "--model", "digits", "--prompt", "x", "--out", out)
     assert "--model needs --images" in fails("bench", "--model", directory, "--out", out)
-    assert "--count is for --model DIR" in fails("bench", "--count", "2", "--out", out)
-    assert "choose one" in fails("bench", "--model", directory, "--preset", "quick", "--images", photos, "--out", out)
+    assert "--count is for --model; a grid" in fails("bench", "--count", "2", "--out", out)
+    assert "--steps is for --model without a grid" in fails(
+        "bench", "--model", directory, "--preset", "quick", "--steps", 3
+    )
     assert "count must be at most 2" in fails("bench", "--model", directory, "--images", photos, "--out", out)
     (tmp_path / "empty").mkdir()
     assert "there are no images in" in fails("invert", tmp_path / "empty", "--model", directory, "--out", out)

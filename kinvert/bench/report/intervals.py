@@ -18,6 +18,7 @@ from statistics import NormalDist
 import numpy as np
 
 from kinvert.bench.problems import image_numbers
+from kinvert.bench.questions import QUESTIONS
 from kinvert.bench.results import Record
 from kinvert.streams import derived_seed
 
@@ -43,15 +44,19 @@ Unit = tuple[str, int, int]
 def units(record: Record) -> list[Unit]:
     """Return the unit of each sample of a record.
 
-    A reconstruction of a data set that comes with kinvert has the image as its unit: several seeds may choose the same
-    image. Otherwise the unit is the seed with the place in the batch, for batches of that size.
+    What starts from an image of a data set that comes with kinvert has the image as its unit: several seeds may choose
+    the same image. Otherwise the unit is the seed with the place in the batch, for batches of that size.
     """
     cell = record["cell"]
     seed, size = cell["seed"], cell["count"]
-    numbers = image_numbers(cell["model"], size, seed) if cell["question"] == "reconstruction" else None
+    numbers = image_numbers(cell["model"], size, seed) if _starts_from_image(cell["question"]) else None
     if numbers is not None:
         return [("image", number, 0) for number in numbers]
     return [(f"seed {seed}", size, k) for k in range(size)]
+
+
+def _starts_from_image(question: str) -> bool:
+    return question in QUESTIONS and QUESTIONS[question].start == "image"
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from typing import Any
 from kinvert.bench.grid import describe
 from kinvert.bench.report import tables
 from kinvert.bench.report.headline import headline, summary
+from kinvert.bench.report.overview import as_html, as_latex, as_markdown, overview
 from kinvert.bench.report.rows import SETTINGS, Row, as_columns, choose, leaders, plain, rows, settings
 from kinvert.bench.report.rows import top as top_rows
 from kinvert.bench.results import FIX, Record, check_record, load
@@ -44,6 +45,8 @@ def write(
     top: int | None = None,
 ) -> Path:
     """Write `report.html`, and beside it `figures/*.svg`, `figures/*.png`, `leaderboard.md` and `leaderboard.tex`.
+
+    If more than round trips was asked for, `overview.md` and `overview.tex` compare methods at equal evaluations.
 
     Each file is complete or not there. The same records give the same files, up to the last digit of positions.
     `leaderboard.tex` fits a page: what does not fit is left out, and its first line says what.
@@ -71,12 +74,15 @@ def write(
     numbers = as_columns(shown, columns)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for path in (out / "leaderboard.md", out / "leaderboard.tex"):
-        path.unlink(missing_ok=True)  # of other records
+    for name in ("leaderboard.md", "leaderboard.tex", "overview.md", "overview.tex"):
+        (out / name).unlink(missing_ok=True)  # of other records
     images = _write_figures(records, out / "figures")
     if shown:
         write_file(out / "leaderboard.md", tables.markdown(shown, numbers).encode())
         write_file(out / "leaderboard.tex", _fitting(shown, numbers).encode())
+    if sheets := overview(found):
+        write_file(out / "overview.md", as_markdown(sheets, found).encode())
+        write_file(out / "overview.tex", as_latex(sheets, found).encode())
     write_file(out / "report.html", render(records, images, columns=columns, top=top).encode())
     return out / "report.html"
 
@@ -186,11 +192,13 @@ def render(
     models = sorted({record["cell"]["model"] for record in records})
     samples = sum(int(row.values["samples"]) for row in found)
     said = f"{len(records)} cells, {samples} samples; {_count(len(models), 'model')}: {', '.join(models)}."
-    failures = _failures(records)
+    failures, sheets = _failures(records), overview(found)
     return Template(PAGE.read_text()).substitute(
         title=escape(TITLE),
         summary=escape(said),
         headline=_headline(found, records),
+        overview=as_html(sheets, found),
+        to_overview='<a href="#overview">At equal evaluations</a>' if sheets else "",
         note=escape(tables.note(shown, "Small numbers")) if shown else "",
         filters="\n".join(_filter(name, column, shown) for column, name in enumerate(_varied(shown))),
         board=_board(shown, columns),

@@ -68,6 +68,17 @@ COLUMNS = {
     "distance_to_ode": Column("to ODE", ".1e", min),
     "latent_std": Column("latent std", ".3f"),
     "latent_ks": Column("latent KS", ".3f", min),
+    "bits": Column("bits right", ".3f", max),
+    "message": Column("messages right", ".0%", max),
+    "detected": Column("detected", ".0%", max),
+    "edit_error": Column("edit error", ".3f", min),
+    "edit_gain_db": Column("edit gain (dB)", ".1f", max),
+    "edit_closer": Column("edits closer", ".0%", max),
+    "bits_per_value": Column("bits a value", ".3f"),
+    "prefers_own": Column("prefers its own label", ".0%", max),
+    "latents": Column("latents", ".1f"),
+    "unique": Column("unique", ".0%"),
+    "likeliest": Column("true one likeliest", ".0%"),
     "edit_took": Column("edits took", ".0%", max),
     "edit_ssim": Column("edited SSIM", ".3f", max),
     "converged": Column("converged", ".0%"),
@@ -89,8 +100,9 @@ class Row:
 
     Attributes:
         settings: values of `SETTINGS`.
-        values: medians of the metrics by name (`edit_took` is a share of samples), `evaluations` (up and down
-            together), `samples` and, if the method makes a claim, `converged` (a share too).
+        values: medians of the metrics by name (means of those that are shares, such as `edit_took`), `evaluations` (up
+            and down together), `up_per_step` (those on the way up, for each step), `samples` and, if the method makes a
+            claim, `converged` (a share too).
         intervals: the lower and upper end of the interval of a value, by the same names; none for `samples`, for values
             that are NaN, and for those of one sample.
         samples: what the values and intervals are made of.
@@ -275,7 +287,9 @@ def _samples(group: Sequence[Record]) -> dict[str, Samples]:
     """Pool the values of each number, with their units."""
     pools: dict[str, tuple[list[float], list[Unit]]] = {}
     for record in group:
-        numbers = {**record["metrics"], "evaluations": evaluations(record), "converged": record["converged"]}
+        up = [spent / record["cell"]["steps"] for spent in record["inversion_evaluations"]]
+        numbers = {**record["metrics"], "evaluations": evaluations(record), "up_per_step": up}
+        numbers["converged"] = record["converged"]
         of = units(record)
         for name, values in numbers.items():
             if values:

@@ -42,7 +42,11 @@ __all__ = [
     "fitting_columns",
     "fitting_rows",
     "latex",
+    "latex_line",
+    "latex_number",
+    "latex_text",
     "markdown",
+    "markdown_text",
     "median",
     "note",
     "plain",
@@ -75,16 +79,16 @@ def markdown(found: Sequence[Row], columns: Sequence[str] | None = None) -> str:
 
     def cell(row: Row, name: str) -> str:
         if name in SETTINGS:
-            return _markdown_text(plain(row.settings[name]))
+            return markdown_text(plain(row.settings[name]))
         number, ends = with_interval(row, name)
         shown = f"**{number}**" if table.is_leading(row, name) else number
         return f"{shown} \\[{ends[0]}, {ends[1]}\\]" if ends else shown
 
     names = [*table.varied, *table.numbers]
-    head = [_markdown_text(name if name in SETTINGS else column(name).title) for name in names]
+    head = [markdown_text(name if name in SETTINGS else column(name).title) for name in names]
     rules = ["---" if name in SETTINGS else "---:" for name in names]
     lines = [head, rules, *([cell(row, name) for name in names] for row in found)]
-    words = _markdown_text(f"{table.common} {note(found)}")
+    words = markdown_text(f"{table.common} {note(found)}")
     return f"{words}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -114,22 +118,22 @@ def latex(found: Sequence[Row], columns: Sequence[str] | None = None, label: str
         raise ValueError(f"a page holds {LINES} lines, got {lines}; give fewer rows, e.g. `top(rows, 5)`")
     table = _Table.of(found, numbers)
     names = [name for name in table.varied if name not in ("model", "question")] + numbers
-    head = [_latex_text(name if name in SETTINGS else column(name).title) for name in names]
+    head = [latex_text(name if name in SETTINGS else column(name).title) for name in names]
     kinds = "".join("l" if name in SETTINGS else "r" for name in names)
-    caption = _latex_text(f"{table.common} {note(found, 'Sub- and superscripts')}")
+    caption = latex_text(f"{table.common} {note(found, 'Sub- and superscripts')}")
     body = [
         *(r"\begin{table}", r"  \centering", r"  \footnotesize", r"  \setlength{\tabcolsep}{3pt}"),
         *(rf"  \caption{{{caption}}}", rf"  \label{{{label}}}"),
-        *(rf"  \begin{{tabular}}{{{kinds}}}", r"    \toprule", f"    {_latex_line(head)}"),
+        *(rf"  \begin{{tabular}}{{{kinds}}}", r"    \toprule", f"    {latex_line(head)}"),
     ]
     above = [name for name in ("model", "question") if name in table.varied]
     for key in dict.fromkeys(map(contest, found)):
         body.append(r"    \midrule")
         rows_here = [row for row in found if contest(row) == key]
         if above:
-            words = _latex_text(", ".join(plain(rows_here[0].settings[name]) for name in above))
+            words = latex_text(", ".join(plain(rows_here[0].settings[name]) for name in above))
             body.append(rf"    \multicolumn{{{len(names)}}}{{l}}{{\emph{{{words}}}}} \\")
-        body += [f"    {_latex_line(_latex_cell(table, row, name) for name in names)}" for row in rows_here]
+        body += [f"    {latex_line(_latex_cell(table, row, name) for name in names)}" for row in rows_here]
     return "\n".join([*body, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
 
 
@@ -231,11 +235,15 @@ def _width(found: Sequence[Row], numbers: Sequence[str]) -> float:
 
 def _latex_cell(table: _Table, row: Row, name: str) -> str:
     if name in SETTINGS:
-        return _latex_text(plain(row.settings[name]))
-    number, ends = with_interval(row, name)
+        return latex_text(plain(row.settings[name]))
+    return latex_number(*with_interval(row, name), table.is_leading(row, name))
+
+
+def latex_number(number: str, ends: tuple[str, str] | None, is_bold: bool) -> str:
+    """Return a number and its interval, as `with_interval` has them, for LaTeX."""
     if number == "–":
         return "--"
-    shown = rf"\mathbf{{{_math(number)}}}" if table.is_leading(row, name) else _math(number)
+    shown = rf"\mathbf{{{_math(number)}}}" if is_bold else _math(number)
     return f"${shown}_{{{_math(ends[0])}}}^{{{_math(ends[1])}}}$" if ends else f"${shown}$"
 
 
@@ -256,7 +264,8 @@ def _scientific(value: float, spec: str) -> str:
     return f"{mantissa}e{exponent.replace('+', '').replace('−0', '−').lstrip('0') or '0'}"
 
 
-def _markdown_text(words: str) -> str:
+def markdown_text(words: str) -> str:
+    """Return words with Markdown's signs escaped."""
     for character in "\\|*_`<>[]":
         words = words.replace(character, f"\\{character}")
     return words.replace("\n", " ")
@@ -269,9 +278,11 @@ LATEX = {
 }  # fmt: skip
 
 
-def _latex_text(words: str) -> str:
+def latex_text(words: str) -> str:
+    """Return words with LaTeX's signs escaped."""
     return "".join(LATEX.get(character, character) for character in words)
 
 
-def _latex_line(cells: Iterable[str]) -> str:
+def latex_line(cells: Iterable[str]) -> str:
+    """Return a line of a LaTeX table."""
     return " & ".join(cells) + r" \\"
