@@ -66,6 +66,7 @@ class Recipe:
     """The uint8 value that becomes 1; 0 becomes -1."""
     licence: str
     iterations: int
+    """The learning rate falls to 0 over so many."""
     batch: int
     bfloat16: bool
     """Train under bfloat16 autocast: faster if the processor has matrix instructions for it."""
@@ -80,6 +81,8 @@ class Recipe:
     ema: float = 0.999
     sigma_log_mean: float = -0.5
     sigma_log_std: float = 1.5
+    stop: int | None = None
+    """End after so many iterations, before the model learns its images by heart."""
 
 
 def _read_digits() -> Data:
@@ -133,6 +136,7 @@ RECIPES = {
         augment=0.5,
         background=1.0,
         mirror=True,
+        stop=3300,
         rate=1.5e-3,
     ),
 }
@@ -190,9 +194,14 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
     write_file(path, serialise({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
-def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) -> EmbeddedDenoiser:
-    """Train and return the averaged model; print a line and save the averaged weights every `every` iterations."""
-    recipe = RECIPES[name]
+def train(
+    name: str, out: Path, seed: int, iterations: int, stop: int | None = None, every: int = 100
+) -> EmbeddedDenoiser:
+    """Train and return the averaged model; print a line and save the averaged weights every `every` iterations.
+
+    The learning rate falls to 0 over `iterations`; training ends after `stop` of them, None for all.
+    """
+    recipe, stop = RECIPES[name], min(stop or iterations, iterations)
     torch.manual_seed(seed)
     images, labels, kept, held = recipe.read()
     x = images.float() * (2 / recipe.maximum) - 1
@@ -204,7 +213,7 @@ def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) ->
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     running, started = 0.0, time.process_time()
-    for i in range(iterations):
+    for i in range(stop):
         warm = min(1.0, (i + 1) / 100)
         optimizer.param_groups[0]["lr"] = recipe.rate * warm * (1 + math.cos(math.pi * i / iterations)) / 2
         pick = kept[torch.randint(len(kept), (recipe.batch,))]
@@ -217,7 +226,7 @@ def train(name: str, out: Path, seed: int, iterations: int, every: int = 100) ->
             for a, p in zip(average.parameters(), model.parameters(), strict=True):
                 a.lerp_(p, 1 - decay)
         running += (loss.item() - running) * max(0.01, 1 / (i + 1))
-        if (i + 1) % every == 0 or i + 1 == iterations:
+        if (i + 1) % every == 0 or i + 1 == stop:
             test = held_out_loss(average, recipe, x[held], labels[held])
             seconds = time.process_time() - started
             print(f"{i + 1:6d}  loss {running:.4f}  held out {test:.4f}  {seconds:.0f} CPU s", flush=True)
@@ -262,11 +271,14 @@ def main() -> None:
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets weights/, data/ and NAME.png")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, help="default: the recipe's")
+    parser.add_argument("--iterations", type=int, help="over which the learning rate falls; default: the recipe's")
+    parser.add_argument("--stop", type=int, help="end after so many; default: the recipe's, or all --iterations")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = train(args.name, args.out, args.seed, args.iterations or RECIPES[args.name].iterations)
+    recipe = RECIPES[args.name]
+    stop = args.stop or (recipe.stop if args.iterations is None else None)
+    model = train(args.name, args.out, args.seed, args.iterations or recipe.iterations, stop)
     preview(model.half().float(), args.out / f"{args.name}.png")  # as stored
 
 
