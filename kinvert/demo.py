@@ -194,7 +194,7 @@ def _pick(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         order = sorted(range(len(labels)), key=turn.__getitem__)[: settings.count]
         return images[order], labels[order], (labels[order] + classes // 2) % classes, None
     shown = models.variants(settings.model)  # (people and hands, classes, ...)
-    k = torch.arange(settings.count)
+    k = torch.arange(settings.count, device="cpu")
     which, label = k % len(shown), (k + k // len(shown)) % classes
     target = (label + classes // 2) % classes
     return shown[which, label], label, target, shown[which, target]

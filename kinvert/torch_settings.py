@@ -89,7 +89,7 @@ _SETTINGS = (
     *(_attribute(f"backends.mkldnn.{name}.fp32_precision", default="none") for name in ("matmul", "conv", "rnn")),
     _attribute("utils.deterministic.fill_uninitialized_memory", default=True),
     *map(_attention, ("flash_sdp", "mem_efficient_sdp", "math_sdp")),
-    _attention("cudnn_sdp", default=TorchVersion(torch.__version__) >= (2, 5)),  # which torch 2.4 has, but not allowed
+    _attention("cudnn_sdp", default=TorchVersion(torch.__version__) >= "2.5"),  # which torch 2.4 has, but not allowed
     *map(_autocast, ("cpu", "cuda")),
     _attribute("backends.cuda.matmul.allow_fp16_reduced_precision_reduction", default=True),
     _attribute("backends.cuda.matmul.allow_bf16_reduced_precision_reduction", default=True),
