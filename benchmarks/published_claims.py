@@ -1,8 +1,8 @@
 """Measure what publications on inversion claim, on the embedded models, with intervals over images.
 
-    python benchmarks/published_claims.py                     # all: results/claims-NAME.json, docs/assets/claims-NAME.png
-    python benchmarks/published_claims.py guidance renoise    # some of them, and all figures
-    python benchmarks/published_claims.py --figures           # the figures only
+    python benchmarks/published_claims.py                     # all: results/claims-NAME.json, and the figures
+    python benchmarks/published_claims.py guidance renoise    # some of them, and the figures
+    python benchmarks/published_claims.py --figures           # docs/assets/claims-NAME.png alone
 
 Images are held-out ones of `digits` (12) and `mnist` (6, and 32 for `correlation`) with their labels, or images that
 the model made from known noise (`latents`); levels are a Karras schedule from 80 to 0.02, states float64. Errors are
@@ -102,6 +102,20 @@ def reversible() -> Iterator[Row]:
             found = ki.invert(model.denoiser, model.images, sigmas, sampler=rule, **model.given())
             growth = max(ki.analysis.amplification(ki.compile_plan(rule, sigmas)))
             yield row(found.round_trip_error, line=line, **cell, amplification=short(growth))
+
+
+def parameters() -> Iterator[Row]:
+    """The same in 200 steps and float32, over the parameter of each sampler; and the spread of the latent, / sigma."""
+    model, sigmas = Model.load("digits", dtype=torch.float32), levels(200)
+    settings = [("edict", "p", value) for value in (0.9, 0.93, 0.97)]
+    settings += [("bdia", "gamma", value) for value in (0.5, 0.9, 0.96, 1.0)]
+    for name, option, value in [*settings, ("o_belm", "", None)]:
+        rule = ki.sampler(name, **({option: value} if option else {}))
+        found = ki.invert(model.denoiser, model.images, sigmas, sampler=rule, **model.given())
+        line = f"{name}, {option} {value:g}" if option else name
+        growth = max(ki.analysis.amplification(ki.compile_plan(rule, sigmas)))
+        yield row(found.round_trip_error, line=line, measure="error", amplification=short(growth))
+        yield row(found.latent.flatten(1).std(1) / 80, line=line, measure="latent")
 
 
 def orders() -> Iterator[Row]:
@@ -234,7 +248,18 @@ def latents() -> Iterator[Row]:
 
 CLAIMS: dict[str, Callable[[], Iterator[Row]]] = {
     one.__name__: one
-    for one in (reversible, orders, guidance, few_steps, iterations, distances, renoise, correlation, latents)
+    for one in (
+        reversible,
+        parameters,
+        orders,
+        guidance,
+        few_steps,
+        iterations,
+        distances,
+        renoise,
+        correlation,
+        latents,
+    )
 }
 
 
