@@ -91,7 +91,7 @@ def iterations() -> Figure:
     looks = looks_of(dict.fromkeys(row["line"] for row in rows_of("iterations")))
     for ax, cfg in zip(axes, (1.0, 7.5), strict=False):
         curves(ax, rows_of("iterations", cfg=cfg), "iterations", looks)
-        log_steps(ax, (1, 2, 5, 10, 20, 40), "iterations a step")
+        log_steps(ax, (1, 2, 4, 10, 30), "iterations a step")
         ax.set_title(f"cfg {cfg:g}")
         error_axis(ax, "rms error of the image" if cfg == 1 else "")
     ax, rows = axes[2], rows_of("distances")
@@ -145,7 +145,7 @@ def latents() -> Figure:
     figure, axes = page(2, 2.4, sharey=True)
     names = {"image": "the image", "latent": "the latent", "walk": "on the walk"}
     for ax, cfg in zip(axes, (1.0, 7.5), strict=True):
-        rows = rows_of("latents", steps=20, cfg=cfg)
+        rows = rows_of("latents", cfg=cfg)
         looks = looks_of(dict.fromkeys(row["line"] for row in rows))
         for k, (line, look) in enumerate(looks.items()):
             own = [row for row in rows if row["line"] == line]
