@@ -4,12 +4,12 @@
     python benchmarks/published_claims.py guidance renoise    # some of them, and the figures
     python benchmarks/published_claims.py --figures           # docs/assets/claims-NAME.png alone
 
-Images are held-out ones of `digits` (12; 8 for `guidance`, `iterations` and `latents`) and `mnist` (6; 32 for `correlation`) with their labels, or images that
-the model made from known noise (`latents`); levels are a Karras schedule from 80 to 0.02, states float64. Errors are
-root mean squares of the image, in units of its values from -1 to 1. A row has the median over the images and the ends
-of its 95 % interval (a percentile bootstrap over images, `kinvert.bench.report.intervals`). `orders` is measured on the
-exact denoiser of a Gaussian mixture, because it compares with the ODE. docs/published-claims.md has the sentences that
-are compared.
+Images are held-out ones with their labels, of `digits` (12; 8 for `guidance`, `iterations` and `latents`) and `mnist`
+(6; 32 for `correlation`), or images that the model made from known noise (`latents`). Levels are a Karras schedule from
+80 to 0.02, states float64. Errors are root mean squares of the image, in units of its values from -1 to 1. A row has
+the median over the images and the ends of its 95 % interval (a percentile bootstrap over images,
+`kinvert.bench.report.intervals`). `orders` is measured on the exact denoiser of a Gaussian mixture, because it compares
+with the ODE. docs/published-claims.md has the sentences that are compared.
 """
 
 from __future__ import annotations
