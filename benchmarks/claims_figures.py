@@ -79,7 +79,7 @@ def guidance() -> Figure:
     curves(axes[1], rows_of("few_steps"), "steps", looks)
     axes[0].set(xlabel="cfg", title="20 steps")
     axes[1].set_title("without guidance")
-    log_steps(axes[1], (5, 10, 20, 50), "steps")
+    log_steps(axes[1], (5, 10, 20), "steps")
     error_axis(axes[0], "rms error of the image")
     error_axis(axes[1], "")
     legend(figure, axes[0])
@@ -91,7 +91,7 @@ def iterations() -> Figure:
     looks = looks_of(dict.fromkeys(row["line"] for row in rows_of("iterations")))
     for ax, cfg in zip(axes, (1.0, 7.5), strict=False):
         curves(ax, rows_of("iterations", cfg=cfg), "iterations", looks)
-        log_steps(ax, (1, 2, 4, 10, 30), "iterations a step")
+        log_steps(ax, (1, 2, 4, 10), "iterations a step")
         ax.set_title(f"cfg {cfg:g}")
         error_axis(ax, "rms error of the image" if cfg == 1 else "")
     ax, rows = axes[2], rows_of("distances")
@@ -149,7 +149,7 @@ def latents() -> Figure:
         looks = looks_of(dict.fromkeys(row["line"] for row in rows))
         for k, (line, look) in enumerate(looks.items()):
             own = [row for row in rows if row["line"] == line]
-            at = [place + 0.12 * (k - 2) for place in range(3)]
+            at = [place + 0.12 * (k - 1.5) for place in range(3)]
             value = [row["value"] for row in own]
             bars = [[row["value"] - row["low"] for row in own], [row["high"] - row["value"] for row in own]]
             ax.errorbar(at, value, bars, **(look | {"marker": "o", "linestyle": "", "capsize": 2}), label=line)
