@@ -1,7 +1,7 @@
 """Look for several latents of one generated image, under guidance, and measure whether `invert` finds the true one.
 
     python benchmarks/preimages.py digits:32 mnist:8    # writes results/preimages.json
-    python benchmarks/preimages.py --axes               # the same file: by cfg and by steps, digits:5 and mnist:2
+    python benchmarks/preimages.py --axes               # the same file: by cfg and by steps, digits:4 and mnist:1
     python benchmarks/preimages.py --figure             # docs/assets/preimages.png, of the results that are there
 
 Noise of sigma 80 (seed 0) is sampled by Euler's method in 20 steps of the Karras schedule down to 0.02, in float64, the
@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "preimages.json"
 FIGURE = Path(__file__).parent.parent / "docs" / "assets" / "preimages.png"
 STEPS, MOST = 20, 64
 AXES = {"cfg": (1.0, 3.0, 7.5), "steps": (10, 20, 50)}
-COUNTS = {"rows": ["digits:32", "mnist:8"], "axes": ["digits:5", "mnist:2"]}
+COUNTS = {"rows": ["digits:32", "mnist:8"], "axes": ["digits:4", "mnist:1"]}
 STARTS = {"digits": 4, "mnist": 2}  # of a step, by cfg and steps
 
 
@@ -146,14 +146,19 @@ def main() -> None:
     rows = report.setdefault(part, [])
     done = {tuple(row[key] for key in ("model", "image", "cfg", "steps")) for row in rows}
     cells = list(itertools.product(*AXES.values())) if args.axes else [(args.cfg, STEPS)]
-    for count in args.counts or COUNTS[part]:
-        name, _, images = count.partition(":")
-        first, _, last = images.rpartition("-")
-        for i, (cfg, steps) in itertools.product(range(int(first or 0), int(last) + bool(first)), cells):
-            if (name, i, cfg, steps) not in done:
-                rows.append(row(name, i, cfg, steps, part))
-                print(json.dumps(rows[-1]), flush=True)
-                write_file(RESULTS, (json.dumps(report, indent=1) + "\n").encode())
+    images = [each for count in args.counts or COUNTS[part] for each in numbered(count)]
+    for (cfg, steps), (name, i) in itertools.product(sorted(cells, key=lambda cell: cell[1]), images):
+        if (name, i, cfg, steps) not in done:
+            rows.append(row(name, i, cfg, steps, part))
+            print(json.dumps(rows[-1]), flush=True)
+            write_file(RESULTS, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def numbered(count: str) -> list[tuple[str, int]]:
+    """Return the model and the number of each image that MODEL:IMAGES or MODEL:FIRST-LAST asks for."""
+    name, _, images = count.partition(":")
+    first, _, last = images.rpartition("-")
+    return [(name, i) for i in range(int(first or 0), int(last) + bool(first))]
 
 
 if __name__ == "__main__":
