@@ -77,3 +77,23 @@ def test_iterations_are_worth_more_than_steps() -> None:
         for line in ("25, 25, 2", "20, 20, 3", "10, 10, 8"):
             assert one("renoise", model=model, line=line)["gain"][1] > 8
         assert one("renoise", model=model, line="90, 10, 0")["gain"][2] < 0
+
+
+def test_noise_first_makes_a_latent_more_like_noise_and_costs_the_image_late() -> None:
+    lines = ["ddim_noisy", *(f"forward_first, {k}" for k in (1, 2, 5, 10))]
+    found = {measure: [one("correlation", line=line, measure=measure) for line in lines] for measure in MEASURES}
+    assert found["spread"][0]["high"] < 0.1 and found["correlation"][1]["high"] < found["correlation"][0]["low"]
+    spreads = [row["value"] for row in found["spread"]]
+    assert spreads == sorted(spreads) and found["spread"][1]["low"] > 0.5
+    first, second, *_, last = found["error"]
+    assert second["low"] < first["value"] < second["high"] and last["low"] > first["high"]
+
+
+MEASURES = ("correlation", "spread", "error")
+
+
+def test_a_latent_is_off_by_more_than_its_image_and_a_walk_by_no_more() -> None:
+    for cfg in (1.0, 7.5):
+        for line in ("ddim_noisy", "aidi", "renoise", "invert"):
+            image, latent, walk = (one("latents", cfg=cfg, line=line, measure=m) for m in ("image", "latent", "walk"))
+            assert latent["low"] > image["high"] and walk["value"] == image["value"]
