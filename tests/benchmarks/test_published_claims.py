@@ -96,4 +96,4 @@ def test_a_latent_is_off_by_more_than_its_image_and_a_walk_by_no_more() -> None:
     for cfg in (1.0, 7.5):
         for line in ("ddim_noisy", "aidi", "renoise", "invert"):
             image, latent, walk = (one("latents", cfg=cfg, line=line, measure=m) for m in ("image", "latent", "walk"))
-            assert latent["low"] > image["high"] and walk["value"] == image["value"]
+            assert latent["value"] > 5 * image["value"] and walk["value"] == image["value"]
