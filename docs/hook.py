@@ -414,6 +414,9 @@ def claims(name: str) -> str:
     for row in rows:
         line = lines.setdefault(tuple(plain_value(row[key]) for key in keys), {})
         line[str(row[column]) if column else "measured"] = claimed(row, form)
+        if column == "measure" and "amplification" in row:
+            line["rounding grows by"] = f"{row['amplification']:.0e}"
+    columns += ["rounding grows by"] if any("rounding grows by" in line for line in lines.values()) else []
     texts = [[*key, *(cells.get(one, "-") for one in columns)] for key, cells in lines.items()]
     titles = [f"{column} {one.removesuffix('.0')}" if re.match(r"[\d.]+$", one) else one for one in columns]
     images = " or ".join(str(count) for count in dict.fromkeys(row["images"] for row in rows))
