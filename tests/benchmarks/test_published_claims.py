@@ -19,6 +19,31 @@ def claim(name: str, **where: Any) -> list[dict[str, Any]]:
     return [row for row in report["rows"] if all(row[key] == value for key, value in where.items())]
 
 
+def test_the_words_of_the_page_are_the_numbers() -> None:
+    """Each number of a verdict, from the row that it is about."""
+    numbers = {
+        "latent that is 6,700 times": one("parameters", line="edict, p 0.93", measure="latent")["value"] / 6700,
+        "image to 2e-4": one("parameters", line="edict, p 0.93", measure="error")["value"] / 2e-4,
+        "a latent of 1,800": one("parameters", line="bdia, gamma 0.9", measure="latent")["value"] / 1800,
+        "misses by 0.14": one("reversible", line="ddim_clean", steps=10, dtype="float64")["value"] / 0.14,
+        "off by 1e9": one("reversible", line="bdia, gamma 0.5", steps=100, dtype="float64")["value"] / 1.6e9,
+        "leaves 7 % of the spread": one("correlation", line="ddim_noisy", measure="spread")["value"] / 0.07,
+        "the spread to 58 %": one("correlation", line="forward_first, 1", measure="spread")["value"] / 0.58,
+        "correlated by 0.29": one("correlation", line="ddim_noisy", measure="correlation")["value"] / 0.29,
+        "noise has 0.12": one("correlation", line="noise", measure="correlation")["value"] / 0.12,
+        "but 12 % of the spread": one("correlation", line="uni_inv", measure="spread")["value"] / 0.12,
+        "off by 0.07 at cfg 1": one("latents", cfg=1.0, line="ddim_noisy", measure="image")["value"] / 0.07,
+        "by 65 % of its size": one("latents", cfg=1.0, line="ddim_noisy", measure="latent")["value"] / 0.65,
+        "in 9 % of all steps": one("distances", cfg=7.5, iteration=10)["grew"] / 0.09,
+    }
+    words = " ".join(PAGE.split())
+    for text, ratio in numbers.items():
+        assert text in words and ratio == pytest.approx(1, abs=0.13), text
+    moves = [one("distances", cfg=1.0, iteration=k)["value"] for k in (1, 2, 9, 10)]
+    assert moves[1] / moves[0] == pytest.approx(0.36, abs=0.01) and "by 0.36 of" in words
+    assert moves[3] / moves[2] == pytest.approx(0.52, abs=0.01) and "0.52 of the ninth" in words
+
+
 def one(name: str, **where: Any) -> dict[str, Any]:
     (row,) = claim(name, **where)
     return row
@@ -46,8 +71,12 @@ def test_reversible_samplers_return_the_image_and_gamma_does_not() -> None:
         elif row["line"] != "bdia, gamma 0.5":
             assert row["high"] < 1e-11
     assert one("reversible", line="bdia, gamma 0.5", dtype="float64", steps=100)["low"] > 1
-    errors = {row["line"]: row for row in claim("parameters", measure="error")}
-    assert errors["o_belm"]["high"] < 1e-5
+    sizes = {row["line"]: row for row in claim("parameters", measure="latent")}
+    for line in ("edict, p 0.97", "bdia, gamma 0.96", "bdia, gamma 1", "o_belm"):
+        assert 0.5 < sizes[line]["low"] < sizes[line]["high"] < 1.2
+        assert one("parameters", line=line, measure="error")["high"] < 1e-6
+    assert sizes["edict, p 0.9"]["low"] > 1e8 and sizes["edict, p 0.93"]["low"] > 1e3
+    assert sizes["bdia, gamma 0.9"]["low"] > 1e3 and sizes["bdia, gamma 0.5"]["value"] is None
 
 
 def test_orders_are_those_of_the_page() -> None:
