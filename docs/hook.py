@@ -449,10 +449,10 @@ def preimages() -> str:
     for (model, cfg), found in cells.items():
         line = [f"`{model}`", f"{cfg:g}"]
         for n in steps:
-            counts = [row["latents"] for row in found[n]]
+            counts = [row["latents"] for row in found.get(n, [])]
             several = sum(count > 1 for count in counts)
             most = f", up to {max(counts)}{' or more' * (max(counts) == 4)}" if several else ""
-            line.append(f"{several} of {len(counts)}{most}")
+            line.append(f"{several} of {len(counts)}{most}" if counts else "-")
         lines.append(line)
     named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     text = table(["model", "cfg", *(f"{n} steps" for n in steps)], lines)
