@@ -85,10 +85,11 @@ def test_orders_are_those_of_the_page() -> None:
 
 
 def test_guidance_is_hard_for_the_fixed_point_and_not_for_invert() -> None:
-    ddim, fixed, exact = (one("guidance", cfg=7.5, line=line) for line in ("ddim_noisy", "aidi", "invert"))
+    ddim, fixed = (one("guidance", cfg=7.5, line=line) for line in ("ddim_noisy", "aidi"))
     assert ddim["low"] > one("guidance", cfg=1.0, line="ddim_noisy")["high"]
-    assert fixed["low"] > 1000 * one("guidance", cfg=1.0, line="aidi")["high"]
-    assert exact["exact"] == exact["images"]
+    assert fixed["low"] > ddim["low"] and fixed["value"] > 1e4 * one("guidance", cfg=1.0, line="aidi")["value"]
+    for row in claim("guidance", line="invert"):
+        assert row["exact"] == row["images"] and row["high"] < 1e-9
 
 
 def test_few_steps_and_convergence() -> None:
