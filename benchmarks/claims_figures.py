@@ -134,8 +134,9 @@ def correlation() -> Figure:
         points = [row | {"line": "forward_first", "x": at} for row, at in zip(line, range(len(line)), strict=True)]
         curves(ax, points, "x", looks_of(["forward_first"]))
         if "noise" in rows:
-            ax.axhline(rows["noise"]["value"], color=GREY, linestyle="--", linewidth=1)
-            ax.annotate("noise", (0, rows["noise"]["value"]), va="bottom", color=GREY, fontsize=7)
+            level = rows["noise"]["value"]
+            ax.axhline(level, color=GREY, linestyle="--", linewidth=1)
+            ax.annotate("noise", (0, level), va="top" if level > 0.5 else "bottom", color=GREY, fontsize=7)
         ax.set_xticks(range(len(line)), ["0", *(row["line"].partition(", ")[2] for row in line[1:])])
         ax.set(title=title, xlabel="steps replaced, of 50")
     return figure

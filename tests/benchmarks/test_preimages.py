@@ -17,7 +17,7 @@ def test_the_density_at_the_latent_of_an_image_is_that_of_log_prob(monkeypatch: 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from preimages import log_density, problem
 
-    denoiser, latent, x, sigmas, given = problem("digits", 1, 2.0, 4)
+    denoiser, latent, x, sigmas, given = problem("digits", 1, 3.0, 10)
     expected = ki.log_prob(denoiser, x, sigmas, sampler="euler", **given).log_prob
     found = log_density(denoiser, latent, sigmas, given)
     torch.testing.assert_close(torch.tensor([found], dtype=torch.float64), expected, rtol=1e-9, atol=1e-7)
