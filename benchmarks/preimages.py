@@ -1,18 +1,26 @@
 """Look for several latents of one generated image, under guidance, and measure whether `invert` finds the true one.
 
     python benchmarks/preimages.py digits:32 mnist:8    # writes results/preimages.json
+    python benchmarks/preimages.py --axes               # the same file: by cfg and by steps, digits:4
     python benchmarks/preimages.py --figure             # docs/assets/preimages.png, of the results that are there
 
 Noise of sigma 80 (seed 0) is sampled by Euler's method in 20 steps of the Karras schedule down to 0.02, in float64, the
 labels 0 to 9 in turn, at cfg 7.5 or `--cfg`. For each image a row has the distance from its true latent to that of
 `ki.invert`, in parts of the true one's norm, and what `ki.inversion.preimages` finds from the true one with its default
 options. Rows that are there are skipped.
+
+`--axes` makes each image at cfg 1, 3 and 7.5 in 10, 20 and 50 steps, and looks from the true latent with four starts a
+step for a digit and two for `mnist`, instead of eight. Where it finds several latents of a digit, a row also has the
+log density of the sampler at each, `log N(z; 0, sigma^2) - log |det|` of its derivative there, in nats, as
+`ki.log_prob` computes it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import platform
 import warnings
 from pathlib import Path
@@ -27,30 +35,37 @@ from kinvert.files import write_file
 RESULTS = Path(__file__).parent / "results" / "preimages.json"
 FIGURE = Path(__file__).parent.parent / "docs" / "assets" / "preimages.png"
 STEPS, MOST = 20, 64
+AXES = {"cfg": (1.0, 3.0, 7.5), "steps": (10, 20, 50)}
+COUNTS = {"rows": ["digits:32", "mnist:8"], "axes": ["digits:4"]}
+STARTS = {"digits": 4, "mnist": 2}  # of a step, by cfg and steps
 
 
-def problem(name: str, i: int, cfg: float) -> tuple[Any, torch.Tensor, torch.Tensor, Any, dict[str, Any]]:
+def problem(
+    name: str, i: int, cfg: float, steps: int = STEPS
+) -> tuple[Any, torch.Tensor, torch.Tensor, Any, dict[str, Any]]:
     """Return the denoiser, the latent and the image number i, the schedule and the conditioning."""
     denoiser = models.load(name, dtype=torch.float64)
     shape = models.held_out(name)[0].shape[1:]
     noise = torch.randn(MOST, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     latent, label = 80 * noise[i : i + 1], torch.tensor([i % 10])
-    sigmas = ki.schedules.karras(STEPS + 1, 0.02, 80.0)[:-1]
+    sigmas = ki.schedules.karras(steps + 1, 0.02, 80.0)[:-1]
     given = {"cfg": cfg, "positive": {"label": label}, "negative": {"label": torch.tensor([denoiser.null_label])}}
     return denoiser, latent, ki.sample(denoiser, latent, sigmas, sampler="euler", **given), sigmas, given
 
 
-def row(name: str, i: int, cfg: float) -> dict[str, Any]:
+def row(name: str, i: int, cfg: float, steps: int, part: str) -> dict[str, Any]:
     """Measure one image."""
-    denoiser, latent, x, sigmas, given = problem(name, i, cfg)
+    denoiser, latent, x, sigmas, given = problem(name, i, cfg, steps)
+    starts = STARTS[name] if part == "axes" else 8
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         found = ki.invert(denoiser, x, sigmas, **given)
-        others = ki.inversion.preimages(denoiser, x, sigmas, latent=latent, **given)
-    return {
+        others = ki.inversion.preimages(denoiser, x, sigmas, latent=latent, starts=starts, **given)
+    measured = {
         "model": name,
         "image": i,
         "cfg": cfg,
+        "steps": steps,
         "invert": {
             "converged": bool(found.converged.all()),
             "distance": _short(float((found.latent - latent).norm() / latent.norm())),
@@ -62,6 +77,27 @@ def row(name: str, i: int, cfg: float) -> dict[str, Any]:
         "errors": [_short(float(one.round_trip_error)) for one in others.inversions],
         "evaluations": others.evaluations,
     }
+    if part == "axes" and name == "digits" and len(others.inversions) > 1:
+        values = [log_density(denoiser, one.latent, sigmas, given) for one in others.inversions]
+        measured["log_densities"] = [round(value, 2) for value in values]
+    return measured
+
+
+def log_density(denoiser: Any, latent: torch.Tensor, sigmas: torch.Tensor, given: dict[str, Any]) -> float:
+    """Return the log density of Euler's sampler at the image of a latent, counting this latent alone."""
+    n, u, log_det = latent.numel(), latent / sigmas[0], 0.0
+    state = latent
+    for levels in itertools.pairwise(sigmas.tolist()):
+        plan = ki.compile_plan("euler", levels)
+
+        def step(x: torch.Tensor, plan: ki.Plan = plan) -> torch.Tensor:
+            return ki.run(plan, denoiser, x, **given)
+
+        matrix = torch.autograd.functional.jacobian(step, state, vectorize=True)
+        log_det += float(torch.linalg.slogdet(matrix.reshape(n, n)).logabsdet)
+        state = step(state).detach()
+    normal = -0.5 * float(u.square().sum()) - n * math.log(float(sigmas[0]) * math.sqrt(2 * math.pi))
+    return normal - log_det
 
 
 def _short(value: float) -> float:
@@ -94,26 +130,35 @@ def draw(name: str, i: int, cfg: float) -> None:
 def main() -> None:
     """Measure the images that are missing, or draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("counts", nargs="*", default=["digits:32", "mnist:8"], help="MODEL:IMAGES or MODEL:FIRST-LAST")
+    parser.add_argument("counts", nargs="*", help="MODEL:IMAGES or MODEL:FIRST-LAST")
     parser.add_argument("--cfg", type=float, default=7.5)
+    parser.add_argument("--axes", action="store_true")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if args.figure:
         best = max(report["rows"], key=lambda row: row["latents"])
         draw(best["model"], best["image"], best["cfg"])
         return
     report["versions"] = {"kinvert": ki.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    done = {(row["model"], row["image"], row["cfg"]) for row in report["rows"]}
-    for count in args.counts:
-        name, _, images = count.partition(":")
-        first, _, last = images.rpartition("-")
-        for i in range(int(first or 0), int(last) + bool(first)):
-            if (name, i, args.cfg) not in done:
-                report["rows"].append(row(name, i, args.cfg))
-                print(json.dumps(report["rows"][-1]), flush=True)
-                write_file(RESULTS, (json.dumps(report, indent=1) + "\n").encode())
+    part = "axes" if args.axes else "rows"
+    rows = report.setdefault(part, [])
+    done = {tuple(row[key] for key in ("model", "image", "cfg", "steps")) for row in rows}
+    cells = list(itertools.product(*AXES.values())) if args.axes else [(args.cfg, STEPS)]
+    images = [each for count in args.counts or COUNTS[part] for each in numbered(count)]
+    for (cfg, steps), (name, i) in itertools.product(sorted(cells, key=lambda cell: cell[1]), images):
+        if (name, i, cfg, steps) not in done:
+            rows.append(row(name, i, cfg, steps, part))
+            print(json.dumps(rows[-1]), flush=True)
+            write_file(RESULTS, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def numbered(count: str) -> list[tuple[str, int]]:
+    """Return the model and the number of each image that MODEL:IMAGES or MODEL:FIRST-LAST asks for."""
+    name, _, images = count.partition(":")
+    first, _, last = images.rpartition("-")
+    return [(name, i) for i in range(int(first or 0), int(last) + bool(first))]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """MkDocs hook: what the registries know is put where a page has `<!-- samplers -->`, `<!-- schedules -->`,
 `<!-- elsewhere -->` or `<!-- nodes -->`, and what was measured where it has `<!-- inversion -->`, `<!-- baselines -->`,
 `<!-- budgets -->`, `<!-- costs -->`, `<!-- performance -->`, `<!-- dtypes -->`, `<!-- flow -->`, `<!-- versions -->`,
-`<!-- environments -->`, `<!-- bits -->`, `<!-- forensics -->`, `<!-- invbench -->` or `<!-- comfyui -->`. The page of
-the architecture has `<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are
-read off the code, the page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and
-`<!-- diffusers_memory -->`, the page of choices `<!-- round_trips -->` and `<!-- method_costs -->`.
+`<!-- environments -->`, `<!-- bits -->`, `<!-- forensics -->`, `<!-- preimages -->`, `<!-- invbench -->`,
+`<!-- comfyui -->` or, with the name of a claim, `<!-- claims NAME -->`. The page of the architecture has
+`<!-- layers -->` and `<!-- routes -->`, and that on k-diffusion `<!-- functions -->`, which are read off the code, the
+page on diffusers `<!-- agreement -->`, `<!-- diffusers_trips -->` and `<!-- diffusers_memory -->`, the page of choices
+`<!-- round_trips -->` and `<!-- method_costs -->`.
 
 Docstrings give the equations, Plans the properties, `benchmarks/results` the measurements.
 """
@@ -52,12 +53,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         bits,
         forensics,
         invbench,
+        preimages,
     )
     hosts = (agreement, diffusers_trips, diffusers_memory, comfyui, nodes, functions)
     for render in (*pages, versions, environments, layers, routes, *hosts, round_trips, method_costs):
         marker = f"<!-- {render.__name__} -->"
         if marker in markdown:
             markdown = markdown.replace(marker, render())
+    markdown = re.sub(r"<!-- claims (\w+) -->", lambda match: claims(match[1]), markdown)
     markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # `python notest`, for the tests
     return re.sub(r"^```text\n(.*?)^```$", output, markdown, flags=re.MULTILINE | re.DOTALL)
 
@@ -391,6 +394,77 @@ def invbench() -> str:
     """The tables that the report of the preset "inversion" writes as `overview.md`."""
     path = RESULTS / "invbench.md"
     return path.read_text() if path.exists() else "The commands above write the tables, to `report/overview.md`."
+
+
+CLAIMS = {  # what a line of a table stands for, what a column does, and the format of a value
+    "reversible": ("line, dtype", "steps", ".1e"),
+    "parameters": ("line", "measure", ".2g"),
+    "orders": ("line", "", ".2f"),
+    "guidance": ("line", "cfg", ".1e"),
+    "few_steps": ("line", "steps", ".1e"),
+    "iterations": ("line, cfg", "iterations", ".1e"),
+    "distances": ("cfg", "iteration", ".1e"),
+    "renoise": ("line", "model", ".1f"),
+    "correlation": ("line", "measure", ".3f"),
+    "latents": ("line, cfg", "measure", ".1e"),
+}
+SHOWN = {"distances": lambda row: row["iteration"] in (1, 2, 5, 10)}  # some rows of a long one
+
+
+def claims(name: str) -> str:
+    """What was measured of a published claim: medians over the images with their intervals."""
+    report = json.loads((RESULTS / f"claims-{name}.json").read_text())
+    head, column, form = CLAIMS[name]
+    keys = head.split(", ")
+    rows = list(filter(SHOWN.get(name), report["rows"]))
+    columns = list(dict.fromkeys(str(row[column]) if column else "measured" for row in rows))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        line = lines.setdefault(tuple(plain_value(row[key]) for key in keys), {})
+        line[str(row[column]) if column else "measured"] = claimed(row, form)
+        if column == "measure" and "amplification" in row:
+            line["rounding grows by"] = f"{row['amplification']:.0e}"
+    columns += ["rounding grows by"] if any("rounding grows by" in line for line in lines.values()) else []
+    texts = [[*key, *(cells.get(one, "-") for one in columns)] for key, cells in lines.items()]
+    titles = [f"{column} {one.removesuffix('.0')}" if re.match(r"[\d.]+$", one) else one for one in columns]
+    images = " or ".join(str(count) for count in dict.fromkeys(row["images"] for row in rows))
+    named = ", ".join(f"{key} {report['versions'][key]}" for key in ("kinvert", "torch", "python"))
+    return f"{table([*keys, *titles], texts)}\n\n`{report['command']}`; {images} images; {named}, on a CPU."
+
+
+def plain_value(value: Any) -> str:
+    """A setting: names of methods as code, numbers without zeros behind them."""
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
+def claimed(row: Row, form: str) -> str:
+    """A value and the ends of its interval; how many images came back to 1e-6, where there are any."""
+    if row["value"] is None:
+        return "not finite"
+    value, low, high = (f"{row[key]:{form}}" for key in ("value", "low", "high"))
+    came = f" ({row['exact']})" if row.get("exact") else ""
+    return f"{value} \\[{low}, {high}\\]{came}"
+
+
+def preimages() -> str:
+    """How many images have several latents, a line for each model and cfg, a column for each number of steps."""
+    report = json.loads((RESULTS / "preimages.json").read_text())
+    cells: dict[tuple[str, float], dict[int, list[Row]]] = {}
+    for row in report["axes"]:
+        cells.setdefault((row["model"], row["cfg"]), {}).setdefault(row["steps"], []).append(row)
+    steps = sorted({row["steps"] for row in report["axes"]})
+    lines = []
+    for (model, cfg), found in cells.items():
+        line = [f"`{model}`", f"{cfg:g}"]
+        for n in steps:
+            counts = [row["latents"] for row in found.get(n, [])]
+            several = sum(count > 1 for count in counts)
+            most = f", up to {max(counts)}{' or more' * (max(counts) == 4)}" if several else ""
+            line.append(f"{several} of {len(counts)}{most}" if counts else "-")
+        lines.append(line)
+    named = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    text = table(["model", "cfg", *(f"{n} steps" for n in steps)], lines)
+    return f"{text}\n\n`python benchmarks/preimages.py --axes`; {named}, on a CPU."
 
 
 def with_ends(values: list[float], digits: int) -> str:
