@@ -229,18 +229,24 @@ class Judge:
         complete = len(quick) + len(rest) == len(found) > 0
         return [(quick, self.limit), (rest, self.limit), (near, self.limit / 4 if complete else self.limit)]
 
-    def judge(self, mutant: Mutant) -> dict[str, object]:
-        """Return the row of a mutant: what it is, the result, the test that killed it, and how many passed."""
+    def judge(self, mutant: Mutant, quick: bool = False) -> dict[str, object]:
+        """Return the row of a mutant: what it is, the result, the test that killed it, and how many passed.
+
+        Args:
+            mutant: the fault.
+            quick: whether to run the first tests alone. What survives those is unfinished.
+        """
         started, passed = time.monotonic(), 0
-        self.place.fresh(mutant)
         rounds = self.rounds(mutant)
-        complete = rounds[-1][1] < self.limit
-        for tests, limit in rounds:
+        complete = rounds[-1][1] < self.limit and not quick
+        if rounds[0][0] or not quick:
+            self.place.fresh(mutant)
+        for tests, limit in rounds[:1] if quick else rounds:
             found = self._run(tests, limit) if tests else Outcome("", 0, True)
             passed += found.passed
             if found.test:
                 break
-        ended = bool(found.test) or found.ended or complete
+        ended = bool(found.test) or (found.ended and not quick) or complete
         end = {"test": found.test, "passed": passed, "all": ended, "seconds": round(time.monotonic() - started)}
         result = "killed" if found.test else "survived" if ended else "unfinished"
         return row_of(mutant, result) | end
@@ -299,6 +305,7 @@ def main() -> None:
         "--limit", type=float, default=240.0, help="seconds of processor time for the tests of a mutant"
     )
     parser.add_argument("--again", action="store_true", help="take over what was killed from --out")
+    parser.add_argument("--quick", action="store_true", help="only the first tests; what they do not kill is left out")
     parser.add_argument("--unrecorded", action="store_true", help="go without the records that are missing")
     parser.add_argument("--show", metavar="FILE", help="list the faults of a file, or of all with 'all'")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -319,8 +326,10 @@ def main() -> None:
     def one(mutant: Mutant) -> None:
         reason = listed.get(mutant.key)
         row = killed.get(mutant.key) or (
-            judge.judge(mutant) if reason is None else row_of(mutant, "equivalent", reason)
+            judge.judge(mutant, given.quick) if reason is None else row_of(mutant, "equivalent", reason)
         )
+        if row["result"] == "unfinished" and given.quick:
+            return  # for a run that is not quick
         rows[mutant.key] = row
         write(given.out, given.seed, dict(rows))
         print(f"{row['result']:<10} {row['seconds']:>4} s  {mutant.key}  {row['test']}", flush=True)

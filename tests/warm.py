@@ -7,11 +7,13 @@ the id of the fork, and its exit status once it has ended.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import traceback
@@ -68,8 +70,15 @@ class Warm:
             self._process = None
 
 
+def end_with_parent() -> None:
+    """Ask Linux to end this process if its parent ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def serve() -> None:
     """Fork for each job of standard input."""
+    end_with_parent()
     sys.path.pop(0)  # the tests are those of the copy
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
@@ -85,6 +94,7 @@ def serve() -> None:
 def _run(job: dict[str, object]) -> None:
     """Be the process of one run of tests."""
     os.setsid()
+    end_with_parent()
     status = 3
     try:
         copy, limit = str(job["copy"]), int(str(job["limit"]))
