@@ -149,9 +149,12 @@ class Place:
         passed = sum(" PASSED" in line for line in lines)
         if status in (0, 5):
             return Outcome("", passed, True)
-        failed = [line.split(" ")[1] for line in lines if re.match(r"(FAILED|ERROR) \S+", line)]
-        # A line of a test begins when the test does, and its verdict comes at its end.
-        started = [line.split(" ")[0] for line in lines if re.match(r"tests/\S+::", line)]
+        failed = [
+            line.split(" ", 1)[1].split(" - ")[0].strip() for line in lines if re.match(r"(FAILED|ERROR) \S", line)
+        ]
+        # A line of a test begins when the test does, and its verdict comes at its end. A name may have spaces.
+        verdict = r"\s(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*"
+        started = [re.sub(verdict, "", line).strip() for line in lines if re.match(r"tests/\S+::", line)]
         return Outcome((failed or started or tests)[-1], passed, bool(failed) or status > 0)
 
 
@@ -169,6 +172,7 @@ class Judge:
         self._sound: dict[str, bool] = {}
         self._lock = threading.Lock()
         self._own = threading.local()
+        self._clean = Place(self.base, folder / "clean")
         listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
         for name in listed.splitlines():
             if (ROOT / name).is_file():
@@ -274,9 +278,8 @@ class Judge:
             return True
         with self._lock:
             if test not in self._sound:
-                place = Place(self.base, Path(tempfile.mkdtemp(dir=self.folder)))
-                place.fresh()
-                self._sound[test] = not place.run([test], 4 * self.limit).test
+                self._clean.fresh()
+                self._sound[test] = not self._clean.run([test], 4 * self.limit).test
             return self._sound[test]
 
 
