@@ -33,7 +33,7 @@ bench: $(VENV)/cli
 	$(BIN)/kinvert bench report bench --out report
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -q -m slow

@@ -147,7 +147,8 @@ def _checksum(content: Any, tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.flatten().clone(memory_format=torch.contiguous_format)  # of one value it has any stride
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

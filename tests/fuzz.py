@@ -24,7 +24,10 @@ FILES = (
     "test_random_runs.py",
     "test_random_inputs.py",
     "engine/test_stepwise_machine.py",
+    "adapters/comfyui/test_comfyui_machine.py",
     "adapters/diffusers/test_scheduler_machine.py",
+    "adapters/k_diffusion/test_k_machine.py",
+    "test_random_results.py",
 )
 
 

@@ -8,10 +8,12 @@
 A mutant is the package with one fault: another comparison, operator or constant, a condition the other way round, a
 value that is not returned, a statement left out, two arguments swapped. Docstrings, annotations, decorators, imports,
 `__all__` and messages have none. The choice is by a hash of the seed and of the fault, so an edit elsewhere changes
-nothing in it. Each mutant is a copy of the checkout in a temporary folder, where pytest runs the tests of the module,
-then those that name what the module offers, then a battery (`tests_for`), up to a limit of processor time. A test
-kills the mutant if it fails there and passes without the fault. A test that runs forever kills too.
-If the limit ends the tests before all are run, the mutant is `unfinished`, not survived.
+nothing in it. Each mutant is a copy of the checkout in a temporary folder, where pytest runs the tests that execute the
+line (`testlines.py` records them, in half an hour, and keeps them in .mutants): of each file and function of tests the
+quickest first, then the others up to a limit of processor time. If none kills, the tests of the module are run, then
+those that name what the module offers, then a battery (`tests_for`), whatever they execute: a subprocess is not seen
+by the record. A test kills the mutant if it fails there and passes without the fault. A test that runs forever kills
+too. If the limit ends the tests before all are run, the mutant is `unfinished`, not survived.
 
 A fault that changes no result that is promised cannot be killed: `tests/data/equivalent_mutants.toml` lists such faults
 by file, line and change, each with the reason; they are not run. A fault in what cannot run here, as on a GPU, is listed too.
@@ -19,7 +21,7 @@ by file, line and change, each with the reason; they are not run. A fault in wha
 Maintained tools were considered. mutmut puts all mutants of a function into one file and switches between them at run
 time, which changes the code that Plans are cached by and that torch compiles. cosmic-ray mutates the checkout itself,
 and it has one command for all mutants: the whole suite, minutes for each. Neither knows which tests belong to a module.
-Only the standard library and pytest are needed here.
+Only the standard library, pytest and coverage.py are needed here.
 """
 
 from __future__ import annotations
@@ -43,23 +45,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from faults import ROOT, Mutant, all_mutants, key_of
+from testlines import Lines
+from warm import Warm
 
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
 EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.toml"
 BATTERY = ("test_laws.py", "test_plan.py", "test_sampling.py", "test_schedules.py", "test_exact.py", "test_methods.py")
 PROGRAMS = ("test_docs.py", "test_newcomer.py", "test_notebooks.py", "test_package.py")  # minutes each
-MEMORY = 12 * 2**30  # bytes of address space that a mutant gets
+KEPT = ROOT / ".mutants"  # the record of the tests, and what Python compiles
 NEAREST = 10
+QUICK, MORE = 12.0, 120.0  # seconds that the first tests of a mutant may take, and the others that execute its line
 ALONE = 90  # seconds of processor time for one test by itself
-
-LIMITED = """
-import resource, sys
-limit, memory = map(int, sys.argv[1:3])
-resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-import pytest
-sys.exit(pytest.main(sys.argv[3:]))
-"""
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------
@@ -122,41 +118,47 @@ class Outcome:
     ended: bool
 
 
-def run_tests(copy: Path, tests: list[str], limit: float) -> Outcome:
-    """Run tests in a copy of the checkout until one fails, for at most `limit` seconds of processor time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "COLUMNS": "1000", "TMPDIR": str(copy)}
-    command = [sys.executable, "-c", LIMITED, str(int(limit)), str(MEMORY)]
-    options = ["-x", "-v", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-    with (copy / "output.txt").open("w+") as output:
-        streams = {"stdout": output, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(
-            [*command, *options, *tests], cwd=copy, env=environment, start_new_session=True, **streams
-        )
-        try:
-            status = process.wait(timeout=40 * limit)  # for a test that waits, which takes no processor time
-        except subprocess.TimeoutExpired:
-            status = -1
-        finally:
-            _end_session(process)
-        output.seek(0)
-        lines = output.read().splitlines()
-    passed = sum(" PASSED" in line for line in lines)
-    if status in (0, 5):
-        return Outcome("", passed, True)
-    failed = [line.split(" ")[1] for line in lines if re.match(r"(FAILED|ERROR) \S+", line)]
-    # A line of a test begins when the test does, and its verdict comes at its end.
-    started = [line.split(" ")[0] for line in lines if re.match(r"tests/\S+::", line)]
-    return Outcome((failed or started or tests)[-1], passed, bool(failed) or status > 0)
+class Place:
+    """Where mutants run, one after the other: a copy of the checkout, and a process to fork.
 
+    The copy is always in the same folder, so what Python has compiled is used again.
+    """
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
-    """End the tests and what they started."""
-    try:
-        os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
+    def __init__(self, base: Path, folder: Path) -> None:
+        self.base, self.copy, self.compiled = base, folder / "copy", folder / "compiled"
+        self._warm, self._time = Warm(), 10**9
+
+    def fresh(self, mutant: Mutant | None = None) -> None:
+        """Copy the checkout again, with one fault or none."""
+        shutil.rmtree(self.copy, ignore_errors=True)
+        shutil.copytree(self.base, self.copy)
+        if mutant is not None:
+            file = self.copy / mutant.file
+            source = file.read_bytes()
+            file.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
+            self._time += 1  # compiled code is known by time and size
+            os.utime(file, (self._time, self._time))
+
+    def run(self, tests: list[str], limit: float, *options: str, **more: str) -> Outcome:
+        """Run tests until one fails, for at most `limit` seconds of processor time."""
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.copy), "COLUMNS": "1000"}
+        environment |= {"TMPDIR": str(self.copy), "PYTHONPYCACHEPREFIX": str(self.compiled)} | more
+        options = (*(options or ("-x",)), "-v", "--tb=no", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+        status = self._warm.run(self.copy, [*options, *tests], limit, environment)
+        lines = (self.copy / "output.txt").read_text(errors="replace").splitlines()
+        gone = {line.partition(f"{self.copy}/")[2] for line in lines if line.startswith("ERROR: not found: ")}
+        if gone and (left := [test for test in tests if test not in gone]) != tests:  # pytest ran none
+            return self.run(left, limit, *options, **more) if left else Outcome("", 0, True)
+        passed = sum(" PASSED" in line for line in lines)
+        if status in (0, 5):
+            return Outcome("", passed, True)
+        failed = [
+            line.split(" ", 1)[1].split(" - ")[0].strip() for line in lines if re.match(r"(FAILED|ERROR) \S", line)
+        ]
+        # A line of a test begins when the test does, and its verdict comes at its end. A name may have spaces.
+        verdict = r"\s(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*"
+        started = [re.sub(verdict, "", line).strip() for line in lines if re.match(r"tests/\S+::", line)]
+        return Outcome((failed or started or tests)[-1], passed, bool(failed) or status > 0)
 
 
 def row_of(mutant: Mutant, result: str, reason: str = "") -> dict[str, object]:
@@ -166,60 +168,122 @@ def row_of(mutant: Mutant, result: str, reason: str = "") -> dict[str, object]:
 
 
 class Judge:
-    """Runs mutants, each in a copy of its own, and knows which tests pass without a fault."""
+    """Runs mutants, each in a fresh copy of the checkout as it is now, and knows which tests pass without a fault."""
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
+    def __init__(self, limit: float, folder: Path) -> None:
+        self.limit, self.folder, self.base = limit, folder, folder / "base"
         self._sound: dict[str, bool] = {}
         self._lock = threading.Lock()
+        self._own = threading.local()
+        self._clean = Place(self.base, folder / "clean")
+        listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+        for name in listed.splitlines():
+            if (ROOT / name).is_file():
+                (self.base / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.base / name)
+        self.lines = Lines(self.base, KEPT)
 
-    def judge(self, mutant: Mutant) -> dict[str, object]:
-        """Return the row of a mutant: what it is, the result, the test that killed it, and how many passed."""
-        started = time.monotonic()
-        with checkout(mutant) as folder:
-            copy = Path(folder)
-            tests, passed = tests_for(mutant.file), 0
-            while True:
-                found = run_tests(copy, tests, self.limit)
-                passed += found.passed
-                if not found.test:
-                    break
-                if found.ended and self._passes(found.test):
-                    break
-                if not found.ended:  # too many tests, or one that does not end?
-                    alone = run_tests(copy, [found.test], ALONE)
-                    forever = bool(alone.test) and self._passes(found.test)
-                    found = Outcome(found.test * forever, passed, False)
-                    break
-                tests = [test for test in tests if test != found.test.partition("::")[0]]  # fails anyway
-                if not tests:
-                    break
-        end = {"test": found.test, "passed": passed, "all": found.ended, "seconds": round(time.monotonic() - started)}
-        result = "killed" if found.test else "survived" if found.ended else "unfinished"
+    @property
+    def place(self) -> Place:
+        """The place of this thread."""
+        if not hasattr(self._own, "place"):
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            self._own.place = Place(self.base, folder)
+        return self._own.place
+
+    def record(self, chosen: list[Mutant]) -> None:
+        """Record which lines the tests execute, for the files of tests that have no record.
+
+        Those that are nearest to many of the mutants come first. What is interrupted goes on the next time.
+        """
+        near = Counter(test for mutant in chosen for test in tests_for(mutant.file, self.base)[:2])
+        texts = [str(test.relative_to(self.base)) for test in _texts(self.base)]
+        if missing := sorted(set(texts) - set(self.lines.files), key=lambda test: (-near[test], test)):
+            print(f"recording which lines the tests of {len(missing)} files execute", flush=True)
+            KEPT.mkdir(exist_ok=True)
+            self.place.fresh()
+            options = ("-p", "tests.testlines")
+            self.place.run(missing, 4 * 3600, *options, KINVERT_TEST_LINES=str(KEPT))
+            self.lines = Lines(self.base, KEPT)
+
+    def rounds(self, mutant: Mutant) -> list[tuple[list[str], float]]:
+        """Which tests to run for a mutant, one list after the other, and the limit of each.
+
+        A list that is complete has the limit that a mutant has; one that is cut short has less.
+        """
+        near = tests_for(mutant.file, self.base)
+        seconds, found = self.lines.seconds, self.lines.tests_of(mutant.file, mutant.line)
+        nth: Counter[str] = Counter()
+        turn = {}
+        for test in sorted(found, key=seconds.__getitem__):  # of each function the quickest case, then the next
+            function = test.partition("[")[0]
+            turn[test] = (nth[function], seconds[test])
+            nth[function] += 1
+        places = {file: i for i, file in enumerate(near)}
+
+        def some(tests: list[str], budget: float, each: float) -> list[str]:
+            """Take tests by turn until the time is spent, of each file for `each` seconds; the nearest file first."""
+            chosen, spent = [], Counter[str]()
+            for test in sorted(tests, key=turn.__getitem__):
+                file = test.partition("::")[0]
+                if spent[file] + seconds[test] <= each and spent.total() + seconds[test] <= budget:
+                    chosen.append(test)
+                    spent[file] += seconds[test]
+            return sorted(chosen, key=lambda test: (places.get(test.partition("::")[0], 99), test.partition("::")[0]))
+
+        quick = some(found, QUICK, QUICK / 4)
+        rest = some(sorted(set(found) - set(quick)), MORE, MORE)
+        complete = len(quick) + len(rest) == len(found) > 0
+        return [(quick, self.limit), (rest, self.limit), (near, self.limit / 4 if complete else self.limit)]
+
+    def judge(self, mutant: Mutant, quick: bool = False) -> dict[str, object]:
+        """Return the row of a mutant: what it is, the result, the test that killed it, and how many passed.
+
+        Args:
+            mutant: the fault.
+            quick: whether to run the first tests alone. What survives those is unfinished.
+        """
+        started, passed = time.monotonic(), 0
+        rounds = self.rounds(mutant)
+        complete = rounds[-1][1] < self.limit and not quick
+        if rounds[0][0] or not quick:
+            self.place.fresh(mutant)
+        for tests, limit in rounds[:1] if quick else rounds:
+            found = self._run(tests, limit) if tests else Outcome("", 0, True)
+            passed += found.passed
+            if found.test:
+                break
+        ended = bool(found.test) or (found.ended and not quick) or complete
+        end = {"test": found.test, "passed": passed, "all": ended, "seconds": round(time.monotonic() - started)}
+        result = "killed" if found.test else "survived" if ended else "unfinished"
         return row_of(mutant, result) | end
+
+    def _run(self, tests: list[str], limit: float) -> Outcome:
+        """Run tests until one fails that passes without the fault."""
+        passed = 0
+        while tests:
+            found = self.place.run(tests, limit)
+            passed += found.passed
+            if not found.test:
+                return Outcome("", passed, True)
+            if not found.ended:  # too many tests, or one that does not end?
+                alone = self.place.run([found.test], ALONE)
+                forever = bool(alone.test) and self._passes(found.test)
+                return Outcome(found.test * forever, passed, False)
+            if self._passes(found.test):
+                return Outcome(found.test, passed, True)
+            tests = [test for test in tests if test.partition("::")[0] != found.test.partition("::")[0]]  # fails anyway
+        return Outcome("", passed, True)
 
     def _passes(self, test: str) -> bool:
         """Tell whether a test passes in a copy without a fault."""
+        if test in self.lines.seconds or test in self.lines.files:
+            return True
         with self._lock:
             if test not in self._sound:
-                with checkout(None) as copy:
-                    self._sound[test] = not run_tests(Path(copy), [test], 4 * self.limit).test
+                self._clean.fresh()
+                self._sound[test] = not self._clean.run([test], 4 * self.limit).test
             return self._sound[test]
-
-
-def checkout(mutant: Mutant | None) -> tempfile.TemporaryDirectory[str]:
-    """Make a copy of the files that git knows, with one fault or none."""
-    folder = tempfile.TemporaryDirectory(prefix="mutant-", ignore_cleanup_errors=True)
-    copy = Path(folder.name)
-    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
-    for name in listed.splitlines():
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    if mutant is not None:
-        source = (copy / mutant.file).read_bytes()
-        (copy / mutant.file).write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
-    return folder
 
 
 # -- the list and the table --------------------------------------------------------------------------------------------
@@ -247,6 +311,8 @@ def main() -> None:
         "--limit", type=float, default=240.0, help="seconds of processor time for the tests of a mutant"
     )
     parser.add_argument("--again", action="store_true", help="take over what was killed from --out")
+    parser.add_argument("--quick", action="store_true", help="only the first tests; what they do not kill is left out")
+    parser.add_argument("--unrecorded", action="store_true", help="go without the records that are missing")
     parser.add_argument("--show", metavar="FILE", help="list the faults of a file, or of all with 'all'")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("only", nargs="*", metavar="FILE", help="mutate these files of the package alone")
@@ -259,21 +325,27 @@ def main() -> None:
     chosen = sorted(possible, key=lambda mutant: mutant.rank(given.seed))[: given.count]
     old = json.loads(given.out.read_text())["rows"] if given.again and given.out.exists() else []
     killed = {key_of(row): row for row in old if row["result"] == "killed"}
-    listed, judge = equivalent(), Judge(given.limit)
+    listed = equivalent()
     print(f"{len(chosen)} of {len(possible)} mutants, seed {given.seed}", flush=True)
-    rows = {}
+    rows = {mutant.key: killed[mutant.key] for mutant in chosen if mutant.key in killed}
 
     def one(mutant: Mutant) -> None:
         reason = listed.get(mutant.key)
         row = killed.get(mutant.key) or (
-            judge.judge(mutant) if reason is None else row_of(mutant, "equivalent", reason)
+            judge.judge(mutant, given.quick) if reason is None else row_of(mutant, "equivalent", reason)
         )
+        if row["result"] == "unfinished" and given.quick:
+            return  # for a run that is not quick
         rows[mutant.key] = row
         write(given.out, given.seed, dict(rows))
         print(f"{row['result']:<10} {row['seconds']:>4} s  {mutant.key}  {row['test']}", flush=True)
 
-    with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(one, chosen))
+    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
+        judge = Judge(given.limit, Path(folder))
+        if not given.unrecorded:
+            judge.record(chosen)
+        with ThreadPoolExecutor(given.workers) as pool:
+            list(pool.map(one, chosen))
     counts = Counter(str(row["result"]) for row in rows.values())
     share = counts["killed"] / max(1, len(rows) - counts["equivalent"])
     print(", ".join(f"{n} {what}" for what, n in counts.items()), f"- {share:.1%} of those not equivalent are killed")

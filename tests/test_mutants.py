@@ -9,6 +9,7 @@ from pathlib import Path
 import mutants
 import pytest
 from faults import ROOT, Mutant, all_mutants, key_of, mutants_of
+from testlines import Lines, digest
 
 SOURCE = '''"""A docstring with 1 < 2."""
 
@@ -82,11 +83,79 @@ def test_the_nearest_tests_come_first(file: str, first: str) -> None:
     assert chosen[0] == first and "tests/test_laws.py" in chosen and len(set(chosen)) == len(chosen)
 
 
+PACKAGE = """
+LIMIT = 3
+OTHER = 4
+
+def f(x, low=1):
+    y = max(
+        x,
+        low,
+    )
+    if y > LIMIT:
+        return low
+    return y
+"""
+
+
+def recorded(root: Path) -> Path:
+    """A package, a file of tests, and the record of three tests of it."""
+    for name, text in (("kinvert/a.py", PACKAGE), ("tests/test_a.py", "")):
+        (root / name).parent.mkdir()
+        (root / name).write_text(text)
+    lines = {"y = max(": "7", "x,": "1", "if y > LIMIT:": "7", "return low": "4", "return y": "3"}
+    tests = [["tests/test_a.py::one", 0.5], ["tests/test_a.py::two[1]", 0.1], ["tests/test_a.py::two[2]", 0.2]]
+    record = {"digest": digest(root / "tests/test_a.py"), "tests": tests, "lines": {"kinvert/a.py": lines}}
+    (root / "kept").mkdir()
+    (root / "kept" / "tests+test_a.py.json").write_text(json.dumps(record))
+    return root / "kept"
+
+
+def test_the_tests_of_a_line_are_those_that_execute_its_statement(tmp_path: Path) -> None:
+    lines = Lines(tmp_path, recorded(tmp_path))
+
+    def names(text: str) -> list[str]:
+        line = 1 + [text in line for line in PACKAGE.splitlines()].index(True)
+        return [test.partition("::")[2] for test in lines.tests_of("kinvert/a.py", line)]
+
+    every = ["one", "two[1]", "two[2]"]
+    assert names("low,") == names("if y") == every and names("return low") == ["two[2]"]
+    assert names("def f") == every  # the default is used in the body
+    assert names("LIMIT =") == every and names("OTHER =") == []
+    assert lines.tests_of("kinvert/a.py", 1) == []
+    (tmp_path / "tests" / "test_a.py").write_text("# another file")
+    assert Lines(tmp_path, tmp_path / "kept").tests_of("kinvert/a.py", 6) == []
+
+
+def test_the_first_tests_are_the_quickest_of_each_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = object.__new__(mutants.Judge)
+    judge.limit, judge.base, judge.lines = 240.0, tmp_path, Lines(tmp_path, recorded(tmp_path))
+    monkeypatch.setattr(mutants, "QUICK", 2.4)  # for each file a quarter of it
+    (quick, _), (rest, _), (near, last) = judge.rounds(Mutant("kinvert/a.py", 6, "", "", 0, 0, 0, ""))
+    assert [test[17:] for test in quick] == ["two[1]", "one"] and [test[17:] for test in rest] == ["two[2]"]
+    assert near == ["tests/test_a.py"] and last == 60.0
+    *_, (near, last) = judge.rounds(Mutant("kinvert/a.py", 3, "", "", 0, 0, 0, ""))
+    assert near and last == 240.0  # nothing was recorded
+
+
 @pytest.mark.slow
-def test_a_fault_is_killed_and_a_change_of_nothing_survives() -> None:
+def test_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("coverage")
+    monkeypatch.setattr(mutants, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(mutants, "_texts", lambda root: {root / "tests" / "test_forms.py": frozenset({"Form"})})
+    (tmp_path / "work").mkdir()
+    judge = mutants.Judge(60.0, tmp_path / "work")
+    judge.record([])
+    source = (ROOT / "kinvert" / "forms.py").read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(source) if "def __add__" in text)
+    assert judge.lines.files == ["tests/test_forms.py"] and judge.lines.tests_of("kinvert/forms.py", line)
+
+
+@pytest.mark.slow
+def test_a_fault_is_killed_and_a_change_of_nothing_survives(tmp_path: Path) -> None:
     source = (ROOT / "kinvert" / "flowtimes.py").read_text()
     fault = next(m for m in mutants_of("kinvert/flowtimes.py", source) if m.new.startswith("return None"))
-    judge = mutants.Judge(limit=120)
+    judge = mutants.Judge(120, tmp_path)
     assert judge.judge(fault)["result"] == "killed"
     end = len(source.encode())
     nothing = Mutant("kinvert/flowtimes.py", 1, "", "", 0, end, end, "\n# nothing\n")

@@ -100,8 +100,10 @@ def test_arrays_schedules_and_memory_formats_come_back(tmp_path: Path) -> None:
 def test_views_and_shared_memory_are_kept_apart(tmp_path: Path) -> None:
     x = torch.arange(12.0).reshape(3, 4)
     again = returned(
-        {"x": x, "same": x, "row": x[1], "turned": x.T, "grad": x.clone().requires_grad_()}, tmp_path / "a"
+        {"x": x, "same": x, "row": x[1], "turned": x.T, "grad": x.clone().requires_grad_(), "one": x[:1, 1]},
+        tmp_path / "a",
     )
+    assert torch.equal(again["one"], x[:1, 1])  # a column of one value, as of a batch of one
     assert torch.equal(again["same"], x) and torch.equal(again["row"], x[1]) and torch.equal(again["turned"], x.T)
     assert not again["grad"].requires_grad
 
