@@ -79,6 +79,10 @@ def start_of(scheduler: KinvertScheduler, latents: Tensor) -> Tensor:
     return latents * scheduler.init_noise_sigma * course.table.to_x(course.plan.sigmas[0])
 
 
+# No schedule before the run, and noise before the first evaluation.
+REFUSED = ("dpm_adaptive", "shark", "rex_sde")
+
+
 def names() -> list[str]:
     """The samplers that a scheduler can run."""
-    return [name for name in ki.SAMPLERS if name != "dpm_adaptive" and "cfg_pp" not in name and "cfgpp" not in name]
+    return [name for name in ki.SAMPLERS if name not in REFUSED and "cfg_pp" not in name and "cfgpp" not in name]

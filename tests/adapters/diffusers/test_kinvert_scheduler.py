@@ -47,7 +47,7 @@ def by_kinvert(scheduler: KinvertScheduler, latents: Tensor, source: Any = None)
 # Samplers whose noise is a Brownian path, so that the order of the draws is not that of a generator.
 PATHS = ("dpmpp_sde", "dpmpp_sde_gpu")
 # Samplers that diverge at t near 1, which the scheduler refuses as `ki.sample` does.
-WIDE = ("dpmpp_2m_sde_heun", "dpmpp_3m", "dpmpp_3m_sde", "res_multistep_ancestral")
+WIDE = ("dpmpp_2m_sde_heun", "dpmpp_3m", "dpmpp_3m_sde", "res_multistep_ancestral", "restart")
 
 
 @pytest.mark.parametrize("space", SPACES)

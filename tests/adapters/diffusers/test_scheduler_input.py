@@ -77,8 +77,10 @@ def test_a_sampler_that_cannot_run(sampler: Any, options: dict[str, Any], what: 
 
 
 def test_noise_before_the_first_evaluation() -> None:
-    with pytest.raises(ValueError, match=r"adds noise before its first evaluation.*s_churn=0"):
+    with pytest.raises(ValueError, match=r"adds noise before its first evaluation.*switch it off \(s_churn=0"):
         from_scheduler(bases()["ve"], "euler", s_churn=5.0).set_timesteps(5)
+    with pytest.raises(ValueError, match=r"shark adds noise before its first evaluation.*switch it off \(eta=0"):
+        from_scheduler(bases()["ve"], "shark").set_timesteps(5)
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "lcm", "ddpm"])
