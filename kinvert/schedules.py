@@ -38,6 +38,7 @@ from kinvert.showing.registry import Registry
 from kinvert.spacings import (
     between,
     bong_tangent,
+    check_falling,
     check_steps,
     leading,
     linspace,
@@ -367,7 +368,8 @@ def schedule(
         A float64 tensor (steps + 1,), with the exceptions that the module lists; for flow levels a `levels.FlowTimes`.
 
     Raises:
-        ValueError: an unknown name, steps or options out of range, or denoise outside (0, 1].
+        ValueError: an unknown name, steps or options out of range, options that give levels that are not finite or do
+            not fall, or denoise outside (0, 1].
         TypeError: levels is missing or not a Levels, with what to pass, or the schedule does not have an option.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
@@ -385,10 +387,10 @@ def schedule(
     total = steps if denoise > 0.9999 else int(steps / denoise)
     try:
         sigmas = entry.function(total + discard, *arguments[entry.needs], **options)
-    except OverflowError as error:
-        raise ValueError(
-            f"the options of {name}, {options}, give levels beyond all numbers; they are too extreme"
-        ) from error
+    except OverflowError:
+        sigmas = torch.full((2,), torch.inf, dtype=torch.float64, device="cpu")
+    if options:
+        check_falling(name, options, sigmas)
     if discard:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     return schedule_of(levels, sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :])

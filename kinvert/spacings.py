@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from kinvert.levels import FlowTimes, Levels
 __all__ = [
     "between",
     "bong_tangent",
+    "check_falling",
     "check_steps",
     "leading",
     "linspace",
@@ -166,6 +168,21 @@ def between(sigmas: Tensor, low: float, high: float) -> Tensor:
 def schedule_of(levels: Levels | float, sigmas: Tensor) -> Tensor:
     """Return the schedule, as `FlowTimes` if the levels are flow times."""
     return FlowTimes(sigmas) if getattr(levels, "coordinates", "ve") == "flow" else sigmas
+
+
+def check_falling(name: str, options: dict[str, Any], sigmas: Tensor) -> None:
+    """Raise ValueError if the options of a schedule give levels that are not finite, or that do not fall.
+
+    `laplace` may repeat its bounds.
+    """
+    steps = sigmas.diff()
+    if not sigmas.isfinite().all():
+        what = "levels beyond all numbers"
+    elif bool((steps > 0).any()) or (name != "laplace" and bool((steps == 0).any())):
+        what = "levels that do not fall, since several of them are equal but for rounding"
+    else:
+        return
+    raise ValueError(f"the options of {name}, {options}, give {what}; they are too extreme")
 
 
 def with_zero(sigmas: Tensor) -> Tensor:

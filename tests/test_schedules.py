@@ -362,3 +362,24 @@ def test_errors_name_the_argument_the_value_and_the_fix(call, error, message):
 def test_a_schedule_without_levels_says_what_to_pass(name):
     with pytest.raises(TypeError, match=r"got NoneType; pass ki\.levels\.stable_diffusion.*edm.*flow.*karras\("):
         schedule(name, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("karras", {"rho": 1e-30}, "levels beyond all numbers"),
+        ("vp", {"beta_d": 1e30}, "levels beyond all numbers"),
+        ("karras", {"rho": 1e30}, "do not fall"),
+        ("polyexponential", {"rho": 1e30}, "do not fall"),
+        ("polyexponential", {"rho": 60.0}, "do not fall"),
+        ("polyexponential", {"rho": 1e-30}, "do not fall"),
+    ],
+)
+def test_options_that_leave_no_schedule(name: str, options: dict[str, float], what: str) -> None:
+    with pytest.raises(ValueError, match=rf"the options of {name}, .*{what}.*; they are too extreme"):
+        schedule(name, 6, levels.edm(), **options)
+
+
+def test_bounds_that_laplace_repeats_are_kept() -> None:
+    sigmas = schedule("laplace", 6, levels.edm(), mu=30.0)
+    assert (sigmas.diff() == 0).any()
