@@ -64,7 +64,10 @@ def assert_marginals(plan: ki.Plan, covariance: Any) -> None:
 @law
 @given(sigmas=schedules())
 def test_rows_sum_to_one(name: str, sigmas: tuple[float, ...]) -> None:
-    np.testing.assert_allclose(analysis.row_sums(lawful(name, sigmas)), 1.0, rtol=0, atol=1e-12)
+    plan = lawful(name, sigmas)
+    growth = sigmas[0] / min(sigma for sigma in sigmas if sigma)  # of a rounding, in what two coupled states differ by
+    rounding = max(1e-12, 1e-15 * growth) if plan.auxiliary else 1e-12
+    np.testing.assert_allclose(analysis.row_sums(plan), 1.0, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("name", PLANNED)

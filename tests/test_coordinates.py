@@ -124,7 +124,7 @@ WRAPPED = {
     "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "er_sde", "seeds_2", "seeds_3", "sa_solver",
     "sa_solver_pece", "dpmpp_2s_ancestral_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp",
     "dpmpp_3m", "exp_heun_2_x0", "exp_heun_2_x0_sde", "dpmpp_sde_gpu", "dpmpp_2m_sde_gpu", "dpmpp_2m_sde_heun_gpu",
-    "dpmpp_3m_sde_gpu",
+    "dpmpp_3m_sde_gpu", "shark", "rex_sde", "restart",
 }  # fmt: skip
 
 
