@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import platform
 import warnings
 from pathlib import Path
@@ -30,6 +29,7 @@ import torch
 
 import kinvert as ki
 from kinvert import models
+from kinvert.density import latent_log_prob
 from kinvert.files import write_file
 
 RESULTS = Path(__file__).parent / "results" / "preimages.json"
@@ -78,26 +78,9 @@ def row(name: str, i: int, cfg: float, steps: int, part: str) -> dict[str, Any]:
         "evaluations": others.evaluations,
     }
     if part == "axes" and name == "digits" and len(others.inversions) > 1:
-        values = [log_density(denoiser, one.latent, sigmas, given) for one in others.inversions]
-        measured["log_densities"] = [round(value, 2) for value in values]
+        values = [latent_log_prob(denoiser, one.latent, sigmas, sampler="euler", **given) for one in others.inversions]
+        measured["log_densities"] = [round(float(value), 2) for value in values]
     return measured
-
-
-def log_density(denoiser: Any, latent: torch.Tensor, sigmas: torch.Tensor, given: dict[str, Any]) -> float:
-    """Return the log density of Euler's sampler at the image of a latent, counting this latent alone."""
-    n, u, log_det = latent.numel(), latent / sigmas[0], 0.0
-    state = latent
-    for levels in itertools.pairwise(sigmas.tolist()):
-        plan = ki.compile_plan("euler", levels)
-
-        def step(x: torch.Tensor, plan: ki.Plan = plan) -> torch.Tensor:
-            return ki.run(plan, denoiser, x, **given)
-
-        matrix = torch.autograd.functional.jacobian(step, state, vectorize=True)
-        log_det += float(torch.linalg.slogdet(matrix.reshape(n, n)).logabsdet)
-        state = step(state).detach()
-    normal = -0.5 * float(u.square().sum()) - n * math.log(float(sigmas[0]) * math.sqrt(2 * math.pi))
-    return normal - log_det
 
 
 def _short(value: float) -> float:

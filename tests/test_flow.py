@@ -64,7 +64,9 @@ def test_law_down(name: str) -> None:
 UPWARDS = [name for name in PLANS if ki.analysis.properties(name).unsamples and name != "er_sde"]
 
 
-DETERMINISTIC = {name for name in ki.SAMPLERS if name == "dpm_adaptive" or not ki.compile_plan(name, [2, 1, 0.5, 0.05]).draws}
+DETERMINISTIC = {
+    name for name in ki.SAMPLERS if name == "dpm_adaptive" or not ki.compile_plan(name, [2, 1, 0.5, 0.05]).draws
+}
 
 
 # Too wide at few steps: the first step up, from 1e-4, is long in log t.

@@ -199,7 +199,18 @@ def test_the_citation_is_complete() -> None:
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
     assert citation["title"] and citation["message"] and citation["license"] == PROJECT["license"]
     assert all(set(author) == {"name"} for author in citation["authors"])  # an entity, no person
-    known = {"cff-version", "message", "title", "type", "authors", "version", "license", "keywords", "repository-code"}
+    known = {
+        "cff-version",
+        "message",
+        "title",
+        "type",
+        "authors",
+        "version",
+        "license",
+        "keywords",
+        "abstract",
+        "repository-code",
+    }
     assert set(citation) <= known and isinstance(citation["version"], str)
 
 
