@@ -26,7 +26,8 @@ def test_old_names_answer_with_a_warning(old: tuple[str, str], new: tuple[str, s
     with pytest.warns(DeprecationWarning, match=rf"{old[0]}\S* is now {new[0]}") as caught:
         found = getattr(module, old[1])
     assert found is getattr(importlib.import_module(new[0]), new[1])
-    assert caught[0].filename == __file__  # the line that uses the old name
+    ours = [warning for warning in caught if "kinvert" in str(warning.message)]  # old matplotlib gives its own
+    assert [warning.filename for warning in ours] == [__file__]  # the line that uses the old name
 
 
 def test_unknown_names_are_refused() -> None:
