@@ -113,7 +113,9 @@ def test_nothing_is_left_behind(models: Path) -> None:
 def test_settings_that_are_dropped_are_told_once(models: Path) -> None:
     (models / "plain.py").write_text(MODULE.format(at_import=""))
     forget("plain")
-    with pytest.warns(RuntimeWarning, match=r"plain:loud changed .*precision: highest -> medium.*; set them in the denoiser"):
+    with pytest.warns(
+        RuntimeWarning, match=r"plain:loud changed .*precision: highest -> medium.*; set them in the denoiser"
+    ):
         measured("plain:loud")
     torch.set_default_dtype(torch.float64)
     with pytest.warns(

@@ -4,6 +4,9 @@ The cost of a method is what it spends on the way up, in denoiser evaluations fo
 *budget* is a limit on it. A number is bold if it is the best among all methods that the budget of its line allows, told
 apart from each of them as in the leaderboard. There is a table for each scale of guidance, and under it one that says
 who is best at each budget. A question that was asked of one method alone has a table of settings instead.
+
+Some methods keep more than a latent (`KEPT`). They return images from what they keep, so they are listed, but compared
+with no other method.
 """
 
 from __future__ import annotations
@@ -22,6 +25,13 @@ __all__ = ["BUDGETS", "Number", "Sheet", "as_html", "as_latex", "as_markdown", "
 
 BUDGETS = (1, 2, 4, 8, 20, math.inf)
 """Limits on the evaluations of a step, on the way up."""
+KEPT = {
+    "reversible": "second state",
+    "extract_noise": "noises",
+    "extract_noise_chain": "noises",
+    "direct_inversion": "offsets",
+}
+"""What methods keep beside the latent."""
 COST = "up_per_step"
 HELD = ("schedule", "steps", "dtype")
 Line = tuple[str, str]
@@ -60,9 +70,13 @@ class _Column:
     rows: dict[Line, Row]
 
     def among(self, limit: float) -> list[Row]:
-        """Return the rows within a budget that have the number, the best one first."""
+        """Return the rows within a budget that have the number and keep a latent alone, the best one first."""
         best = column(self.measure).best
-        known = [row for row in self.rows.values() if _value(row, self.measure) is not None and _cost(row) <= limit]
+        known = [
+            row
+            for row in self.rows.values()
+            if _value(row, self.measure) is not None and _cost(row) <= limit and _line(row)[0] not in KEPT
+        ]
         return sorted(known, key=lambda row: row.values[self.measure], reverse=best is max)
 
     def is_told_apart(self, row: Row, limit: float) -> bool:
@@ -70,6 +84,7 @@ class _Column:
         others = [other for other in self.among(limit) if other is not row]
         return (
             column(self.measure).best is not None
+            and _line(row)[0] not in KEPT
             and bool(others)
             and all(better(row, other, self.measure) for other in others)
         )
@@ -139,7 +154,7 @@ def _methods(about: str, columns: Sequence[_Column]) -> Sheet:
         for line, row in one.rows.items():
             costs[line] = max(costs.get(line, 0.0), row.values[COST])
     models = {one.model for one in columns}
-    titles = ("at most", "method", "sampler", "spent", *(_title(one, len(models) > 1) for one in columns))
+    titles = ("at most", "method", "sampler", "kept too", "spent", *(_title(one, len(models) > 1) for one in columns))
     lines: list[Entries] = []
     for method, sampler in sorted(costs, key=lambda line: (costs[line], line)):
         cost, numbers = costs[method, sampler], []
@@ -147,8 +162,8 @@ def _methods(about: str, columns: Sequence[_Column]) -> Sheet:
         for one in columns:
             here = one.rows.get((method, sampler))
             numbers.append(Number("–") if here is None else _number(one, here, one.is_told_apart(here, limit)))
-        lines.append((_budget(limit), method, sampler, f"{cost:.3g}", *numbers))
-    return Sheet(f"Methods; {about}", titles, tuple(lines), 4)
+        lines.append((_budget(limit), method, sampler, KEPT.get(method, ""), f"{cost:.3g}", *numbers))
+    return Sheet(f"Methods; {about}", titles, tuple(lines), 5)
 
 
 def _winners(about: str, columns: Sequence[_Column]) -> Sheet:
@@ -206,7 +221,8 @@ def about_numbers(found: Sequence[Row]) -> str:
     """Return what the columns, intervals and bold numbers mean."""
     return (
         "Evaluations of the denoiser for each step of the sampler, on the way up: what a method spent, and the budget "
-        f"that it fits. {note(found)} Here only rows within the budget of the line are compared."
+        f"that it fits. {note(found)} Here only rows within the budget of the line are compared, and only methods "
+        "whose result is a latent alone. What others keep too is named."
     )
 
 

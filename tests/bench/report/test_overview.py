@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,12 @@ def text(value: str | Number) -> str:
 def test_a_line_for_each_method_sorted_by_cost_and_bold_within_its_budget() -> None:
     methods, winners, unique = overview(rows(known()))
     assert methods.titles == (
-        "at most", "method", "sampler", "spent", "reconstruction, NMSE (dB)", "recovery jpeg, bits right",
+        "at most", "method", "sampler", "kept too", "spent", "reconstruction, NMSE (dB)", "recovery jpeg, bits right",
     )  # fmt: skip
-    assert [tuple(map(text, line[:4])) for line in methods.lines] == [
-        ("1", "unsample", "euler", "1"), ("4", "invert_4", "euler", "4"), ("20", "aidi", "euler", "10"),
+    assert [tuple(map(text, line[:5])) for line in methods.lines] == [
+        ("1", "unsample", "euler", "", "1"), ("4", "invert_4", "euler", "", "4"), ("20", "aidi", "euler", "", "10"),
     ]  # fmt: skip
-    bold = [[one.is_bold for one in line[4:]] for line in methods.lines]
+    bold = [[one.is_bold for one in line[5:]] for line in methods.lines]
     assert bold == [[False, False], [True, True], [True, False]]  # the first one has no rival
     settings = "cfg 1; digits: 20 steps, karras, float64"
     assert (methods.about, winners.about) == (f"Methods; {settings}", f"The best at each budget; {settings}")
@@ -68,6 +69,15 @@ def test_the_best_at_each_budget_and_how_many_are_as_good() -> None:
     assert [one.words.partition("; ")[2] for one in bits[1:]] == [""] * 4 + ["not told apart from 1"] * 2
 
 
+def test_what_keeps_more_than_a_latent_is_compared_with_nothing() -> None:
+    perfect = record(method="extract_noise", sampler="euler_ancestral", relative=1e-8, spent=20, count=8)
+    methods, winners, _ = overview(rows([*known(), perfect]))
+    first = methods.lines[0]
+    assert [text(one) for one in first[1:4]] == ["extract_noise", "euler_ancestral", "noises"]
+    assert not first[5].is_bold and methods.lines[2][5].is_bold  # type: ignore[union-attr]
+    assert not any("extract_noise" in one.words for line in winners.lines for one in line[1:])  # type: ignore[union-attr]
+
+
 def test_a_cost_above_the_last_budget_is_of_any() -> None:
     dear = record(method="dpm_solver_1", relative=1e-6, spent=540, count=8)
     assert text(overview(rows([*known(), dear]))[0].lines[-1][0]) == "any"
@@ -76,7 +86,7 @@ def test_a_cost_above_the_last_budget_is_of_any() -> None:
 def test_a_number_of_which_neither_end_is_best_is_never_bold() -> None:
     bits = [asked("density", {"bits_per_value": spread(k)}, method=m) for k, m in enumerate(("unsample", "invert"))]
     methods, winners = overview(rows(bits))
-    assert not any(line[4].is_bold for line in methods.lines) and winners.lines == ()
+    assert not any(line[5].is_bold for line in methods.lines) and winners.lines == ()
 
 
 def test_each_scale_of_guidance_and_the_settings_that_most_methods_have() -> None:
@@ -113,7 +123,7 @@ def test_questions_without_an_error_have_a_page() -> None:
     shown, found = render(known(), {}), rows(known())
     assert shown.count("At equal evaluations") == 2 and "recovery jpeg, bits right" in shown
     markdown = as_markdown(overview(found), found)
-    assert "| 4 | invert\\_4 | euler | 4 | **−60.5**" in markdown
+    assert "| 4 | invert\\_4 | euler |  | 4 | **−60.5**" in markdown
     assert "**0.900** \\[0.880, 0.920\\]" in markdown
     assert "Lowest error in reconstruction" in shown and "in recovery_jpeg" not in shown
 
@@ -144,3 +154,12 @@ def test_words_are_escaped() -> None:
     sheets = overview(found)
     assert "&lt;i&gt;|" in as_html(sheets, found) and "<i>" not in as_html(sheets, found)
     assert r"\<i\>\|" in as_markdown(sheets, found)
+
+
+def test_the_words_of_the_page_have_numbers_of_the_table() -> None:
+    root = Path(__file__).parents[3]
+    shown = (root / "benchmarks" / "results" / "invbench.md").read_text()
+    words = (root / "docs" / "invbench.md").read_text().partition("## What it shows")[2].partition("\n## ")[0]
+    numbers = re.findall(r"−\d+\.\d|\b0\.\d{3}\b|\d\.\d\d\b", words)
+    assert len(numbers) > 25
+    assert not [number for number in numbers if number not in shown]
