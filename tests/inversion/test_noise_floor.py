@@ -56,8 +56,11 @@ def cost(found: ki.Inversion) -> float:
     return float((found.evaluations - found.checking - found.row_checks).double().median())
 
 
+MULTISTEP = pytest.param("dpmpp_2m", marks=pytest.mark.slow)  # a whole run at once: a third of the time of this file
+
+
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", MULTISTEP])
 def test_rounded_networks_cost_little_and_are_told(sampler: str, dtype: torch.dtype) -> None:
     """At most half as much again as the exact network, beside the plain run; and an error of a few roundings."""
     exact, found = inverted(network(), sampler), inverted(rounded(dtype), sampler)
@@ -74,7 +77,7 @@ def test_networks_that_depend_on_the_batch_size_are_inverted(sampler: str) -> No
     assert inverted(by_batch_size, sampler).converged.all()
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["euler", MULTISTEP])
 def test_wide_images_of_a_narrow_network_are_as_good_as_narrow_ones(sampler: str) -> None:
     def narrow(x: Tensor, sigma: Tensor, **c: Any) -> Tensor:
         return network()(x.float(), sigma.float(), **c).to(x.dtype)

@@ -179,7 +179,7 @@ def test_a_tolerance_below_rounding_is_said_to_be_one() -> None:
 
 
 # -- budgets -------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "uni_pc"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", pytest.param("uni_pc", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("problem", ["mixture", pytest.param("digits", marks=pytest.mark.slow)])
 def test_more_evaluations_are_never_worse(problem: str, cfg: float, sampler: str) -> None:
