@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ def test_too_few_steps_for_the_ode_are_told(steps: int, name: str) -> None:
     off = (found.log_prob - of_the_ode(X, 10.0, 0.1)).abs()
     assert (found.step_error > 0.5 * off).all() and (found.step_error < 50 * off).all()
     assert "steps: +-" in str(found)
+    assert "(steps: +- 1)" in str(replace(found, step_error=torch.ones_like(found.step_error)))
     assert not log_prob(GAUSS, X, sigmas, sampler=name).step_error.any()
     assert log_prob(GAUSS, X, sigmas[[0, -1]], sampler=name, of="ode").step_error.isnan().all()
 
@@ -167,7 +169,7 @@ def test_bits_of_a_value() -> None:
     found = log_prob(GAUSS, X, levels(20), tol=1e-12)
     bits = found.bits_per_dim(0.25)
     assert torch.allclose(bits, -(found.log_prob / 6 + math.log(0.25)) / math.log(2))
-    assert "log p of 3 images of 6 values" in str(found)
+    assert "log p of 3 images of 6 values" in str(found) and "steps" not in str(found)  # which are not off
     assert repr(found).startswith("LogProb(")
     with pytest.raises(ValueError, match="bin_width"):
         found.bits_per_dim(0.0)

@@ -9,6 +9,7 @@ import pytest
 from benchrecords import INF, NAN, record
 
 from kinvert.bench.report import tables
+from kinvert.bench.report.page import _fitting
 from kinvert.bench.report.rows import choose, top
 
 
@@ -154,6 +155,14 @@ def test_choosing_rows() -> None:
         top(rows, 0)
     with pytest.raises(ValueError, match=r"unknown column 'nmse_bd'; did you mean 'nmse_db'"):
         tables.markdown(rows, ["nmse_bd"])
+
+
+def test_what_a_page_has_no_room_for_is_told() -> None:
+    many = [record(sampler=f"sampler_{k}", model=m, relative=0.5 / (k + 1)) for k in range(40) for m in ("a", "b")]
+    told, columns = _fitting(tables.rows(many), list(tables.COLUMNS)).partition("\n")[0], list(tables.COLUMNS)
+    assert told.startswith("% Left out to fit a page: 42 of 80 rows, those with the highest NMSE; the columns ")
+    assert told.endswith(f"{columns[-1]}. Choose with --where, --columns and --top.")
+    assert not _fitting(tables.rows(many[:2]), columns[:2]).startswith("%")
 
 
 def test_a_latex_table_fits_a_page_or_is_refused() -> None:
