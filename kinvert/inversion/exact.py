@@ -31,6 +31,7 @@ from kinvert.noise import Noise
 from kinvert.parts import batch_parts
 from kinvert.plan import Plan, as_schedule, compile_plan
 from kinvert.rules import Rule
+from kinvert.rules.base import switched_off
 from kinvert.sampling import without_graph
 from kinvert.telling import warn_user
 
@@ -207,9 +208,8 @@ def falling(sigmas: Any) -> tuple[float, ...]:
 def check_invertible(plan: Plan, last_step: str | None = None, noise: Noise | None = None) -> None:
     """Raise ValueError if the run of a Plan cannot be inverted, or not with this noise."""
     name = plan.rule.name
-    fix = (
-        f"ki.sampler({name!r}, eta=0)" if "eta" in plan.rule.noise_options else "a deterministic sampler such as 'heun'"
-    )
+    quiet = switched_off(plan.rule)
+    fix = f"ki.sampler({name!r}, {quiet})" if quiet else "a deterministic sampler such as 'heun'"
     if noise is not None and not plan.is_stochastic:
         raise ValueError(f"noise is for samplers that draw noise, and {name} draws none here; leave it out")
     if plan.is_stochastic and plan.auxiliary and noise is None:

@@ -29,6 +29,7 @@ __all__ = [
     "options_of",
     "quiet_rule",
     "slope",
+    "switched_off",
     "weighted_sum",
 ]
 
@@ -361,6 +362,12 @@ def quiet_rule(rule: Rule) -> dict[str, Any]:
     except ValueError:  # `quiet` of the rule around it says so
         return {}
     return {} if quiet is rule else {"rule": quiet}
+
+
+def switched_off(rule: Rule) -> str:
+    """Return how the options are written that switch a rule's noise off, e.g. "eta=0"; "" if there are none."""
+    options = rule.noise_options.items()
+    return ", ".join(f"{name}={value:g}" if is_number(value) else f"{name}={value!r}" for name, value in options)
 
 
 def slope(x: Form, denoised: Form, sigma: float) -> Form:

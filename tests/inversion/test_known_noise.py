@@ -155,3 +155,17 @@ def test_what_has_no_noise_to_take_refuses_the_sampler() -> None:
     found = ki.invert(MIXTURE, x, schedule(4), sampler="rex_sde", noise=ki.noise.white(0))
     with pytest.raises(ValueError, match="belongs to its noises"):
         found.differentiable(MIXTURE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fix"),
+    [
+        (ki.sampler("shark"), "eta=0"),
+        (ki.sampler("restart"), "restarts=0"),
+        (ki.sampler("euler", s_churn=5.0), "s_churn=0"),
+    ],
+)
+def test_the_option_that_switches_the_noise_off_is_named(rule: ki.Rule, fix: str) -> None:
+    levels = ki.schedules.karras(12, 0.02, 10.0)[:-1]
+    with pytest.raises(ValueError, match=rf"use extract_noise, or ki\.sampler\('{rule.name}', {fix}\), or"):
+        ki.invert(ki.denoisers.Gaussian(0.1, 0.5), torch.zeros(1, 1, 2, 2), levels, sampler=rule)

@@ -35,6 +35,7 @@ from kinvert.rules import (
     Rule,
     sampler,
 )
+from kinvert.rules.base import switched_off
 
 __all__ = ["Course", "check_sampler", "course_for", "saved_options"]
 
@@ -99,10 +100,10 @@ class Course:
             form = step.stages[0].input if step.stages else None
             rows = dict([("x", step.x), *step.memory]) if form is None else {"x": form}
             if any(symbol.kind != "state" for row in rows.values() for symbol, _ in row):
-                switch = ", ".join(f"{name}={value}" for name, value in self.plan.rule.noise_options.items())
                 raise ValueError(
                     f"sampler: {self.plan.rule.name} adds noise before its first evaluation, and the network of a "
-                    f"pipeline sees the latents as they are; switch it off ({switch}), or take another sampler"
+                    f"pipeline sees the latents as they are; switch it off ({switched_off(self.plan.rule)}), or take "
+                    "another sampler"
                 )
             known = {name: sum(c * known[str(symbol.key)] for symbol, c in row) for name, row in rows.items()}
             if form is not None:
