@@ -82,7 +82,8 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
 def holding_ctrl_c() -> Iterator[None]:
     """Hold Ctrl-C back while processes are started in this context: they inherit that, so that it stops only this one.
 
-    A process of Python would otherwise print a traceback of it, even before its first line runs.
+    A process of Python would otherwise print a traceback of it, even before its first line runs. Any stop of this
+    process waits for the end of the context too: a process that is started by half would print a traceback as well.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -90,11 +91,31 @@ def holding_ctrl_c() -> Iterator[None]:
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # if it were started below, it would let signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with _postponing_stops():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _postponing_stops() -> Iterator[None]:
+    """Let stops wait for the end of this context: a mask alone does not hold what another thread is sent."""
+    held: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, _: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def ignore_stops() -> None:

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from cells import cells
 
 from kinvert import bench, stops
 from kinvert.bench import METHODS, Setup
-from kinvert.stops import Stopped, is_command, keeping, raising_stops
+from kinvert.stops import Stopped, holding_ctrl_c, is_command, keeping, raising_stops
 
 ROOT = Path(__file__).parent.parent
 SLOW = """
@@ -113,6 +114,24 @@ def test_workers_that_still_load_pytorch_print_no_traceback(place: Path) -> None
     assert said.removeprefix("^C").endswith("Stopped: 0 of 4 cells are kept in out; the same command goes on.")
     assert "Traceback" not in said and got == 130
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_until_a_process_is_started_whichever_thread_is_sent_it(number: int) -> None:
+    end, reached = threading.Event(), []
+    other = threading.Thread(target=end.wait)
+    other.start()
+    before = signal.getsignal(number)
+    try:
+        with raising_stops(signal.SIGINT, signal.SIGTERM), pytest.raises(Stopped) as stop, holding_ctrl_c():
+            signal.pthread_kill(other.ident, number)  # type: ignore[arg-type]
+            time.sleep(0.1)
+            reached.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    finally:
+        end.set()
+        other.join()
+    assert stop.value.number == number and signal.SIGINT in reached[0]
+    assert signal.getsignal(number) is before and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
