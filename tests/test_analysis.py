@@ -288,3 +288,9 @@ def test_weak_order_of_what_is_exact_is_infinite() -> None:
     assert analysis.weak_order("euler_ancestral", std=0.0) == math.inf
     with pytest.raises(ValueError, match="std must be finite and 0 or more, got -1"):
         analysis.weak_order("euler", std=-1.0)
+
+
+def test_the_reference_is_a_schedule_of_karras() -> None:
+    torch.testing.assert_close(
+        torch.tensor(analysis.REFERENCE, dtype=torch.float64), ki.schedules.karras(11, 0.03, 15.0)[:-1]
+    )

@@ -54,6 +54,16 @@ def test_bad_workers_and_folders_are_refused(tmp_path: Path) -> None:
         bench.run(cells(), tmp_path / "file" / "below")
 
 
+def test_a_bar_is_drawn_if_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    bench.run(cells(), tmp_path / "quiet")
+    assert capsys.readouterr().err == ""
+    bench.run(cells(), tmp_path / "shown", progress=True)
+    assert "1/1 [" in capsys.readouterr().err
+
+
 def test_threads_are_restored(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     bench.run(cells(), tmp_path)

@@ -36,6 +36,12 @@ def test_text_of_a_plan() -> None:
     assert "n0 = noise(4, 2)" in str(ki.compile_plan("euler_ancestral", [4.0, 2.0, 0.0]))
 
 
+def test_the_line_of_a_plan_says_what_its_levels_are() -> None:
+    assert repr(ki.compile_plan("heun", [4.0, 2.0, 0.0])) == "Plan(Heun(), 2 steps, sigma 4 to 0, 3 evaluations)"
+    times = ki.levels.FlowTimes([1.0, 0.5])
+    assert repr(ki.compile_plan("euler", times)) == "Plan(Euler(), 1 step, flow time 1 to 0.5, 1 evaluation)"
+
+
 def test_properties_are_read_off() -> None:
     euler, lms = ki.compile_plan("euler", KARRAS), ki.compile_plan("lms", KARRAS)
     ancestral = ki.compile_plan("euler_ancestral", KARRAS)

@@ -97,6 +97,15 @@ def test_normalize() -> None:
     torch.testing.assert_close(ki.unsample(GAUSSIAN, x, KARRAS, normalize="sigma"), raw / 10.0001)
 
 
+def test_samples_of_one_value_are_normalized_over_the_batch_alone() -> None:
+    raw = ki.unsample(GAUSSIAN, data(4, 1), KARRAS)
+    torch.testing.assert_close(
+        ki.unsample(GAUSSIAN, data(4, 1), KARRAS, normalize=True), (raw - raw.mean()) / raw.std()
+    )
+    with pytest.raises(ValueError, match=r"normalize='sample' needs a latent that varies.*shape \(4, 1\)"):
+        ki.unsample(GAUSSIAN, data(4, 1), KARRAS, normalize="sample")
+
+
 def labelled(x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
     """A class-conditional Gaussian: the label is the mean."""
     mean = label.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

@@ -64,3 +64,8 @@ def test_streams_are_reproducible() -> None:
     """The same in every process and on every machine: this pins the derivation."""
     assert ki.noise.derived_seed("white", 7) == 4359467319645926355
     assert ki.noise.derived_seed("brownian", 7) == 5467540385878524184
+
+
+def test_seeds_are_taken_modulo_two_to_the_64_as_torch_takes_them() -> None:
+    assert ki.noise.derived_seed("white", -1) == ki.noise.derived_seed("white", 2**64 - 1)
+    assert ki.noise.derived_seed("white", -(2**63)) == ki.noise.derived_seed("white", 2**63)

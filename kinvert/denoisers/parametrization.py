@@ -140,7 +140,7 @@ class Preconditioned:
             if self.coordinates == "flow":
                 return 1.0, 1.0, -sigma
             return 1 / (1 + sigma), 1 / (1 + sigma), -sigma / (1 + sigma)
-        data = getattr(self.levels, "sigma_data", 1.0)
+        data = cast("Levels", self.levels).sigma_data  # `__post_init__` demands levels
         variance = sigma**2 + data**2
         c_in = variance.rsqrt()
         if self.prediction == "eps":
@@ -157,8 +157,7 @@ class Preconditioned:
         if self.prediction == "velocity":
             t = sigma if self.coordinates == "flow" else sigma / (1 + sigma)
             return t if self.levels is None else self.levels.timestep(t)
-        levels = cast("Levels", self.levels)  # `__post_init__` demands them
-        return levels.timestep(sigma, quantize=self.quantize)
+        return cast("Levels", self.levels).timestep(sigma, quantize=self.quantize)
 
 
 def from_eps(

@@ -40,7 +40,20 @@ from kinvert.models.network import Architecture, EmbeddedDenoiser
 from kinvert.sampling import sample
 from kinvert.schedules import karras
 
-__all__ = ["RECIPES", "Recipe", "augmented", "edm_loss", "held_out_loss", "main", "preview", "save", "split", "train"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "augmented",
+    "averaging_weight",
+    "edm_loss",
+    "held_out_loss",
+    "learning_rate",
+    "main",
+    "preview",
+    "save",
+    "split",
+    "train",
+]
 
 
 class Data(NamedTuple):
@@ -180,6 +193,16 @@ def edm_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Tensor)
     return (weight * (denoised - x0).square().mean(dim=(1, 2, 3))).mean()
 
 
+def learning_rate(recipe: Recipe, i: int, iterations: int) -> float:
+    """Return the rate of iteration i: it grows over the first 100, and falls to 0 as a cosine over `iterations`."""
+    return recipe.rate * min(1.0, (i + 1) / 100) * (1 + math.cos(math.pi * i / iterations)) / 2
+
+
+def averaging_weight(recipe: Recipe, i: int) -> float:
+    """Return the share of the weights of iteration i in their moving average: 9 / (10 + i) at first, then 1 - ema."""
+    return max(1 - recipe.ema, 9 / (10 + i))
+
+
 @torch.no_grad()
 def held_out_loss(model: EmbeddedDenoiser, recipe: Recipe, x0: Tensor, label: Tensor) -> float:
     """Compute the loss on held-out images, over the same 20 draws of sigmas and noise each time."""
@@ -214,17 +237,15 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     running, started = 0.0, time.process_time()
     for i in range(stop):
-        warm = min(1.0, (i + 1) / 100)
-        optimizer.param_groups[0]["lr"] = recipe.rate * warm * (1 + math.cos(math.pi * i / iterations)) / 2
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, i, iterations)
         pick = kept[torch.randint(len(kept), (recipe.batch,))]
         loss = edm_loss(model, recipe, augmented(x[pick], recipe), labels[pick])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        decay = min(recipe.ema, (1 + i) / (10 + i))
         with torch.no_grad():
             for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                a.lerp_(p, 1 - decay)
+                a.lerp_(p, averaging_weight(recipe, i))
         running += (loss.item() - running) * max(0.01, 1 / (i + 1))
         if (i + 1) % every == 0 or i + 1 == stop:
             test = held_out_loss(average, recipe, x[held], labels[held])

@@ -14,6 +14,7 @@ from cells import SMALL, cells, measured, rewrite
 
 from kinvert import bench
 from kinvert.bench import Cell, report
+from kinvert.bench.results import merge
 from kinvert.files import write_file
 from kinvert.jsontext import canonical_json
 
@@ -162,3 +163,14 @@ def test_compare(tmp_path: Path) -> None:
         bench.load(tmp_path / "a", tmp_path / "b")
     with pytest.raises(ValueError, match="rtol must be"):
         bench.compare(tmp_path / "a", tmp_path / "b", rtol=-1.0)
+
+
+def test_nothing_is_merged_if_a_record_turns_out_to_be_damaged(tmp_path: Path) -> None:
+    (record,) = bench.run(cells(), tmp_path)
+    (tmp_path / "results.jsonl").unlink()
+    assert merge(tmp_path, [record["key"]]) and (tmp_path / "results.jsonl").exists()
+    (tmp_path / "results.jsonl").unlink()
+    (tmp_path / f"{record['key']}.json").write_text("{")
+    with pytest.warns(RuntimeWarning, match="1 damaged result is set aside"):
+        assert not merge(tmp_path, [record["key"]])
+    assert not (tmp_path / "results.jsonl").exists()

@@ -61,3 +61,10 @@ def test_doctor_fails_where_the_digit_does_not_come_back(
 
 def test_doctor_refuses_a_device_that_is_not_here() -> None:
     assert "device 'abacus' cannot be used here" in fails("doctor", "--device", "abacus")
+
+
+def test_other_devices_are_listed_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for one that is no GPU of CUDA's."""
+    monkeypatch.setattr("kinvert.cli.doctor.available", lambda: ["cpu", "meta", "meta:0"])
+    devices = json.loads(succeeds("doctor", "--json"))["devices"]
+    assert list(devices) == ["cpu", "meta:0"] and devices["meta:0"] == ""

@@ -174,6 +174,19 @@ def test_a_flow_model_and_a_schedule_of_kinvert(photos: Path, tmp_path: Path) ->
     assert "the latent belongs to" in fails("sample", latent, "--model", other, "--out", out)
 
 
+def test_a_latent_whose_last_level_is_high_comes_back(directory: Path, photos: Path, tmp_path: Path) -> None:
+    """The pipeline's latents are the state by sqrt(1 + sigma^2)."""
+    latent, out = tmp_path / "l.safetensors", tmp_path / "again.png"
+    args = ["--model", directory, *CAT, "--schedule", "simple", "--sampler", "bdia", "--tol", "1e-3", "--out", latent]
+    succeeds("invert", photos / "a.png", *args)
+    record = LatentFile.load(latent).record
+    assert record.result["converged"] and record.sigmas[-1] > 0.5
+    succeeds("sample", latent, "--out", out)
+    pipe = build("sd15")
+    want = np.array(kd.decode(pipe, kd.encode(pipe, Image.open(photos / "a.png")))[0]).astype(float)
+    assert np.abs(pixels(out) - want).max() <= 1
+
+
 def test_bench_measures_a_pipeline(directory: Path, photos: Path, tmp_path: Path) -> None:
     args = ["bench", "--model", directory, "--images", photos, "--prompt", "a cat", "--guidance-scale", "2.5"]
     args += ["--steps", "2,3", "--methods", "unsample", "--samplers", "euler", "--count", "2", "--out", tmp_path]
@@ -227,6 +240,14 @@ def test_other_refusals(directory: Path, photos: Path, tmp_path: Path) -> None:
     assert "cannot read" in fails("unsample", tmp_path / "text.png", "--model", directory, "--out", out)
     assert "--cfg is for other models" in fails("invert", photos, "--model", directory, "--cfg", "2", "--out", out)
     assert "--prompt is for pipelines" in fails("invert", photos, "--model", "digits", "--prompt", "x", "--out", out)
+    for flag, value in {
+        "--positive": "label=1",
+        "--negative": "label=1",
+        "--import": "mine",
+        "--shard-size": "2",
+    }.items():
+        said = fails("invert", photos, "--model", directory, flag, value, "--out", out)
+        assert f"{flag} is for other models, and --model is a pipeline of diffusers; leave it out" in said
     assert "--model needs --images" in fails("bench", "--model", directory, "--out", out)
     assert "--count is for --model; a grid" in fails("bench", "--count", "2", "--out", out)
     assert "--steps is for --model without a grid" in fails(

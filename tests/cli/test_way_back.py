@@ -19,6 +19,7 @@ import kinvert as ki
 from kinvert import bench, models, pictures
 from kinvert.cli.latents import LatentFile
 from kinvert.folderback import find_shards, image_name, open_shard, sample_shards
+from kinvert.records import check_kind, header_of, read_tree, write_tree
 
 FILES = Path(__file__).parents[1] / "data" / "files"
 NAMES = ("a.png", "b.PNG", "c.png", "more/a.png", "more/d.png")
@@ -138,6 +139,20 @@ def test_no_file_is_written_outside_of_the_folder() -> None:
     for name in ("../a.png", "/tmp/a.png", "more/../../a"):
         with pytest.raises(ValueError, match="is a place outside of --out"):
             image_name(name)
+
+
+@pytest.mark.parametrize("name", ["latents", "settings", "rows", "memory"])
+def test_a_shard_without_an_entry_is_named_unless_it_may_be_missing(name: str, latents: Path, tmp_path: Path) -> None:
+    path = tmp_path / "0.safetensors"
+    whole = find_shards(latents)[0]
+    tree = read_tree(whole, check_kind(whole, header_of(whole), "shard"))
+    del tree[name]
+    write_tree(path, "shard", tree)
+    if name == "memory":
+        assert open_shard(path).memory == {}
+        return
+    with pytest.raises(ValueError, match=f"0.safetensors' has no entry '{name}', so that it is damaged"):
+        open_shard(path)
 
 
 def test_refusals(latents: Path, tmp_path: Path) -> None:

@@ -144,3 +144,10 @@ def test_compile_plan_refuses_dpm_adaptive() -> None:
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         DPMAdaptive(**options)
+
+
+def test_without_control_every_trial_has_the_first_width_and_is_accepted() -> None:
+    """All exponents are 0, so the factor of the width is exactly 1: it is accepted by any `accept_safety` up to 1."""
+    solver = DPMAdaptive(pcoeff=0.0, icoeff=0.0, dcoeff=0.0, accept_safety=1.0, h_init=0.5)
+    _, info = run_adaptive(solver, MIXTURE, 10.0 * noise_like((2, 6)), FALLING)
+    assert (info.steps, info.rejected) == (10, 0)  # 10 is the ceiling of ln(100) / 0.5

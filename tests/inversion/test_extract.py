@@ -203,6 +203,14 @@ def test_chain_noises_are_nearly_those_of_a_run_and_independent_ones_are_not() -
     assert (independent[:-1].var(1) > 1.3 * chain[:-1].var(1)).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_the_state_above_is_the_image_and_the_noise_of_the_source(path: Path) -> None:
+    """`x + sqrt(sigma_0^2 - sigma_1^2) n` with its first draw, for one step."""
+    x = images()
+    found = extract_noise(MIXTURE, x, [2.0, 0.5], path=path, noise=ki.noise.white(3))
+    torch.testing.assert_close(found.latent, x + math.sqrt(3.75) * ki.noise.white(3).bind(x)(2.0, 0.5))
+
+
 def test_chain_variances_tend_to_one_and_independent_ones_grow_with_the_number_of_steps() -> None:
     excess, largest, first = [], [], []
     for steps in (10, 40, 160):

@@ -46,6 +46,16 @@ def test_solvers_agree(solver: ki.inversion.Solver) -> None:
     torch.testing.assert_close(found.latent, exact.latent, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", [Anderson(), NewtonKrylov(), Picard(200)])
+def test_a_limit_of_one_run_more_than_the_cost_changes_nothing(solver: ki.inversion.Solver) -> None:
+    """It keeps three runs for plain unsampling and the checks, of which two are spent without a limit too."""
+    given: dict[str, Any] = {"sampler": "euler", "method": solver, "tol": 1e-8}
+    free, run = ki.invert(MIXTURE, images(), schedule(20), **given), 20
+    assert free.converged.all()
+    limited = ki.invert(MIXTURE, images(), schedule(20), **given, max_evals=int(free.evaluations.max()) + run)
+    assert torch.equal(limited.latent, free.latent)
+
+
 def test_what_has_no_preimage_is_said_to_have_none() -> None:
     """F(u) = r u + (1 - r) D(u) with D(u) = -u^2 / c never exceeds a bound, so an image above it cannot be reached."""
 

@@ -72,6 +72,15 @@ def test_a_curve_leads_from_one_root_to_the_next() -> None:
     assert end.residual.item() <= 1e-12 and end.u.item() == pytest.approx(ROOTS[1], abs=1e-8)
 
 
+def test_a_curve_of_several_values_ends_where_that_of_one_does() -> None:
+    """Beside it, `2 v = 1` has one root."""
+    target = torch.tensor([[0.2, 1.0, 1.0]], dtype=torch.float64)
+    problem = problem_of(lambda u, index: torch.cat([u[:, :1] - 3 * torch.tanh(u[:, :1]), 2 * u[:, 1:]], 1), target)
+    root = torch.tensor([[ROOTS[2], 0.5, 0.5]], dtype=torch.float64)
+    end = follow_on(problem, root, torch.full_like(root, -1.0), torch.tensor([False]), Continuation())
+    assert end.residual.item() <= 1e-12 and end.u[0].tolist() == pytest.approx([ROOTS[1], 0.5, 0.5], abs=1e-8)
+
+
 def test_it_refuses_what_it_cannot_search() -> None:
     with pytest.raises(ValueError, match="x must be one image"):
         preimages(folding, IMAGE.repeat(2, 1), [2.0, 1.0])

@@ -187,3 +187,11 @@ def test_a_replaying_sampler_takes_its_own_schedule_alone() -> None:
     back(model(), sampler, torch.tensor([2.0, 1.0]), latent()["samples"])
     with pytest.raises(ValueError, match=re.escape("from 2 to 1 in 1 steps, got one from 3 to 1 in 2")):
         back(model(), sampler, torch.tensor([3.0, 2.0, 1.0]), latent()["samples"])
+
+
+@pytest.mark.usefixtures("comfy")
+def test_a_schedule_of_one_step_is_run() -> None:
+    patcher = model()
+    z, x = start(patcher, "eps")
+    wanted = patcher.model.process_latent_out(ki.sample(plain(patcher, "eps"), x, SIGMAS["eps"][:2]))
+    assert error(back(patcher, "euler", SIGMAS["eps"][:2], z), wanted) < 1e-5

@@ -10,6 +10,7 @@ from standin import NEGATIVE, POSITIVE, SCALE, Host, Model, Nested, StoppedError
 from torch import Tensor
 
 import kinvert as ki
+from kinvert.adapters.comfyui.report import moments_line
 from kinvert.adapters.comfyui.samplers import make_schedule
 
 
@@ -218,3 +219,9 @@ def test_what_is_no_image_is_refused() -> None:
         flat = {"samples": torch.zeros(2, 4, 1, 1)}
         run("KinvertUnsampler", **inputs(patcher, latent_image=flat, normalize="sample", positive=POSITIVE * 0))
     assert patcher.model.calls == [2] * 8
+
+
+@pytest.mark.usefixtures("comfy")
+def test_the_report_has_the_moments_of_the_latent_by_its_level() -> None:
+    found, _, report = run("KinvertUnsampler", **inputs(model(), normalize="sigma"))
+    assert moments_line(found["samples"]) in report.splitlines()

@@ -16,6 +16,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
 )
 from pipelines import CALLS, SD, build, latents_of, noise_for
 
@@ -89,6 +90,21 @@ def test_sampling_with_an_unconditional_network_is_a_run_of_its_scheduler(clip: 
     assert float((found - y).abs().max() / y.abs().max()) < 1e-5
     if clip:
         assert float(y.abs().max()) <= 1
+
+
+def test_an_unconditional_network_takes_its_own_arguments() -> None:
+    pipe = build("ddpm", DDIMScheduler(clip_sample=False))
+    torch.manual_seed(0)
+    pipe.unet = UNet2DModel.from_config(pipe.unet.config, num_class_embeds=4).eval().requires_grad_(False)
+    x, labels = noise_for("ddpm", 2), torch.tensor([3, 1])
+    pipe.scheduler.set_timesteps(1)
+    (t,) = pipe.scheduler.timesteps
+    y = pipe.scheduler.step(pipe.unet(x, t, class_labels=labels).sample, t, x).prev_sample
+    den = denoiser(pipe, num_inference_steps=1, class_labels=labels)
+    found = ki.sample(den, x * den.timetable.to_x(float(den.sigmas[0])), den.sigmas)
+    assert float((found - y).abs().max() / y.abs().max()) < 1e-5
+    with pytest.raises(TypeError, match="DDPMPipeline has no argument 'class_label'; did you mean 'class_labels'"):
+        denoiser(pipe, class_label=labels)
 
 
 def test_the_denoiser_says_what_its_numbers_are() -> None:

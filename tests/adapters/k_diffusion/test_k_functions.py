@@ -319,3 +319,14 @@ def test_a_replaced_randn_like_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(K.sampling, "torch", Hijack())
     want = ki.sample(MIXTURE, X, SIGMAS, sampler=ki.sampler("euler_ancestral", s_noise=0.0))
     torch.testing.assert_close(K.sample_euler_ancestral(MIXTURE, X, SIGMAS), want)
+
+
+@pytest.mark.parametrize(("name", "total"), [("sample_euler", 6), ("sample_heun", 6), ("sample_dpmpp_sde", 6)])
+def test_the_bar_counts_steps(name: str, total: int, capsys: pytest.CaptureFixture[str]) -> None:
+    getattr(K, name)(lambda x, sigma: 0.5 * x, X, SIGMAS, disable=False)
+    assert f"{total}/{total} [" in capsys.readouterr().err
+
+
+def test_the_bar_of_dpm_fast_counts_evaluations(capsys: pytest.CaptureFixture[str]) -> None:
+    K.sample_dpm_fast(lambda x, sigma: 0.5 * x, X, 0.1, 10.0, 7, disable=False)
+    assert "7/7 [" in capsys.readouterr().err

@@ -183,3 +183,12 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(tmp_path: Path) -> None
     before = dict(matplotlib.rcParams)
     figures.encode(figures.draw("error-cfg", everything(tmp_path)), "svg")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_of_many_curves_the_best_and_the_worst_are_kept() -> None:
+    found = [record(sampler=f"s{k:02}", relative=10.0 ** -(k / 2)) for k in range(20)]
+    (panel,) = plots.panels(found, most=1000)
+    kept = [sampler for _, sampler in figures._thinned(panel).curves]
+    everything = [sampler for _, sampler in panel.curves]
+    assert len(kept) == 8 and (kept[0], kept[-1]) == (everything[0], everything[-1])
+    assert figures._thinned(panel, most=30).curves == panel.curves

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from benchrecords import record
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'kinvert[cli]'")
@@ -81,3 +82,7 @@ def test_front() -> None:
     assert plots.front([(3, 0.5), (1, 1.0), (2, 1.0), (2, 0.7), (4, 0.5), (5, 0.1)]) == [
         (1, 1.0), (2, 0.7), (3, 0.5), (5, 0.1),
     ]  # fmt: skip
+
+
+def test_round_off_is_half_of_what_torch_calls_eps() -> None:
+    assert {name: torch.finfo(getattr(torch, name)).eps / 2 for name in plots.EPS} == plots.EPS
