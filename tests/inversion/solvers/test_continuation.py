@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kinvert.inversion import (
     Continuation,
     Guess,
     NewtonKrylov,
+    Reason,
 )
 
 
@@ -35,3 +37,11 @@ def test_continuation_reaches_every_value_of_a_bounded_perturbation(strength: fl
     if strength > 1:
         for other in (NewtonKrylov(max_iterations=100), Anderson(max_iterations=100)):
             assert float(other.solve(problem_of(folded(strength), y), Guess(y)).residual.max()) > 1e-3
+
+
+def test_a_limit_that_is_too_small_is_the_reason() -> None:
+    y = 3 * noise_like((3, 5), seed=3)
+    for limit in range(1, 10):
+        problem = replace(problem_of(folded(6.0), y), budget=torch.full((3,), limit))
+        root = Continuation().solve(problem, Guess(y))
+        assert (root.evaluations <= limit).all() and (root.reason == Reason.BUDGET).all()
