@@ -45,7 +45,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from faults import ROOT, Mutant, all_mutants, key_of
-from testlines import Lines
+from testlines import Lines, statements_around
 from warm import Warm
 
 RESULT = ROOT / "benchmarks" / "results" / "mutants.json"
@@ -59,17 +59,22 @@ ALONE = 90  # seconds of processor time for one test by itself
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------
-def tests_for(file: str, root: Path = ROOT) -> list[str]:
-    """The files of tests for a module, the nearest first.
+def tests_for(file: str, line: int = 0, root: Path = ROOT) -> list[str]:
+    """The files of tests for a line of a module, or for all of it, the nearest first.
 
-    These are the file that mirrors it, files of the same folder that name what the module offers, five from elsewhere
-    that do, where a name that few tests know counts more, and the rest of the folder, ten in all; then the battery.
+    These are the file that mirrors it, those that name the function of the line if these are one or two, files of
+    the same folder that name what the module offers, five from elsewhere that do, where a name that few tests know counts more,
+    and the rest of the folder, ten in all; then the battery.
     """
     path = Path(file).relative_to("kinvert")
     stem = path.parent.name if path.stem == "__init__" else path.stem
     texts = _texts(root)
     folder = root / "tests" / path.parent
-    offers = {stem, *_offers((root / file).read_text())}
+    source = (root / file).read_text()
+    offers = {stem, *_offers(source)}
+    around = {getattr(node, "name", "") for node in statements_around(ast.parse(source), line)}
+    naming = [[test for test, words in texts.items() if name in words] for name in around]
+    few = {test for tests in naming if len(tests) <= 2 for test in tests}
     holders = {name: [test for test, words in texts.items() if name in words] for name in offers}
     score = {test: sum(len(holders[name]) ** -0.5 for name in offers & words) for test, words in texts.items()}
     far = sorted((test for test in texts if score[test] and test.parent != folder), key=lambda test: -score[test])
@@ -77,6 +82,8 @@ def tests_for(file: str, root: Path = ROOT) -> list[str]:
     def place(test: Path) -> tuple[int, float]:
         if test.stem in (f"test_{stem}", f"test_{path.parent.name}_{stem}") and (test.parent == folder or score[test]):
             return (0, 0.0)
+        if test in few:
+            return (0, 1.0)
         if score[test] and test.parent == folder != root / "tests":
             return (1, -score[test])
         if test in far[:5]:
@@ -196,7 +203,7 @@ class Judge:
 
         Those that are nearest to many of the mutants come first. What is interrupted goes on the next time.
         """
-        near = Counter(test for mutant in chosen for test in tests_for(mutant.file, self.base)[:2])
+        near = Counter(test for mutant in chosen for test in tests_for(mutant.file, root=self.base)[:2])
         texts = [str(test.relative_to(self.base)) for test in _texts(self.base)]
         if missing := sorted(set(texts) - set(self.lines.files), key=lambda test: (-near[test], test)):
             print(f"recording which lines the tests of {len(missing)} files execute", flush=True)
@@ -211,7 +218,7 @@ class Judge:
 
         A list that is complete has the limit that a mutant has; one that is cut short has less.
         """
-        near = tests_for(mutant.file, self.base)
+        near = tests_for(mutant.file, mutant.line, self.base)
         seconds, found = self.lines.seconds, self.lines.tests_of(mutant.file, mutant.line)
         nth: Counter[str] = Counter()
         turn = {}

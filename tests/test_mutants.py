@@ -83,6 +83,13 @@ def test_the_nearest_tests_come_first(file: str, first: str) -> None:
     assert chosen[0] == first and "tests/test_laws.py" in chosen and len(set(chosen)) == len(chosen)
 
 
+def test_files_that_alone_name_a_function_are_near() -> None:
+    lines = (ROOT / "kinvert" / "plan.py").read_text().splitlines()
+    line = 2 + next(i for i, text in enumerate(lines) if text.startswith("def plan_size"))
+    near = mutants.tests_for("kinvert/plan.py", line)
+    assert set(near[:3]) == {"tests/test_plan.py", "tests/test_caches.py", "tests/test_mutants.py"}
+
+
 PACKAGE = """
 LIMIT = 3
 OTHER = 4

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["Lines", "Recorder"]
+__all__ = ["Lines", "Recorder", "statements_around"]
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -137,7 +137,7 @@ class Lines:
         body of a function for its defaults, and the lines that have the names that it defines.
         """
         source = (self.root / file).read_text()
-        around = _around(ast.parse(source), line)
+        around = statements_around(ast.parse(source), line)
         if not around:
             return []
         inner, texts = around[0], source.splitlines()
@@ -166,7 +166,7 @@ class Lines:
         return found
 
 
-def _around(tree: ast.Module, line: int) -> list[ast.stmt]:
+def statements_around(tree: ast.Module, line: int) -> list[ast.stmt]:
     """The statements that a line belongs to, the innermost first."""
     around = [
         node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0)
