@@ -62,9 +62,9 @@ ALONE = 90  # seconds of processor time for one test by itself
 def tests_for(file: str, line: int = 0, root: Path = ROOT) -> list[str]:
     """The files of tests for a line of a module, or for all of it, the nearest first.
 
-    These are the file that mirrors it, those that name the function of the line if these are one or two, files of
-    the same folder that name what the module offers, five from elsewhere that do, where a name that few tests know counts more,
-    and the rest of the folder, ten in all; then the battery.
+    These are the file that mirrors it, those that name the function of the line if they are one or two, files of the
+    same folder that name what the module offers, five from elsewhere that do, where a name that few tests know counts
+    more, and the rest of the folder, ten in all; then the battery.
     """
     path = Path(file).relative_to("kinvert")
     stem = path.parent.name if path.stem == "__init__" else path.stem
