@@ -84,7 +84,7 @@ class Guidance:
     negative: dict[str, Any] | None = field(repr=False)
     pair: bool
     batch: int | None = None  # rows that the conditioning is settled for; None: each call settles it
-    model: Model = field(default=Model(), repr=False)
+    model: Model = field(default_factory=Model, repr=False)
 
     __repr__ = brief_repr
 
