@@ -43,6 +43,9 @@ class WholeRun:
         outer: the root finder for z.
         inner: the root finder for the steps of E.
         last: the last resort, for events of few values; None leaves it out.
+        near: errors up to so many times what is allowed are searched on, though the noise of the denoiser explains
+            them: a search from elsewhere may end below it.
+        again: such a search ends when the evaluations of a sample are so many times what they were.
         folded: a run folds if the least singular value of its derivative is below this part of what it would be
             without a denoiser.
         rounded: errors up to so many roundings of the image are rounding; those of the steps add up.
@@ -59,6 +62,8 @@ class WholeRun:
     outer: Solver = field(default_factory=lambda: Anderson(window=12, max_iterations=40))
     inner: Solver = field(default_factory=lambda: Anderson(max_iterations=25))
     last: RunLevenbergMarquardt | None = field(default_factory=lambda: RunLevenbergMarquardt(starts=3, max_values=1024))
+    near: float = 2.0
+    again: int = 3
     folded: float = 0.1
     rounded: float = 30.0
 
@@ -82,14 +87,14 @@ class WholeRun:
             latent, restored, error, spent, ended = _sweep(task, solver, plain, budget)
             del plain  # as large as the run
             spent = _tell_noise(task, latent, restored, error, spent, ended, budget)
+        most = torch.where(ended == Reason.PRECISION, self.again * spent, budget).clamp(max=budget)
         for base in [compile_plan(rule, plan.sigmas) for rule in self.bases]:
             least = ThroughBase.least(task, base)
-            unsolved = (ended != Reason.CONVERGED) & (ended != Reason.PRECISION)
-            wanted = task.is_lost(error) & unsolved & error.isfinite()  # infinite only if the denoiser fails
-            index = (wanted & (budget - spent >= least)).nonzero()[:, 0]
+            wanted = self._wants_more(task, error, ended) & (ended != Reason.CONVERGED)
+            index = (wanted & (most - spent >= least)).nonzero()[:, 0]
             if not len(index) or task.watch.stopped:
                 continue
-            through = ThroughBase.of(task.take(index), base, self.inner, budget - spent[index])
+            through = ThroughBase.of(task.take(index), base, self.inner, most[index] - spent[index])
             spent[index] += self.outer.solve(through, Guess(x[index])).evaluations
             best = through.best
             better = best.error < error[index]
@@ -97,7 +102,7 @@ class WholeRun:
             latent[where], restored[where], error[where] = (
                 part[better] for part in (best.latent, best.restored, best.error)
             )
-        spent = self._try_last(task, latent, restored, error, spent, ended, budget)
+        spent = self._try_last(task, latent, restored, error, spent, ended, most)
         if up and not limited:
             error, spent = _try_plain(task, up, latent, restored, error, spent)
         if task.callback is not None:
@@ -105,7 +110,7 @@ class WholeRun:
             spent += once
         reasons, notes = self._explain(task, latent, error, spent, ended, budget)
         checking = once * (2 if task.callback else 1)
-        floor = torch.where(ended == Reason.PRECISION, error, 0.0)
+        floor = torch.where((ended == Reason.PRECISION) & task.is_lost(error), error, 0.0)
         spent += asked
         return Found(latent, restored, spent, checking, error[None], reasons, failures=notes, floor=floor)
 
@@ -117,19 +122,24 @@ class WholeRun:
         latent = run_state(up, task.denoiser, {"x": task.x})["x"]
         return Found(latent, None, torch.full_like(task.problem.budget, up.evaluations), 0)
 
+    def _wants_more(self, task: Task, error: Tensor, ended: Tensor) -> Tensor:
+        """Tell which samples are worth another search: those that are lost, but not in noise far above their goal."""
+        noisy = (ended == Reason.PRECISION) & (error > self.near * task.judge.enough)
+        return task.is_lost(error) & error.isfinite() & ~noisy  # infinite only if the denoiser fails
+
     def _try_last(
-        self, task: Task, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor, ended: Tensor, budget: int
+        self, task: Task, latent: Tensor, restored: Tensor, error: Tensor, spent: Tensor, ended: Tensor, most: Tensor
     ) -> Tensor:
         """Try the last resort on small events that are still lost; return what is spent then."""
         if self.last is None or task.x[0].numel() > self.last.max_values or task.is_half:
             return spent
-        wanted = task.is_lost(error) & error.isfinite() & (ended != Reason.PRECISION)
+        wanted = self._wants_more(task, error, ended)
         needs = (task.x[0].numel() + 4) * task.plan.evaluations
-        index = (wanted & (budget - spent >= needs)).nonzero()[:, 0]
+        index = (wanted & (most - spent >= needs)).nonzero()[:, 0]
         if not len(index):
             return spent
         some = task.take(index)
-        root = self.last.solve(replace(some.problem, budget=budget - spent[index]), Guess(latent[index]))
+        root = self.last.solve(replace(some.problem, budget=most[index] - spent[index]), Guess(latent[index]))
         if root.reached is not None:
             better = some.error(root.reached) < error[index]
             where = index[better]

@@ -114,9 +114,13 @@ def test_images_of_zeros_and_steps_to_zero_have_a_scale(dtype: torch.dtype, c: f
         assert_scaled(found[0], found[1], c)
 
 
-@pytest.mark.parametrize("c", [1e-6, 1e-4, 255.0, 1e6])
+@pytest.mark.parametrize("c", [1e-6, 1e-4, 0.02879934012889862, 255.0, 5e3, 1e6])
 def test_any_unit_has_the_same_verdicts(c: float) -> None:
-    """To rounding, with its own means and stds, and dpm_adaptive with its absolute tolerance in the same unit."""
+    """To rounding, with its own means and stds, and dpm_adaptive with its absolute tolerance in the same unit.
+
+    In three of these units (which, depends on the version of torch) the sweeps of dpmpp_2m end in rounding that is 1.3
+    times what is allowed, and another search ends below it.
+    """
     for dtype, sampler in ((torch.float32, "euler"), (torch.float32, "dpmpp_2m"), (torch.float64, "heun")):
         x = images(dtype=dtype)
         one = ki.invert(MIXTURE, x, SIGMAS, sampler=sampler)
