@@ -63,9 +63,17 @@ def _flushes_denormal() -> bool:
     return bool((torch.full((1,), 1e-310, dtype=torch.float64, device="cpu") * 0.5 == 0).item())
 
 
+def _default_device() -> torch.device:
+    """Return where tensors are made."""
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # of torch 2.4, if a default was set and taken back
+        return torch.device("cpu")
+
+
 _SETTINGS = (
     _Setting("torch.set_default_dtype", torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-    _Setting("torch.set_default_device", torch.get_default_device, torch.set_default_device, None),
+    _Setting("torch.set_default_device", _default_device, torch.set_default_device, None),
     _Setting("torch.set_num_threads", torch.get_num_threads, torch.set_num_threads, None),
     _Setting("torch.set_flush_denormal", _flushes_denormal, torch.set_flush_denormal, False),
     _Setting("torch.set_grad_enabled", torch.is_grad_enabled, torch.set_grad_enabled, None),

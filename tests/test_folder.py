@@ -16,6 +16,7 @@ import torch
 from digits import PIXELS, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.torch_version import TorchVersion
 
 import kinvert as ki
 from kinvert import bench, models
@@ -273,6 +274,9 @@ def test_bad_files_do_not_spoil_their_shard(source: Path, tmp_path: Path) -> Non
     assert [row["file"] for row in manifest(tmp_path / "out")] == ["a.png", "b.PNG", "more/d.png"]
 
 
+NESTED = "dense tensor, got nested" if TorchVersion(torch.__version__) >= "2.5" else "Weights only load failed"
+
+
 def write_odd_files(folder: Path) -> dict[str, str]:
     """Write files that cannot be inverted, and return what is to be said of each."""
     x = torch.zeros(1, 8, 8)
@@ -292,7 +296,7 @@ def write_odd_files(folder: Path) -> dict[str, str]:
     (folder / "nowhere.png").symlink_to(folder / "gone.png")
     return {
         "sparse.pt": "dense tensor, got torch.sparse_coo", "meta.pt": "no values (meta or fake)",
-        "nested.pt": "dense tensor, got nested", "float8.pt": "float8_e4m3fn", "complex.pt": "complex64",
+        "nested.pt": NESTED, "float8.pt": "float8_e4m3fn", "complex.pt": "complex64",
         "module.pt": "", "huge.npy": "", "empty.npz": "", "bomb.png": "decompression bomb", "nowhere.png": "No such file",
     }  # fmt: skip
 
