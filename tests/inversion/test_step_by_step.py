@@ -46,14 +46,16 @@ def test_solvers_agree(solver: ki.inversion.Solver) -> None:
     torch.testing.assert_close(found.latent, exact.latent, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [Anderson(), NewtonKrylov(), Picard(200)])
-def test_a_limit_of_one_run_more_than_the_cost_changes_nothing(solver: ki.inversion.Solver) -> None:
-    """It keeps three runs for plain unsampling and the checks, of which two are spent without a limit too."""
-    given: dict[str, Any] = {"sampler": "euler", "method": solver, "tol": 1e-8}
-    free, run = ki.invert(MIXTURE, images(), schedule(20), **given), 20
-    assert free.converged.all()
-    limited = ki.invert(MIXTURE, images(), schedule(20), **given, max_evals=int(free.evaluations.max()) + run)
-    assert torch.equal(limited.latent, free.latent)
+@pytest.mark.parametrize("limit", [20, 50, 100, 101])
+@pytest.mark.parametrize("levels", [[2.0, 1.0], [4.0, 2.0, 1.0]])
+def test_an_image_that_is_never_reached_costs_the_limit(levels: list[float], limit: int) -> None:
+    """But for the last four evaluations, which are too few for another step of the search and its check."""
+    x = torch.tensor([[5.0]], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="not inverted"):
+        found = ki.invert(
+            lambda x, sigma: -x.square(), x, levels, method=Anderson(max_iterations=10**4), max_evals=limit
+        )
+    assert limit - 4 <= int(found.evaluations) <= limit
 
 
 def test_what_has_no_preimage_is_said_to_have_none() -> None:
