@@ -35,6 +35,8 @@ SHOWN = (
     "rich",
     "matplotlib",
     "pillow",
+    "diffusers",
+    "transformers",
     "pytest",
     "hypothesis",
 )
@@ -51,11 +53,12 @@ def interpreter(version: str) -> str | None:
 
 
 def requirements(oldest: bool) -> list[str]:
-    """What kinvert, its command and its tests need; "name==floor" for the oldest."""
+    """What kinvert, its command and its tests need, "name==floor" for the oldest; diffusers needs a newer torch."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    hosts = [] if oldest else extras["diffusers"]
     found = []
-    for text in (*project["dependencies"], *extras["cli"], *extras["dev"]):
+    for text in (*project["dependencies"], *extras["cli"], *extras["dev"], *hosts):
         name, floor = re.fullmatch(r"([\w-]+)>=([\d.]+).*", text).groups() if ">=" in text else (text, "")
         if floor:  # linters and kinvert itself have none
             found.append(f"{name}=={floor}" if oldest else text)
@@ -80,9 +83,10 @@ def build(kind: str, version: str) -> Path | None:
 
 
 def versions(python: Path) -> dict[str, str]:
-    """Of what was installed."""
-    code = "import json, platform, sys; from importlib.metadata import version as v; "
-    code += "print(json.dumps({'python': platform.python_version()} | {n: v(n) for n in sys.argv[1:]}))"
+    """Of what is installed."""
+    code = "import json, platform, sys; from importlib.metadata import distributions; "
+    code += "have = {d.metadata['Name'].lower(): d.version for d in distributions()}; "
+    code += "print(json.dumps({'python': platform.python_version()} | {n: have[n] for n in sys.argv[1:] if n in have}))"
     return dict(json.loads(subprocess.check_output([python, "-c", code, *SHOWN])))
 
 
@@ -104,7 +108,7 @@ def run(python: Path, files: list[Path], limit: float) -> dict[str, Any]:
                 command, cwd=ROOT, env=environment, timeout=limit, capture_output=True, text=True, check=False
             )
             found = counts(done.stdout)
-            failures += re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+            failures += re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
             if done.returncode not in (0, 1, 5):  # 5: all are for a GPU, or slow
                 found["error"] += not found["error"]
         except subprocess.TimeoutExpired:
