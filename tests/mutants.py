@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import json
 import os
@@ -146,6 +147,10 @@ class Place:
             self._time += 1  # compiled code is known by time and size
             os.utime(file, (self._time, self._time))
 
+    def close(self) -> None:
+        """End the process."""
+        self._warm.close()
+
     def run(self, tests: list[str], limit: float, *options: str, **more: str) -> Outcome:
         """Run tests until one fails, for at most `limit` seconds of processor time."""
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.copy), "COLUMNS": "1000"}
@@ -183,6 +188,7 @@ class Judge:
         self._lock = threading.Lock()
         self._own = threading.local()
         self._clean = Place(self.base, folder / "clean")
+        self._places = [self._clean]
         listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
         for name in listed.splitlines():
             if (ROOT / name).is_file():
@@ -196,7 +202,13 @@ class Judge:
         if not hasattr(self._own, "place"):
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             self._own.place = Place(self.base, folder)
+            self._places.append(self._own.place)
         return self._own.place
+
+    def close(self) -> None:
+        """End the processes of all threads."""
+        for place in self._places:
+            place.close()
 
     def record(self, chosen: list[Mutant]) -> None:
         """Record which lines the tests execute, for the files of tests that have no record.
@@ -347,8 +359,10 @@ def main() -> None:
         write(given.out, given.seed, dict(rows))
         print(f"{row['result']:<10} {row['seconds']:>4} s  {mutant.key}  {row['test']}", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
-        judge = Judge(given.limit, Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder,
+        contextlib.closing(Judge(given.limit, Path(folder))) as judge,
+    ):
         if not given.unrecorded:
             judge.record(chosen)
         with ThreadPoolExecutor(given.workers) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 from pathlib import Path
 
@@ -151,8 +152,8 @@ def test_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(mutants, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(mutants, "_texts", lambda root: {root / "tests" / "test_forms.py": frozenset({"Form"})})
     (tmp_path / "work").mkdir()
-    judge = mutants.Judge(60.0, tmp_path / "work")
-    judge.record([])
+    with contextlib.closing(mutants.Judge(60.0, tmp_path / "work")) as judge:
+        judge.record([])
     source = (ROOT / "kinvert" / "forms.py").read_text().splitlines()
     line = 1 + next(i for i, text in enumerate(source) if "def __add__" in text)
     assert judge.lines.files == ["tests/test_forms.py"] and judge.lines.tests_of("kinvert/forms.py", line)
@@ -162,11 +163,11 @@ def test_tests_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_fault_is_killed_and_a_change_of_nothing_survives(tmp_path: Path) -> None:
     source = (ROOT / "kinvert" / "flowtimes.py").read_text()
     fault = next(m for m in mutants_of("kinvert/flowtimes.py", source) if m.new.startswith("return None"))
-    judge = mutants.Judge(120, tmp_path)
-    assert judge.judge(fault)["result"] == "killed"
     end = len(source.encode())
     nothing = Mutant("kinvert/flowtimes.py", 1, "", "", 0, end, end, "\n# nothing\n")
-    row = judge.judge(nothing)
+    with contextlib.closing(mutants.Judge(120, tmp_path)) as judge:
+        assert judge.judge(fault)["result"] == "killed"
+        row = judge.judge(nothing)
     assert row["result"] == "survived" and row["passed"]
 
 
