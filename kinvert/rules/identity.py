@@ -49,7 +49,7 @@ def _functions_of(cls: type) -> list[FunctionType] | None:
     seen = _SEEN.get(cls)
     if seen is None or not all(_is_same(*pair) for pair in zip(seen[0], contents, strict=True)):
         functions = [*_methods(own.values()), *_beside(cls.__module__, beside.values())]
-        known = all(isinstance(f, FunctionType) and _is_of_kinvert(f.__globals__.get("__name__")) for f in functions)
+        known = all(isinstance(f, FunctionType) and _is_known(f.__globals__.get("__name__")) for f in functions)
         seen = _SEEN[cls] = contents, functions if known else None
     return seen[1]
 
@@ -71,6 +71,11 @@ def _methods(values: Iterable[Any]) -> Iterator[Any]:
 def _beside(module: str, values: Iterable[Any]) -> list[FunctionType]:
     """Return the functions of a module that were written in it."""
     return [value for value in values if isinstance(value, FunctionType) and value.__module__ == module]
+
+
+def _is_known(module: object) -> bool:
+    """Tell whether a method is of kinvert, or what `dataclass` gives to a class: from Python 3.13 on `__replace__`."""
+    return module == "dataclasses" or _is_of_kinvert(module)
 
 
 def _is_of_kinvert(module: object) -> bool:

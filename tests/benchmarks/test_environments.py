@@ -111,7 +111,9 @@ def test_a_hang_and_a_crash_are_results(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_oldest_are_the_floors_of_pyproject() -> None:
     oldest, newest = (versions.requirements(kind) for kind in (True, False))
     assert {"torch==2.4", "click==8.2.1", "scipy==1.11.1", "pytest==8"} <= set(oldest)
-    assert "torch>=2.4,<3" in newest and len(oldest) == len(newest)
+    hosts = {"diffusers", "transformers", "accelerate"}  # which need a newer torch than kinvert does
+    assert "torch>=2.4,<3" in newest and len(oldest) == len(newest) - len(hosts)
+    assert all(any(text.startswith(name) for text in newest) for name in hosts)
     assert not any(name in text for text in oldest for name in ("kinvert", "ruff", "mypy"))
 
 

@@ -87,6 +87,12 @@ def test_a_module_of_kinvert_that_is_loaded_again(monkeypatch: pytest.MonkeyPatc
     assert code_of(rule) not in (None, before)
 
 
+def test_what_dataclass_gives_to_a_class_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.13 gives it `__replace__`, and none of its code is the rule's."""
+    monkeypatch.setattr(Euler, "__replace__", dataclasses.replace, raising=False)
+    assert code_of(Euler()) is not None and ki.compile_plan("euler", SIGMAS) is ki.compile_plan("euler", SIGMAS)
+
+
 def test_every_sampler_of_kinvert_is_compiled_once() -> None:
     for name in ki.SAMPLERS:
         if name != "dpm_adaptive":
