@@ -124,7 +124,9 @@ class WholeRun:
 
     def _wants_more(self, task: Task, error: Tensor, ended: Tensor) -> Tensor:
         """Tell which samples are worth another search: those that are lost, but not in noise far above their goal."""
-        noisy = (ended == Reason.PRECISION) & (error > self.near * task.judge.enough)
+        noisy = ended == Reason.PRECISION
+        if not task.is_half:
+            noisy &= error > self.near * task.judge.enough
         return task.is_lost(error) & error.isfinite() & ~noisy  # infinite only if the denoiser fails
 
     def _try_last(

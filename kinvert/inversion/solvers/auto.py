@@ -23,11 +23,14 @@ __all__ = ["Attempt", "Auto", "Sequence"]
 
 @dataclass(frozen=True)
 class Attempt:
-    """A solver, where it starts (at the best iterate so far, at the guess, or at y), and its share of what is left."""
+    """A solver, and where it starts: at the best iterate so far, at the guess, or at y.
+
+    One part in `keeps` of the limit that is left is kept for those after it; None keeps nothing.
+    """
 
     solver: Solver
     start: Literal["best", "guess", "value"] = "best"
-    share: float = 1.0
+    keeps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Sequence(Solver):
                 break
             whole = todo is None  # the first solver takes all samples: nothing to cut
             part = problem if whole else problem.take(index, search.evaluations)
-            if attempt.share < 1:
-                part = replace(part, budget=(attempt.share * part.budget.double()).long())
+            if attempt.keeps is not None:
+                part = replace(part, budget=part.budget - part.budget.div(attempt.keeps, rounding_mode="floor"))
             starts = {"best": Guess(search.u), "guess": guess, "value": Guess(problem.value)}
             start = guess if whole and attempt.start == "best" else starts[attempt.start]
             found = attempt.solver.solve(part, start if whole else start.take(index))
@@ -97,13 +100,13 @@ class Auto(Solver):
     the factor of the fixed-point iteration for an exact denoiser (`couplings`), add up to more than `coupling`.
 
     Continuation ends in a solution wherever the network is bounded (see `Continuation`), if there is time to follow its
-    curve. For small events the first curve and the last resort take `share` of what is left each, so that one that does
-    not end leaves something to the other. The second continuation follows another curve, from the given value instead
-    of the guess, and more closely.
+    curve. For small events the first curve and the last resort keep one part in `keeps` of what is left for those after
+    them, so that one that does not end leaves something. The second continuation follows another curve, from the given
+    value instead of the guess, and more closely.
     """
 
     coupling: float = 2.0
-    share: float = 0.7
+    keeps: int = 3
     sweeps: StepSweeps = field(default_factory=StepSweeps)
     anderson: Anderson = field(default_factory=lambda: Anderson(window=10, max_iterations=40))
     newton: NewtonKrylov = field(default_factory=NewtonKrylov)
@@ -114,14 +117,14 @@ class Auto(Solver):
         """Return the solvers for a problem."""
         sweeps = problem.plan is not None and problem.couplings.coupling <= self.coupling
         is_small = problem.value[0].numel() <= self.last.max_values
-        share = self.share if is_small else 1.0
+        keeps = self.keeps if is_small else None
         return Sequence(
             (
                 *([Attempt(self.sweeps, "guess")] if sweeps else []),
                 Attempt(self.anderson),
                 Attempt(self.newton),
-                Attempt(self.continuation, "guess", share),
-                *([Attempt(self.last, share=share)] if is_small else []),
+                Attempt(self.continuation, "guess", keeps),
+                *([Attempt(self.last, keeps=keeps)] if is_small else []),
                 Attempt(self.continuation.finer(), "value"),
             )
         )
