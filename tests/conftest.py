@@ -3,12 +3,15 @@
 What is pinned hides what breaks elsewhere. KINVERT_TEST_THREADS=0 leaves torch's threads as they are, any other number
 sets them: `make test-threads` runs the suite so.
 
+Every test starts with the same state of torch's generator: what draws from it is no other in each run.
+
 Ctrl-C is ignored in what a shell starts in the background. Tests press it, so they start with Python's own handler.
 """
 
 import os
 import signal
 
+import pytest
 import torch
 
 if threads := int(os.environ.get("KINVERT_TEST_THREADS", "1")):
@@ -16,3 +19,9 @@ if threads := int(os.environ.get("KINVERT_TEST_THREADS", "1")):
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed the generator that is used if nobody gives a seed."""
+    torch.manual_seed(0)

@@ -63,3 +63,12 @@ def test_a_tolerance_below_rounding_is_the_reason_of_a_run() -> None:
     plan, x = ki.compile_plan("lms", schedule(8)), images(2).float()
     found = WholeRun(bases=()).solve(task_of(plan, x, 1e-12, network), Sweeps())
     assert found.reasons == {0: Reason.PRECISION, 1: Reason.PRECISION}
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "lms"])
+def test_in_half_precision_noise_ends_the_search(name: str) -> None:
+    """There is no error up to which another search may help: what the sweeps leave in noise costs nothing more."""
+    plan, x = ki.compile_plan(name, schedule(8)), images(8).half()
+    whole, alone = (WholeRun(bases=bases).solve(task_of(plan, x, 8e-3), Sweeps()) for bases in (WholeRun.bases, ()))
+    lost = [i for i, reason in alone.reasons.items() if reason == Reason.PRECISION]
+    assert lost and torch.equal(whole.evaluations[lost], alone.evaluations[lost])

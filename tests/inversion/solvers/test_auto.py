@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
 from inverting import problem_of
 from problems import noise_like
 from torch import Tensor
 
-from kinvert.inversion import Anderson, Attempt, Auto, Continuation, Guess, NewtonKrylov, Reason, Sequence
+from kinvert.inversion import (
+    Anderson,
+    Attempt,
+    Auto,
+    Continuation,
+    Guess,
+    NewtonKrylov,
+    Problem,
+    Reason,
+    Root,
+    Sequence,
+    Solver,
+)
+from kinvert.inversion.problem import Search
 
 
 def folded(strength: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -48,3 +62,27 @@ def test_a_budget_too_small_for_a_step_is_the_reason() -> None:
     for solver in (NewtonKrylov(), Sequence((Attempt(NewtonKrylov()),)), Continuation()):
         root = solver.solve(problem, Guess(problem.value))
         assert (root.reason == Reason.BUDGET).all() and (root.evaluations <= 2).all()
+
+
+def test_a_solver_that_does_not_end_leaves_a_part_of_the_limit() -> None:
+    left: list[int] = []
+
+    class Spending(Solver):
+        def solve(self, problem: Problem, guess: Guess) -> Root:
+            search = Search(problem, guess.u)
+            left.append(int(problem.budget))
+            for _ in range(left[-1]):
+                search.evaluate(guess.u, search.everyone)
+            return search.root()
+
+    problem = replace(problem_of(folded(6.0), 3 * noise_like((1, 5), seed=3)), budget=torch.tensor([100]))
+    attempts = (Attempt(Spending(), keeps=3), Attempt(Spending(), keeps=3), Attempt(Spending()))
+    root = Sequence(attempts).solve(problem, Guess(problem.value))
+    assert left == [67, 20, 10] and int(root.evaluations) == 100  # the question whether it is noise takes 3 of the 33
+
+
+@pytest.mark.parametrize("values", [4096, 4097])
+def test_auto_keeps_a_part_for_the_last_resort_of_small_events(values: int) -> None:
+    attempts = Auto().sequence(problem_of(lambda u, index: u, torch.zeros(1, values))).attempts
+    assert [attempt.keeps for attempt in attempts[-3:]] == ([3, 3, None] if values == 4096 else [None] * 3)
+    assert any(attempt.solver == Auto().last for attempt in attempts) == (values == 4096)
