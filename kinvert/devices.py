@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from kinvert.torch_hooks import constant_result
+
 __all__ = ["available", "check_device", "has_float64", "memory_limit", "widest"]
 
 _FLOAT64: dict[torch.device, bool] = {}
@@ -38,7 +40,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def has_float64(device: torch.device) -> bool:
     """Tell whether the device computes in float64; Apple GPUs, Intel Arc and some NPUs do not."""
     if device not in _FLOAT64:

@@ -14,6 +14,8 @@
   is otherwise kept on the device (noise levels, coefficients, cast parameters) is uploaded every time.
 * `Tensor._is_view` tells whether a tensor is a part of another. Without it: tensors that a denoiser gets are copied.
 * `FakeTensor` tells whether a tensor has values. Without it: torch fails where a fake tensor is read.
+* `_dynamo_marked_constant` is the mark of `torch.compiler.assume_constant_result`, which would import the compiler (a
+  second) at every start. Without it: `torch.compile` reads the function itself.
 
 The plain loop is the one of `kinvert.engine` that makes a new tensor for every value; `kinvert.denoisers.buffers` makes
 the copies. The results are the same in each case. Names are looked up when they are used, so that a test can remove
@@ -25,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,9 +37,12 @@ with contextlib.suppress(ImportError):
     import torch._subclasses
     import torch.utils._python_dispatch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 __all__ = [
     "can_count_holders",
     "can_reuse_memory",
+    "constant_result",
     "count_holders",
     "holder_counters",
     "is_fake",
@@ -48,6 +54,12 @@ __all__ = [
     "total_version",
     "version",
 ]
+
+
+def constant_result(function: Function) -> Function:
+    """Mark a function: `torch.compile` calls it once a graph and takes its result as a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def can_count_holders() -> bool:

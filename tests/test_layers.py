@@ -120,9 +120,12 @@ def test_plan_and_forms_import_no_tensors() -> None:
 
 
 def test_import_brings_no_extras() -> None:
-    code = "import sys, kinvert; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    """Nor torch's compiler, which takes as long as the rest."""
+    code = "import sys, kinvert; print(sorted(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(ast.literal_eval(result.stdout))
+    modules = ast.literal_eval(result.stdout)
+    assert "torch._dynamo" not in modules
+    loaded = {name.split(".")[0] for name in modules}
     assert not loaded & {"matplotlib", "click", "rich", "sklearn", "mlxtend", "pandas", "diffusers", "PIL", "scipy"}
 
 

@@ -165,7 +165,7 @@ def test_a_fault_is_killed_and_a_change_of_nothing_survives(tmp_path: Path) -> N
     fault = next(m for m in mutants_of("kinvert/flowtimes.py", source) if m.new.startswith("return None"))
     end = len(source.encode())
     nothing = Mutant("kinvert/flowtimes.py", 1, "", "", 0, end, end, "\n# nothing\n")
-    with contextlib.closing(mutants.Judge(120, tmp_path)) as judge:
+    with contextlib.closing(mutants.Judge(400, tmp_path)) as judge:
         assert judge.judge(fault)["result"] == "killed"
         row = judge.judge(nothing)
     assert row["result"] == "survived" and row["passed"]

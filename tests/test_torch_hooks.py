@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent.parent / "kinvert"
 KARRAS = ki.schedules.karras(6, 0.1, 10.0)
 SAMPLERS = ("heun", "dpmpp_2m", "lms")
 PRIVATE = re.compile(
-    r"torch\._C|getrefcount|_cdata|\._version\b|_current_level|peek_interpreter_stack|_subclasses|_python_dispatch|_is_view"
+    r"torch\._C|getrefcount|_cdata|\._version\b|_current_level|peek_interpreter_stack|_subclasses|_python_dispatch|_is_view|_dynamo"
 )
 
 
@@ -138,3 +138,12 @@ def test_what_hooks_tell() -> None:
     seen: list[bool] = []
     torch.func.vmap(lambda y: [seen.append(torch_hooks.is_transformed()), y][1])(x)
     assert seen == [True]
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    def function() -> int:
+        return 1
+
+    marked = dict(vars(torch_hooks.constant_result(function)))
+    vars(function).clear()
+    assert marked == vars(torch.compiler.assume_constant_result(function))

@@ -48,16 +48,23 @@ def test_lcm_noise_runs_from_one_scale_to_the_other() -> None:
 @pytest.mark.parametrize("rule", [ki.sampler("lcm"), ki.rules.Flow(ki.sampler("lcm"))], ids=["lcm", "flow"])
 @pytest.mark.parametrize("source", [ki.noise.white(3), None, "function"], ids=["white", "default", "function"])
 def test_lcm_clips_noise_of_every_source(rule: Any, source: Any) -> None:
-    """After one step the state is the clipped noise alone."""
+    """After one step the state is the noise alone: the same noise, clipped at half the standard deviation of a sample."""
     clip = ki.sampler("lcm", noise_clip_std=0.5)
-    rule = replace(rule, rule=clip) if isinstance(rule, ki.rules.Flow) else clip
+    clip = replace(rule, rule=clip) if isinstance(rule, ki.rules.Flow) else clip
     x = torch.zeros(2, 3, 500, dtype=torch.float64)
-    if source == "function":
+
+    def run(rule: Any) -> torch.Tensor:
+        torch.manual_seed(3)  # governs the default noise
         generator = torch.Generator().manual_seed(0)
-        source = lambda a, b: torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
-    out = ki.sample(lambda x, sigma: torch.zeros_like(x), x, [0.9, 0.5], sampler=rule, noise=source)
-    assert 0.48 * 0.5 < float(out.abs().max()) < 0.52 * 0.5
-    assert float((out.abs() > 0.47 * 0.5).double().mean()) > 0.5
+        noise = (
+            (lambda a, b: torch.randn(x.shape, generator=generator, dtype=x.dtype)) if source == "function" else source
+        )
+        return ki.sample(lambda x, sigma: torch.zeros_like(x), x, [0.9, 0.5], sampler=rule, noise=noise)
+
+    free = run(rule)
+    limit = 0.5 * free.std(dim=(1, 2), keepdim=True)
+    assert 0.5 < float((free.abs() > limit).double().mean()) < 0.7
+    torch.testing.assert_close(run(clip), torch.maximum(torch.minimum(free, limit), -limit), rtol=1e-12, atol=0)
 
 
 def test_replayed_noise_is_not_clipped() -> None:
