@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import scipy.stats  # noqa: F401 (of the metrics; an attempt would load it again)
 from digits import write_digits
 
 from kinvert import bench

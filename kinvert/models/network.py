@@ -101,7 +101,7 @@ class UNet(nn.Module):
         full, half = arch.channels
         emb, pixels = arch.embedding, arch.shape[0] * arch.patch**2
         # Powers of two are exact in every dtype, and low ones keep D smooth in sigma.
-        self.register_buffer("frequencies", 2.0 ** torch.arange(-1, 5))
+        self.register_buffer("frequencies", torch.tensor([2.0**k for k in range(-1, 5)]))
         self.noise = nn.Linear(12, emb)
         self.label = nn.Embedding(arch.num_classes + 1, emb)
         self.mix = nn.Linear(emb, emb)

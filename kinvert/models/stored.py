@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kinvert.checks import check_choice
 
@@ -32,6 +33,18 @@ def read(folder: str, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Modules are built without the initial values of `torch.nn.init`, for which "meta" tensors import the compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_module(
     folder: str, name: str, build: Callable[[dict[str, Any]], _Module], dtype: torch.dtype, device: torch.device | str
 ) -> _Module:
@@ -50,7 +63,7 @@ def load_module(
         raise ValueError(f"dtype must be floating point, got {dtype}")
     tensors, metadata = read(folder, name)
     sizes = json.loads(metadata["architecture"])
-    with torch.device("meta"):  # no random initialisation: the caller's random state stays as it is
+    with torch.device("meta"), _Uninitialised():  # the caller's random state stays as it is
         module = build({key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
     module.load_state_dict({key: value.to(device, dtype) for key, value in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False)
