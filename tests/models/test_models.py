@@ -31,6 +31,13 @@ def test_loading_leaves_the_random_state_alone(name: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_loading_needs_no_compiler() -> None:
+    """It takes a second to import, a hundred times as long as the file."""
+    loads = "kinvert.models.load('emoji'); kinvert.models.classifier.load('mnist')"
+    code = f"import sys, kinvert.models.classifier; {loads}; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parents[1], check=True)
+
+
 def test_variants_are_equal_pictures_in_other_tones() -> None:
     pictures = variants()
     images, labels = held_out("emoji")
