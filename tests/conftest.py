@@ -14,6 +14,7 @@ Ctrl-C is ignored in what a shell starts in the background. Tests press it, so t
 import gc
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ if threads := int(os.environ.get("KINVERT_TEST_THREADS", "1")):
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread in any case: what is compared is equal but for rounding, which other threads change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -68,6 +68,7 @@ def test_picture_with_perfect_copy_and_long_name() -> None:
     assert json.loads(to_json(outcome.report()))["table"][0]["psnr"] is None
 
 
+@pytest.mark.usefixtures("one_thread")  # which the demo has
 def test_the_exact_row_and_the_edits_are_those_of_the_library() -> None:
     settings = demo.Settings("digits", ("heun",), steps=4, count=4)
     outcome = demo.run(settings)

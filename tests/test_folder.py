@@ -73,6 +73,7 @@ def test_exact_inversion_is_certified(tmp_path: Path) -> None:
     assert max(row["round_trip_error"] for row in rows) <= 1e-9
 
 
+@pytest.mark.usefixtures("one_thread")  # which models have that come with kinvert
 def test_conditioning_and_guidance(source: Path, tmp_path: Path) -> None:
     cell = Cell("digits", steps=3, dtype="float32", cfg=3.0)
     rows = invert_folder(source, tmp_path / "out", cell, positive={"label": 3}, negative={"label": 10})
@@ -163,16 +164,16 @@ def test_killed_worker_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(
             bench.UnfinishedError, match=r"(?s)^1 of 12 are not done.*npy: its process was killed by SIGKILL"
         ):
-            invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
+            invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2, threads=1)
         done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
         assert len(done) == 11 + 1 and not (tmp_path / "out" / "manifest.jsonl").exists()
-        rows = invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2)
+        rows = invert_folder(folder, tmp_path / "out", cell, shard_size=1, workers=2, threads=1)
         assert (
             done.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}.items()
         )
         assert [row["file"] for row in rows] == [f"{i:02}.npy" for i in range(12)]
         assert len({row["shard"] for row in rows}) == 12
-        again = invert_folder(folder, tmp_path / "again", cell, shard_size=1)
+        again = invert_folder(folder, tmp_path / "again", cell, shard_size=1, threads=1)
         assert again == rows
         assert torch.equal(latents(tmp_path / "out", rows), latents(tmp_path / "again", again))
     finally:

@@ -22,6 +22,7 @@ import torch
 from kinvert.adapters.diffusers import KinvertScheduler
 
 
+@pytest.mark.usefixtures("one_thread")  # as in the table of the documentation
 @pytest.mark.parametrize("case", agreement.CASES, ids=lambda case: f"{case.scheduler}-{case.title}-{case.steps}")
 def test_a_pipeline_makes_the_same_with_both_schedulers(case: agreement.Case) -> None:
     off, scheduler = agreement.difference(case)
