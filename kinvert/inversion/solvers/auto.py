@@ -101,12 +101,12 @@ class Auto(Solver):
 
     Continuation ends in a solution wherever the network is bounded (see `Continuation`), if there is time to follow its
     curve. For small events the first curve and the last resort keep one part in `keeps` of what is left for those after
-    them, so that one that does not end leaves something. The second continuation follows another curve, from the given
-    value instead of the guess, and more closely.
+    them, a third and a half, so that one that does not end leaves something. The second continuation follows another
+    curve, from the given value instead of the guess, and more closely.
     """
 
     coupling: float = 2.0
-    keeps: int = 3
+    keeps: tuple[int, int] = (3, 2)
     sweeps: StepSweeps = field(default_factory=StepSweeps)
     anderson: Anderson = field(default_factory=lambda: Anderson(window=10, max_iterations=40))
     newton: NewtonKrylov = field(default_factory=NewtonKrylov)
@@ -117,14 +117,14 @@ class Auto(Solver):
         """Return the solvers for a problem."""
         sweeps = problem.plan is not None and problem.couplings.coupling <= self.coupling
         is_small = problem.value[0].numel() <= self.last.max_values
-        keeps = self.keeps if is_small else None
+        curve, last = self.keeps if is_small else (None, None)
         return Sequence(
             (
                 *([Attempt(self.sweeps, "guess")] if sweeps else []),
                 Attempt(self.anderson),
                 Attempt(self.newton),
-                Attempt(self.continuation, "guess", keeps),
-                *([Attempt(self.last, keeps=keeps)] if is_small else []),
+                Attempt(self.continuation, "guess", curve),
+                *([Attempt(self.last, keeps=last)] if is_small else []),
                 Attempt(self.continuation.finer(), "value"),
             )
         )
