@@ -8,6 +8,8 @@ Every test starts with the same state of torch's generator: what draws from it i
 The garbage collector leaves alone what stands when the tests begin: 13,000 tests and all that is imported, which it
 would look through again and again.
 
+No test has a deadline, which a busy machine exceeds.
+
 Ctrl-C is ignored in what a shell starts in the background. Tests press it, so they start with Python's own handler.
 """
 
@@ -18,9 +20,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 if threads := int(os.environ.get("KINVERT_TEST_THREADS", "1")):
     torch.set_num_threads(threads)
+
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
